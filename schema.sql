@@ -1,0 +1,109 @@
+-- The database of wxgpt, as numbered migration steps: a new database runs them all, an
+-- older one those above its PRAGMA user_version, each step in one transaction. A step
+-- that has been released is never edited; a change is a new step at the end.
+-- Times are Unix seconds. Offsets count characters of turn.answer.
+
+-- step 1
+
+CREATE TABLE session (
+    id INTEGER PRIMARY KEY,
+    openid TEXT NOT NULL,
+    assistant TEXT NOT NULL,
+    opened_at REAL NOT NULL,
+    last_at REAL NOT NULL,      -- newest message or answer; the idle time counts from here
+    ended_at REAL,              -- NULL: open, though it may have been idle for too long
+    lapsed_text TEXT            -- first text after it ran out, asked by 接着问
+) STRICT;
+CREATE UNIQUE INDEX session_open ON session (openid) WHERE ended_at IS NULL;
+CREATE INDEX session_by_openid ON session (openid, id);
+
+-- One question and its answer.
+CREATE TABLE turn (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,   -- never used twice: running tasks know it
+    session_id INTEGER NOT NULL REFERENCES session ON DELETE CASCADE,
+    openid TEXT NOT NULL,
+    msg_key TEXT NOT NULL UNIQUE,           -- Message.key: a copy joins this turn
+    link_key TEXT NOT NULL UNIQUE,          -- /a/KEY
+    question TEXT NOT NULL,
+    pictures TEXT,                          -- JSON list of URLs, NULL once answered
+    answer TEXT NOT NULL DEFAULT '',        -- Markdown; text so far while state is open
+    generation INTEGER NOT NULL DEFAULT 0,  -- which writing of the answer this text is
+    state TEXT NOT NULL DEFAULT 'open',     -- open, done, cut, failed, broken, blocked, ended
+    reason TEXT,                            -- why it failed: a kind of ChatError
+    asked INTEGER NOT NULL DEFAULT 0,       -- times a process took it to the upstream
+    replied INTEGER NOT NULL DEFAULT 0,     -- 1: a reply to its own message was decided
+    unread INTEGER,                         -- part offered by an early reply, not seen yet
+    delivered TEXT,                         -- '1' to '3': attempt; 'part', 'page': later
+    created_at REAL NOT NULL,
+    finished_at REAL,
+    model TEXT,
+    tokens_in INTEGER,
+    tokens_out INTEGER,
+    seconds REAL,                           -- from accepting the question to the end
+    first_seconds REAL                      -- to the first visible text
+) STRICT;
+CREATE INDEX turn_by_session ON turn (session_id, id);
+CREATE INDEX turn_by_openid ON turn (openid, id);
+CREATE INDEX turn_by_time ON turn (created_at);
+CREATE INDEX turn_open ON turn (id) WHERE state = 'open';
+CREATE INDEX turn_open_by_session ON turn (session_id) WHERE state = 'open';
+CREATE INDEX turn_unread ON turn (openid, id) WHERE unread IS NOT NULL;
+CREATE INDEX turn_unreplied ON turn (openid, id) WHERE replied = 0;
+
+CREATE TRIGGER turn_asked AFTER INSERT ON turn BEGIN
+    UPDATE session SET last_at = NEW.created_at WHERE id = NEW.session_id;
+END;
+CREATE TRIGGER turn_finished AFTER UPDATE OF finished_at ON turn BEGIN
+    UPDATE session SET last_at = NEW.finished_at WHERE id = NEW.session_id;
+END;
+
+-- The parts of long answers, numbered for each subscriber: 继续N.
+CREATE TABLE part (
+    openid TEXT NOT NULL,
+    number INTEGER NOT NULL,
+    turn_id INTEGER NOT NULL REFERENCES turn ON DELETE CASCADE,
+    start INTEGER NOT NULL,         -- offset, fixed when the part before was decided
+    generation INTEGER NOT NULL,    -- the writing that start counts in
+    stop INTEGER,                   -- NULL until it is sent
+    reply TEXT,                     -- what was sent, so that a second tap brings the same
+    offered_at REAL NOT NULL,
+    PRIMARY KEY (openid, number)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX part_by_turn ON part (turn_id);
+CREATE INDEX part_unsent ON part (openid, number) WHERE reply IS NULL;
+
+-- The decided reply of each message key, for copies that come later.
+CREATE TABLE reply (
+    key TEXT PRIMARY KEY,
+    openid TEXT NOT NULL,
+    content TEXT NOT NULL,          -- '': WeChat was told "success"
+    created INTEGER NOT NULL,       -- CreateTime in the reply's XML
+    turn_id INTEGER,                -- the question it answers, NULL for anything else
+    delivered TEXT,                 -- attempt that took text of the answer, NULL: none did
+    unread INTEGER                  -- part offered because the reply came early
+) STRICT, WITHOUT ROWID;
+CREATE INDEX reply_by_time ON reply (created);
+CREATE INDEX reply_by_openid ON reply (openid);
+CREATE TRIGGER turn_replied AFTER INSERT ON reply WHEN NEW.turn_id IS NOT NULL BEGIN
+    UPDATE turn SET replied = 1, delivered = NEW.delivered, unread = NEW.unread
+    WHERE id = NEW.turn_id;
+END;
+
+CREATE TABLE history_link (
+    key TEXT PRIMARY KEY,
+    openid TEXT NOT NULL,
+    expires_at REAL NOT NULL        -- a newer link of the same subscriber ends this one
+) STRICT, WITHOUT ROWID;
+CREATE INDEX history_link_by_openid ON history_link (openid);
+
+CREATE TABLE forget_request (
+    openid TEXT PRIMARY KEY,
+    asked_at REAL NOT NULL
+) STRICT, WITHOUT ROWID;
+
+-- One row: what must outlive the process about the platform's clock.
+CREATE TABLE platform (
+    id INTEGER PRIMARY KEY CHECK (id = 1),
+    newest_push INTEGER NOT NULL    -- newest timestamp of a signed push
+) STRICT;
+INSERT INTO platform (id, newest_push) VALUES (1, 0);

@@ -1,0 +1,3691 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "aiohttp~=3.14",
+#     "aiosqlite~=0.22.1",
+#     "xmltodict~=1.0",
+#     "cryptography>=46",
+#     "markdown-it-py~=4.3",
+# ]
+# ///
+"""wxgpt: subscribers of a WeChat Official Account talk with a chat model.
+
+WeChat posts each message as XML, waits five seconds, hangs up and posts the same
+message again: three attempts in all, and the answer to one of them is the only way to
+say anything. Models often need longer. So the first request of a message starts one
+task, every request of that message waits for it, and the last one leaves in time with
+what is written so far, a tap for the rest, and a link to a page that goes on live.
+
+The path of a message, always upwards in this file:
+
+    receive_message -> is_signed -> parse_message -> reply_to -> render_text_reply
+                                                        |  waits for
+    in the message's task:   write_answer -> a command, a part, or accept_question
+    in the question's task:  converse -> chat_messages -> ChatClient.stream
+                             -> Answer.append -> Store.finish_turn
+
+A request only waits and a task only writes; they meet in a Delivery (the attempts of
+one message and the one reply they all get) and in an Answer (what the model writes for
+one question). No request does work that must outlive its connection.
+
+In memory: deliveries of the last minute, answers being written, who waits in which
+order. In SQLite: sessions, questions with their answers, parts, decided replies; a
+question is stored before the model is asked, a reply before it is sent, and what a
+killed process left unfinished is asked again by the next one.
+
+Sections: 1 constants and texts, 2 configuration, 3 WeChat protocol, text, 4 store,
+5 chat API, 6 answers in progress, 7 services, 8 commands, 9 the path of a message,
+10 pages, 11 HTTP handlers, 12 the owner's commands, 13 application.
+
+Vocabulary: openid (a subscriber of this account), MsgId (a message; the same on every
+attempt), attempt, passive reply, session, turn (a question and its answer), part (one
+reply's worth of a long answer), delta (a piece of a streamed answer).
+
+Run `python wxgpt.py demo` to try it, `python wxgpt.py --config wxgpt.toml` to serve.
+"""
+
+import argparse
+import asyncio
+import collections
+import contextlib
+import datetime
+import functools
+import hashlib
+import hmac
+import html
+import json
+import logging
+import os
+import pathlib
+import random
+import re
+import secrets
+import signal
+import socket
+import sqlite3
+import string
+import sys
+import time
+import tomllib
+import types
+import typing
+import unicodedata
+import urllib.parse
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import MISSING, dataclass, field, fields, replace
+from xml.parsers.expat import ExpatError
+
+import aiohttp
+import aiosqlite
+import xmltodict
+from aiohttp import web
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+VERSION = "0.1.0"
+log = logging.getLogger("wxgpt")
+
+
+# ---------------------------------------------------------------------------
+# 1. Constants and texts
+#
+# What the platform fixes, with where that is known from, and every line that a
+# subscriber can read.
+# ---------------------------------------------------------------------------
+
+ATTEMPTS = 3  # requests per message; the documents say "三次重试", practice is 3 in all
+ATTEMPT_SECONDS = 5.0  # "五秒内" in 被动回复用户消息, developers.weixin.qq.com
+REPLY_BYTES = 1800  # undocumented; reports of refused texts begin at 1884 bytes
+BODY_BYTES = 64 * 1024  # far above the largest push
+SIGNATURE_SECONDS = 600  # how far a push's timestamp may be off
+HOLD_SECONDS = 3.0  # an attempt that ran over is held so long, then its line is cut
+REPLY_HOURS = 24  # a later copy of a message gets the very same reply for so long
+GRACE_SECONDS = 4.0  # what running answers get at a shutdown
+RESUME_SECONDS = 600  # questions older than that are not asked again after a crash
+ASKINGS = 3  # processes that may take one question to the upstream: once, twice again
+SAVE_SECONDS = 1.0  # text so far is stored so often
+LOOK_BYTES = 200  # a growing answer is measured again after so many more bytes
+LAPSE_SECONDS = 24 * 3600  # a session that ran out is mentioned for so long
+REPEAT_SECONDS = 60  # the same question again within this time joins the first
+RECENT_SECONDS = 3600  # 继续 outside a session looks back so far
+FORGET_SECONDS = 300  # 确认删除 counts for so long
+BEIJING = datetime.timezone(datetime.timedelta(hours=8))
+
+# WeChat sends stickers as text with one of these (seen in many projects' reports).
+STICKER_TEXTS = ("【收到不支持的消息类型，暂无法显示】", "[Unsupported Message]")
+
+# What XML 1.0 cannot carry, lone surrogates included; WeChat shows a fault for it.
+ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Every line a subscriber can read; `[texts]` changes them by name."""
+
+    opened: str = (
+        "你好，我是 {assistant}，直接发消息就能聊。{minutes} 分钟没有新消息，对话自动结束。\n"
+        "/stop 结束　/clear 换个话题\n/history 记录　/help 用法\n\n"
+        "回答由 AI 生成。消息会发给模型服务商，并保存在本服务器；/forget 可以全部删除。"
+    )
+    still_open: str = "对话正开着，直接发消息就好。"
+    cleared: str = "好，换个话题。之前的内容不再带入。"
+    stopped: str = "对话结束了。再聊发 {tap}"
+    no_session: str = "现在没有对话。发 {tap} 开始。"
+    session_ended: str = "会话已结束，这个问题没有提问。"
+    session_lapsed: str = "会话已结束。{tap} 会带着刚才的话题回答「{question}」。"
+    history: str = "你的聊天记录（{minutes} 分钟内有效，只给自己看）：\n{page}"
+    help: str = (
+        "{assistants}\n/stop 结束对话\n/clear 换个话题\n/history 聊天记录\n"
+        "/forget 删除我的全部记录\n/help 用法\n\n回答很长或很慢时，回复「继续」接着看。"
+    )
+    help_assistant: str = "{tap} 和 {assistant} 聊天"
+    forget_ask: str = "将删除你的全部对话和链接，不能恢复。{minutes} 分钟内点 {tap}"
+    forgotten: str = "已全部删除。"
+    forget_late: str = "已过时限，没有删除。需要的话请再发 /forget"
+    more: str = "还有下文：{tap}｜{page}"
+    thinking: str = "还在想「{question}」，已 {seconds} 秒。\n稍等点 {tap}｜{page}"
+    queued: str = "「{question}」排在前一个问题后面，答完就轮到它。\n稍后点 {tap}｜{page}"
+    unread: str = "「{question}」也答好了：{tap}"
+    anew: str = "（上次没能写完，这是重新写的回答）"
+    no_more: str = "这个回答已经全部发给你了。"
+    no_part: str = "没有找到「继续{number}」，它可能已被删除。"
+    no_retry: str = "没有找到要重试的问题。"
+    too_many: str = "前面还有 {count} 个问题没答完，请等一等再问。"
+    unsupported: str = "现在只看得懂文字，请打字告诉我。"
+    trouble: str = "服务器这会儿有点忙，请过一会儿再发一次。"
+    failed_slow: str = "模型太久没有回应。{tap}"
+    failed_unreachable: str = "暂时连不上模型。{tap}"
+    failed_busy: str = "模型这会儿太忙。{tap}"
+    failed_setup: str = "模型服务需要管理员处理一下，请稍后再来。{tap}"
+    failed_refused: str = "模型不愿回答这个问题，换个说法试试吧。"
+    failed_long: str = "这段对话太长，模型放不下了。发 /clear 换个话题，或把问题缩短。"
+    failed_empty: str = "模型什么也没写出来。{tap}"
+    failed_broken: str = "回答中断了。{tap}"
+    failed_given_up: str = "服务器中途重启，这个问题没能答完。{tap}"
+    cut_short: str = "（回答到了长度上限，可以问「接着说」）"
+    word_page: str = "网页看全文"
+    word_typeset: str = "看排版"
+    word_history: str = "打开聊天记录"
+    word_retry: str = "重试"
+    word_resume: str = "接着问"
+    word_forget: str = "确认删除"
+    page_notice: str = "内容由 AI 生成，请自行核实"
+    page_waiting: str = "正在想…"
+    page_history: str = "聊天记录"
+    page_private: str = "只给自己看，请勿转发此链接"
+    page_empty: str = "还没有聊天记录。"
+    page_older: str = "更早的记录"
+    page_missing: str = "没有这个页面。请检查链接是否完整。"
+    page_expired: str = "链接已过期。回到公众号发 /history 可以拿到新的。"
+
+
+WELCOME = "欢迎关注！发 /chatgpt 就能和 AI 聊天，发 /help 看用法。"
+DEFAULT_PROMPT = (
+    "你在微信里和人聊天。用对方的语言，先给结论，一般不超过 200 字，需要时再展开。"
+    "少用标题和表格，公式用普通文字写。"
+)
+
+
+# ---------------------------------------------------------------------------
+# 2. Configuration
+#
+# One TOML file. A setting is one field: its type, default, bounds and comment stand
+# together, and the file is checked against the fields.
+# ---------------------------------------------------------------------------
+
+
+class ConfigError(Exception):
+    """A setting that cannot be used; the text is the one line an owner reads."""
+
+
+def setting(
+    default: object,
+    comment: str,
+    low: float | None = None,
+    high: float | None = None,
+    secret: bool = False,
+) -> typing.Any:
+    """Return the dataclass field of one setting; MISSING as default: required."""
+    meta = {"comment": comment, "low": low, "high": high, "secret": secret}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """Where to listen."""
+
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(8080, "port to listen on; 0: any free one", 0, 65535)
+    path: str = setting("/wechat", "path of WeChat's URL, with or without a slash behind")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeChatSettings:
+    """The account, and the platform's timing."""
+
+    token: str = setting(MISSING, "the token typed into WeChat's console", secret=True)
+    app_id: str = setting("", "AppID; together with aes_key: safe mode")
+    aes_key: str = setting("", "EncodingAESKey, 43 characters", secret=True)
+    attempt_timeout: float = setting(
+        ATTEMPT_SECONDS, "seconds WeChat waits for each attempt", 0.2, 60
+    )
+    attempts: int = setting(ATTEMPTS, "requests WeChat makes for one message", 1, 10)
+    reply_margin: float = setting(
+        0.8, "a reply that cannot wait leaves so many seconds before the end", 0, 30
+    )
+    mute_guard: int = setting(
+        30, "attempts that may run over in five minutes; 0: none", 0, 1_000_000
+    )
+    picture_hosts: tuple[str, ...] = setting(
+        ("mmbiz.qpic.cn", "mmecoa.qpic.cn", "wx.qlogo.cn"),
+        "hosts that pictures may be fetched from",
+    )
+
+    @property
+    def margin(self) -> float:
+        """Return reply_margin in seconds, at most half of an attempt."""
+        return min(self.reply_margin, self.attempt_timeout / 2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AssistantSettings:
+    """One assistant: an OpenAI-compatible chat API and how to ask it."""
+
+    base_url: str = setting("https://api.openai.com/v1", "base URL of the chat API")
+    api_key: str = setting(MISSING, "key of the chat API", secret=True)
+    model: str = setting("gpt-6-luna", "name of the model")
+    system_prompt: str = setting(DEFAULT_PROMPT, "system prompt; empty: none")
+    proxy: str = setting("", "http, https or socks proxy towards the API", secret=True)
+    extra: dict = setting({}, "table merged into the request body")
+    first_token_timeout: float = setting(60.0, "seconds to the first token", 0.05, 3600)
+    idle_timeout: float = setting(60.0, "seconds between tokens", 0.05, 3600)
+    timeout: float = setting(240.0, "seconds for one answer in all", 0.05, 86400)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionSettings:
+    """How long a conversation lasts, and how much of it the model gets."""
+
+    ttl: float = setting(300.0, "idle seconds until a session ends", 1, 31_536_000)
+    context_chars: int = setting(
+        12000, "characters of the conversation sent along", 0, 10_000_000
+    )
+    auto_open: bool = setting(False, "any text opens the first assistant")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitSettings:
+    """What strangers may cost."""
+
+    questions_per_day: int = setting(
+        100, "per subscriber and Beijing day; 0: no limit", 0, 1_000_000_000
+    )
+    all_per_day: int = setting(
+        2000, "of all together per Beijing day; 0: no limit", 0, 1_000_000_000
+    )
+    question_chars: int = setting(2000, "longest question", 1, 1_000_000)
+    waiting: int = setting(3, "questions one subscriber may have unanswered", 1, 1000)
+    at_once: int = setting(64, "upstream calls at one time", 1, 1_000_000)
+    allow: tuple[str, ...] = setting((), "openids: only these")
+    deny: tuple[str, ...] = setting((), "openids: never these")
+    blocked_words: str = setting("", "a file, one word a line")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplySettings:
+    """Replies that no model writes."""
+
+    subscribe: str = setting(WELCOME, "on following; empty: silence")
+    outside: str = setting("", "to text outside a session; empty: silence")
+    label: str = setting("（AI 生成）", "ends every part of a model's text; empty: none")
+    keywords: dict[str, str] = setting({}, "exact text = reply, outside a session")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HistorySettings:
+    """How long things can be read."""
+
+    link_hours: float = setting(72.0, "hours an answer's link works", 0.0001, 876_000)
+    history_minutes: float = setting(
+        120.0, "minutes a history link works", 0.001, 52_560_000
+    )
+    keep_days: float = setting(0.0, "days until deletion; 0: never", 0, 36_500)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatabaseSettings:
+    """Where everything is kept."""
+
+    path: str = setting("", "file; empty: wxgpt.db in the state directory")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """All settings, checked; `load_config` makes it."""
+
+    public_url: str = setting(MISSING, "how a subscriber's phone reaches this server")
+    server: ServerSettings = field(default_factory=ServerSettings)
+    wechat: WeChatSettings = field(default=MISSING)
+    assistants: dict[str, AssistantSettings] = field(default=MISSING)
+    session: SessionSettings = field(default_factory=SessionSettings)
+    limits: LimitSettings = field(default_factory=LimitSettings)
+    replies: ReplySettings = field(default_factory=ReplySettings)
+    texts: Texts = field(default_factory=Texts)
+    history: HistorySettings = field(default_factory=HistorySettings)
+    database: DatabaseSettings = field(default_factory=DatabaseSettings)
+
+
+ACCEPTED = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    dict: "a table",
+    tuple[str, ...]: "a list of texts",
+    dict[str, str]: "a table of texts",
+}
+
+
+def accepted(kind: object, low: float | None, high: float | None) -> str:
+    """Return in words what a setting accepts."""
+    if low is None:
+        return ACCEPTED[kind]
+    return f"{ACCEPTED[kind]} from {low:g} to {high:g}"
+
+
+def is_kind(value: object, kind: object) -> bool:
+    """Say whether a TOML value has the type of its field."""
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind == tuple[str, ...]:
+        return isinstance(value, list) and all(isinstance(v, str) for v in value)
+    if kind == dict[str, str]:
+        values = value.values() if isinstance(value, dict) else [None]
+        return all(isinstance(v, str) for v in values)
+    return isinstance(value, kind)
+
+
+def checked(value: object, entry: typing.Any, name: str) -> object:
+    """Return the value of one setting as its type; raise ConfigError."""
+    low, high = entry.metadata.get("low"), entry.metadata.get("high")
+    if is_kind(value, entry.type):
+        value = tuple(value) if entry.type == tuple[str, ...] else value
+        value = float(value) if entry.type is float else value
+        if low is None or low <= value <= high:
+            return value
+    found = "a secret of another kind" if entry.metadata.get("secret") else repr(value)
+    raise ConfigError(f"{name}: found {found}, accepted is {accepted(entry.type, low, high)}")
+
+
+def read_table(kind: type, table: object, name: str) -> typing.Any:
+    """Return a TOML table as its settings class; raise ConfigError."""
+    if not isinstance(table, dict):
+        raise ConfigError(f"{name}: found {table!r}, accepted is a table")
+    known = {entry.name: entry for entry in fields(kind)}
+    for key in table:
+        if key not in known:
+            raise ConfigError(
+                f"{name}.{key}: unknown setting, accepted are {', '.join(known)}"
+            )
+    values = {
+        key: checked(value, known[key], f"{name}.{key}") for key, value in table.items()
+    }
+    for key, entry in known.items():
+        if key not in values and entry.default is entry.default_factory is MISSING:
+            wanted = accepted(entry.type, None, None)
+            raise ConfigError(f"{name}.{key}: found nothing, accepted is {wanted}")
+    return kind(**values)
+
+
+def read_assistants(table: object, environ: typing.Mapping[str, str]) -> dict:
+    """Return the assistants by name, `chatgpt` filled up from the environment."""
+    if not isinstance(table, dict):
+        raise ConfigError(f"assistants: found {table!r}, accepted is a table of tables")
+    table = {"chatgpt": {}, **table} if environ.get("OPENAI_API_KEY") else dict(table)
+    if "chatgpt" not in table:
+        raise ConfigError("assistants.chatgpt: found nothing, accepted is a table")
+    if isinstance(table["chatgpt"], dict):
+        given = {"api_key": "OPENAI_API_KEY", "base_url": "OPENAI_BASE_URL"}
+        filled = {k: environ[v] for k, v in given.items() if environ.get(v)}
+        table["chatgpt"] = filled | table["chatgpt"]
+    return {
+        name: read_table(AssistantSettings, one, f"assistants.{name}")
+        for name, one in table.items()
+    }
+
+
+def placeholders(text: str) -> set[str]:
+    """Return the names in braces; raise ValueError for a broken one."""
+    return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+
+
+def read_texts(table: object) -> Texts:
+    """Return the texts, each with no other placeholders than its default has."""
+    texts = read_table(Texts, table, "texts")
+    for entry in fields(Texts):
+        allowed = placeholders(entry.default)
+        try:
+            strange = placeholders(getattr(texts, entry.name)) - allowed
+        except ValueError as error:
+            raise ConfigError(f"texts.{entry.name}: {error}") from None
+        if strange:
+            names = ", ".join(f"{{{name}}}" for name in sorted(allowed)) or "none"
+            raise ConfigError(
+                f"texts.{entry.name}: found {{{strange.pop()}}}, accepted are {names}"
+            )
+    return texts
+
+
+def check_values(config: Config) -> Config:
+    """Return the configuration, tidied; raise ConfigError for what cannot work."""
+    url = config.public_url.rstrip("/")
+    if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", url):
+        raise ConfigError(
+            f"public_url: found {config.public_url!r}, accepted is http:// or https://"
+            " with a host"
+        )
+    if not re.fullmatch(r"(/[\w.~-]+)+/?", config.server.path):
+        raise ConfigError(
+            f"server.path: found {config.server.path!r}, accepted is a path such as /wechat"
+        )
+    if not re.fullmatch(r"[A-Za-z0-9]{3,32}", config.wechat.token):
+        raise ConfigError(
+            "wechat.token: found something else, accepted are 3 to 32 letters and digits"
+        )
+    for name, assistant in config.assistants.items():
+        check_assistant(f"assistants.{name}", name, assistant)
+    return replace(config, public_url=url)
+
+
+def check_assistant(where: str, name: str, assistant: AssistantSettings) -> None:
+    """Raise ConfigError for an assistant that could never be asked."""
+    if not name or re.search(r"[\s/]", name):
+        raise ConfigError(f"{where}: found {name!r}, accepted is a name without spaces")
+    if not re.match(r"https?://[^/]", assistant.base_url.strip()):
+        raise ConfigError(
+            f"{where}.base_url: found {assistant.base_url!r}, accepted is a http(s) URL"
+        )
+    if not assistant.api_key.strip():
+        raise ConfigError(f"{where}.api_key: found nothing, accepted is the API's key")
+    if assistant.proxy and not re.match(r"(https?|socks[45]h?)://", assistant.proxy):
+        raise ConfigError(f"{where}.proxy: accepted is an http, https or socks URL")
+    for key in ("model", "messages", "stream"):
+        if key in assistant.extra:
+            raise ConfigError(f"{where}.extra.{key}: found, but wxgpt sets it itself")
+
+
+def database_path(config: Config, environ: typing.Mapping[str, str]) -> Config:
+    """Return the configuration with the database's default path filled in."""
+    if config.database.path:
+        return config
+    state = environ.get("STATE_DIRECTORY", "").split(":")[0]
+    if not state and os.path.isdir("/var/lib/wxgpt"):
+        state = "/var/lib/wxgpt"
+    path = str(pathlib.Path(state or ".") / "wxgpt.db")
+    return replace(config, database=DatabaseSettings(path=path))
+
+
+def load_config(
+    path: str | os.PathLike, environ: typing.Mapping[str, str] = types.MappingProxyType({})
+) -> Config:
+    """Return the checked settings of a TOML file; raise ConfigError with one line."""
+    try:
+        table = tomllib.loads(pathlib.Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+    values = {}
+    for entry in fields(Config):
+        given = table.pop(entry.name, {} if entry.name != "public_url" else "")
+        if entry.name == "assistants":
+            values[entry.name] = read_assistants(given, environ)
+        elif entry.name == "texts":
+            values[entry.name] = read_texts(given)
+        elif entry.name == "public_url":
+            values[entry.name] = checked(given, entry, entry.name)
+        else:
+            values[entry.name] = read_table(entry.type, given, entry.name)
+    if table:
+        raise ConfigError(f"{next(iter(table))}: unknown setting")
+    return database_path(check_values(Config(**values)), environ)
+
+
+def effective(config: Config) -> Iterator[str]:
+    """Yield the settings as lines for the log, secrets masked, long texts left out."""
+    yield f"public_url={config.public_url}"
+    tables = {entry.name: getattr(config, entry.name) for entry in fields(Config)}
+    for name, one in config.assistants.items():
+        tables[f"assistants.{name}"] = one
+    for name, table in tables.items():
+        if name in ("public_url", "assistants", "texts", "replies"):
+            continue
+        shown = [
+            f"{e.name}={'***' if e.metadata['secret'] and value else value!r}"
+            for e in fields(table)
+            if (value := getattr(table, e.name)) != DEFAULT_PROMPT
+        ]
+        yield f"[{name}] {' '.join(shown)}"
+
+
+# ---------------------------------------------------------------------------
+# 3. WeChat protocol
+#
+# Signatures, pushes and replies: bytes to records and back, no I/O. Facts are from
+# developers.weixin.qq.com, 消息与事件推送 and 被动回复用户消息.
+# ---------------------------------------------------------------------------
+
+
+class BadMessage(Exception):
+    """A signed body that cannot be read; answered `success`, so that it stops coming."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One push of WeChat: what a subscriber sent, or an event."""
+
+    openid: str  # FromUserName; the query's openid is not covered by the signature
+    account: str  # ToUserName
+    msg_type: str  # in lower case
+    created: int  # CreateTime, whole seconds, the same on every attempt
+    msg_id: str = ""  # none on events
+    content: str = ""
+    event: str = ""  # in lower case
+    event_key: str = ""
+    picture_url: str = ""
+
+    @property
+    def key(self) -> str:
+        """Return what is the same on every attempt of this message and on no other."""
+        if self.msg_id:
+            return f"{self.openid} {self.msg_id}"
+        return f"{self.openid} {self.created} {self.event} {self.event_key}"
+
+    @property
+    def short(self) -> str:
+        """Return how the log names this message: MsgId or event, and a piece of openid."""
+        return f"msg={self.msg_id or self.event or '-'} from={self.openid[:8]}"
+
+
+def is_signed(token: str, signature: str, *values: str) -> bool:
+    """Say whether WeChat signed the values (消息与事件推送: sorted, joined, SHA-1)."""
+    joined = b"".join(sorted(v.encode("utf-8", "replace") for v in (token, *values)))
+    expected = hashlib.sha1(joined).hexdigest()
+    return hmac.compare_digest(expected.encode(), signature.encode("utf-8", "replace"))
+
+
+def read_xml(body: bytes) -> dict:
+    """Return the fields of a push; raise BadMessage."""
+    try:
+        tree = xmltodict.parse(body)
+    except (ExpatError, ValueError):
+        # Control characters that a subscriber pasted reach us as they are.
+        try:
+            tree = xmltodict.parse(ILLEGAL.sub("", body.decode("utf-8", "ignore")))
+        except (ExpatError, ValueError) as error:
+            raise BadMessage(f"not readable as XML: {error}") from None
+    root = tree.get("xml")
+    if not isinstance(root, dict):
+        raise BadMessage("no fields inside <xml>")
+    return root
+
+
+def parse_message(body: bytes) -> Message:
+    """Return the message of a push in plain mode; raise BadMessage."""
+    root = read_xml(body)
+
+    def text(name: str) -> str:
+        value = root.get(name)
+        return value if isinstance(value, str) else ""
+
+    openid, account = text("FromUserName"), text("ToUserName")
+    if not openid or not account or not text("MsgType"):
+        raise BadMessage("no FromUserName, ToUserName or MsgType")
+    created = text("CreateTime")
+    return Message(
+        openid=openid,
+        account=account,
+        msg_type=text("MsgType").lower(),
+        created=int(created) if re.fullmatch(r"[0-9]{1,12}", created) else 0,
+        msg_id=text("MsgId"),
+        content=text("Content"),
+        event=text("Event").lower(),
+        event_key=text("EventKey"),
+        picture_url=text("PicUrl"),
+    )
+
+
+def cdata(text: str) -> str:
+    """Return text as XML character data that WeChat's parser reads."""
+    clean = ILLEGAL.sub("", text).replace("]]>", "]]]]><![CDATA[>")
+    return f"<![CDATA[{clean}]]>"
+
+
+def render_text_reply(message: Message, content: str, created: int) -> bytes:
+    """Return the passive reply's body: XML, or `success` for an empty content."""
+    if not content:
+        return b"success"  # an empty Content would show the fault text
+    return (
+        f"<xml><ToUserName>{cdata(message.openid)}</ToUserName>"
+        f"<FromUserName>{cdata(message.account)}</FromUserName>"
+        f"<CreateTime>{created}</CreateTime>"
+        f"<MsgType><![CDATA[text]]></MsgType>"
+        f"<Content>{cdata(content)}</Content></xml>"
+    ).encode()
+
+
+# ---------------------------------------------------------------------------
+# 3. Text
+#
+# A model writes Markdown, WeChat shows plain text of at most 1800 bytes. An answer is
+# cut in the Markdown, since the plain text of a growing prefix changes as it grows and
+# that of a slice does not; each part is the plain text of its own slice.
+# ---------------------------------------------------------------------------
+
+MARKDOWN = MarkdownIt("commonmark", {"html": False, "breaks": True})
+MARKDOWN.enable(["table", "strikethrough"])
+# Indented text is never meant as code by a model, and a slice may begin indented.
+MARKDOWN.disable("code")
+
+
+def size_of(text: str) -> int:
+    """Return the bytes WeChat counts: UTF-8."""
+    return len(text.encode())
+
+
+def harmless(text: str) -> str:
+    """Return text in which nothing is a link for WeChat: only our own are."""
+    return re.sub(r"<(?=/?a)", "<\u200b", text, flags=re.IGNORECASE)
+
+
+def tap_link(words: str, content: str = "") -> str:
+    """Return a link that sends `content` (or the words) as the subscriber's message.
+
+    Android decodes the content twice and needs a non-empty id; so it stays plain.
+    """
+    sent = re.sub(r"[^\w()./_-]", "", content or words)
+    return f'<a href="weixin://bizmsgmenu?msgmenucontent={sent}&msgmenuid=1">{words}</a>'
+
+
+def web_link(words: str, url: str) -> str:
+    """Return a link that opens a page."""
+    return f'<a href="{url}">{words}</a>'
+
+
+class PlainText:
+    """Writes the tokens of one Markdown text as lines of plain text.
+
+    A method per token type; a type without one writes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.prefixes: list[str] = []  # of the quotes and list items around
+        self.marker: str | None = None  # of the list item that has no line yet
+        self.counters: list[int | None] = []  # next number of each list; None: bullets
+        self.cells: list[str] | None = None  # of the table row being read
+
+    def write(self, tokens: list[Token]) -> str:
+        """Return the text of the tokens."""
+        for token in tokens:
+            method = getattr(self, token.type, None)
+            if method:
+                method(token)
+        text = re.sub(r"\n{3,}", "\n\n", "\n".join(self.lines))
+        return text.strip("\n ")
+
+    def put(self, text: str) -> None:
+        for line in text.split("\n"):
+            prefix = "".join(self.prefixes)
+            if self.marker is not None:
+                prefix = "".join(self.prefixes[:-1]) + self.marker
+                self.marker = None
+            self.lines.append((prefix + line).rstrip())
+
+    def inline(self, token: Token) -> None:
+        text = inline_text(token.children or [])
+        if self.cells is not None:
+            self.cells.append(text.replace("\n", " "))
+        else:
+            self.put(text)
+
+    def paragraph_close(self, token: Token) -> None:
+        if not token.hidden:
+            self.lines.append("")
+
+    def heading_close(self, token: Token) -> None:
+        self.lines.append("")
+
+    def fence(self, token: Token) -> None:
+        self.put(token.content.rstrip("\n"))
+        self.lines.append("")
+
+    def hr(self, token: Token) -> None:
+        self.put("———")
+        self.lines.append("")
+
+    def bullet_list_open(self, token: Token) -> None:
+        self.counters.append(None)
+
+    def ordered_list_open(self, token: Token) -> None:
+        self.counters.append(int(token.attrGet("start") or 1))
+
+    def bullet_list_close(self, token: Token) -> None:
+        self.counters.pop()
+        if not self.counters:
+            self.lines.append("")
+
+    ordered_list_close = bullet_list_close
+
+    def list_item_open(self, token: Token) -> None:
+        number = self.counters[-1]
+        self.marker = "• " if number is None else f"{number}. "
+        if number is not None:
+            self.counters[-1] = number + 1
+        self.prefixes.append("  ")
+
+    def list_item_close(self, token: Token) -> None:
+        if self.marker is not None:
+            self.put("")
+        self.prefixes.pop()
+
+    def blockquote_open(self, token: Token) -> None:
+        self.prefixes.append("> ")
+
+    def blockquote_close(self, token: Token) -> None:
+        self.prefixes.pop()
+        self.lines.append("")
+
+    def tr_open(self, token: Token) -> None:
+        self.cells = []
+
+    def tr_close(self, token: Token) -> None:
+        self.put(" | ".join(self.cells or []))
+        self.cells = None
+
+    def table_close(self, token: Token) -> None:
+        self.lines.append("")
+
+
+def inline_text(children: list[Token]) -> str:
+    """Return the words of inline tokens; a link keeps its address behind its label."""
+    out: list[str] = []
+    links: list[tuple[int, str]] = []  # where the label begins, the address
+    for child in children:
+        if child.type in ("softbreak", "hardbreak"):
+            out.append("\n")
+        elif child.type == "link_open":
+            links.append((len(out), str(child.attrGet("href") or "")))
+        elif child.type == "link_close":
+            begin, address = links.pop()
+            if address not in ("".join(out[begin:]), ""):
+                out.append(f" ({urllib.parse.unquote(address)})")
+        else:
+            out.append(child.content)
+    return "".join(out)
+
+
+def plain_text(markdown: str, opener: str = "") -> str:
+    """Return Markdown as plain text without links.
+
+    `opener` puts a slice back into the fence or table that is open where it begins.
+    """
+    text = PlainText().write(MARKDOWN.parse(opener + markdown))
+    if opener.startswith("|"):
+        text = text.partition("\n")[2].lstrip("\n")  # the header was in a part before
+    return harmless(text)
+
+
+FENCE = re.compile(r" {0,3}(`{3,}|~{3,})([^\n]*)")
+TABLE_RULE = re.compile(r" {0,3}\|?[ :|-]*-[ :|-]*\|[ :|-]*")
+
+
+def open_block(markdown: str, offset: int) -> str:
+    """Return the lines that open the fence or table around an offset, or ''."""
+    fence, table, above = "", "", ""
+    for line in markdown[:offset].split("\n")[:-1]:
+        mark = FENCE.fullmatch(line)
+        if fence:
+            closes = mark and mark[1].startswith(fence) and not mark[2].strip()
+            fence = "" if closes else fence
+        elif mark and "`" not in mark[2]:
+            fence, table = mark[1], ""
+        elif TABLE_RULE.fullmatch(line) and "|" in above:
+            columns = line.strip().strip("|").count("|") + 1
+            table = "|" + " |" * columns + "\n" + "|" + "-|" * columns + "\n"
+        elif not line.strip():
+            table = ""
+        above = line
+    return f"{fence}\n" if fence else table
+
+
+SENTENCE_END = re.compile(r"[。！？!?…]+[”’」』）)】*_`]*\s*|\.(?=\s)\s*|\n+")
+PARAGRAPH_END = re.compile(r"\n[ \t]*\n+")
+# A cut inside one of these would tear it: links, emphasis, code, addresses; also what
+# is opened on the last line and not closed yet.
+WHOLE = re.compile(
+    r"!?\[[^\[\]\n]{0,300}\]\([^()\s]{0,1000}\)|https?://[^\s<>，。）」]+|`[^`\n]+`"
+    r"|\*\*[^*\n]+\*\*|(?<![*\w])\*[^*\s][^*\n]*\*|~~[^~\n]+~~|\\\(.+?\\\)|\$[^$\n]+\$"
+    r"|(?:\*\*[^*\n]*|~~[^~\n]*|`[^`\n]*|\[[^\[\]\n]*)\Z"
+)
+
+
+def last_end(pattern: re.Pattern, text: str, low: int, high: int, whole: list) -> int:
+    """Return the last end of a match between the offsets, outside of what is whole."""
+    for match in reversed(list(pattern.finditer(text, max(0, low - 1), high))):
+        end = match.end()
+        if low <= end and not any(a < end < b for a, b in whole):
+            return end
+    return 0
+
+
+def nearest_cut(markdown: str, most: int) -> int:
+    """Return the best offset to cut at, at most `most`: paragraph, sentence, character."""
+    whole = [match.span() for match in WHOLE.finditer(markdown[: most + 200])]
+    best = last_end(PARAGRAPH_END, markdown, most * 3 // 5, most, whole)
+    best = best or last_end(SENTENCE_END, markdown, most // 3, most, whole)
+    if best:
+        return best
+    for begin, end in whole:
+        if most // 3 < begin < most < end:
+            return begin
+    while most > 1 and joins(markdown[most : most + 1], markdown[most - 1]):
+        most -= 1
+    return most
+
+
+def joins(after: str, before: str) -> bool:
+    """Say whether two characters make one sign: accents, emoji sequences, CRLF."""
+    return bool(after) and (
+        unicodedata.combining(after) > 0
+        or after in "\u200d\ufe0e\ufe0f\u20e3"
+        or "\U0001f3fb" <= after <= "\U0001f3ff"
+        or before == "\u200d"
+        or (before, after) == ("\r", "\n")
+    )
+
+
+def cut_markdown(markdown: str, room: int, opener: str = "") -> int:
+    """Return how many characters of the Markdown make one part of at most `room` bytes.
+
+    All of them when they fit; never none of a text that is not empty.
+    """
+    limit, most = room, 0
+    for _ in range(4):  # plain text is mostly shorter than its Markdown: feel forward
+        most = len(markdown.encode()[:limit].decode(errors="ignore"))
+        size = size_of(plain_text(markdown[:most], opener))
+        if size <= room and (most == len(markdown) or room - size < 60):
+            break
+        limit += room - size
+    if most == len(markdown) and size_of(plain_text(markdown, opener)) <= room:
+        return most
+    cut = nearest_cut(markdown, max(1, most))
+    while cut > 1 and size_of(plain_text(markdown[:cut], opener)) > room:
+        cut = nearest_cut(markdown, cut * 7 // 8)
+    return cut
+
+
+def finished_sentences(markdown: str, room: int, opener: str = "") -> int:
+    """Return how much of a growing text can be shown at once, up to a sentence end.
+
+    0 when too little is written; a long run without any end is cut like a part.
+    """
+    most = cut_markdown(markdown, room, opener)
+    whole = [match.span() for match in WHOLE.finditer(markdown[: most + 200])]
+    end = last_end(SENTENCE_END, markdown, 1, most, whole)
+    if not markdown[:end].strip():
+        end = nearest_cut(markdown, most) if most > 200 else 0
+    return end if plain_text(markdown[:end], opener) else 0
+
+
+def is_typeset(markdown: str) -> bool:
+    """Say whether an answer looks better on its page: fences, tables, formulas."""
+    return bool(re.search(r"^ {0,3}(```|~~~)|^\|?.*-\|-|\\\(|\\\[|\$\$", markdown, re.M))
+
+
+def excerpt(text: str, length: int = 12) -> str:
+    """Return the first characters of a question in one line, harmless."""
+    line = " ".join(text.split())
+    return harmless(line if len(line) <= length else line[:length] + "…")
+
+
+# ---------------------------------------------------------------------------
+# 4. Store
+#
+# SQLite behind one aiosqlite connection in autocommit. A hop to its thread costs ten
+# times the statement, so a step is one statement where it can be; triggers in
+# schema.sql keep what always goes along. Every write takes the lock: all coroutines
+# share the connection, and a stranger's statement inside a transaction would be lost
+# with it.
+# ---------------------------------------------------------------------------
+
+SCHEMA = pathlib.Path(__file__).with_name("schema.sql")
+
+
+class StoreError(Exception):
+    """A database that cannot be used; the text is the one line an owner reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A subscriber's open conversation with one assistant."""
+
+    id: int
+    openid: str
+    assistant: str
+    last_at: float  # Unix seconds
+    busy: bool  # a question of it is unanswered, so it does not end by itself
+    lapsed_text: str | None = None  # what was said first after it ran out
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One question and its answer, as stored."""
+
+    id: int
+    session_id: int
+    openid: str
+    msg_key: str
+    link_key: str
+    question: str
+    answer: str
+    generation: int
+    state: str
+    reason: str | None
+    asked: int
+    created_at: float
+    finished_at: float | None
+    model: str | None
+    assistant: str
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A numbered part of a long answer; `reply` is what was sent of it, if it was."""
+
+    number: int
+    turn_id: int
+    start: int
+    generation: int
+    reply: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The decided reply of a message key, with all that is stored along with it."""
+
+    key: str
+    openid: str
+    content: str  # '' is `success`
+    created: int  # CreateTime
+    turn_id: int | None = None  # the question whose own reply this is
+    delivered: str | None = None  # the attempt, when it carries text of the answer
+    offered: Part | None = None  # the part that its tap asks for
+    early: bool = False  # the answer was not ready: name it later if nobody fetches it
+    sent: Part | None = None  # the numbered part it carries
+    stop: int = 0  # where that part ends
+    read: int | None = None  # a turn that needs no mention any more
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What is stored around one message: its reply, its turn, its sender's state."""
+
+    reply: tuple[str, int, str | None] | None  # content, CreateTime, delivered
+    turn_id: int | None
+    session: Session | None
+    parts: int  # the sender's highest part number
+    unread: tuple[int, int, str] | None  # part number, turn, question
+
+
+def read_steps(script: str) -> list[str]:
+    """Return the migration steps of schema.sql, the first one first."""
+    pieces = re.split(r"(?m)^-- step (\d+)$", script)
+    numbers = [int(number) for number in pieces[1::2]]
+    if numbers != list(range(1, len(numbers) + 1)):
+        raise StoreError(f"{SCHEMA.name}: steps are numbered {numbers}")
+    return pieces[2::2]
+
+
+TURN = """
+    SELECT turn.id, session_id, turn.openid, msg_key, link_key, question, answer,
+           generation, state, reason, asked, created_at, finished_at, model, assistant
+    FROM turn JOIN session ON session.id = session_id
+"""
+
+
+class Store:
+    """All that outlives the process. `open_store` opens it; `close` ends its thread.
+
+    Coroutines may use it at the same time; writes queue for the lock.
+    """
+
+    def __init__(self, db: aiosqlite.Connection) -> None:
+        self.db = db
+        self.lock = asyncio.Lock()
+        self.newest_push = 0  # newest timestamp of a signed push, seconds
+        self.saved_push = 0  # the one in the database, up to a minute older
+
+    async def rows(self, query: str, **values: object) -> list:
+        """Return all rows of a query; one hop, and no cursor stays open."""
+        return list(await self.db.execute_fetchall(query, values))
+
+    async def write(self, query: str, **values: object) -> list:
+        """Run one statement that writes; return what it returns."""
+        async with self.lock:
+            return await self.rows(query, **values)
+
+    @contextlib.asynccontextmanager
+    async def transaction(self) -> AsyncIterator[None]:
+        """Hold the lock and make the statements inside one; a failure undoes them all."""
+        async with self.lock:
+            try:
+                await self.db.execute("BEGIN IMMEDIATE")
+                yield
+                await self.db.execute("COMMIT")
+            except BaseException:
+                # Also on cancellation: an open transaction would swallow all later writes.
+                with contextlib.suppress(sqlite3.OperationalError):
+                    await asyncio.shield(self.db.execute("ROLLBACK"))
+                raise
+
+    async def migrate(self) -> None:
+        """Bring the schema up to date; raise StoreError for a newer database."""
+        steps = read_steps(SCHEMA.read_text("utf-8"))
+        async with self.transaction():
+            [(version,)] = await self.rows("PRAGMA user_version")
+            if version > len(steps):
+                raise StoreError(
+                    f"the database is of version {version}, this wxgpt knows up to"
+                    f" {len(steps)}: install a newer one"
+                )
+            for number, step in enumerate(steps[version:], version + 1):
+                for statement in split_statements(step):
+                    await self.db.execute(statement)
+                await self.db.execute(f"PRAGMA user_version = {number}")
+        [(self.newest_push,)] = await self.rows("SELECT newest_push FROM platform")
+        self.saved_push = self.newest_push
+
+    async def close(self) -> None:
+        """End the connection and its thread; without this the process would not exit."""
+        await self.db.close()
+
+    async def is_alive(self) -> bool:
+        """Say whether the database answers."""
+        try:
+            return await self.rows("SELECT 1") == [(1,)]
+        except sqlite3.Error:
+            return False
+
+    # Messages and replies
+
+    async def note_push(self, timestamp: int) -> None:
+        """Keep the newest timestamp of a signed push, written once a minute."""
+        self.newest_push = max(self.newest_push, timestamp)
+        if self.newest_push >= self.saved_push + 60:
+            self.saved_push = self.newest_push
+            await self.write("UPDATE platform SET newest_push = :at", at=timestamp)
+
+    async def recall(self, key: str, openid: str) -> Memory:
+        """Return what is stored around a message, in one hop."""
+        [row] = await self.rows(
+            """
+            SELECT reply.content, reply.created, turn.id,
+                   session.id, session.assistant, session.last_at, session.lapsed_text,
+                   EXISTS (SELECT 1 FROM turn AS open
+                           WHERE open.session_id = session.id AND open.state = 'open'),
+                   (SELECT max(number) FROM part WHERE part.openid = :openid),
+                   missed.unread, missed.id, missed.question, reply.delivered
+            FROM (SELECT 1)
+            LEFT JOIN reply ON reply.key = :key
+            LEFT JOIN turn ON turn.msg_key = :key
+            LEFT JOIN session ON session.openid = :openid AND session.ended_at IS NULL
+            LEFT JOIN turn AS missed ON missed.id = (
+                SELECT min(id) FROM turn WHERE openid = :openid AND unread IS NOT NULL)
+            """,
+            key=key,
+            openid=openid,
+        )
+        session = None
+        if row[3] is not None:
+            session = Session(row[3], openid, row[4], row[5], bool(row[7]), row[6])
+        return Memory(
+            reply=None if row[0] is None else (row[0], row[1], row[12]),
+            turn_id=row[2],
+            session=session,
+            parts=row[8] or 0,
+            unread=None if row[9] is None else (row[9], row[10], row[11]),
+        )
+
+    async def save_reply(self, reply: Reply) -> None:
+        """Store a decided reply, and what it says about parts, as one."""
+        unread = reply.offered.number if reply.offered and reply.early else None
+        insert = (
+            "INSERT OR IGNORE INTO reply"
+            " (key, openid, content, created, turn_id, delivered, unread)"
+            " VALUES (:key, :openid, :content, :created, :turn_id, :delivered, :unread)",
+            {
+                "key": reply.key,
+                "openid": reply.openid,
+                "content": reply.content,
+                "created": reply.created,
+                "turn_id": reply.turn_id,
+                "delivered": reply.delivered,
+                "unread": unread,
+            },
+        )
+        others = list(part_statements(reply))
+        if not others:
+            await self.write(insert[0], **insert[1])
+            return
+        async with self.transaction():
+            for query, values in (insert, *others):
+                await self.rows(query, **values)
+
+    async def mark_delivered(self, turn_id: int, how: str | None) -> None:
+        """Correct how an answer was delivered: another attempt took it, or none."""
+        await self.write(
+            "UPDATE turn SET delivered = :how WHERE id = :id", how=how, id=turn_id
+        )
+
+    async def mark_read(self, turn_id: int) -> None:
+        """Note that an answer was read on its page."""
+        await self.write(
+            "UPDATE turn SET unread = NULL, delivered = coalesce(delivered, 'page')"
+            " WHERE id = :id",
+            id=turn_id,
+        )
+
+    # Sessions
+
+    async def start_session(self, openid: str, assistant: str, now: float) -> Session:
+        """Open a session; one that was open for this subscriber ends."""
+        async with self.transaction():
+            await self.rows(
+                "UPDATE session SET ended_at = :now"
+                " WHERE openid = :openid AND ended_at IS NULL",
+                now=now,
+                openid=openid,
+            )
+            [(number,)] = await self.rows(
+                "INSERT INTO session (openid, assistant, opened_at, last_at)"
+                " VALUES (:openid, :assistant, :now, :now) RETURNING id",
+                openid=openid,
+                assistant=assistant,
+                now=now,
+            )
+        return Session(number, openid, assistant, now, False)
+
+    async def end_session(
+        self, session_id: int, now: float, lapsed_text: str | None = None
+    ) -> None:
+        """End a session, with the text that found it run out."""
+        await self.write(
+            "UPDATE session SET ended_at = :now, lapsed_text = :text WHERE id = :id",
+            now=now,
+            text=lapsed_text,
+            id=session_id,
+        )
+
+    async def touch_session(self, session_id: int, now: float) -> None:
+        """Let the idle time of a session count from now."""
+        await self.write(
+            "UPDATE session SET last_at = :now WHERE id = :id", now=now, id=session_id
+        )
+
+    async def lapsed_session(self, openid: str, since: float) -> Session | None:
+        """Return the newest session if it ran out and a text waits to be asked in it."""
+        rows = await self.rows(
+            "SELECT id, assistant, last_at, lapsed_text FROM session"
+            " WHERE openid = :openid AND ended_at > :since ORDER BY id DESC LIMIT 1",
+            openid=openid,
+            since=since,
+        )
+        if not rows or rows[0][3] is None:
+            return None
+        number, assistant, last_at, text = rows[0]
+        return Session(number, openid, assistant, last_at, False, text)
+
+    async def reopen_session(self, session: Session, now: float) -> None:
+        """Open a lapsed session again, with its conversation."""
+        async with self.transaction():
+            await self.rows(
+                "UPDATE session SET ended_at = :now"
+                " WHERE openid = :openid AND ended_at IS NULL",
+                now=now,
+                openid=session.openid,
+            )
+            await self.rows(
+                "UPDATE session SET ended_at = NULL, lapsed_text = NULL, last_at = :now"
+                " WHERE id = :id",
+                now=now,
+                id=session.id,
+            )
+
+    # Turns
+
+    async def add_turn(
+        self, session: Session, msg_key: str, question: str, asked: int, now: float
+    ) -> Turn:
+        """Store an accepted question; `asked` is 1 when it goes to the model at once."""
+        link_key = secrets.token_urlsafe(16)
+        [(number,)] = await self.write(
+            "INSERT INTO turn"
+            " (session_id, openid, msg_key, link_key, question, asked, created_at)"
+            " VALUES (:session, :openid, :key, :link, :question, :asked, :now)"
+            " RETURNING id",
+            session=session.id,
+            openid=session.openid,
+            key=msg_key,
+            link=link_key,
+            question=question,
+            asked=asked,
+            now=now,
+        )
+        return Turn(
+            id=number,
+            session_id=session.id,
+            openid=session.openid,
+            msg_key=msg_key,
+            link_key=link_key,
+            question=question,
+            answer="",
+            generation=0,
+            state="open",
+            reason=None,
+            asked=asked,
+            created_at=now,
+            finished_at=None,
+            model=None,
+            assistant=session.assistant,
+        )
+
+    async def count_asking(self, turn_id: int) -> None:
+        """Count that a stored question now goes to the model, before it does."""
+        await self.write("UPDATE turn SET asked = asked + 1 WHERE id = :id", id=turn_id)
+
+    async def save_texts(self, texts: list[tuple[str, int, int]]) -> None:
+        """Store what is written so far: text, generation, turn."""
+        async with self.transaction():
+            for text, generation, number in texts:
+                await self.rows(
+                    "UPDATE turn SET answer = :text, generation = :generation"
+                    " WHERE id = :id AND state = 'open'",
+                    text=text,
+                    generation=generation,
+                    id=number,
+                )
+
+    async def finish_turn(self, turn_id: int, values: dict[str, object]) -> None:
+        """Store the end of an answer: its columns by name, in one statement."""
+        await self.write(
+            "UPDATE turn SET answer = :answer, generation = :generation, state = :state,"
+            " reason = :reason, finished_at = :finished_at, model = :model,"
+            " tokens_in = :tokens_in, tokens_out = :tokens_out, seconds = :seconds,"
+            " first_seconds = :first_seconds, pictures = NULL WHERE id = :id",
+            id=turn_id,
+            **values,
+        )
+
+    async def history(self, turn: Turn, chars: int) -> list[tuple[str, str]]:
+        """Return the exchanges before a turn, oldest first, whole and in `chars`."""
+        rows = await self.rows(
+            "SELECT question, answer FROM turn WHERE session_id = :session AND id < :id"
+            " AND state IN ('done', 'cut') ORDER BY id DESC LIMIT 200",
+            session=turn.session_id,
+            id=turn.id,
+        )
+        chosen: list[tuple[str, str]] = []
+        for question, answer in rows:
+            chars -= len(question) + len(answer)
+            if chars < 0:
+                break
+            chosen.append((question, answer))
+        return chosen[::-1]
+
+    async def turn(self, turn_id: int) -> Turn | None:
+        """Return a turn."""
+        rows = await self.rows(f"{TURN} WHERE turn.id = :id", id=turn_id)
+        return Turn(*rows[0]) if rows else None
+
+    async def turn_by_link(self, link_key: str) -> Turn | None:
+        """Return the turn that an answer's link shows."""
+        rows = await self.rows(f"{TURN} WHERE link_key = :key", key=link_key)
+        return Turn(*rows[0]) if rows else None
+
+    async def open_turns(self) -> list[tuple[Turn, bool]]:
+        """Return the unfinished turns in order, each with: its session is still open."""
+        rows = await self.rows(
+            TURN.replace("assistant\n", "assistant, ended_at IS NULL\n")
+            + " WHERE state = 'open' ORDER BY turn.id"
+        )
+        return [(Turn(*row[:-1]), bool(row[-1])) for row in rows]
+
+    async def newest_failed(self, openid: str, since: float) -> Turn | None:
+        """Return the newest question if it failed and is not older than `since`."""
+        rows = await self.rows(
+            f"{TURN} WHERE turn.openid = :openid AND created_at > :since"
+            " ORDER BY turn.id DESC LIMIT 1",
+            openid=openid,
+            since=since,
+        )
+        turn = Turn(*rows[0]) if rows else None
+        return turn if turn and turn.state in ("failed", "broken") else None
+
+    # Parts
+
+    async def part(self, openid: str, number: int) -> Part | None:
+        """Return a numbered part of this subscriber."""
+        rows = await self.rows(
+            "SELECT number, turn_id, start, generation, reply FROM part"
+            " WHERE openid = :openid AND number = :number",
+            openid=openid,
+            number=number,
+        )
+        return Part(*rows[0]) if rows else None
+
+    async def unsent_part(self, turn_id: int) -> Part | None:
+        """Return the part of a turn that is offered and not sent."""
+        rows = await self.rows(
+            "SELECT number, turn_id, start, generation, reply FROM part"
+            " WHERE turn_id = :id AND reply IS NULL ORDER BY number LIMIT 1",
+            id=turn_id,
+        )
+        return Part(*rows[0]) if rows else None
+
+    async def oldest_unsent(
+        self, openid: str, session_id: int | None, since: float
+    ) -> tuple[int, Part | None] | None:
+        """Return the oldest turn with something not sent yet, and its offered part.
+
+        Of one session, or of all turns asked after `since` when there is none.
+        """
+        rows = await self.rows(
+            """
+            SELECT turn.id, number, start, part.generation
+            FROM turn LEFT JOIN part ON turn_id = turn.id AND reply IS NULL
+            WHERE turn.openid = :openid AND (number IS NOT NULL OR replied = 0)
+              AND (state = 'open' OR length(answer) > coalesce(start, 0))
+              AND CASE WHEN :session IS NULL THEN created_at > :since
+                       ELSE session_id = :session END
+            ORDER BY turn.id LIMIT 1
+            """,
+            openid=openid,
+            session=session_id,
+            since=since,
+        )
+        if not rows:
+            return None
+        turn_id, number, start, generation = rows[0]
+        if number is None:
+            return turn_id, None
+        return turn_id, Part(number, turn_id, start, generation, None)
+
+    # Links and deletion
+
+    async def add_history_link(self, openid: str, now: float, seconds: float) -> str:
+        """Return the key of a new history link; the one before ends."""
+        key = secrets.token_urlsafe(16)
+        async with self.transaction():
+            await self.rows(
+                "UPDATE history_link SET expires_at = min(expires_at, :now)"
+                " WHERE openid = :openid",
+                now=now,
+                openid=openid,
+            )
+            await self.rows(
+                "INSERT INTO history_link (key, openid, expires_at)"
+                " VALUES (:key, :openid, :at)",
+                key=key,
+                openid=openid,
+                at=now + seconds,
+            )
+        return key
+
+    async def history_owner(self, key: str) -> tuple[str, float] | None:
+        """Return whose history a link shows and until when it works."""
+        rows = await self.rows(
+            "SELECT openid, expires_at FROM history_link WHERE key = :key", key=key
+        )
+        return rows[0] if rows else None
+
+    async def turns_of(self, openid: str, before: int, count: int) -> list[Turn]:
+        """Return a subscriber's turns below an id, newest first."""
+        rows = await self.rows(
+            f"{TURN} WHERE turn.openid = :openid AND turn.id < :before"
+            " ORDER BY turn.id DESC LIMIT :count",
+            openid=openid,
+            before=before,
+            count=count,
+        )
+        return [Turn(*row) for row in rows]
+
+    async def ask_forget(self, openid: str, now: float) -> None:
+        """Note that a subscriber asked for deletion and has yet to confirm it."""
+        await self.write(
+            "INSERT OR REPLACE INTO forget_request (openid, asked_at)"
+            " VALUES (:openid, :now)",
+            openid=openid,
+            now=now,
+        )
+
+    async def forget_asked_at(self, openid: str) -> float | None:
+        """Return when a subscriber asked for deletion, in Unix seconds."""
+        rows = await self.rows(
+            "SELECT asked_at FROM forget_request WHERE openid = :openid", openid=openid
+        )
+        return rows[0][0] if rows else None
+
+    async def forget(self, openid: str) -> None:
+        """Delete all that is stored about a subscriber, from the files too."""
+        async with self.transaction():
+            for table in ("session", "turn", "part", "reply", "history_link"):
+                await self.rows(f"DELETE FROM {table} WHERE openid = :o", o=openid)
+            await self.rows("DELETE FROM forget_request WHERE openid = :o", o=openid)
+        # secure_delete overwrites in the file; the WAL holds old pages until truncated.
+        async with self.lock:
+            await self.rows("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    async def prune(self, now: float, link_seconds: float) -> None:
+        """Delete what has served its time: replies, old links, stale requests."""
+        await self.write("DELETE FROM reply WHERE created < :at", at=now - REPLY_HOURS * 3600)
+        await self.write(
+            "DELETE FROM history_link WHERE expires_at < :at", at=now - link_seconds
+        )
+        await self.write(
+            "DELETE FROM forget_request WHERE asked_at < :at", at=now - LAPSE_SECONDS
+        )
+
+
+def part_statements(reply: Reply) -> Iterator[tuple[str, dict[str, object]]]:
+    """Yield what a reply changes besides its own row."""
+    for part in (reply.sent, reply.offered):
+        if part:
+            yield (
+                "INSERT OR IGNORE INTO part"
+                " (openid, number, turn_id, start, generation, offered_at)"
+                " VALUES (:openid, :number, :turn, :start, :generation, :at)",
+                {
+                    "openid": reply.openid,
+                    "number": part.number,
+                    "turn": part.turn_id,
+                    "start": part.start,
+                    "generation": part.generation,
+                    "at": reply.created,
+                },
+            )
+    if reply.sent:
+        yield (
+            "UPDATE part SET reply = :reply, stop = :stop"
+            " WHERE openid = :openid AND number = :number AND reply IS NULL",
+            {
+                "reply": reply.content,
+                "stop": reply.stop,
+                "openid": reply.openid,
+                "number": reply.sent.number,
+            },
+        )
+        yield (
+            "UPDATE turn SET unread = NULL, replied = 1,"
+            " delivered = coalesce(delivered, 'part') WHERE id = :id",
+            {"id": reply.sent.turn_id},
+        )
+    if reply.read is not None:
+        yield "UPDATE turn SET unread = NULL WHERE id = :id", {"id": reply.read}
+
+
+def split_statements(script: str) -> Iterator[str]:
+    """Yield the statements of an SQL script, each whole (triggers hold semicolons)."""
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+
+
+async def open_store(path: str) -> Store:
+    """Return the store of a database file, made or brought up to date; raise StoreError."""
+    try:
+        # -wal and -shm copy the mode of the database: nobody else reads what people wrote
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    except OSError as error:
+        raise StoreError(f"database {path}: {error.strerror}") from None
+    db = await aiosqlite.connect(path, isolation_level=None)
+    try:
+        for pragma in (
+            "busy_timeout = 2000",
+            "journal_mode = WAL",
+            "synchronous = NORMAL",
+            "foreign_keys = ON",
+            "secure_delete = ON",
+            "journal_size_limit = 16777216",
+        ):
+            await db.execute_fetchall(f"PRAGMA {pragma}")
+        store = Store(db)
+        await store.migrate()
+    except BaseException as error:
+        await db.close()
+        if isinstance(error, sqlite3.Error):
+            raise StoreError(f"database {path}: {error}") from None
+        raise
+    return store
+
+
+# ---------------------------------------------------------------------------
+# 5. Chat API
+#
+# POST {base_url}/chat/completions, streamed. Providers differ in small things: read
+# every field with care, and take only a finish_reason or [DONE] for the end, since a
+# connection that closes in mid-answer raises nothing.
+# ---------------------------------------------------------------------------
+
+
+class ChatError(Exception):
+    """A failed answer: its kind chooses the sentence, the detail is for the log only."""
+
+    def __init__(self, kind: str, detail: str, passing: bool = False, after: float = 0.0):
+        super().__init__(f"{kind}: {detail}")
+        self.kind = kind  # slow, unreachable, busy, setup, refused, long, empty, broken
+        self.passing = passing  # asking again may help
+        self.after = after  # the upstream's Retry-After in seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a streamed answer ended."""
+
+    finish_reason: str
+    model: str
+    tokens_in: int | None
+    tokens_out: int | None
+
+
+class EventDecoder:
+    """Event-stream payloads out of bytes in any pieces (the HTML standard's parsing)."""
+
+    def __init__(self, limit: int = 1 << 20) -> None:
+        self.rest = b""  # of a line that is not complete
+        self.data: list[bytes] = []  # of an event that is not complete
+        self.limit = limit
+        self.after_cr = False  # a LF that comes next belongs to the CR before
+
+    def feed(self, chunk: bytes) -> Iterator[str]:
+        """Yield the payloads that are complete with this chunk; raise ChatError."""
+        if self.after_cr and chunk[:1] == b"\n":
+            chunk = chunk[1:]
+        text = self.rest + chunk
+        self.after_cr = text.endswith(b"\r")
+        lines = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+        self.rest = lines.pop()
+        if len(self.rest) > self.limit:
+            raise ChatError("broken", "a line of the stream is longer than 1 MiB")
+        for line in lines:
+            if line.startswith(b"data:"):
+                self.data.append(line[6:] if line[5:6] == b" " else line[5:])
+            elif not line:
+                yield from self.flush()
+
+    def flush(self) -> Iterator[str]:
+        """Yield the payload read so far; some servers omit the last blank line."""
+        if self.data:
+            yield b"\n".join(self.data).decode("utf-8", "replace")
+            self.data = []
+
+
+class ThoughtFilter:
+    """Leaves out `<think>…</think>` at the beginning of an answer, in any pieces."""
+
+    def __init__(self) -> None:
+        self.held = ""  # what may still turn out to be a thought
+        self.state = "start"
+
+    def feed(self, delta: str) -> str:
+        """Return what of the text so far is visible and was not returned before."""
+        if self.state == "answer":
+            return delta
+        self.held += delta
+        if self.state == "start":
+            text = self.held.lstrip()
+            if text.startswith("<think>"):
+                self.state, self.held = "thought", text
+            elif "<think>".startswith(text):
+                return ""
+            else:
+                self.state = "answer"
+                return self.held
+        _, end, after = self.held.partition("</think>")
+        if not end or not after.strip():
+            return ""
+        self.state = "answer"
+        return after.lstrip()
+
+    def flush(self) -> str:
+        """Return what was held back at the end: a thought never closed is no answer."""
+        return self.held if self.state == "start" else ""
+
+
+def read_event(payload: str) -> dict:
+    """Return the JSON object of one event; raise ChatError, also for an error in it."""
+    try:
+        event = json.loads(payload)
+    except ValueError:
+        raise ChatError("broken", "an event is not JSON", True) from None
+    if not isinstance(event, dict):
+        raise ChatError("broken", "an event is not an object", True)
+    if event.get("error") or event.get("object") == "error":
+        raise error_in_body(200, event)
+    return event
+
+
+def first_choice(event: dict) -> dict:
+    """Return the first choice of an event, or an empty one."""
+    choices = event.get("choices")
+    first = choices[0] if isinstance(choices, list) and choices else None
+    return first if isinstance(first, dict) else {}
+
+
+def visible_text(part: object) -> str:
+    """Return the text of a delta or message; hidden reasoning is in other fields."""
+    if not isinstance(part, dict):
+        return ""
+    text = part.get("content") or part.get("refusal")
+    return text if isinstance(text, str) else ""
+
+
+def error_in_body(status: int, body: object) -> ChatError:
+    """Return the error that a status and a JSON body mean."""
+    error = body.get("error", body) if isinstance(body, dict) else body
+    error = error if isinstance(error, dict) else {"message": error}
+    words = [str(error.get(k)) for k in ("code", "type", "message", "detail") if error.get(k)]
+    detail = f"status {status} " + " ".join(words)[:200]
+    if status in (401, 402, 403, 404, 422):
+        return ChatError("setup", detail)
+    if status == 400:
+        return ChatError("refused" if "filter" in detail else "setup", detail)
+    if status in (408, 409, 429) or status >= 500:
+        return ChatError("busy", detail, "insufficient_quota" not in detail)
+    return ChatError("broken", detail, True)
+
+
+class Deadline:
+    """The time limits of one answer: to the first token, between tokens, in all."""
+
+    def __init__(self, settings: AssistantSettings) -> None:
+        self.idle = settings.idle_timeout
+        now = asyncio.get_running_loop().time()
+        self.end = now + settings.timeout
+        self.timeout = asyncio.timeout_at(min(self.end, now + settings.first_token_timeout))
+
+    def alive(self) -> None:
+        """Note a sign of life: the idle time begins again."""
+        now = asyncio.get_running_loop().time()
+        self.timeout.reschedule(min(self.end, now + self.idle))
+
+
+class ChatClient:
+    """One assistant's chat API. Holds no connection of its own; any number may stream."""
+
+    def __init__(self, settings: AssistantSettings, http: aiohttp.ClientSession) -> None:
+        self.settings = settings
+        self.http = http
+        base = settings.base_url.strip().rstrip("/").removesuffix("/chat/completions")
+        self.url = f"{base}/chat/completions"
+
+    def request_body(self, messages: list[dict]) -> dict:
+        """Return the request's JSON."""
+        body = {"model": self.settings.model, "messages": messages, "stream": True}
+        body["stream_options"] = {"include_usage": True}
+        if self.settings.model == AssistantSettings(api_key="-").model:
+            # The default model thinks unless told not to; other models refuse the field.
+            body["reasoning_effort"] = "none"
+        return body | self.settings.extra
+
+    async def stream(self, messages: list[dict]) -> AsyncIterator[str | Ending]:
+        """Yield the visible deltas, then the Ending; raise ChatError.
+
+        Leaving the iterator early closes the connection, which ends the upstream's work.
+        """
+        deadline = Deadline(self.settings)
+        try:
+            async with deadline.timeout, self.post(messages) as response:
+                async for item in self.read(response, deadline):
+                    yield item
+        except TimeoutError:
+            raise ChatError("slow", "time limit", True) from None
+        except aiohttp.ClientConnectorError as error:
+            raise ChatError("unreachable", str(error), True) from None
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise ChatError("broken", f"{type(error).__name__}: {error}", True) from None
+
+    def post(self, messages: list[dict]) -> typing.Any:
+        """Return the request as a context manager."""
+        return self.http.post(
+            self.url,
+            json=self.request_body(messages),
+            headers={"Authorization": f"Bearer {self.settings.api_key.strip()}"},
+            proxy=self.settings.proxy or None,
+            allow_redirects=False,
+        )
+
+    async def read(
+        self, response: aiohttp.ClientResponse, deadline: Deadline
+    ) -> AsyncIterator[str | Ending]:
+        """Yield a response's visible deltas and its Ending; raise ChatError."""
+        if response.status != 200:
+            raise await read_error(response)
+        if response.content_type == "application/json":
+            async for item in read_unstreamed(response):
+                yield item
+            return
+        thoughts = ThoughtFilter()
+        events = read_stream(response)
+        reason, usage, model = "", {}, self.settings.model
+        async for event in events:
+            deadline.alive()
+            if event is None:
+                reason = "stop"
+                break
+            choice = first_choice(event)
+            usage = event.get("usage") or usage
+            model = event.get("model") or model
+            if text := thoughts.feed(visible_text(choice.get("delta"))):
+                yield text
+            if reason := choice.get("finish_reason") or "":
+                usage = await read_usage(events) or usage
+                break
+        if not reason:
+            raise ChatError("broken", "the stream ended without an end", True)
+        if text := thoughts.flush():
+            yield text
+        yield make_ending(reason, model, usage)
+
+
+async def read_usage(events: AsyncIterator[dict | None]) -> dict:
+    """Return the usage behind a finish_reason; it gets two seconds to come."""
+    usage: dict = {}
+    with contextlib.suppress(TimeoutError, aiohttp.ClientError, ConnectionError, ChatError):
+        async with asyncio.timeout(2):
+            async for event in events:
+                if event is None:
+                    break
+                usage = event.get("usage") or usage
+    return usage
+
+
+async def read_stream(response: aiohttp.ClientResponse) -> AsyncIterator[dict | None]:
+    """Yield the events of a stream, None for [DONE]; raise ChatError."""
+    decoder = EventDecoder()
+    async for chunk in response.content.iter_any():
+        for payload in decoder.feed(chunk):
+            yield None if payload.strip() == "[DONE]" else read_event(payload)
+    for payload in decoder.flush():
+        yield None if payload.strip() == "[DONE]" else read_event(payload)
+
+
+def make_ending(reason: str, model: object, usage: object) -> Ending:
+    """Return the Ending of the loosely typed values of a stream."""
+    usage = usage if isinstance(usage, dict) else {}
+    tokens = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+    given, taken = (n if isinstance(n, int) else None for n in tokens)
+    return Ending(reason, str(model), given, taken)
+
+
+async def read_error(response: aiohttp.ClientResponse) -> ChatError:
+    """Return the error of a response that is not a 200, from at most 64 KiB of it."""
+    text = (await response.content.read(BODY_BYTES)).decode("utf-8", "replace")
+    try:
+        body = json.loads(text)
+    except ValueError:
+        body = re.sub(r"<[^>]*>|\s+", " ", text).strip()
+    return error_in_body(response.status, body)
+
+
+async def read_unstreamed(response: aiohttp.ClientResponse) -> AsyncIterator[str | Ending]:
+    """Yield the answer of a server that does not stream; raise ChatError."""
+    event = read_event((await response.read()).decode("utf-8", "replace"))
+    choice = first_choice(event)
+    thoughts = ThoughtFilter()
+    text = thoughts.feed(visible_text(choice.get("message"))) + thoughts.flush()
+    if text:
+        yield text
+    reason = str(choice.get("finish_reason") or "stop")
+    yield make_ending(reason, event.get("model"), event.get("usage"))
+
+
+# ---------------------------------------------------------------------------
+# 6. Answers in progress
+#
+# Two things live as long as they are needed and are never polled: an Answer, which one
+# task writes and any number read, and a Delivery, in which the attempts of one message
+# meet. Answers owns both and every task.
+# ---------------------------------------------------------------------------
+
+
+class Subscriber:
+    """What is known in memory of a subscriber while something of theirs is going on.
+
+    Lives in a weak dictionary: deliveries and answers keep it alive.
+    """
+
+    def __init__(self, openid: str) -> None:
+        self.openid = openid
+        self.lock = asyncio.Lock()  # messages are taken up in the order they came
+        self.answers: list[Answer] = []  # unanswered questions, oldest first
+        self.parts: int | None = None  # highest part number; None: not read yet
+        self.unread: dict[int, tuple[int, str]] = {}  # part number: turn, question
+
+    def next_part(self) -> int:
+        """Return a part number that was never used."""
+        self.parts = (self.parts or 0) + 1
+        return self.parts
+
+    def remember(self, memory: Memory) -> None:
+        """Take over from the store what only changes here from now on."""
+        if self.parts is None:
+            self.parts = memory.parts
+            if memory.unread:
+                number, turn_id, question = memory.unread
+                self.unread[number] = (turn_id, question)
+
+    def has_read(self, turn_id: int) -> bool:
+        """Note that an answer needs no mention; say whether it did."""
+        numbers = [n for n, (turn, _) in self.unread.items() if turn == turn_id]
+        for number in numbers:
+            del self.unread[number]
+        return bool(numbers)
+
+
+class Answer:
+    """The text a model writes for one turn.
+
+    Written by the turn's task alone; read by replies, parts and live pages.
+    """
+
+    def __init__(self, turn: Turn, subscriber: Subscriber, generation: int = 0) -> None:
+        self.turn = turn
+        self.subscriber = subscriber
+        self.generation = generation  # which writing this is; offsets count in it
+        self.text = ""  # Markdown
+        self.state = "open"  # as in schema.sql
+        self.reason: str | None = None  # a kind of ChatError
+        self.started: float | None = None  # loop's clock when the model was asked
+        self.first: float | None = None  # loop's clock at the first text
+        self.task: asyncio.Task | None = None  # writes it
+        self.is_sent = False  # some of this writing was sent in a reply
+        self.stops: dict[tuple[int, int], int] = {}  # (generation, start): the cut
+        self.size = 0  # bytes of text
+        self.look_at = 0  # size at which the parts are measured again
+        self.turn_came: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self.watchers: list[tuple[int, int, asyncio.Event]] = []  # generation, start
+        self.followers: set[asyncio.Event] = set()  # live pages
+
+    @classmethod
+    def stored(cls, turn: Turn, subscriber: Subscriber) -> "Answer":
+        """Return the answer of a turn that ended before."""
+        answer = cls(turn, subscriber, turn.generation)
+        answer.text, answer.state, answer.reason = turn.answer, turn.state, turn.reason
+        return answer
+
+    @property
+    def is_open(self) -> bool:
+        """Say whether it is still being written, or waits to be."""
+        return self.state == "open"
+
+    def append(self, delta: str) -> None:
+        """Add a delta."""
+        delta = ILLEGAL.sub("", delta)
+        if not self.text:
+            delta = delta.lstrip()
+            self.first = self.first or asyncio.get_running_loop().time()
+        self.text += delta
+        self.size += size_of(delta)
+        if self.watchers and self.size >= self.look_at:
+            self.look()
+        self.wake_followers()
+
+    def restart(self) -> None:
+        """Begin a new writing, after one of which nothing was sent."""
+        self.generation += 1
+        self.text, self.size, self.look_at = "", 0, 0
+        for _, _, ready in self.watchers:
+            ready.clear()
+        self.wake_followers()
+
+    def finish(self, state: str, reason: str | None = None) -> None:
+        """End the writing; everybody who waits learns of it."""
+        self.state, self.reason = state, reason
+        for _, _, ready in self.watchers:
+            ready.set()
+        self.watchers.clear()
+        self.wake_followers()
+
+    def watch(self, generation: int, start: int, ready: asyncio.Event) -> None:
+        """Set `ready` when the part from `start` is full, or the answer has ended."""
+        if not self.is_open:
+            ready.set()
+            return
+        self.watchers.append((generation, start, ready))
+        self.look_at = 0
+        self.look()
+
+    def look(self) -> None:
+        """Tell those whose part is full; measuring costs, so not at every token."""
+        self.look_at = self.size + LOOK_BYTES
+        for generation, start, ready in self.watchers:
+            begin = start if generation == self.generation else 0
+            if not ready.is_set() and self.is_full(begin):
+                ready.set()
+
+    def is_full(self, start: int) -> bool:
+        """Say whether more is written from `start` than one reply holds without a tail."""
+        rest = self.text[start:]
+        if size_of(rest) <= REPLY_BYTES:
+            return False
+        return size_of(plain_text(rest, open_block(self.text, start))) > REPLY_BYTES
+
+    def wake_followers(self) -> None:
+        """Let the live pages look."""
+        for news in self.followers:
+            news.set()
+
+
+@dataclass(slots=True)
+class Reading:
+    """What a reply is made of: an answer from an offset on."""
+
+    answer: Answer
+    start: int = 0
+    generation: int = 0  # the writing that start counts in
+    part: Part | None = None  # the numbered part, None for the question's own reply
+
+    @property
+    def begin(self) -> int:
+        """Return the offset in the present writing: its start, if it was written anew."""
+        return self.start if self.generation == self.answer.generation else 0
+
+
+class Delivery:
+    """The attempts of one message, and the one reply that all of them get."""
+
+    def __init__(self, message: Message, subscriber: Subscriber, first: float) -> None:
+        self.message = message
+        self.subscriber = subscriber
+        self.first = first  # loop's clock at the first request, or as reckoned
+        self.newest = -1e9  # loop's clock at the newest request
+        self.seen = 0  # requests that count as attempts
+        self.earlier = 0  # 1: a process before this one saw some, too
+        self.fixed: str | None = None  # a reply that no model writes
+        self.reading: Reading | None = None  # or what it is made of
+        self.is_own = False  # the reading is of the question that this message asked
+        self.exact = False  # the fixed reply is a repeat: nothing is added to it
+        self.keep = True  # False: nothing about this message is to be stored
+        self.ready = asyncio.Event()  # the reply can be decided
+        self.reply: Reply | None = None  # as decided
+        self.decided = asyncio.Event()
+        self.stored: asyncio.Task | None = None  # storing the decided reply
+        self.delivered: str | None = None  # newest attempt that took it; '': none did
+
+    def arrive(self, now: float, half_attempt: float) -> int:
+        """Count a request; return which attempt it is in this process.
+
+        One that comes within half an attempt of the one before is a mere copy.
+        """
+        if now - self.newest >= half_attempt:
+            self.seen += 1
+        self.newest = now
+        return self.seen
+
+    def say(self, text: str) -> None:
+        """Answer with a fixed text; '' says nothing to the subscriber."""
+        self.fixed = text
+        self.ready.set()
+
+    def read(self, reading: Reading) -> None:
+        """Answer with what a model writes."""
+        self.reading = reading
+        reading.answer.watch(reading.generation, reading.start, self.ready)
+
+
+class MuteGuard:
+    """Counts attempts left to run over; WeChat mutes an account that fails too often.
+
+    (接口报警和排查指引: no pushes at all for one minute; the threshold is not published.)
+    """
+
+    def __init__(self, limit: int, seconds: float = 300.0) -> None:
+        self.limit = limit
+        self.seconds = seconds
+        self.charges: collections.deque[float] = collections.deque()
+
+    def charge(self, now: float) -> bool:
+        """Charge one attempt; say no, and charge nothing, when that were too many."""
+        while self.charges and self.charges[0] <= now - self.seconds:
+            self.charges.popleft()
+        if len(self.charges) >= self.limit:
+            return False
+        self.charges.append(now)
+        return True
+
+
+class Answers:
+    """All deliveries, answers, subscribers and tasks of the process.
+
+    Open it after the store, and `close` it before.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.attempt_timeout = config.wechat.attempt_timeout
+        self.all_attempts = self.attempt_timeout * config.wechat.attempts
+        self.guard = MuteGuard(config.wechat.mute_guard)
+        self.slots = asyncio.Semaphore(config.limits.at_once)  # first come, first served
+        self.deliveries: dict[str, Delivery] = {}
+        self.answers: dict[int, Answer] = {}  # being written or waiting, by turn
+        self.queues: dict[int, collections.deque[Answer]] = {}  # by session, in order
+        self.subscribers: weakref.WeakValueDictionary[str, Subscriber] = (
+            weakref.WeakValueDictionary()
+        )
+        self.tasks: set[asyncio.Task] = set()
+        self.loop = asyncio.get_running_loop()
+        self.opened = self.loop.time()
+        self.waits: set[asyncio.Timeout] = set()
+        self.closes_at: float | None = None  # loop's clock; set at a shutdown
+
+    # Tasks
+
+    def start(self, work: Awaitable[None], name: str, fail: Callable[[], None]) -> asyncio.Task:
+        """Run work as a task; whatever breaks, `fail` is called, so nobody waits for ever."""
+        task = self.loop.create_task(self.edge(work, name, fail))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
+
+    async def edge(self, work: Awaitable[None], name: str, fail: Callable[[], None]) -> None:
+        """Await work at the edge of its task."""
+        try:
+            await work
+        except Exception:
+            log.exception("%s broke off", name)
+            fail()
+
+    def shut(self, at: float) -> None:
+        """Let all waits end by then, and everything else by `close`."""
+        self.closes_at = at
+        for wait in self.waits:
+            wait.reschedule(min(at, wait.when() or at))
+
+    async def close(self) -> None:
+        """Cancel the tasks and wait for them."""
+        for task in list(self.tasks):
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+
+    async def wait_for(self, event: asyncio.Event, until: float) -> bool:
+        """Wait for an event; False when `until` or the shutdown came first."""
+        if event.is_set():
+            return True
+        if self.closes_at is not None:
+            until = min(until, self.closes_at)
+        wait = asyncio.timeout_at(until)
+        self.waits.add(wait)
+        try:
+            async with wait:
+                await event.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self.waits.discard(wait)
+        return event.is_set()
+
+    # Deliveries
+
+    def subscriber(self, openid: str) -> Subscriber:
+        """Return the record of a subscriber, a new one if nothing of theirs goes on."""
+        found = self.subscribers.get(openid)
+        if found is None:
+            found = self.subscribers[openid] = Subscriber(openid)
+        return found
+
+    def new_delivery(self, message: Message, now: float) -> Delivery:
+        """Return the delivery of a message key that was not seen lately."""
+        first = now
+        if now - self.opened < 2 * self.attempt_timeout:
+            # Attempts before this one may have met nobody: reckon from CreateTime, a
+            # whole second that began up to one second before.
+            age = time.time() - message.created - 1
+            first = now - age if 0 < age <= self.all_attempts else now
+        delivery = Delivery(message, self.subscriber(message.openid), first)
+        self.deliveries[message.key] = delivery
+        # Long after the last attempt a copy is answered from the store.
+        self.loop.call_later(
+            4 * self.all_attempts, self.deliveries.pop, message.key, None
+        )
+        return delivery
+
+    def is_last_chance(self, delivery: Delivery, attempt: int, arrived: float) -> bool:
+        """Say whether WeChat will not ask again after this request."""
+        late = self.all_attempts - 1.5 * self.attempt_timeout
+        attempts = round(self.all_attempts / self.attempt_timeout)
+        return (
+            attempt + delivery.earlier >= attempts or arrived - delivery.first > late
+        )
+
+    # Answers
+
+    def add_answer(self, answer: Answer) -> None:
+        """Queue an answer in its session; it is its turn at once if nobody is before."""
+        self.answers[answer.turn.id] = answer
+        answer.subscriber.answers.append(answer)
+        queue = self.queues.setdefault(answer.turn.session_id, collections.deque())
+        queue.append(answer)
+        if len(queue) == 1:
+            answer.turn_came.set_result(True)
+
+    def remove_answer(self, answer: Answer) -> None:
+        """Take an ended answer out; the next question of its session begins."""
+        self.answers.pop(answer.turn.id, None)
+        if answer in answer.subscriber.answers:
+            answer.subscriber.answers.remove(answer)
+        queue = self.queues.get(answer.turn.session_id)
+        if queue and answer in queue:
+            queue.remove(answer)
+        if queue and not queue[0].turn_came.done():
+            queue[0].turn_came.set_result(True)
+        if not queue:
+            self.queues.pop(answer.turn.session_id, None)
+
+    def close_session(self, session_id: int) -> None:
+        """Let the queued questions of a session that ended know that they are not asked."""
+        for answer in self.queues.get(session_id, ()):
+            if not answer.turn_came.done():
+                answer.turn_came.set_result(False)
+
+
+# ---------------------------------------------------------------------------
+# 7. Services
+# ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The long-lived parts of the process, built once by the application."""
+
+    config: Config
+    store: Store
+    chat: dict[str, ChatClient]  # by assistant
+    answers: Answers
+
+    @property
+    def texts(self) -> Texts:
+        """Return the lines a subscriber reads."""
+        return self.config.texts
+
+    def answer_url(self, turn: Turn) -> str:
+        """Return the address of an answer's page."""
+        return f"{self.config.public_url}/a/{turn.link_key}"
+
+
+# ---------------------------------------------------------------------------
+# 8. Commands
+#
+# A command is one coroutine: message and session in, the reply's text out. Its name in
+# COMMANDS and its line in `texts.help` are all there is to it. Assistants are commands
+# too: `/NAME` opens a session with it.
+# ---------------------------------------------------------------------------
+
+Command = Callable[[Services, Delivery, Session | None], Awaitable[str]]
+COMMANDS: dict[str, Command] = {}
+
+
+def command(name: str) -> Callable[[Command], Command]:
+    """Enter a coroutine as the command `/name`."""
+
+    def enter(function: Command) -> Command:
+        COMMANDS[name] = function
+        return function
+
+    return enter
+
+
+def folded(text: str) -> str:
+    """Return text as commands are compared: full-width forms and case do not matter."""
+    return unicodedata.normalize("NFKC", text).strip().casefold()
+
+
+def find_command(text: str) -> Command | None:
+    """Return the command that a whole text is."""
+    name = folded(text)
+    return COMMANDS.get(name[1:].strip()) if name.startswith("/") else None
+
+
+def find_assistant(text: str, names: typing.Iterable[str]) -> tuple[str, str] | None:
+    """Return the assistant a text opens and the question behind, or None.
+
+    `/chatgpt 问题` and `/chatgpt问题` are the same; of two names the longer one counts.
+    """
+    text = text.strip()
+    for name in sorted(names, key=len, reverse=True):
+        wanted = "/" + folded(name)
+        for end in range(1, min(len(text), 2 * len(wanted)) + 1):
+            if folded(text[:end]) == wanted:
+                return name, text[end:].strip()
+    return None
+
+
+def refuse_command_names(config: Config) -> None:
+    """Raise ConfigError when an assistant is named like a command."""
+    for name in config.assistants:
+        if folded(name) in COMMANDS:
+            raise ConfigError(f"assistants.{name}: this is the name of a command")
+
+
+async def end_session(services: Services, session: Session, text: str | None = None) -> None:
+    """End a session: what is being written goes on, what is queued is not asked."""
+    await services.store.end_session(session.id, time.time(), text)
+    services.answers.close_session(session.id)
+
+
+async def open_session(services: Services, openid: str, assistant: str) -> Session:
+    """Open a session in place of any other of the subscriber."""
+    session = await services.store.start_session(openid, assistant, time.time())
+    for answer in services.answers.subscriber(openid).answers:
+        services.answers.close_session(answer.turn.session_id)
+    return session
+
+
+@command("stop")
+async def stop(services: Services, delivery: Delivery, session: Session | None) -> str:
+    """End the session."""
+    tap = tap_link("/chatgpt")
+    if session is None:
+        return services.texts.no_session.format(tap=tap)
+    await end_session(services, session)
+    return services.texts.stopped.format(tap=tap_link(f"/{session.assistant}"))
+
+
+@command("clear")
+async def clear(services: Services, delivery: Delivery, session: Session | None) -> str:
+    """End the session and open a new one with the same assistant."""
+    if session is None:
+        return services.texts.no_session.format(tap=tap_link("/chatgpt"))
+    await open_session(services, delivery.message.openid, session.assistant)
+    return services.texts.cleared
+
+
+@command("history")
+async def history(services: Services, delivery: Delivery, session: Session | None) -> str:
+    """Return a link to the subscriber's history; the one before ends."""
+    minutes = services.config.history.history_minutes
+    key = await services.store.add_history_link(
+        delivery.message.openid, time.time(), minutes * 60
+    )
+    url = f"{services.config.public_url}/h/{key}"
+    page = web_link(services.texts.word_history, url)
+    return services.texts.history.format(minutes=f"{minutes:g}", page=page)
+
+
+@command("help")
+async def help_text(services: Services, delivery: Delivery, session: Session | None) -> str:
+    """List the commands and assistants."""
+    lines = [
+        services.texts.help_assistant.format(tap=tap_link(f"/{name}"), assistant=name)
+        for name in services.config.assistants
+    ]
+    return services.texts.help.format(assistants="\n".join(lines))
+
+
+@command("forget")
+async def forget(services: Services, delivery: Delivery, session: Session | None) -> str:
+    """Ask for the confirmation without which nothing is deleted."""
+    await services.store.ask_forget(delivery.message.openid, time.time())
+    tap = tap_link(services.texts.word_forget)
+    minutes = f"{FORGET_SECONDS / 60:g}"
+    return services.texts.forget_ask.format(minutes=minutes, tap=tap)
+
+
+async def confirm_forget(services: Services, delivery: Delivery) -> str | None:
+    """Delete all about the sender; None when nobody asked for it in the last day."""
+    openid = delivery.message.openid
+    asked_at = await services.store.forget_asked_at(openid)
+    if asked_at is None:
+        return None
+    if time.time() - asked_at > FORGET_SECONDS:
+        return services.texts.forget_late
+    await forget_all(services, delivery)
+    return services.texts.forgotten
+
+
+async def forget_all(services: Services, delivery: Delivery) -> None:
+    """Delete a subscriber's data, end what runs, and keep nothing of this message."""
+    subscriber = delivery.subscriber
+    for other in services.answers.deliveries.values():
+        if other.subscriber is subscriber:
+            other.keep = False
+    for answer in list(subscriber.answers):
+        answer.finish("ended")
+        answer.task.cancel()
+        services.answers.remove_answer(answer)
+    await services.store.forget(subscriber.openid)
+    subscriber.parts = 0
+    subscriber.unread.clear()
+
+
+# ---------------------------------------------------------------------------
+# 9. The path of a message
+#
+# write_answer finds out, in the message's own task, what answers it. converse writes
+# the answer of one question, in the question's own task. reply_to is what a request
+# does: wait, decide, hand out.
+# ---------------------------------------------------------------------------
+
+RETRY_SECONDS = 0.5  # before the second asking; doubled for the third
+
+
+async def chat_messages(services: Services, turn: Turn) -> list[dict]:
+    """Return what the model gets: system prompt, the session so far, the question."""
+    prompt = services.config.assistants[turn.assistant].system_prompt
+    messages = [{"role": "system", "content": prompt}] if prompt else []
+    chars = services.config.session.context_chars
+    for question, answer in await services.store.history(turn, chars):
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer})
+    messages.append({"role": "user", "content": turn.question})
+    return messages
+
+
+async def write_text(
+    services: Services, answer: Answer, messages: list[dict]
+) -> Ending:
+    """Append what the model streams; return the Ending, or raise ChatError."""
+    client = services.chat[answer.turn.assistant]
+    async with contextlib.aclosing(client.stream(messages)) as stream:
+        async for item in stream:
+            if isinstance(item, Ending):
+                return item
+            answer.append(item)
+    raise ChatError("broken", "the stream ended without an end")
+
+
+async def ask_model(services: Services, answer: Answer, messages: list[dict]) -> Ending:
+    """Write the answer, again if that may help and nothing was sent; raise ChatError."""
+    for tries in (1, 2):
+        try:
+            ending = await write_text(services, answer, messages)
+            if not answer.text.strip():
+                raise ChatError("empty", f"finish_reason {ending.finish_reason}", True)
+            return ending
+        except ChatError as error:
+            if not error.passing or answer.is_sent or tries == 2:
+                raise
+            log.warning("%s asked again after %s", name_of(answer.turn), error)
+        answer.restart()
+        await asyncio.sleep(RETRY_SECONDS * tries)
+    raise AssertionError("unreachable")
+
+
+def name_of(turn: Turn) -> str:
+    """Return how the log names a question."""
+    return f"turn={turn.id} msg={turn.msg_key.split()[1]} from={turn.openid[:8]}"
+
+
+async def converse(services: Services, answer: Answer) -> None:
+    """Answer one question: wait for its turn, ask the model, store the end."""
+    turn, answers = answer.turn, services.answers
+    ending: Ending | None = None
+    try:
+        if not await answer.turn_came:
+            answer.finish("ended")
+            return
+        messages = await chat_messages(services, turn)
+        async with answers.slots:
+            if not turn.asked or answer.generation:
+                await services.store.count_asking(turn.id)
+            answer.started = answers.loop.time()
+            ending = await ask_model(services, answer, messages)
+        answer.finish("cut" if ending.finish_reason == "length" else "done")
+    except ChatError as error:
+        level = logging.ERROR if error.kind == "setup" else logging.WARNING
+        log.log(level, "%s failed: %s", name_of(turn), error)
+        answer.finish("broken" if answer.text else "failed", error.kind)
+    finally:
+        if answer.is_open:  # cancelled: the next process goes on from what is stored
+            await store_text_so_far(services, [answer])
+        else:
+            await store_end(services, answer, ending)
+            answers.remove_answer(answer)
+
+
+async def store_end(services: Services, answer: Answer, ending: Ending | None) -> None:
+    """Store how an answer ended, and log it."""
+    turn, now = answer.turn, services.answers.loop.time()
+    seconds = time.time() - turn.created_at
+    first = None
+    if answer.first is not None and answer.started is not None:
+        first = seconds - (now - answer.first)
+    values = {
+        "answer": answer.text,
+        "generation": answer.generation,
+        "state": answer.state,
+        "reason": answer.reason,
+        "finished_at": time.time(),
+        "model": ending.model if ending else None,
+        "tokens_in": ending.tokens_in if ending else None,
+        "tokens_out": ending.tokens_out if ending else None,
+        "seconds": round(seconds, 3),
+        "first_seconds": None if first is None else round(first, 3),
+    }
+    await services.store.finish_turn(turn.id, values)
+    log.info(
+        "%s %s after %.1f s, tokens %s in %s out",
+        name_of(turn),
+        answer.state,
+        seconds,
+        values["tokens_in"],
+        values["tokens_out"],
+    )
+
+
+async def store_text_so_far(services: Services, answers: list[Answer]) -> None:
+    """Store the text of unfinished answers; a failure costs only that."""
+    texts = [(a.text, a.generation, a.turn.id) for a in answers if a.text]
+    try:
+        if texts:
+            await services.store.save_texts(texts)
+    except sqlite3.Error as error:
+        log.error("text so far not stored: %s", error)
+
+
+# What answers a message: a fixed text, or something to read.
+Found = str | Reading
+
+
+async def write_answer(services: Services, delivery: Delivery) -> None:
+    """Find out what answers a message, one message of a subscriber after the other."""
+    message, subscriber = delivery.message, delivery.subscriber
+    async with subscriber.lock:
+        memory = await services.store.recall(message.key, message.openid)
+        subscriber.remember(memory)
+        if memory.reply is not None:
+            content, created, delivered = memory.reply
+            delivery.earlier = 1
+            delivery.reply = Reply(
+                message.key, message.openid, content, created, memory.turn_id, delivered
+            )
+            delivery.decided.set()
+            delivery.ready.set()
+            return
+        found = await find_answer(services, delivery, memory)
+    if isinstance(found, Reading):
+        delivery.read(found)
+    else:
+        delivery.say(found)
+
+
+async def find_answer(services: Services, delivery: Delivery, memory: Memory) -> Found:
+    """Return what answers a message that has no reply yet."""
+    message = delivery.message
+    if memory.turn_id is not None:  # asked in an earlier life of the process
+        turn = await services.store.turn(memory.turn_id)
+        delivery.earlier = 1
+        age = time.time() - turn.created_at
+        delivery.first = min(delivery.first, services.answers.loop.time() - age)
+        delivery.is_own = True
+        return await reading_of(services, delivery, turn.id)
+    session = await still_open(services, memory.session)
+    match message.msg_type, message.event:
+        case "text", _:
+            return await answer_text(services, delivery, session, memory.session)
+        case "event", "subscribe":
+            return services.config.replies.subscribe
+        case "event", "unsubscribe":
+            await forget_all(services, delivery)
+            return ""
+        case "event", _:
+            return ""
+    if session is None:
+        return ""
+    await services.store.touch_session(session.id, time.time())
+    return services.texts.unsupported
+
+
+async def still_open(services: Services, session: Session | None) -> Session | None:
+    """Return the session unless it has been idle for longer than `ttl`."""
+    if session is None or session.busy:
+        return session
+    idle = time.time() - session.last_at
+    return session if idle <= services.config.session.ttl else None
+
+
+async def reading_of(
+    services: Services, delivery: Delivery, turn_id: int, part: Part | None = None
+) -> Reading:
+    """Return a reading of a turn, being written or stored, from a part on."""
+    answer = services.answers.answers.get(turn_id)
+    if answer is None:
+        turn = await services.store.turn(turn_id)
+        answer = Answer.stored(turn, delivery.subscriber)
+    if part is None:
+        return Reading(answer, 0, answer.generation)
+    return Reading(answer, part.start, part.generation, part)
+
+
+async def answer_text(
+    services: Services,
+    delivery: Delivery,
+    session: Session | None,
+    stored: Session | None,
+) -> Found:
+    """Return what answers a text: a command, a part, a question, or nothing.
+
+    `stored` is the session as stored, even if it has run out.
+    """
+    text = delivery.message.content.strip()
+    if opened := find_assistant(text, services.config.assistants):
+        return await open_and_ask(services, delivery, session, *opened)
+    found = await answer_command(services, delivery, session, text)
+    if found is None and session:
+        return await accept_question(services, delivery, session, text)
+    if found is None:
+        return await answer_outside(services, delivery, stored, text)
+    if session:
+        await services.store.touch_session(session.id, time.time())
+    return found
+
+
+async def answer_command(
+    services: Services, delivery: Delivery, session: Session | None, text: str
+) -> Found | None:
+    """Return what answers a text that is not a question; None for one that may be."""
+    if function := find_command(text):
+        log.info("%s command %s", delivery.message.short, function.__name__)
+        return await function(services, delivery, session)
+    if session and (text in STICKER_TEXTS or not text):
+        return services.texts.unsupported
+    return await answer_tap(services, delivery, session, text)
+
+
+async def open_and_ask(
+    services: Services,
+    delivery: Delivery,
+    session: Session | None,
+    assistant: str,
+    question: str,
+) -> Found:
+    """Open a session, unless one with this assistant is open, and ask what came along."""
+    is_new = session is None or session.assistant != assistant
+    if is_new:
+        session = await open_session(services, delivery.message.openid, assistant)
+    if question:
+        return await accept_question(services, delivery, session, question)
+    if not is_new:
+        await services.store.touch_session(session.id, time.time())
+        return services.texts.still_open
+    minutes = f"{services.config.session.ttl / 60:g}"
+    return services.texts.opened.format(assistant=assistant, minutes=minutes)
+
+
+async def answer_outside(
+    services: Services, delivery: Delivery, stored: Session | None, text: str
+) -> Found:
+    """Return what answers a text outside a session; mostly nothing."""
+    replies, openid = services.config.replies, delivery.message.openid
+    if text in replies.keywords:
+        return replies.keywords[text]
+    if services.config.session.auto_open and text:
+        assistant = next(iter(services.config.assistants))
+        return await open_and_ask(services, delivery, None, assistant, text)
+    if stored:  # it ran out, and nobody was told yet
+        await end_session(services, stored, text)
+        if time.time() - stored.last_at < LAPSE_SECONDS:
+            tap = tap_link(services.texts.word_resume)
+            return services.texts.session_lapsed.format(tap=tap, question=excerpt(text))
+    log.info("msg=%s from=%s left alone", delivery.message.msg_id, openid[:8])
+    return replies.outside
+
+
+# Taps: texts that our own links send, and that may be typed as well.
+
+
+async def answer_tap(
+    services: Services, delivery: Delivery, session: Session | None, text: str
+) -> Found | None:
+    """Return what answers a tap; None when the text is none, or not one now."""
+    words = folded(text)
+    if match := re.fullmatch(r"继续\s*([0-9]{1,9})?", words):
+        if match[1]:
+            return await continue_part(services, delivery, int(match[1]))
+        return await continue_oldest(services, delivery, session)
+    if match := re.fullmatch(r"重试\s*([0-9]{1,9})?", words):
+        return await retry(services, delivery, session, match[1])
+    if words == folded(services.texts.word_forget):
+        return await confirm_forget(services, delivery)
+    if words == folded(services.texts.word_resume) and session is None:
+        return await resume_session(services, delivery)
+    return None
+
+
+async def continue_part(services: Services, delivery: Delivery, number: int) -> Found:
+    """Return part N of this subscriber: the very text again if it was sent before."""
+    part = await services.store.part(delivery.message.openid, number)
+    if part is None:
+        return services.texts.no_part.format(number=number)
+    if part.reply is not None:
+        delivery.exact = True
+        return part.reply
+    return await reading_of(services, delivery, part.turn_id, part)
+
+
+async def continue_oldest(
+    services: Services, delivery: Delivery, session: Session | None
+) -> Found | None:
+    """Return the oldest part not sent yet, of the session or of the last hour."""
+    found = await services.store.oldest_unsent(
+        delivery.message.openid,
+        session.id if session else None,
+        time.time() - RECENT_SECONDS,
+    )
+    if found is None:
+        return None
+    turn_id, part = found
+    return await continue_turn(services, delivery, turn_id, part)
+
+
+async def continue_turn(
+    services: Services, delivery: Delivery, turn_id: int, part: Part | None
+) -> Reading:
+    """Return the unsent part of a turn, numbered now if it was not offered before."""
+    if part is None:
+        number = delivery.subscriber.next_part()
+        reading = await reading_of(services, delivery, turn_id)
+        reading.part = Part(number, turn_id, 0, reading.generation, None)
+        return reading
+    return await reading_of(services, delivery, turn_id, part)
+
+
+async def retry(
+    services: Services, delivery: Delivery, session: Session | None, number: str | None
+) -> Found | None:
+    """Ask a failed question again: the one behind a tap, or the newest."""
+    openid = delivery.message.openid
+    if number:
+        part = await services.store.part(openid, int(number))
+        turn = await services.store.turn(part.turn_id) if part else None
+    else:
+        turn = await services.store.newest_failed(openid, time.time() - RECENT_SECONDS)
+    if turn is None:
+        return services.texts.no_retry if number else None
+    if session is None:
+        session = await open_session(services, openid, turn.assistant)
+    return await accept_question(services, delivery, session, turn.question)
+
+
+async def resume_session(services: Services, delivery: Delivery) -> Found | None:
+    """Open the session that ran out again, and ask the text that came too late."""
+    since = time.time() - LAPSE_SECONDS
+    session = await services.store.lapsed_session(delivery.message.openid, since)
+    if session is None:
+        return None
+    await services.store.reopen_session(session, time.time())
+    return await accept_question(services, delivery, session, session.lapsed_text)
+
+
+async def accept_question(
+    services: Services, delivery: Delivery, session: Session, question: str
+) -> Found:
+    """Store a question and start its answer; or say why not."""
+    subscriber, answers = delivery.subscriber, services.answers
+    now = time.time()
+    for answer in subscriber.answers:
+        is_recent = now - answer.turn.created_at < REPEAT_SECONDS
+        if is_recent and answer.turn.question == question:
+            part = await services.store.unsent_part(answer.turn.id)
+            return await continue_turn(services, delivery, answer.turn.id, part)
+    if len(subscriber.answers) >= services.config.limits.waiting:
+        return services.texts.too_many.format(count=len(subscriber.answers))
+    asked = 0 if services.answers.queues.get(session.id) else 1
+    key = delivery.message.key
+    turn = await services.store.add_turn(session, key, question, asked, now)
+    answer = Answer(turn, subscriber)
+    answers.add_answer(answer)
+    start_writing(services, answer)
+    delivery.is_own = True
+    log.info("%s accepted, %d waiting", name_of(turn), len(subscriber.answers))
+    return Reading(answer)
+
+
+def start_writing(services: Services, answer: Answer) -> None:
+    """Start the task that writes an answer."""
+
+    def fail() -> None:
+        if answer.is_open:
+            answer.finish("broken" if answer.text else "failed", "trouble")
+        services.answers.remove_answer(answer)
+
+    answer.task = services.answers.start(
+        converse(services, answer), name_of(answer.turn), fail
+    )
+
+
+# Deciding a reply
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """The text of a reply that reads an answer."""
+
+    content: str
+    stop: int  # offset at which the next part begins
+    carries: bool  # it has text of the answer
+    offered: Part | None = None  # what its tap asks for
+    early: bool = False  # neither complete nor a full part
+
+
+def page_link(services: Services, turn: Turn, words: str) -> str:
+    """Return a link to an answer's page."""
+    return web_link(words, services.answer_url(turn))
+
+
+def tail(services: Services, turn: Turn, number: int) -> str:
+    """Return the lines under a part that has another one behind it."""
+    tap = tap_link(f"继续{number}")
+    page = page_link(services, turn, services.texts.word_page)
+    return "\n\n" + services.texts.more.format(tap=tap, page=page)
+
+
+def ending_words(services: Services, answer: Answer, number: int) -> str:
+    """Return what is said after the text of an ended answer; '' if it ended well."""
+    texts = services.texts
+    if answer.state == "done":
+        return ""
+    if answer.state == "cut":
+        return texts.cut_short
+    if answer.state == "ended":
+        return texts.session_ended
+    if answer.reason == "trouble":
+        return texts.trouble
+    name = "broken" if answer.state == "broken" else answer.reason
+    tap = tap_link(texts.word_retry, f"{texts.word_retry}{number}")
+    return getattr(texts, f"failed_{name}", texts.failed_empty).format(tap=tap)
+
+
+def word_of_patience(services: Services, answer: Answer, number: int) -> str:
+    """Return what is said while nothing can be shown yet."""
+    texts = services.texts
+    text = texts.thinking if answer.turn_came.done() else texts.queued
+    return text.format(
+        question=excerpt(answer.turn.question),
+        seconds=round(time.time() - answer.turn.created_at),
+        tap=tap_link(f"继续{number}"),
+        page=page_link(services, answer.turn, texts.word_page),
+    )
+
+
+def draft_reply(services: Services, reading: Reading, number: int) -> Draft:
+    """Return the reply that shows an answer from where it is read.
+
+    `number` is free for the next part; only an offered part uses it up.
+    """
+    answer, begin = reading.answer, reading.begin
+    markdown, opener = answer.text[begin:], open_block(answer.text, begin)
+    is_anew = reading.generation != answer.generation and reading.start > 0
+    head = services.texts.anew + "\n" if is_anew else ""
+    label = "\n" + services.config.replies.label if services.config.replies.label else ""
+    if not answer.is_open:
+        ended = draft_ending(services, reading, number, head, label)
+        if size_of(ended.content) <= REPLY_BYTES:
+            return ended
+    rest = label + tail(services, answer.turn, number)
+    room = REPLY_BYTES - size_of(head + rest)
+    is_full = not answer.is_open or answer.is_full(begin)
+    cut = find_stop(answer, begin, room, opener, is_full) - begin
+    if cut == 0:
+        part = reading.part or Part(number, answer.turn.id, begin, answer.generation, None)
+        patience = word_of_patience(services, answer, part.number)
+        return Draft(patience, begin, False, part, early=True)
+    text = head + plain_text(markdown[:cut], opener) + rest
+    part = Part(number, answer.turn.id, begin + cut, answer.generation, None)
+    return Draft(text, begin + cut, True, part, early=not is_full)
+
+
+def draft_ending(
+    services: Services, reading: Reading, number: int, head: str, label: str
+) -> Draft:
+    """Return the reply with all that is left of an ended answer, of any size."""
+    answer, begin = reading.answer, reading.begin
+    text = plain_text(answer.text[begin:], open_block(answer.text, begin))
+    words = ending_words(services, answer, number)
+    offered = None
+    if "msgmenucontent" in words:  # the retry finds the question by the part's number
+        stop = len(answer.text)
+        offered = Part(number, answer.turn.id, stop, answer.generation, None)
+    if not text and not words:
+        return Draft(services.texts.no_more, len(answer.text), True)
+    content = "\n\n".join(filter(None, (text and head + text + label, words)))
+    if text and is_typeset(answer.text):
+        link = "\n" + page_link(services, answer.turn, services.texts.word_typeset)
+        content += link if size_of(content + link) <= REPLY_BYTES else ""
+    return Draft(content, len(answer.text), bool(text), offered)
+
+
+def find_stop(answer: Answer, begin: int, room: int, opener: str, is_full: bool) -> int:
+    """Return where the part from `begin` ends: fixed once, for all who read it."""
+    known = answer.stops.get((answer.generation, begin))
+    if known is not None:
+        return known
+    markdown = answer.text[begin:]
+    if is_full:
+        return begin + cut_markdown(markdown, room, opener)
+    return begin + finished_sentences(markdown, room, opener)
+
+
+def mention_unread(services: Services, delivery: Delivery, content: str) -> tuple[str, int | None]:
+    """Return a reply with an unread answer named under it, and that answer's turn."""
+    if not content or delivery.exact:
+        return content, None
+    own = delivery.reading.answer.turn.id if delivery.reading else None
+    for number, (turn_id, question) in delivery.subscriber.unread.items():
+        answer = services.answers.answers.get(turn_id)
+        if turn_id == own or (answer and answer.is_open):
+            continue
+        tap = tap_link(f"继续{number}")
+        line = services.texts.unread.format(question=excerpt(question), tap=tap)
+        if size_of(f"{content}\n\n{line}") <= REPLY_BYTES:
+            return f"{content}\n\n{line}", turn_id
+    return content, None
+
+
+def compose(services: Services, delivery: Delivery, attempt: int) -> Reply:
+    """Return the reply that a message gets now."""
+    message, subscriber, reading = delivery.message, delivery.subscriber, delivery.reading
+    reply = Reply(message.key, message.openid, "", int(time.time()))
+    if reading is None:
+        text = services.texts.trouble if delivery.fixed is None else delivery.fixed
+        content, read = mention_unread(services, delivery, text)
+        return replace(reply, content=content, read=read)
+    answer = reading.answer
+    draft = draft_reply(services, reading, (subscriber.parts or 0) + 1)
+    if draft.offered and draft.offered != reading.part:
+        subscriber.next_part()
+    content, read = mention_unread(services, delivery, draft.content)
+    is_done = not answer.is_open or draft.carries
+    return replace(
+        reply,
+        content=content,
+        turn_id=answer.turn.id if delivery.is_own else None,
+        delivered=str(attempt) if delivery.is_own and draft.carries else None,
+        offered=draft.offered,
+        early=delivery.is_own and draft.early,
+        sent=reading.part if is_done else None,
+        stop=draft.stop,
+        read=read,
+    )
+
+
+def decide(services: Services, delivery: Delivery, attempt: int) -> None:
+    """Fix the reply of a message for all its copies, and begin to store it."""
+    reply = delivery.reply = compose(services, delivery, attempt)
+    delivery.decided.set()
+    subscriber, reading = delivery.subscriber, delivery.reading
+    if reading:
+        note_sent(delivery, reply, reading)
+    if reply.read is not None:
+        subscriber.has_read(reply.read)
+    if reply.content and delivery.keep:
+        delivery.stored = services.answers.start(
+            services.store.save_reply(reply), delivery.message.short, lambda: None
+        )
+
+
+def note_sent(delivery: Delivery, reply: Reply, reading: Reading) -> None:
+    """Keep in memory what a decided reply means for its answer."""
+    answer, subscriber = reading.answer, delivery.subscriber
+    if reply.stop > reading.begin:
+        answer.is_sent = True
+        answer.stops[(answer.generation, reading.begin)] = reply.stop
+    if reply.early and reply.offered:
+        subscriber.unread[reply.offered.number] = (answer.turn.id, answer.turn.question)
+    if reply.sent:
+        subscriber.has_read(answer.turn.id)
+
+
+# What a request does
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One request of WeChat for one message."""
+
+    delivery: Delivery
+    number: int
+    arrived: float  # loop's clock
+
+    @property
+    def short(self) -> str:
+        """Return how the log names it."""
+        return f"{self.delivery.message.short} attempt={self.number}"
+
+
+def take_attempt(services: Services, message: Message, arrived: float) -> Attempt:
+    """Return the attempt that a request is; the first one starts the work."""
+    answers = services.answers
+    delivery = answers.deliveries.get(message.key)
+    if delivery is None:
+        delivery = answers.new_delivery(message, arrived)
+
+        def fail() -> None:
+            delivery.say(services.texts.trouble)
+
+        answers.start(write_answer(services, delivery), message.short, fail)
+    number = delivery.arrive(arrived, answers.attempt_timeout / 2)
+    return Attempt(delivery, number, arrived)
+
+
+async def reply_to(services: Services, attempt: Attempt) -> Reply | None:
+    """Return the reply for this request, or None: WeChat is to ask again.
+
+    Decided while this request waits, as soon as the answer is complete or its first
+    part full; or with what there is when nobody will ask again.
+    """
+    answers, wechat = services.answers, services.config.wechat
+    delivery, over = attempt.delivery, attempt.arrived + wechat.attempt_timeout
+    if not await answers.wait_for(delivery.ready, over - wechat.margin):
+        last = answers.is_last_chance(delivery, attempt.number, attempt.arrived)
+        # Charged now: a burst of waits charged when WeChat hangs up would all pass.
+        if not last and answers.guard.charge(answers.loop.time()):
+            in_time = await answers.wait_for(delivery.ready, over)
+            # Later than that WeChat does not read this line any more, but an answer
+            # here would end its retries: hold it, and say nothing.
+            held = in_time or await answers.wait_for(delivery.decided, over + HOLD_SECONDS)
+            if not held:
+                return None
+    if delivery.reply is None:
+        decide(services, delivery, attempt.number + delivery.earlier)
+    if delivery.stored:
+        left = over - wechat.margin / 4 - answers.loop.time()
+        await asyncio.wait({delivery.stored}, timeout=max(0, left))
+    return delivery.reply
+
+
+async def note_delivery(services: Services, attempt: Attempt, is_taken: bool) -> None:
+    """Correct how an answer was delivered: the newest attempt whose line took it counts.
+
+    The reply was stored as delivered by the attempt that decided it.
+    """
+    delivery, reply = attempt.delivery, attempt.delivery.reply
+    if reply is None or reply.turn_id is None or reply.delivered is None:
+        return
+    number = str(attempt.number + delivery.earlier)
+    before = delivery.delivered or reply.delivered
+    if is_taken:
+        delivery.delivered = number
+    elif before == number:
+        delivery.delivered = ""
+    if delivery.delivered not in (None, before):
+        await services.store.mark_delivered(reply.turn_id, delivery.delivered or None)
+
+
+async def resume_answers(services: Services) -> None:
+    """Take up the questions that the process before this one left unfinished."""
+    now = time.time()
+    for turn, session_is_open in await services.store.open_turns():
+        subscriber = services.answers.subscriber(turn.openid)
+        answer = Answer(turn, subscriber, turn.generation + 1 if turn.asked else 0)
+        is_queued = not turn.asked
+        if is_queued and not session_is_open:
+            answer.finish("ended")
+        elif turn.asked >= ASKINGS or now - turn.created_at > RESUME_SECONDS:
+            answer.generation, answer.text = turn.generation, turn.answer
+            answer.finish("broken" if turn.answer else "failed", "given_up")
+        if answer.is_open:
+            services.answers.add_answer(answer)
+            start_writing(services, answer)
+            log.info("%s resumed, asked %d times before", name_of(turn), turn.asked)
+        else:
+            await store_end(services, answer, None)
+
+
+async def keep_saving(services: Services) -> None:
+    """Store the texts of running answers every second, until cancelled."""
+    saved: dict[int, int] = {}  # turn: characters
+    while True:
+        await asyncio.sleep(SAVE_SECONDS)
+        running = [a for a in services.answers.answers.values() if a.text and a.is_open]
+        await store_text_so_far(
+            services, [a for a in running if saved.get(a.turn.id) != len(a.text)]
+        )
+        saved = {a.turn.id: len(a.text) for a in running}
+
+
+async def keep_pruning(services: Services) -> None:
+    """Delete what has served its time, every hour, until cancelled."""
+    while True:
+        try:
+            await services.store.prune(
+                time.time(), services.config.history.link_hours * 3600
+            )
+        except sqlite3.Error as error:
+            log.error("old replies not deleted: %s", error)
+        await asyncio.sleep(3600)
+
+
+# ---------------------------------------------------------------------------
+# 10. Pages
+#
+# Minimal HTML, made for a phone, no outside resource. They work without script: a
+# pending answer then reloads itself every three seconds. Pure: records to text.
+# ---------------------------------------------------------------------------
+
+STYLE = """
+:root{color-scheme:light dark;--ink:#1a1a1a;--soft:#5c5c5c;--paper:#fff;--box:#f2f3f5;
+--line:#dfe1e5;--mark:#07703d}
+@media(prefers-color-scheme:dark){:root{--ink:#e8e8e8;--soft:#a3a3a3;--paper:#161718;
+--box:#242628;--line:#3a3d40;--mark:#4cc38a}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--paper);color:var(--ink);overflow-wrap:anywhere;
+font:1rem/1.7 system-ui,-apple-system,"PingFang SC","Noto Sans CJK SC",sans-serif}
+main{max-width:42rem;margin:0 auto;padding:1rem 1rem 3rem}
+h1{font-size:1.15rem;line-height:1.5}
+.question{background:var(--box);border-radius:.6rem;padding:.6rem .8rem;margin:1rem 0;
+white-space:pre-wrap}
+.live{white-space:pre-wrap}
+.note{color:var(--soft);font-size:.85rem}
+.failed{border-left:3px solid var(--line);padding-left:.7rem;color:var(--soft)}
+pre{background:var(--box);padding:.7rem;overflow-x:auto;border-radius:.4rem}
+code{font-family:ui-monospace,Menlo,Consolas,monospace;font-size:.9em}
+table{border-collapse:collapse;display:block;overflow-x:auto}
+td,th{border:1px solid var(--line);padding:.3rem .6rem;text-align:left}
+blockquote{margin:1rem 0;padding-left:.8rem;border-left:3px solid var(--line)}
+a{color:var(--mark)}
+article{border-bottom:1px solid var(--line);padding-bottom:.8rem}
+"""
+
+SCRIPT = """
+const live=document.querySelector('.live'),note=document.querySelector('#state');
+if(live){const source=new EventSource(location.pathname+'/events');let text=live.textContent;
+source.onmessage=e=>{text+=JSON.parse(e.data).text;live.textContent=text;note.hidden=true};
+source.addEventListener('reset',()=>{text='';live.textContent=''});
+source.addEventListener('done',()=>{source.close();location.reload()})}
+"""
+
+PAGE = string.Template(
+    """<!doctype html>
+<html lang="zh-CN"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<title>$title</title>$refresh<style nonce="$nonce">$style</style></head>
+<body><main>$body<p class="note">$notice</p></main>$script</body></html>
+"""
+)
+
+POLICY = (
+    "default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
+    "connect-src 'self'; img-src 'none'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
+RENDER_CHARS = 32_768  # longer answers go on as plain text: rendering is slow on purpose
+HISTORY_COUNT = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A rendered page and the policy its nonce belongs to."""
+
+    html: str
+    policy: str
+
+
+def make_page(texts: Texts, title: str, body: str, is_live: bool = False) -> Page:
+    """Return a page around a body that is already HTML."""
+    nonce = secrets.token_urlsafe(12)
+    refresh = '<noscript><meta http-equiv="refresh" content="3"></noscript>'
+    script = f'<script nonce="{nonce}">{SCRIPT}</script>'
+    text = PAGE.substitute(
+        title=html.escape(title),
+        nonce=nonce,
+        style=STYLE,
+        body=body,
+        notice=html.escape(texts.page_notice),
+        refresh=refresh if is_live else "",
+        script=script if is_live else "",
+    )
+    return Page(text, POLICY.format(nonce=nonce))
+
+
+def render_link_open(
+    renderer: object, tokens: list[Token], index: int, options: object, env: object
+) -> str:
+    """Return the tag of a link in an answer; the target learns nothing of our page."""
+    address = html.escape(str(tokens[index].attrGet("href") or ""))
+    return f'<a href="{address}" rel="noopener noreferrer nofollow" target="_blank">'
+
+
+def render_image(
+    renderer: object, tokens: list[Token], index: int, options: object, env: object
+) -> str:
+    """Return an image as a link: loading it would tell a stranger who reads."""
+    address = html.escape(str(tokens[index].attrGet("src") or ""))
+    words = html.escape(tokens[index].content or "图片")
+    return f'<a href="{address}" rel="noopener noreferrer nofollow" target="_blank">{words}</a>'
+
+
+MARKDOWN.add_render_rule("link_open", render_link_open)
+MARKDOWN.add_render_rule("image", render_image)
+
+
+def render_markdown(markdown: str) -> str:
+    """Return an answer as HTML."""
+    rest = markdown[RENDER_CHARS:]
+    body = MARKDOWN.render(markdown[:RENDER_CHARS])
+    return body + (f"<pre>{html.escape(rest)}</pre>" if rest else "")
+
+
+def clock(seconds: float) -> str:
+    """Return a time as people in China read it."""
+    return datetime.datetime.fromtimestamp(seconds, BEIJING).strftime("%Y-%m-%d %H:%M")
+
+
+def plain_words(text: str) -> str:
+    """Return a reply's words without its links."""
+    return re.sub(r"<[^>]*>", "", text).strip()
+
+
+def render_exchange(turn: Turn, words: str) -> str:
+    """Return a question with its finished answer; `words` say how it ended, if badly."""
+    parts = [f'<div class="question">{html.escape(turn.question)}</div>']
+    if turn.answer:
+        parts.append(render_markdown(turn.answer))
+    if words:
+        parts.append(f'<p class="failed">{html.escape(plain_words(words))}</p>')
+    when = " · ".join(filter(None, (clock(turn.created_at), turn.model)))
+    parts.append(f'<p class="note">{html.escape(when)}</p>')
+    return f"<article>{''.join(parts)}</article>"
+
+
+def render_answer(texts: Texts, turn: Turn, words: str) -> Page:
+    """Return the page of one question and its finished answer."""
+    return make_page(texts, excerpt(turn.question, 30), render_exchange(turn, words))
+
+
+def render_live(texts: Texts, turn: Turn, text: str) -> Page:
+    """Return the page of an answer that is being written."""
+    body = (
+        f'<article><div class="question">{html.escape(turn.question)}</div>'
+        f'<p class="note" id="state">{html.escape(texts.page_waiting)}</p>'
+        f'<noscript><div class="question">{html.escape(text)}</div></noscript>'
+        f'<div class="live" aria-live="polite"></div></article>'
+    )
+    return make_page(texts, excerpt(turn.question, 30), body, is_live=True)
+
+
+def render_history(texts: Texts, turns: list[tuple[Turn, str]], older: str) -> Page:
+    """Return a page of a subscriber's exchanges; `older` is the next page's query."""
+    body = [f"<h1>{html.escape(texts.page_history)}</h1>"]
+    body.append(f'<p class="note">{html.escape(texts.page_private)}</p>')
+    body += [render_exchange(turn, words) for turn, words in turns]
+    if not turns:
+        body.append(f"<p>{html.escape(texts.page_empty)}</p>")
+    if older:
+        body.append(f'<p><a href="{older}">{html.escape(texts.page_older)}</a></p>')
+    return make_page(texts, texts.page_history, "".join(body))
+
+
+def sse_event(data: dict, event: str = "", number: str = "") -> bytes:
+    """Return one event of an event stream."""
+    lines = [f"event: {event}"] if event else []
+    lines += [f"id: {number}"] if number else []
+    lines.append(f"data: {json.dumps(data, ensure_ascii=False)}")
+    return ("\n".join(lines) + "\n\n").encode()
+
+
+# ---------------------------------------------------------------------------
+# 11. HTTP handlers
+# ---------------------------------------------------------------------------
+
+SERVICES = web.AppKey("services", Services)
+BODY_SECONDS = 10.0
+PING_SECONDS = 15.0
+FOLLOW_SECONDS = 0.1  # a live page is told of new text so often at most
+
+
+def is_fresh(services: Services, timestamp: str) -> bool:
+    """Say whether a signed timestamp is near our clock or near the newest push.
+
+    If only our clock is off, pushes stay accepted.
+    """
+    if not re.fullmatch(r"[0-9]{1,12}", timestamp):
+        return False
+    at, newest = int(timestamp), services.store.newest_push
+    if abs(time.time() - at) <= SIGNATURE_SECONDS:
+        return True
+    if at < newest - SIGNATURE_SECONDS:
+        return False
+    warn_of_clock(at)
+    return True
+
+
+@functools.lru_cache(maxsize=1)
+def warned_in(minute: int) -> None:
+    """Warn once a minute: the cache remembers the minute."""
+    log.warning("our clock and WeChat's timestamps are more than ten minutes apart")
+
+
+def warn_of_clock(timestamp: int) -> None:
+    """Warn of a clock that is off, at most once a minute."""
+    warned_in(int(asyncio.get_running_loop().time() // 60))
+
+
+async def is_from_wechat(services: Services, request: web.Request) -> bool:
+    """Say whether a request is rightly signed and fresh, and note its time."""
+    query = request.query
+    timestamp = query.get("timestamp", "")
+    signature, nonce = query.get("signature", ""), query.get("nonce", "")
+    if not is_signed(services.config.wechat.token, signature, timestamp, nonce):
+        return False
+    if not is_fresh(services, timestamp):
+        log.warning("a signed request with a stale timestamp was refused")
+        return False
+    try:
+        await services.store.note_push(int(timestamp))
+    except sqlite3.Error as error:
+        log.error("newest timestamp not stored: %s", error)
+    return True
+
+
+async def verify_url(request: web.Request) -> web.Response:
+    """Answer the console's verification with the echostr."""
+    services = request.app[SERVICES]
+    if not await is_from_wechat(services, request):
+        log.warning("verification with a wrong signature: is the token the same?")
+        return web.Response(status=403)
+    log.info("verified by WeChat's console")
+    return web.Response(text=request.query.get("echostr", ""))
+
+
+async def receive_message(request: web.Request) -> web.StreamResponse:
+    """Answer a push with a passive reply; a signed one never gets another status."""
+    services, arrived = request.app[SERVICES], services_loop_time()
+    if not await is_from_wechat(services, request):
+        return web.Response(status=403)
+    try:
+        body = await asyncio.wait_for(request.read(), BODY_SECONDS)
+    except TimeoutError:
+        return cut_line(request)
+    try:
+        message = parse_message(body)
+    except BadMessage as error:
+        log.warning("unreadable push: %s", error)
+        return web.Response(body=b"success")
+    try:
+        return await answer_attempt(request, take_attempt(services, message, arrived))
+    except Exception:
+        log.exception("%s broke off at the door", message.short)
+        return web.Response(body=b"success")
+
+
+def services_loop_time() -> float:
+    """Return the loop's clock."""
+    return asyncio.get_running_loop().time()
+
+
+async def answer_attempt(request: web.Request, attempt: Attempt) -> web.StreamResponse:
+    """Wait for the reply and write it, or cut the line; log what became of it."""
+    services, loop = request.app[SERVICES], asyncio.get_running_loop()
+    try:
+        reply = await reply_to(services, attempt)
+        if reply is None:
+            log.info("%s held to the end, cut", attempt.short)
+            return cut_line(request)
+        body = render_text_reply(attempt.delivery.message, reply.content, reply.created)
+        response = web.Response(body=body, content_type="text/xml", charset="utf-8")
+        await response.prepare(request)
+        await response.write_eof()
+    except (asyncio.CancelledError, ConnectionResetError) as gone:
+        seconds = loop.time() - attempt.arrived
+        log.info("%s WeChat hung up after %.1f s", attempt.short, seconds)
+        services.answers.start(
+            note_delivery(services, attempt, False), attempt.short, lambda: None
+        )
+        if isinstance(gone, asyncio.CancelledError):
+            raise
+        return web.Response()
+    await note_delivery(services, attempt, True)
+    log.info(
+        "%s %s after %.1f s", attempt.short, outcome_of(reply), loop.time() - attempt.arrived
+    )
+    return response
+
+
+def outcome_of(reply: Reply) -> str:
+    """Return how the log names what a reply brought."""
+    if not reply.content:
+        return "nothing to say"
+    if reply.sent:
+        return f"part {reply.sent.number} sent"
+    if reply.early:
+        return "answered early" if reply.delivered else "asked for patience"
+    return "replied"
+
+
+def cut_line(request: web.Request) -> web.Response:
+    """Close the connection without an answer: a reply would end WeChat's retries."""
+    if request.transport:
+        request.transport.abort()
+    return web.Response()
+
+
+def html_response(page: Page, status: int = 200) -> web.Response:
+    """Return a page with the headers that keep it private."""
+    headers = {
+        "Content-Security-Policy": page.policy,
+        "Cache-Control": "no-store",
+        "Referrer-Policy": "no-referrer",
+        "X-Robots-Tag": "noindex",
+        "X-Content-Type-Options": "nosniff",
+    }
+    return web.Response(
+        text=page.html, status=status, content_type="text/html", headers=headers
+    )
+
+
+def error_page(services: Services, status: int) -> web.Response:
+    """Return the page of an unknown (404) or expired (410) link."""
+    texts = services.texts
+    words = texts.page_expired if status == 410 else texts.page_missing
+    return html_response(make_page(texts, words, f"<p>{html.escape(words)}</p>"), status)
+
+
+async def find_linked(request: web.Request) -> Turn | web.Response:
+    """Return the turn of a link, or the page that says why there is none."""
+    services = request.app[SERVICES]
+    turn = await services.store.turn_by_link(request.match_info["key"])
+    if turn is None:
+        return error_page(services, 404)
+    hours = services.config.history.link_hours
+    if time.time() - turn.created_at > hours * 3600:
+        return error_page(services, 410)
+    return turn
+
+
+def words_after(services: Services, turn: Turn) -> str:
+    """Return what a page says below an answer that did not end well."""
+    if turn.state in ("open", "done"):
+        return ""
+    return ending_words(services, Answer.stored(turn, Subscriber(turn.openid)), 0)
+
+
+async def answer_page(request: web.Request) -> web.Response:
+    """Show one question and its answer, live while it is being written."""
+    services, turn = request.app[SERVICES], await find_linked(request)
+    if isinstance(turn, web.Response):
+        return turn
+    answer = services.answers.answers.get(turn.id)
+    subscriber = services.answers.subscribers.get(turn.openid)
+    if turn.state == "open":
+        text = answer.text if answer else turn.answer
+        return html_response(render_live(services.texts, turn, text))
+    if subscriber:
+        subscriber.has_read(turn.id)
+    await services.store.mark_read(turn.id)
+    return html_response(
+        render_answer(services.texts, turn, words_after(services, turn))
+    )
+
+
+async def answer_events(request: web.Request) -> web.StreamResponse:
+    """Stream an answer as it is written; end with its final state."""
+    services, turn = request.app[SERVICES], await find_linked(request)
+    if isinstance(turn, web.Response):
+        return turn
+    answer = services.answers.answers.get(turn.id)
+    if answer is None:
+        turn = await services.store.turn(turn.id)
+        answer = Answer.stored(turn, Subscriber(turn.openid))
+    response = web.StreamResponse(
+        headers={
+            "Content-Type": "text/event-stream; charset=utf-8",
+            "Cache-Control": "no-store",
+            "X-Accel-Buffering": "no",
+        }
+    )
+    with contextlib.suppress(ConnectionResetError):
+        await response.prepare(request)
+        last = request.headers.get("Last-Event-ID", "")
+        async for event in follow(services, answer, last):
+            await response.write(event)
+        await response.write_eof()
+    return response
+
+
+async def follow(services: Services, answer: Answer, last: str) -> AsyncIterator[bytes]:
+    """Yield an answer's events from what the viewer has until it ends."""
+    known = re.fullmatch(r"(\d{1,9}):(\d{1,9})", last)
+    generation, offset = (int(known[1]), int(known[2])) if known else (None, 0)
+    news = asyncio.Event()
+    answer.followers.add(news)
+    try:
+        while services.answers.closes_at is None:
+            news.clear()
+            if generation not in (None, answer.generation) or offset > len(answer.text):
+                offset = 0
+                yield sse_event({}, "reset", f"{answer.generation}:0")
+            generation = answer.generation
+            if delta := answer.text[offset:]:
+                offset += len(delta)
+                yield sse_event({"text": delta}, number=f"{generation}:{offset}")
+            if not answer.is_open:
+                yield sse_event({"state": answer.state}, "done")
+                return
+            await asyncio.sleep(FOLLOW_SECONDS)
+            until = asyncio.get_running_loop().time() + PING_SECONDS
+            if not await services.answers.wait_for(news, until):
+                yield b": ping\n\n"
+    finally:
+        answer.followers.discard(news)
+
+
+async def history_page(request: web.Request) -> web.Response:
+    """Show a subscriber's history, newest first."""
+    services, key = request.app[SERVICES], request.match_info["key"]
+    owner = await services.store.history_owner(key)
+    if owner is None:
+        return error_page(services, 404)
+    openid, expires_at = owner
+    if time.time() > expires_at:
+        return error_page(services, 410)
+    before = request.query.get("before", "")
+    below = int(before) if re.fullmatch(r"[0-9]{1,15}", before) else 2**62
+    turns = await services.store.turns_of(openid, below, HISTORY_COUNT)
+    older = f"?before={turns[-1].id}" if len(turns) == HISTORY_COUNT else ""
+    shown = [(turn, words_after(services, turn)) for turn in turns]
+    return html_response(render_history(services.texts, shown, older))
+
+
+async def health(request: web.Request) -> web.Response:
+    """Say whether the database answers."""
+    alive = await request.app[SERVICES].store.is_alive()
+    status = {"status": "ok" if alive else "database does not answer"}
+    return web.json_response(status, status=200 if alive else 503)
+
+
+async def hide_server(request: web.Request, response: web.StreamResponse) -> None:
+    """Leave out which versions serve."""
+    response.headers["Server"] = "wxgpt"
+
+
+# ---------------------------------------------------------------------------
+# 13. Application
+# ---------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def open_chat(config: Config) -> AsyncIterator[dict[str, ChatClient]]:
+    """Open the connections to the chat APIs: one client session, no cap on connections.
+
+    The number of calls is bounded by `at_once`; a socks proxy needs a session of its own.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        timeout = aiohttp.ClientTimeout(total=None, connect=15, sock_connect=10)
+        plain = await stack.enter_async_context(
+            aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0), timeout=timeout
+            )
+        )
+        clients = {}
+        for name, assistant in config.assistants.items():
+            http = plain
+            if assistant.proxy.startswith("socks"):
+                connector = socks_connector(name, assistant.proxy)
+                http = await stack.enter_async_context(
+                    aiohttp.ClientSession(connector=connector, timeout=timeout)
+                )
+                assistant = replace(assistant, proxy="")
+            clients[name] = ChatClient(assistant, http)
+        yield clients
+
+
+def socks_connector(name: str, proxy: str) -> aiohttp.BaseConnector:
+    """Return a connector through a socks proxy; raise ConfigError without the package."""
+    try:
+        import aiohttp_socks
+    except ImportError:
+        raise ConfigError(
+            f"assistants.{name}.proxy: a socks proxy needs: pip install aiohttp-socks"
+        ) from None
+    return aiohttp_socks.ProxyConnector.from_url(proxy, limit=0)
+
+
+@contextlib.asynccontextmanager
+async def open_services(config: Config) -> AsyncIterator[Services]:
+    """Open everything that lives as long as the process, closed in reverse order."""
+    store = await open_store(config.database.path)
+    try:
+        async with open_chat(config) as chat:
+            services = Services(config, store, chat, Answers(config))
+            try:
+                yield services
+            finally:
+                await services.answers.close()
+    finally:
+        await store.close()
+
+
+def make_app(services: Services) -> web.Application:
+    """Return the application with all its routes."""
+    app = web.Application(client_max_size=BODY_BYTES)
+    app[SERVICES] = services
+    path = services.config.server.path.rstrip("/")
+    app.add_routes(
+        [
+            web.get(path, verify_url),
+            web.get(path + "/", verify_url),
+            web.post(path, receive_message),
+            web.post(path + "/", receive_message),
+            web.get("/a/{key}", answer_page),
+            web.get("/a/{key}/events", answer_events),
+            web.get("/h/{key}", history_page),
+            web.get("/healthz", health),
+        ]
+    )
+    app.on_response_prepare.append(hide_server)
+    return app
+
+
+def sd_notify(state: str) -> None:
+    """Tell systemd a state (sd_notify(3)); without systemd, nothing."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    if address[0] == "@":
+        address = "\0" + address[1:]
+    with contextlib.suppress(OSError):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.sendto(state.encode(), address)
+
+
+async def serve(config: Config, stop: asyncio.Event) -> None:
+    """Serve until `stop` is set, then end in order."""
+    async with open_services(config) as services:
+        runner = web.AppRunner(
+            make_app(services),
+            access_log=None,
+            handler_cancellation=True,  # a hung-up request ends; its work is elsewhere
+            shutdown_timeout=GRACE_SECONDS + 2,
+        )
+        await runner.setup()
+        try:
+            site = web.TCPSite(runner, config.server.host, config.server.port)
+            await site.start()
+            port = runner.addresses[0][1]
+            await resume_answers(services)
+            start_upkeep(services)
+            log.info("serving on %s port %d", config.server.host, port)
+            sd_notify("READY=1")
+            await stop.wait()
+            log.info("stopping")
+            sd_notify("STOPPING=1")
+            await site.stop()
+            services.answers.shut(services.answers.loop.time() + GRACE_SECONDS)
+        finally:
+            await runner.cleanup()
+
+
+def start_upkeep(services: Services) -> None:
+    """Start what goes on beside the messages."""
+    for work in (keep_saving(services), keep_pruning(services)):
+        services.answers.start(work, "upkeep", lambda: None)
+
+
+class JournalFormatter(logging.Formatter):
+    """One line an event; under journald with its priority instead of the time."""
+
+    PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record's lines, each with a priority under journald."""
+        text = super().format(record)
+        if "JOURNAL_STREAM" not in os.environ:
+            return f"{time.strftime('%H:%M:%S')} {record.levelname.lower()} {text}"
+        priority = self.PRIORITIES.get(record.levelname, 5)
+        return "\n".join(f"<{priority}>{line}" for line in text.split("\n"))
+
+
+def set_up_log() -> None:
+    """Send the log to stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JournalFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.getLogger("aiohttp").setLevel(logging.WARNING)
+
+
+async def run_server(config: Config) -> None:
+    """Serve until SIGTERM or SIGINT; a second one ends at once."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            os._exit(1)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    await serve(config, stop)
+
+
+def serve_command(path: str) -> int:
+    """Run the server; return the exit status."""
+    try:
+        config = load_config(path, os.environ)
+        refuse_command_names(config)
+    except ConfigError as error:
+        print(f"wxgpt: {error}", file=sys.stderr)
+        return 2
+    set_up_log()
+    for line in effective(config):
+        log.info("%s", line)
+    try:
+        asyncio.run(run_server(config))
+    except ConfigError as error:
+        print(f"wxgpt: {error}", file=sys.stderr)
+        return 2
+    except (StoreError, OSError) as error:
+        print(f"wxgpt: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def demo_command(arguments: list[str]) -> int:
+    """Run tests/demo.py in this process's place."""
+    demo = pathlib.Path(__file__).with_name("tests") / "demo.py"
+    if not demo.exists():
+        print(f"wxgpt: {demo} is not there", file=sys.stderr)
+        return 1
+    os.execv(sys.executable, [sys.executable, str(demo), *arguments])
+
+
+def main() -> int:
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="wxgpt.py",
+        description="Subscribers of a WeChat Official Account talk with a chat model.",
+    )
+    parser.add_argument("--version", action="version", version=f"wxgpt {VERSION}")
+    parser.add_argument(
+        "command", nargs="?", default="serve", choices=("serve", "demo"),
+        help="serve (the default), or demo: try it with no account and no key",
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", default="wxgpt.toml", help="settings (wxgpt.toml)"
+    )
+    if sys.argv[1:2] == ["demo"]:
+        return demo_command(sys.argv[2:])
+    arguments = parser.parse_args()
+    return serve_command(arguments.config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
