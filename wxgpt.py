@@ -2075,13 +2075,18 @@ class Answers:
             fail()
 
     def shut(self, at: float) -> None:
-        """Let all waits end by then, and everything else by `close`."""
+        """Let all waits end by then, live pages now, and everything else by `close`."""
         self.closes_at = at
+        for answer in self.answers.values():
+            answer.wake_followers()
         for wait in self.waits:
             wait.reschedule(min(at, wait.when() or at))
 
     async def close(self) -> None:
-        """Cancel the tasks and wait for them."""
+        """Let running answers end until the time given by `shut`; then cancel all."""
+        writing = [a.task for a in self.answers.values() if a.task and a.turn_came.done()]
+        if writing and self.closes_at:
+            await asyncio.wait(writing, timeout=max(0, self.closes_at - self.loop.time()))
         for task in list(self.tasks):
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
@@ -3440,7 +3445,8 @@ async def follow(services: Services, answer: Answer, last: str) -> AsyncIterator
             if not answer.is_open:
                 yield sse_event({"state": answer.state}, "done")
                 return
-            await asyncio.sleep(FOLLOW_SECONDS)
+            if offset:
+                await asyncio.sleep(FOLLOW_SECONDS)  # several tokens, one event
             until = asyncio.get_running_loop().time() + PING_SECONDS
             if not await services.answers.wait_for(news, until):
                 yield b": ping\n\n"
@@ -3567,9 +3573,11 @@ def sd_notify(state: str) -> None:
             notify.sendto(state.encode(), address)
 
 
-async def serve(config: Config, stop: asyncio.Event) -> None:
-    """Serve until `stop` is set, then end in order."""
+@contextlib.asynccontextmanager
+async def open_server(config: Config) -> AsyncIterator[tuple[Services, int]]:
+    """Serve inside the block; give the services and the port. Ends in order."""
     async with open_services(config) as services:
+        answers = services.answers
         runner = web.AppRunner(
             make_app(services),
             access_log=None,
@@ -3580,17 +3588,12 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         try:
             site = web.TCPSite(runner, config.server.host, config.server.port)
             await site.start()
-            port = runner.addresses[0][1]
             await resume_answers(services)
             start_upkeep(services)
-            log.info("serving on %s port %d", config.server.host, port)
-            sd_notify("READY=1")
-            await stop.wait()
-            log.info("stopping")
-            sd_notify("STOPPING=1")
+            yield services, runner.addresses[0][1]
             await site.stop()
-            services.answers.shut(services.answers.loop.time() + GRACE_SECONDS)
         finally:
+            answers.shut(answers.loop.time() + GRACE_SECONDS)
             await runner.cleanup()
 
 
@@ -3633,7 +3636,12 @@ async def run_server(config: Config) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    await serve(config, stop)
+    async with open_server(config) as (_, port):
+        log.info("serving on %s port %d", config.server.host, port)
+        sd_notify("READY=1")
+        await stop.wait()
+        log.info("stopping")
+        sd_notify("STOPPING=1")
 
 
 def serve_command(path: str) -> int:

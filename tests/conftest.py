@@ -1,0 +1,215 @@
+"""Fixtures: a fake upstream, the platform, and wxgpt serving on loopback.
+
+Time is counted in UNIT: one attempt lasts so long in tests. A slow machine sets
+WXGPT_UNIT; no test asserts that something was fast.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import pytest
+
+import wxgpt
+from fake_openai import FakeOpenAI
+from wechat import Seen, WeChat
+
+UNIT = float(os.environ.get("WXGPT_UNIT", "0.6"))
+TOKEN = "secretToken42"
+ROOT = pathlib.Path(__file__).parent.parent
+ANN, BOB = "oAnn7Zt1BvK9mHdLr3PwYc8SgNf2", "oBob7Zt1BvK9mHdLr3PwYc8SgNf2"
+
+
+def toml(table: dict[str, Any], name: str = "") -> str:
+    """Return nested tables as TOML."""
+    plain = {k: v for k, v in table.items() if not isinstance(v, dict)}
+    lines = [f"[{name}]"] if name else []
+    lines += [f"{json.dumps(k)} = {json.dumps(v)}" for k, v in plain.items()]
+    for key, value in table.items():
+        if isinstance(value, dict):
+            lines.append(toml(value, f"{name}.{json.dumps(key)}".lstrip(".")))
+    return "\n".join(lines)
+
+
+def merged(table: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Return nested tables with the other's values in place of the first's."""
+    result = dict(table)
+    for key, value in other.items():
+        inner = isinstance(value, dict) and isinstance(table.get(key), dict)
+        result[key] = merged(table[key], value) if inner else value
+    return result
+
+
+@pytest.fixture
+async def upstream() -> AsyncIterator[FakeOpenAI]:
+    """A chat API that answers at once unless a test scripts it."""
+    async with FakeOpenAI() as fake:
+        yield fake
+
+
+@pytest.fixture
+def settings(tmp_path: pathlib.Path, upstream: FakeOpenAI) -> dict[str, Any]:
+    """Settings that work, with shrunk time; tests change what they are about."""
+    return {
+        "public_url": "http://wx.example.com",
+        "server": {"port": 0},
+        "wechat": {"token": TOKEN, "attempt_timeout": UNIT, "mute_guard": 1000},
+        "assistants": {
+            "chatgpt": {"base_url": upstream.base_url, "api_key": "sk-verySecret"}
+        },
+        "database": {"path": str(tmp_path / "test.db")},
+    }
+
+
+@dataclass
+class Server:
+    """wxgpt as it serves, with the platform pointed at it."""
+
+    port: int
+    wechat: WeChat
+    http: aiohttp.ClientSession
+    services: wxgpt.Services | None = None
+    process: asyncio.subprocess.Process | None = None
+    log: list[str] = field(default_factory=list)
+    posted: dict[int, asyncio.Event] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        """Return where it really listens."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def at(self, url: str) -> str:
+        """Return a link of a reply as it is reached in the test."""
+        return re.sub(r"^https?://[^/]+", self.url, url)
+
+    async def get(self, url: str) -> tuple[int, str]:
+        """Return status and text of a page."""
+        async with self.http.get(self.at(url)) as response:
+            return response.status, await response.text()
+
+    async def ask(self, text: str, openid: str = ANN) -> Seen:
+        """Let a subscriber write a text; return what they saw."""
+        return await self.wechat.send(openid, text)
+
+    def on_attempt(self, number: int, event: str, seconds: float) -> None:
+        """Note that a numbered request was posted, so that a test can wait for it."""
+        if event == "posted":
+            self.posted.setdefault(number, asyncio.Event()).set()
+
+    def nth_attempt(self, number: int) -> asyncio.Event:
+        """Return the event that the numbered request of any message was posted."""
+        return self.posted.setdefault(number, asyncio.Event())
+
+
+@contextlib.asynccontextmanager
+async def platform(port: int, **options: Any) -> AsyncIterator[Server]:
+    """Point a platform at a port."""
+    server = Server(port, None, None)
+    options = {"attempt_timeout": UNIT, "on_attempt": server.on_attempt} | options
+    async with (
+        WeChat(f"http://127.0.0.1:{port}/wechat", TOKEN, **options) as server.wechat,
+        aiohttp.ClientSession() as server.http,
+    ):
+        yield server
+
+
+@pytest.fixture
+async def serve(
+    settings: dict[str, Any], tmp_path: pathlib.Path
+) -> AsyncIterator[Callable[..., Any]]:
+    """Start wxgpt in this process; `await serve(session={"ttl": 9})` changes settings."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start(**changes: Any) -> Server:
+            path = tmp_path / "wxgpt.toml"
+            path.write_text(toml(merged(settings, changes)), "utf-8")
+            config = wxgpt.load_config(path)
+            opened = wxgpt.open_server(config)
+            services, port = await stack.enter_async_context(opened)
+            server = await stack.enter_async_context(platform(port))
+            server.services = services
+            return server
+
+        yield start
+
+
+def free_port() -> int:
+    """Return a port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Process:
+    """wxgpt as a process of its own, which a test can kill and start again."""
+
+    def __init__(self, path: pathlib.Path, port: int) -> None:
+        self.path, self.port = path, port
+        self.process: asyncio.subprocess.Process | None = None
+        self.log: list[str] = []
+        self.reader: asyncio.Task | None = None
+        self.serving = asyncio.Event()
+
+    async def start(self) -> None:
+        """Start it and wait until it serves."""
+        self.serving.clear()
+        self.process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            str(ROOT / "wxgpt.py"),
+            "--config",
+            str(self.path),
+            stderr=asyncio.subprocess.PIPE,
+            cwd=self.path.parent,
+        )
+        self.reader = asyncio.create_task(self.read_log(self.process.stderr))
+        async with asyncio.timeout(30):
+            await self.serving.wait()
+
+    async def read_log(self, stream: asyncio.StreamReader) -> None:
+        """Keep the log's lines."""
+        async for line in stream:
+            self.log.append(line.decode())
+            if "serving on" in self.log[-1]:
+                self.serving.set()
+        self.serving.set()
+
+    async def end(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal; return the exit status."""
+        if self.process.returncode is None:
+            self.process.send_signal(number)
+        status = await asyncio.wait_for(self.process.wait(), 30)
+        await self.reader
+        return status
+
+    async def kill(self) -> None:
+        """Kill it as a crash would."""
+        await self.end(signal.SIGKILL)
+
+
+@pytest.fixture
+async def spawn(
+    settings: dict[str, Any], tmp_path: pathlib.Path
+) -> AsyncIterator[Callable[..., Any]]:
+    """Start wxgpt as a process; gives the server and the process."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start(**changes: Any) -> tuple[Server, Process]:
+            port, path = free_port(), tmp_path / "wxgpt.toml"
+            changes = merged({"server": {"port": port}}, changes)
+            path.write_text(toml(merged(settings, changes)), "utf-8")
+            process = Process(path, port)
+            await process.start()
+            stack.push_async_callback(process.kill)
+            return await stack.enter_async_context(platform(port)), process
+
+        yield start
