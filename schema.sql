@@ -16,6 +16,10 @@ CREATE TABLE session (
 ) STRICT;
 CREATE UNIQUE INDEX session_open ON session (openid) WHERE ended_at IS NULL;
 CREATE INDEX session_by_openid ON session (openid, id);
+CREATE TRIGGER session_opened BEFORE INSERT ON session BEGIN
+    UPDATE session SET ended_at = NEW.opened_at
+    WHERE openid = NEW.openid AND ended_at IS NULL;
+END;
 
 -- One question and its answer.
 CREATE TABLE turn (
@@ -92,9 +96,14 @@ END;
 CREATE TABLE history_link (
     key TEXT PRIMARY KEY,
     openid TEXT NOT NULL,
-    expires_at REAL NOT NULL        -- a newer link of the same subscriber ends this one
+    created_at REAL NOT NULL,
+    expires_at REAL NOT NULL
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX history_link_by_openid ON history_link (openid);
+CREATE TRIGGER history_link_made BEFORE INSERT ON history_link BEGIN
+    UPDATE history_link SET expires_at = min(expires_at, NEW.created_at)
+    WHERE openid = NEW.openid;
+END;
 
 CREATE TABLE forget_request (
     openid TEXT PRIMARY KEY,

@@ -49,6 +49,7 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import dataclasses
 import datetime
 import functools
 import hashlib
@@ -105,6 +106,7 @@ REPLY_HOURS = 24  # a later copy of a message gets the very same reply for so lo
 GRACE_SECONDS = 4.0  # what running answers get at a shutdown
 RESUME_SECONDS = 600  # questions older than that are not asked again after a crash
 ASKINGS = 3  # processes that may take one question to the upstream: once, twice again
+RETRY_SECONDS = 0.5  # before a question is asked again
 SAVE_SECONDS = 1.0  # text so far is stored so often
 LOOK_BYTES = 200  # a growing answer is measured again after so many more bytes
 LAPSE_SECONDS = 24 * 3600  # a session that ran out is mentioned for so long
@@ -163,6 +165,7 @@ class Texts:
     failed_long: str = "这段对话太长，模型放不下了。发 /clear 换个话题，或把问题缩短。"
     failed_empty: str = "模型什么也没写出来。{tap}"
     failed_broken: str = "回答中断了。{tap}"
+    failed_trouble: str = "服务器这会儿有点忙，请过一会儿再发一次。"
     failed_given_up: str = "服务器中途重启，这个问题没能答完。{tap}"
     cut_short: str = "（回答到了长度上限，可以问「接着说」）"
     word_page: str = "网页看全文"
@@ -181,6 +184,7 @@ class Texts:
     page_expired: str = "链接已过期。回到公众号发 /history 可以拿到新的。"
 
 
+DEFAULT_MODEL = "gpt-6-luna"  # thinks by default: gets reasoning_effort "none"
 WELCOME = "欢迎关注！发 /chatgpt 就能和 AI 聊天，发 /help 看用法。"
 DEFAULT_PROMPT = (
     "你在微信里和人聊天。用对方的语言，先给结论，一般不超过 200 字，需要时再展开。"
@@ -200,21 +204,18 @@ class ConfigError(Exception):
     """A setting that cannot be used; the text is the one line an owner reads."""
 
 
-def setting(
-    default: object,
-    comment: str,
-    low: float | None = None,
-    high: float | None = None,
-    secret: bool = False,
-) -> typing.Any:
-    """Return the dataclass field of one setting; MISSING as default: required."""
-    meta = {"comment": comment, "low": low, "high": high, "secret": secret}
+def setting(default: object, comment: str, *bounds: float, secret: bool = False) -> typing.Any:
+    """Return the field of one setting, with its bounds; default MISSING: required."""
+    meta = {"comment": comment, "bounds": bounds, "secret": secret}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=meta)
     return field(default=default, metadata=meta)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+settings = functools.partial(dataclass, frozen=True, slots=True, kw_only=True)
+
+
+@settings()
 class ServerSettings:
     """Where to listen."""
 
@@ -223,16 +224,14 @@ class ServerSettings:
     path: str = setting("/wechat", "path of WeChat's URL, with or without a slash behind")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@settings()
 class WeChatSettings:
     """The account, and the platform's timing."""
 
     token: str = setting(MISSING, "the token typed into WeChat's console", secret=True)
     app_id: str = setting("", "AppID; together with aes_key: safe mode")
     aes_key: str = setting("", "EncodingAESKey, 43 characters", secret=True)
-    attempt_timeout: float = setting(
-        ATTEMPT_SECONDS, "seconds WeChat waits for each attempt", 0.2, 60
-    )
+    attempt_timeout: float = setting(ATTEMPT_SECONDS, "seconds per attempt", 0.2, 60)
     attempts: int = setting(ATTEMPTS, "requests WeChat makes for one message", 1, 10)
     reply_margin: float = setting(
         0.8, "a reply that cannot wait leaves so many seconds before the end", 0, 30
@@ -241,8 +240,7 @@ class WeChatSettings:
         30, "attempts that may run over in five minutes; 0: none", 0, 1_000_000
     )
     picture_hosts: tuple[str, ...] = setting(
-        ("mmbiz.qpic.cn", "mmecoa.qpic.cn", "wx.qlogo.cn"),
-        "hosts that pictures may be fetched from",
+        ("mmbiz.qpic.cn", "mmecoa.qpic.cn", "wx.qlogo.cn"), "hosts of pictures"
     )
 
     @property
@@ -251,13 +249,13 @@ class WeChatSettings:
         return min(self.reply_margin, self.attempt_timeout / 2)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@settings()
 class AssistantSettings:
     """One assistant: an OpenAI-compatible chat API and how to ask it."""
 
     base_url: str = setting("https://api.openai.com/v1", "base URL of the chat API")
     api_key: str = setting(MISSING, "key of the chat API", secret=True)
-    model: str = setting("gpt-6-luna", "name of the model")
+    model: str = setting(DEFAULT_MODEL, "name of the model")
     system_prompt: str = setting(DEFAULT_PROMPT, "system prompt; empty: none")
     proxy: str = setting("", "http, https or socks proxy towards the API", secret=True)
     extra: dict = setting({}, "table merged into the request body")
@@ -266,27 +264,21 @@ class AssistantSettings:
     timeout: float = setting(240.0, "seconds for one answer in all", 0.05, 86400)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@settings()
 class SessionSettings:
     """How long a conversation lasts, and how much of it the model gets."""
 
     ttl: float = setting(300.0, "idle seconds until a session ends", 1, 31_536_000)
-    context_chars: int = setting(
-        12000, "characters of the conversation sent along", 0, 10_000_000
-    )
+    context_chars: int = setting(12000, "characters of it sent along", 0, 10_000_000)
     auto_open: bool = setting(False, "any text opens the first assistant")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@settings()
 class LimitSettings:
     """What strangers may cost."""
 
-    questions_per_day: int = setting(
-        100, "per subscriber and Beijing day; 0: no limit", 0, 1_000_000_000
-    )
-    all_per_day: int = setting(
-        2000, "of all together per Beijing day; 0: no limit", 0, 1_000_000_000
-    )
+    questions_per_day: int = setting(100, "per subscriber and day; 0: any", 0, 10**9)
+    all_per_day: int = setting(2000, "of all together per day; 0: any", 0, 10**9)
     question_chars: int = setting(2000, "longest question", 1, 1_000_000)
     waiting: int = setting(3, "questions one subscriber may have unanswered", 1, 1000)
     at_once: int = setting(64, "upstream calls at one time", 1, 1_000_000)
@@ -295,7 +287,7 @@ class LimitSettings:
     blocked_words: str = setting("", "a file, one word a line")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@settings()
 class ReplySettings:
     """Replies that no model writes."""
 
@@ -304,33 +296,36 @@ class ReplySettings:
     label: str = setting("（AI 生成）", "ends every part of a model's text; empty: none")
     keywords: dict[str, str] = setting({}, "exact text = reply, outside a session")
 
+    @property
+    def label_line(self) -> str:
+        """Return the label as the line it ends a part with."""
+        return "\n" + self.label if self.label else ""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@settings()
 class HistorySettings:
     """How long things can be read."""
 
-    link_hours: float = setting(72.0, "hours an answer's link works", 0.0001, 876_000)
-    history_minutes: float = setting(
-        120.0, "minutes a history link works", 0.001, 52_560_000
-    )
+    link_hours: float = setting(72.0, "hours an answer's link works", 1e-6, 876_000)
+    history_minutes: float = setting(120.0, "minutes a history link works", 1e-4, 1e8)
     keep_days: float = setting(0.0, "days until deletion; 0: never", 0, 36_500)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@settings()
 class DatabaseSettings:
     """Where everything is kept."""
 
     path: str = setting("", "file; empty: wxgpt.db in the state directory")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@settings()
 class Config:
     """All settings, checked; `load_config` makes it."""
 
     public_url: str = setting(MISSING, "how a subscriber's phone reaches this server")
     server: ServerSettings = field(default_factory=ServerSettings)
-    wechat: WeChatSettings = field(default=MISSING)
-    assistants: dict[str, AssistantSettings] = field(default=MISSING)
+    wechat: WeChatSettings
+    assistants: dict[str, AssistantSettings]
     session: SessionSettings = field(default_factory=SessionSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
     replies: ReplySettings = field(default_factory=ReplySettings)
@@ -339,81 +334,69 @@ class Config:
     database: DatabaseSettings = field(default_factory=DatabaseSettings)
 
 
-ACCEPTED = {
-    str: "text",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    dict: "a table",
-    tuple[str, ...]: "a list of texts",
-    dict[str, str]: "a table of texts",
+def all_are(kind: type) -> Callable[[typing.Iterable], bool]:
+    """Return a test for every item to be of one type."""
+    return lambda items: all(isinstance(item, kind) for item in items)
+
+
+# A field's type: what an owner may write for it, and the test for that.
+KINDS: dict[object, tuple[str, Callable[[object], bool]]] = {
+    str: ("text", lambda v: isinstance(v, str)),
+    bool: ("true or false", lambda v: isinstance(v, bool)),
+    int: ("a whole number", lambda v: type(v) is int),
+    float: ("a number", lambda v: type(v) in (int, float)),
+    dict: ("a table", lambda v: isinstance(v, dict)),
+    tuple[str, ...]: (
+        "a list of texts", lambda v: isinstance(v, list) and all_are(str)(v),
+    ),
+    dict[str, str]: (
+        "a table of texts", lambda v: isinstance(v, dict) and all_are(str)(v.values()),
+    ),
 }
 
 
-def accepted(kind: object, low: float | None, high: float | None) -> str:
-    """Return in words what a setting accepts."""
-    if low is None:
-        return ACCEPTED[kind]
-    return f"{ACCEPTED[kind]} from {low:g} to {high:g}"
-
-
-def is_kind(value: object, kind: object) -> bool:
-    """Say whether a TOML value has the type of its field."""
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if kind == tuple[str, ...]:
-        return isinstance(value, list) and all(isinstance(v, str) for v in value)
-    if kind == dict[str, str]:
-        values = value.values() if isinstance(value, dict) else [None]
-        return all(isinstance(v, str) for v in values)
-    return isinstance(value, kind)
-
-
 def checked(value: object, entry: typing.Any, name: str) -> object:
-    """Return the value of one setting as its type; raise ConfigError."""
-    low, high = entry.metadata.get("low"), entry.metadata.get("high")
-    if is_kind(value, entry.type):
-        value = tuple(value) if entry.type == tuple[str, ...] else value
-        value = float(value) if entry.type is float else value
-        if low is None or low <= value <= high:
-            return value
-    found = "a secret of another kind" if entry.metadata.get("secret") else repr(value)
-    raise ConfigError(f"{name}: found {found}, accepted is {accepted(entry.type, low, high)}")
+    """Return the value of one setting; raise ConfigError with what is accepted."""
+    if entry.type not in KINDS:  # a table that was read before
+        return value
+    wanted, fits = KINDS[entry.type]
+    bounds = entry.metadata.get("bounds")
+    if fits(value) and (not bounds or bounds[0] <= value <= bounds[1]):
+        return tuple(value) if isinstance(value, list) else value
+    found = repr(value) if value is not MISSING else "nothing"
+    if entry.metadata.get("secret") and value is not MISSING:
+        found = "something else"
+    limits = f" from {bounds[0]:g} to {bounds[1]:g}" if bounds else ""
+    raise ConfigError(f"{name}: found {found}, accepted is {wanted}{limits}")
 
 
 def read_table(kind: type, table: object, name: str) -> typing.Any:
     """Return a TOML table as its settings class; raise ConfigError."""
     if not isinstance(table, dict):
         raise ConfigError(f"{name}: found {table!r}, accepted is a table")
-    known = {entry.name: entry for entry in fields(kind)}
+    known, dot = {entry.name: entry for entry in fields(kind)}, name and name + "."
     for key in table:
         if key not in known:
-            raise ConfigError(
-                f"{name}.{key}: unknown setting, accepted are {', '.join(known)}"
-            )
-    values = {
-        key: checked(value, known[key], f"{name}.{key}") for key, value in table.items()
-    }
+            names = ", ".join(known)
+            raise ConfigError(f"{dot}{key}: unknown setting, accepted are {names}")
+    values = {}
     for key, entry in known.items():
-        if key not in values and entry.default is entry.default_factory is MISSING:
-            wanted = accepted(entry.type, None, None)
-            raise ConfigError(f"{name}.{key}: found nothing, accepted is {wanted}")
+        if dataclasses.is_dataclass(entry.type):
+            values[key] = read_table(entry.type, table.get(key, {}), dot + key)
+        elif key in table or entry.default is entry.default_factory is MISSING:
+            values[key] = checked(table.get(key, MISSING), entry, dot + key)
     return kind(**values)
 
 
 def read_assistants(table: object, environ: typing.Mapping[str, str]) -> dict:
     """Return the assistants by name, `chatgpt` filled up from the environment."""
-    if not isinstance(table, dict):
+    if not isinstance(table, dict) or not all_are(dict)(table.values()):
         raise ConfigError(f"assistants: found {table!r}, accepted is a table of tables")
-    table = {"chatgpt": {}, **table} if environ.get("OPENAI_API_KEY") else dict(table)
-    if "chatgpt" not in table:
+    if "chatgpt" not in table and not environ.get("OPENAI_API_KEY"):
         raise ConfigError("assistants.chatgpt: found nothing, accepted is a table")
-    if isinstance(table["chatgpt"], dict):
-        given = {"api_key": "OPENAI_API_KEY", "base_url": "OPENAI_BASE_URL"}
-        filled = {k: environ[v] for k, v in given.items() if environ.get(v)}
-        table["chatgpt"] = filled | table["chatgpt"]
+    given = {"api_key": "OPENAI_API_KEY", "base_url": "OPENAI_BASE_URL"}
+    filled = {key: environ[name] for key, name in given.items() if environ.get(name)}
+    table = {**table, "chatgpt": filled | table.get("chatgpt", {})}
     return {
         name: read_table(AssistantSettings, one, f"assistants.{name}")
         for name, one in table.items()
@@ -425,9 +408,8 @@ def placeholders(text: str) -> set[str]:
     return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
 
 
-def read_texts(table: object) -> Texts:
-    """Return the texts, each with no other placeholders than its default has."""
-    texts = read_table(Texts, table, "texts")
+def check_texts(texts: Texts) -> None:
+    """Raise ConfigError for a text with other placeholders than its default has."""
     for entry in fields(Texts):
         allowed = placeholders(entry.default)
         try:
@@ -436,59 +418,36 @@ def read_texts(table: object) -> Texts:
             raise ConfigError(f"texts.{entry.name}: {error}") from None
         if strange:
             names = ", ".join(f"{{{name}}}" for name in sorted(allowed)) or "none"
-            raise ConfigError(
-                f"texts.{entry.name}: found {{{strange.pop()}}}, accepted are {names}"
-            )
-    return texts
+            found = f"found {{{strange.pop()}}}, accepted are {names}"
+            raise ConfigError(f"texts.{entry.name}: {found}")
 
 
-def check_values(config: Config) -> Config:
-    """Return the configuration, tidied; raise ConfigError for what cannot work."""
-    url = config.public_url.rstrip("/")
-    if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", url):
-        raise ConfigError(
-            f"public_url: found {config.public_url!r}, accepted is http:// or https://"
-            " with a host"
-        )
-    if not re.fullmatch(r"(/[\w.~-]+)+/?", config.server.path):
-        raise ConfigError(
-            f"server.path: found {config.server.path!r}, accepted is a path such as /wechat"
-        )
-    if not re.fullmatch(r"[A-Za-z0-9]{3,32}", config.wechat.token):
-        raise ConfigError(
-            "wechat.token: found something else, accepted are 3 to 32 letters and digits"
-        )
-    for name, assistant in config.assistants.items():
-        check_assistant(f"assistants.{name}", name, assistant)
-    return replace(config, public_url=url)
+def demand(holds: object, name: str, found: object, wanted: str) -> None:
+    """Raise ConfigError unless something holds."""
+    if not holds:
+        raise ConfigError(f"{name}: found {found!r}, accepted is {wanted}")
 
 
-def check_assistant(where: str, name: str, assistant: AssistantSettings) -> None:
-    """Raise ConfigError for an assistant that could never be asked."""
-    if not name or re.search(r"[\s/]", name):
-        raise ConfigError(f"{where}: found {name!r}, accepted is a name without spaces")
-    if not re.match(r"https?://[^/]", assistant.base_url.strip()):
-        raise ConfigError(
-            f"{where}.base_url: found {assistant.base_url!r}, accepted is a http(s) URL"
-        )
-    if not assistant.api_key.strip():
-        raise ConfigError(f"{where}.api_key: found nothing, accepted is the API's key")
-    if assistant.proxy and not re.match(r"(https?|socks[45]h?)://", assistant.proxy):
-        raise ConfigError(f"{where}.proxy: accepted is an http, https or socks URL")
-    for key in ("model", "messages", "stream"):
-        if key in assistant.extra:
-            raise ConfigError(f"{where}.extra.{key}: found, but wxgpt sets it itself")
-
-
-def database_path(config: Config, environ: typing.Mapping[str, str]) -> Config:
-    """Return the configuration with the database's default path filled in."""
-    if config.database.path:
-        return config
-    state = environ.get("STATE_DIRECTORY", "").split(":")[0]
-    if not state and os.path.isdir("/var/lib/wxgpt"):
-        state = "/var/lib/wxgpt"
-    path = str(pathlib.Path(state or ".") / "wxgpt.db")
-    return replace(config, database=DatabaseSettings(path=path))
+def check_values(config: Config) -> None:
+    """Raise ConfigError for what cannot work."""
+    url, path, token = config.public_url, config.server.path, config.wechat.token
+    is_url = re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", url)
+    demand(is_url, "public_url", url, "http:// or https:// and a host")
+    demand(re.fullmatch(r"(/[\w.~-]+)+/?", path), "server.path", path, "a path like /wechat")
+    is_token = re.fullmatch(r"[A-Za-z0-9]{3,32}", token)
+    demand(is_token, "wechat.token", "***", "3 to 32 letters and digits")
+    for name, one in config.assistants.items():
+        where = f"assistants.{name}"
+        is_name = name and not re.search(r"[\s/]", name)
+        demand(is_name, where, name, "a name without spaces and slashes")
+        is_url = re.match(r"https?://[^/]", one.base_url.strip())
+        demand(is_url, f"{where}.base_url", one.base_url, "an http(s) URL")
+        demand(one.api_key.strip(), f"{where}.api_key", "", "the key of the API")
+        is_proxy = re.match(r"(https?|socks[45]h?)://|$", one.proxy)
+        demand(is_proxy, f"{where}.proxy", "***", "an http, https or socks URL")
+        for key in {"model", "messages", "stream"} & set(one.extra):
+            demand(False, f"{where}.extra.{key}", one.extra[key], "anything but this key")
+    check_texts(config.texts)
 
 
 def load_config(
@@ -501,31 +460,25 @@ def load_config(
         raise ConfigError(f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from None
-    values = {}
-    for entry in fields(Config):
-        given = table.pop(entry.name, {} if entry.name != "public_url" else "")
-        if entry.name == "assistants":
-            values[entry.name] = read_assistants(given, environ)
-        elif entry.name == "texts":
-            values[entry.name] = read_texts(given)
-        elif entry.name == "public_url":
-            values[entry.name] = checked(given, entry, entry.name)
-        else:
-            values[entry.name] = read_table(entry.type, given, entry.name)
-    if table:
-        raise ConfigError(f"{next(iter(table))}: unknown setting")
-    return database_path(check_values(Config(**values)), environ)
+    assistants = read_assistants(table.pop("assistants", {}), environ)
+    config = read_table(Config, table | {"assistants": assistants}, "")
+    check_values(config)
+    state = environ.get("STATE_DIRECTORY", "").split(":")[0]
+    if not state and os.path.isdir("/var/lib/wxgpt"):
+        state = "/var/lib/wxgpt"
+    file = config.database.path or str(pathlib.Path(state) / "wxgpt.db")
+    return replace(
+        config, public_url=config.public_url.rstrip("/"), database=DatabaseSettings(path=file)
+    )
 
 
 def effective(config: Config) -> Iterator[str]:
     """Yield the settings as lines for the log, secrets masked, long texts left out."""
     yield f"public_url={config.public_url}"
-    tables = {entry.name: getattr(config, entry.name) for entry in fields(Config)}
-    for name, one in config.assistants.items():
-        tables[f"assistants.{name}"] = one
+    tables = {name: getattr(config, name) for name in ("server", "wechat", "session")}
+    tables |= {name: getattr(config, name) for name in ("limits", "history", "database")}
+    tables |= {f"assistants.{name}": one for name, one in config.assistants.items()}
     for name, table in tables.items():
-        if name in ("public_url", "assistants", "texts", "replies"):
-            continue
         shown = [
             f"{e.name}={'***' if e.metadata['secret'] and value else value!r}"
             for e in fields(table)
@@ -568,7 +521,7 @@ class Message:
         return f"{self.openid} {self.created} {self.event} {self.event_key}"
 
     @property
-    def short(self) -> str:
+    def name(self) -> str:
         """Return how the log names this message: MsgId or event, and a piece of openid."""
         return f"msg={self.msg_id or self.event or '-'} from={self.openid[:8]}"
 
@@ -678,6 +631,24 @@ def web_link(words: str, url: str) -> str:
     return f'<a href="{url}">{words}</a>'
 
 
+def inline_text(children: list[Token]) -> str:
+    """Return the words of inline tokens; a link keeps its address behind its label."""
+    out: list[str] = []
+    links: list[tuple[int, str]] = []  # where the label begins, the address
+    for child in children:
+        if child.type in ("softbreak", "hardbreak"):
+            out.append("\n")
+        elif child.type == "link_open":
+            links.append((len(out), str(child.attrGet("href") or "")))
+        elif child.type == "link_close":
+            begin, address = links.pop()
+            if address not in ("".join(out[begin:]), ""):
+                out.append(f" ({urllib.parse.unquote(address)})")
+        else:
+            out.append(child.content)
+    return "".join(out)
+
+
 class PlainText:
     """Writes the tokens of one Markdown text as lines of plain text.
 
@@ -697,8 +668,7 @@ class PlainText:
             method = getattr(self, token.type, None)
             if method:
                 method(token)
-        text = re.sub(r"\n{3,}", "\n\n", "\n".join(self.lines))
-        return text.strip("\n ")
+        return re.sub(r"\n{3,}", "\n\n", "\n".join(self.lines)).strip("\n ")
 
     def put(self, text: str) -> None:
         for line in text.split("\n"):
@@ -708,6 +678,10 @@ class PlainText:
                 self.marker = None
             self.lines.append((prefix + line).rstrip())
 
+    def put_apart(self, text: str) -> None:
+        self.put(text)
+        self.lines.append("")
+
     def inline(self, token: Token) -> None:
         text = inline_text(token.children or [])
         if self.cells is not None:
@@ -715,26 +689,23 @@ class PlainText:
         else:
             self.put(text)
 
+    def fence(self, token: Token) -> None:
+        self.put_apart(token.content.rstrip("\n"))
+
+    def hr(self, token: Token) -> None:
+        self.put_apart("———")
+
     def paragraph_close(self, token: Token) -> None:
         if not token.hidden:
             self.lines.append("")
 
-    def heading_close(self, token: Token) -> None:
-        self.lines.append("")
-
-    def fence(self, token: Token) -> None:
-        self.put(token.content.rstrip("\n"))
-        self.lines.append("")
-
-    def hr(self, token: Token) -> None:
-        self.put("———")
-        self.lines.append("")
-
-    def bullet_list_open(self, token: Token) -> None:
-        self.counters.append(None)
+    heading_close = table_close = paragraph_close
 
     def ordered_list_open(self, token: Token) -> None:
         self.counters.append(int(token.attrGet("start") or 1))
+
+    def bullet_list_open(self, token: Token) -> None:
+        self.counters.append(None)
 
     def bullet_list_close(self, token: Token) -> None:
         self.counters.pop()
@@ -746,8 +717,7 @@ class PlainText:
     def list_item_open(self, token: Token) -> None:
         number = self.counters[-1]
         self.marker = "• " if number is None else f"{number}. "
-        if number is not None:
-            self.counters[-1] = number + 1
+        self.counters[-1] = None if number is None else number + 1
         self.prefixes.append("  ")
 
     def list_item_close(self, token: Token) -> None:
@@ -768,27 +738,6 @@ class PlainText:
     def tr_close(self, token: Token) -> None:
         self.put(" | ".join(self.cells or []))
         self.cells = None
-
-    def table_close(self, token: Token) -> None:
-        self.lines.append("")
-
-
-def inline_text(children: list[Token]) -> str:
-    """Return the words of inline tokens; a link keeps its address behind its label."""
-    out: list[str] = []
-    links: list[tuple[int, str]] = []  # where the label begins, the address
-    for child in children:
-        if child.type in ("softbreak", "hardbreak"):
-            out.append("\n")
-        elif child.type == "link_open":
-            links.append((len(out), str(child.attrGet("href") or "")))
-        elif child.type == "link_close":
-            begin, address = links.pop()
-            if address not in ("".join(out[begin:]), ""):
-                out.append(f" ({urllib.parse.unquote(address)})")
-        else:
-            out.append(child.content)
-    return "".join(out)
 
 
 def plain_text(markdown: str, opener: str = "") -> str:
@@ -845,6 +794,17 @@ def last_end(pattern: re.Pattern, text: str, low: int, high: int, whole: list) -
     return 0
 
 
+def joins(after: str, before: str) -> bool:
+    """Say whether two characters make one sign: accents, emoji sequences, CRLF."""
+    return bool(after) and (
+        unicodedata.combining(after) > 0
+        or after in "\u200d\ufe0e\ufe0f\u20e3"
+        or "\U0001f3fb" <= after <= "\U0001f3ff"
+        or before == "\u200d"
+        or (before, after) == ("\r", "\n")
+    )
+
+
 def nearest_cut(markdown: str, most: int) -> int:
     """Return the best offset to cut at, at most `most`: paragraph, sentence, character."""
     whole = [match.span() for match in WHOLE.finditer(markdown[: most + 200])]
@@ -858,17 +818,6 @@ def nearest_cut(markdown: str, most: int) -> int:
     while most > 1 and joins(markdown[most : most + 1], markdown[most - 1]):
         most -= 1
     return most
-
-
-def joins(after: str, before: str) -> bool:
-    """Say whether two characters make one sign: accents, emoji sequences, CRLF."""
-    return bool(after) and (
-        unicodedata.combining(after) > 0
-        or after in "\u200d\ufe0e\ufe0f\u20e3"
-        or "\U0001f3fb" <= after <= "\U0001f3ff"
-        or before == "\u200d"
-        or (before, after) == ("\r", "\n")
-    )
 
 
 def cut_markdown(markdown: str, room: int, opener: str = "") -> int:
@@ -932,21 +881,24 @@ class StoreError(Exception):
     """A database that cannot be used; the text is the one line an owner reads."""
 
 
-@dataclass(frozen=True, slots=True)
+record = functools.partial(dataclass, frozen=True, slots=True)
+
+
+@record()
 class Session:
-    """A subscriber's open conversation with one assistant."""
+    """A subscriber's conversation with one assistant."""
 
     id: int
     openid: str
     assistant: str
     last_at: float  # Unix seconds
-    busy: bool  # a question of it is unanswered, so it does not end by itself
+    is_busy: bool = False  # a question of it is unanswered: it does not end by itself
     lapsed_text: str | None = None  # what was said first after it ran out
 
 
-@dataclass(frozen=True, slots=True)
+@record()
 class Turn:
-    """One question and its answer, as stored."""
+    """One question and its answer, as stored; see schema.sql."""
 
     id: int
     session_id: int
@@ -954,18 +906,29 @@ class Turn:
     msg_key: str
     link_key: str
     question: str
-    answer: str
-    generation: int
-    state: str
-    reason: str | None
-    asked: int
     created_at: float
-    finished_at: float | None
-    model: str | None
+    asked: int
     assistant: str
+    answer: str = ""
+    generation: int = 0
+    state: str = "open"
+    reason: str | None = None
+    model: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Return how the log names this question."""
+        return f"turn={self.id} msg={self.msg_key.split()[1]} from={self.openid[:8]}"
 
 
-@dataclass(frozen=True, slots=True)
+TURN = """
+    SELECT turn.id, session_id, turn.openid, msg_key, link_key, question, created_at,
+           asked, assistant, answer, generation, state, reason, model
+    FROM turn JOIN session ON session.id = session_id
+"""
+
+
+@record()
 class Part:
     """A numbered part of a long answer; `reply` is what was sent of it, if it was."""
 
@@ -973,10 +936,13 @@ class Part:
     turn_id: int
     start: int
     generation: int
-    reply: str | None
+    reply: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+PART = "SELECT number, turn_id, start, generation, reply FROM part"
+
+
+@record()
 class Reply:
     """The decided reply of a message key, with all that is stored along with it."""
 
@@ -986,14 +952,14 @@ class Reply:
     created: int  # CreateTime
     turn_id: int | None = None  # the question whose own reply this is
     delivered: str | None = None  # the attempt, when it carries text of the answer
-    offered: Part | None = None  # the part that its tap asks for
     early: bool = False  # the answer was not ready: name it later if nobody fetches it
+    offered: Part | None = None  # the part that its tap asks for
     sent: Part | None = None  # the numbered part it carries
     stop: int = 0  # where that part ends
     read: int | None = None  # a turn that needs no mention any more
 
 
-@dataclass(frozen=True, slots=True)
+@record()
 class Memory:
     """What is stored around one message: its reply, its turn, its sender's state."""
 
@@ -1004,20 +970,14 @@ class Memory:
     unread: tuple[int, int, str] | None  # part number, turn, question
 
 
-def read_steps(script: str) -> list[str]:
-    """Return the migration steps of schema.sql, the first one first."""
-    pieces = re.split(r"(?m)^-- step (\d+)$", script)
-    numbers = [int(number) for number in pieces[1::2]]
-    if numbers != list(range(1, len(numbers) + 1)):
-        raise StoreError(f"{SCHEMA.name}: steps are numbered {numbers}")
-    return pieces[2::2]
-
-
-TURN = """
-    SELECT turn.id, session_id, turn.openid, msg_key, link_key, question, answer,
-           generation, state, reason, asked, created_at, finished_at, model, assistant
-    FROM turn JOIN session ON session.id = session_id
-"""
+def split_statements(script: str) -> Iterator[str]:
+    """Yield the statements of an SQL script, each whole (triggers hold semicolons)."""
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
 
 
 class Store:
@@ -1050,38 +1010,28 @@ class Store:
                 yield
                 await self.db.execute("COMMIT")
             except BaseException:
-                # Also on cancellation: an open transaction would swallow all later writes.
+                # Also on cancellation: left open, it would swallow all later writes.
                 with contextlib.suppress(sqlite3.OperationalError):
                     await asyncio.shield(self.db.execute("ROLLBACK"))
                 raise
 
     async def migrate(self) -> None:
-        """Bring the schema up to date; raise StoreError for a newer database."""
-        steps = read_steps(SCHEMA.read_text("utf-8"))
+        """Run the steps of schema.sql that are new; raise StoreError for a newer database."""
+        steps = re.split(r"(?m)^-- step \d+$", SCHEMA.read_text("utf-8"))[1:]
         async with self.transaction():
             [(version,)] = await self.rows("PRAGMA user_version")
             if version > len(steps):
-                raise StoreError(
-                    f"the database is of version {version}, this wxgpt knows up to"
-                    f" {len(steps)}: install a newer one"
-                )
-            for number, step in enumerate(steps[version:], version + 1):
-                for statement in split_statements(step):
-                    await self.db.execute(statement)
-                await self.db.execute(f"PRAGMA user_version = {number}")
+                known = f"this wxgpt knows up to {len(steps)}: install a newer one"
+                raise StoreError(f"the database is of version {version}, {known}")
+            for statement in split_statements("".join(steps[version:])):
+                await self.rows(statement)
+            await self.rows(f"PRAGMA user_version = {len(steps)}")
         [(self.newest_push,)] = await self.rows("SELECT newest_push FROM platform")
         self.saved_push = self.newest_push
 
     async def close(self) -> None:
         """End the connection and its thread; without this the process would not exit."""
         await self.db.close()
-
-    async def is_alive(self) -> bool:
-        """Say whether the database answers."""
-        try:
-            return await self.rows("SELECT 1") == [(1,)]
-        except sqlite3.Error:
-            return False
 
     # Messages and replies
 
@@ -1094,139 +1044,121 @@ class Store:
 
     async def recall(self, key: str, openid: str) -> Memory:
         """Return what is stored around a message, in one hop."""
-        [row] = await self.rows(
-            """
-            SELECT reply.content, reply.created, turn.id,
-                   session.id, session.assistant, session.last_at, session.lapsed_text,
-                   EXISTS (SELECT 1 FROM turn AS open
-                           WHERE open.session_id = session.id AND open.state = 'open'),
+        query = """
+            SELECT reply.content, reply.created, reply.delivered, turn.id,
                    (SELECT max(number) FROM part WHERE part.openid = :openid),
-                   missed.unread, missed.id, missed.question, reply.delivered
+                   missed.unread, missed.id, missed.question,
+                   session.id, session.openid, session.assistant, session.last_at,
+                   EXISTS (SELECT 1 FROM turn AS open
+                           WHERE open.session_id = session.id AND open.state = 'open')
             FROM (SELECT 1)
             LEFT JOIN reply ON reply.key = :key
             LEFT JOIN turn ON turn.msg_key = :key
             LEFT JOIN session ON session.openid = :openid AND session.ended_at IS NULL
             LEFT JOIN turn AS missed ON missed.id = (
                 SELECT min(id) FROM turn WHERE openid = :openid AND unread IS NOT NULL)
-            """,
-            key=key,
-            openid=openid,
-        )
-        session = None
-        if row[3] is not None:
-            session = Session(row[3], openid, row[4], row[5], bool(row[7]), row[6])
+        """
+        [row] = await self.rows(query, key=key, openid=openid)
         return Memory(
-            reply=None if row[0] is None else (row[0], row[1], row[12]),
-            turn_id=row[2],
-            session=session,
-            parts=row[8] or 0,
-            unread=None if row[9] is None else (row[9], row[10], row[11]),
+            reply=row[0:3] if row[0] is not None else None,
+            turn_id=row[3],
+            parts=row[4] or 0,
+            unread=row[5:8] if row[5] is not None else None,
+            session=Session(*row[8:13]) if row[8] is not None else None,
         )
 
     async def save_reply(self, reply: Reply) -> None:
         """Store a decided reply, and what it says about parts, as one."""
         unread = reply.offered.number if reply.offered and reply.early else None
-        insert = (
-            "INSERT OR IGNORE INTO reply"
-            " (key, openid, content, created, turn_id, delivered, unread)"
-            " VALUES (:key, :openid, :content, :created, :turn_id, :delivered, :unread)",
-            {
-                "key": reply.key,
-                "openid": reply.openid,
-                "content": reply.content,
-                "created": reply.created,
-                "turn_id": reply.turn_id,
-                "delivered": reply.delivered,
-                "unread": unread,
-            },
-        )
-        others = list(part_statements(reply))
-        if not others:
-            await self.write(insert[0], **insert[1])
+        insert = """
+            INSERT OR IGNORE INTO reply
+                (key, openid, content, created, turn_id, delivered, unread)
+            VALUES (:key, :openid, :content, :created, :turn_id, :delivered, :unread)
+        """
+        values = {name: getattr(reply, name) for name in ("key", "openid", "content")}
+        values |= {n: getattr(reply, n) for n in ("created", "turn_id", "delivered")}
+        if not (reply.offered or reply.sent or reply.read):
+            await self.write(insert, unread=unread, **values)
             return
         async with self.transaction():
-            for query, values in (insert, *others):
-                await self.rows(query, **values)
+            await self.rows(insert, unread=unread, **values)
+            await self.save_parts(reply)
+
+    async def save_parts(self, reply: Reply) -> None:
+        """Store what a reply says about parts, inside its transaction."""
+        for part in filter(None, (reply.sent, reply.offered)):
+            await self.rows(
+                "INSERT OR IGNORE INTO part"
+                " (openid, number, turn_id, start, generation, offered_at)"
+                " VALUES (:openid, :number, :turn, :start, :generation, :at)",
+                openid=reply.openid, number=part.number, turn=part.turn_id,
+                start=part.start, generation=part.generation, at=reply.created,
+            )
+        if reply.sent:
+            await self.rows(
+                "UPDATE part SET reply = :reply, stop = :stop"
+                " WHERE openid = :openid AND number = :number AND reply IS NULL",
+                reply=reply.content, stop=reply.stop,
+                openid=reply.openid, number=reply.sent.number,
+            )
+            await self.rows(
+                "UPDATE turn SET unread = NULL, replied = 1,"
+                " delivered = coalesce(delivered, 'part') WHERE id = :id",
+                id=reply.sent.turn_id,
+            )
+        await self.rows("UPDATE turn SET unread = NULL WHERE id = :id", id=reply.read)
 
     async def mark_delivered(self, turn_id: int, how: str | None) -> None:
         """Correct how an answer was delivered: another attempt took it, or none."""
-        await self.write(
-            "UPDATE turn SET delivered = :how WHERE id = :id", how=how, id=turn_id
-        )
+        query = "UPDATE turn SET delivered = :how WHERE id = :id"
+        await self.write(query, how=how, id=turn_id)
 
     async def mark_read(self, turn_id: int) -> None:
         """Note that an answer was read on its page."""
-        await self.write(
-            "UPDATE turn SET unread = NULL, delivered = coalesce(delivered, 'page')"
-            " WHERE id = :id",
-            id=turn_id,
-        )
+        query = """
+            UPDATE turn SET unread = NULL, delivered = coalesce(delivered, 'page')
+            WHERE id = :id
+        """
+        await self.write(query, id=turn_id)
 
     # Sessions
 
     async def start_session(self, openid: str, assistant: str, now: float) -> Session:
-        """Open a session; one that was open for this subscriber ends."""
-        async with self.transaction():
-            await self.rows(
-                "UPDATE session SET ended_at = :now"
-                " WHERE openid = :openid AND ended_at IS NULL",
-                now=now,
-                openid=openid,
-            )
-            [(number,)] = await self.rows(
-                "INSERT INTO session (openid, assistant, opened_at, last_at)"
-                " VALUES (:openid, :assistant, :now, :now) RETURNING id",
-                openid=openid,
-                assistant=assistant,
-                now=now,
-            )
-        return Session(number, openid, assistant, now, False)
+        """Open a session; a trigger ends one that was open for this subscriber."""
+        query = """
+            INSERT INTO session (openid, assistant, opened_at, last_at)
+            VALUES (:openid, :assistant, :now, :now) RETURNING id
+        """
+        [(number,)] = await self.write(query, openid=openid, assistant=assistant, now=now)
+        return Session(number, openid, assistant, now)
 
-    async def end_session(
-        self, session_id: int, now: float, lapsed_text: str | None = None
-    ) -> None:
+    async def end_session(self, session_id: int, now: float, text: str | None) -> None:
         """End a session, with the text that found it run out."""
-        await self.write(
-            "UPDATE session SET ended_at = :now, lapsed_text = :text WHERE id = :id",
-            now=now,
-            text=lapsed_text,
-            id=session_id,
-        )
+        query = "UPDATE session SET ended_at = :now, lapsed_text = :text WHERE id = :id"
+        await self.write(query, now=now, text=text, id=session_id)
 
     async def touch_session(self, session_id: int, now: float) -> None:
         """Let the idle time of a session count from now."""
-        await self.write(
-            "UPDATE session SET last_at = :now WHERE id = :id", now=now, id=session_id
-        )
+        query = "UPDATE session SET last_at = :now WHERE id = :id"
+        await self.write(query, now=now, id=session_id)
 
     async def lapsed_session(self, openid: str, since: float) -> Session | None:
         """Return the newest session if it ran out and a text waits to be asked in it."""
-        rows = await self.rows(
-            "SELECT id, assistant, last_at, lapsed_text FROM session"
-            " WHERE openid = :openid AND ended_at > :since ORDER BY id DESC LIMIT 1",
-            openid=openid,
-            since=since,
-        )
-        if not rows or rows[0][3] is None:
-            return None
-        number, assistant, last_at, text = rows[0]
-        return Session(number, openid, assistant, last_at, False, text)
+        query = """
+            SELECT id, openid, assistant, last_at, 0, lapsed_text FROM session
+            WHERE openid = :openid AND ended_at > :since ORDER BY id DESC LIMIT 1
+        """
+        rows = await self.rows(query, openid=openid, since=since)
+        session = Session(*rows[0]) if rows else None
+        return session if session and session.lapsed_text is not None else None
 
-    async def reopen_session(self, session: Session, now: float) -> None:
+    async def reopen_session(self, session_id: int, now: float) -> None:
         """Open a lapsed session again, with its conversation."""
-        async with self.transaction():
-            await self.rows(
-                "UPDATE session SET ended_at = :now"
-                " WHERE openid = :openid AND ended_at IS NULL",
-                now=now,
-                openid=session.openid,
-            )
-            await self.rows(
-                "UPDATE session SET ended_at = NULL, lapsed_text = NULL, last_at = :now"
-                " WHERE id = :id",
-                now=now,
-                id=session.id,
-            )
+        query = """
+            UPDATE session SET ended_at = NULL, lapsed_text = NULL, last_at = :now
+            WHERE id = :id
+        """
+        await self.write(query, now=now, id=session_id)
 
     # Turns
 
@@ -1234,37 +1166,18 @@ class Store:
         self, session: Session, msg_key: str, question: str, asked: int, now: float
     ) -> Turn:
         """Store an accepted question; `asked` is 1 when it goes to the model at once."""
-        link_key = secrets.token_urlsafe(16)
+        link_key, openid = secrets.token_urlsafe(16), session.openid
+        query = """
+            INSERT INTO turn
+                (session_id, openid, msg_key, link_key, question, asked, created_at)
+            VALUES (:session, :openid, :key, :link, :question, :asked, :now) RETURNING id
+        """
         [(number,)] = await self.write(
-            "INSERT INTO turn"
-            " (session_id, openid, msg_key, link_key, question, asked, created_at)"
-            " VALUES (:session, :openid, :key, :link, :question, :asked, :now)"
-            " RETURNING id",
-            session=session.id,
-            openid=session.openid,
-            key=msg_key,
-            link=link_key,
-            question=question,
-            asked=asked,
-            now=now,
+            query, session=session.id, openid=openid, key=msg_key, link=link_key,
+            question=question, asked=asked, now=now,
         )
-        return Turn(
-            id=number,
-            session_id=session.id,
-            openid=session.openid,
-            msg_key=msg_key,
-            link_key=link_key,
-            question=question,
-            answer="",
-            generation=0,
-            state="open",
-            reason=None,
-            asked=asked,
-            created_at=now,
-            finished_at=None,
-            model=None,
-            assistant=session.assistant,
-        )
+        start = (number, session.id, openid, msg_key, link_key, question, now, asked)
+        return Turn(*start, session.assistant)
 
     async def count_asking(self, turn_id: int) -> None:
         """Count that a stored question now goes to the model, before it does."""
@@ -1272,242 +1185,156 @@ class Store:
 
     async def save_texts(self, texts: list[tuple[str, int, int]]) -> None:
         """Store what is written so far: text, generation, turn."""
+        query = """
+            UPDATE turn SET answer = :text, generation = :generation
+            WHERE id = :id AND state = 'open'
+        """
         async with self.transaction():
             for text, generation, number in texts:
-                await self.rows(
-                    "UPDATE turn SET answer = :text, generation = :generation"
-                    " WHERE id = :id AND state = 'open'",
-                    text=text,
-                    generation=generation,
-                    id=number,
-                )
+                await self.rows(query, text=text, generation=generation, id=number)
 
-    async def finish_turn(self, turn_id: int, values: dict[str, object]) -> None:
+    async def finish_turn(self, turn_id: int, columns: dict[str, object]) -> None:
         """Store the end of an answer: its columns by name, in one statement."""
-        await self.write(
-            "UPDATE turn SET answer = :answer, generation = :generation, state = :state,"
-            " reason = :reason, finished_at = :finished_at, model = :model,"
-            " tokens_in = :tokens_in, tokens_out = :tokens_out, seconds = :seconds,"
-            " first_seconds = :first_seconds, pictures = NULL WHERE id = :id",
-            id=turn_id,
-            **values,
-        )
+        query = """
+            UPDATE turn SET answer = :answer, generation = :generation, state = :state,
+                reason = :reason, finished_at = :finished_at, model = :model,
+                tokens_in = :tokens_in, tokens_out = :tokens_out, seconds = :seconds,
+                first_seconds = :first_seconds, pictures = NULL
+            WHERE id = :id
+        """
+        await self.write(query, id=turn_id, **columns)
 
     async def history(self, turn: Turn, chars: int) -> list[tuple[str, str]]:
-        """Return the exchanges before a turn, oldest first, whole and in `chars`."""
-        rows = await self.rows(
-            "SELECT question, answer FROM turn WHERE session_id = :session AND id < :id"
-            " AND state IN ('done', 'cut') ORDER BY id DESC LIMIT 200",
-            session=turn.session_id,
-            id=turn.id,
-        )
+        """Return the exchanges before a turn, oldest first, whole and within `chars`."""
+        query = """
+            SELECT question, answer FROM turn WHERE session_id = :session AND id < :id
+            AND state IN ('done', 'cut') ORDER BY id DESC LIMIT 200
+        """
         chosen: list[tuple[str, str]] = []
-        for question, answer in rows:
-            chars -= len(question) + len(answer)
+        for row in await self.rows(query, session=turn.session_id, id=turn.id):
+            chars -= len(row[0]) + len(row[1])
             if chars < 0:
                 break
-            chosen.append((question, answer))
+            chosen.append(row)
         return chosen[::-1]
+
+    async def turns(self, where: str, **values: object) -> list[Turn]:
+        """Return the turns that a condition names."""
+        return [Turn(*row) for row in await self.rows(f"{TURN} WHERE {where}", **values)]
 
     async def turn(self, turn_id: int) -> Turn | None:
         """Return a turn."""
-        rows = await self.rows(f"{TURN} WHERE turn.id = :id", id=turn_id)
-        return Turn(*rows[0]) if rows else None
+        return next(iter(await self.turns("turn.id = :id", id=turn_id)), None)
 
     async def turn_by_link(self, link_key: str) -> Turn | None:
         """Return the turn that an answer's link shows."""
-        rows = await self.rows(f"{TURN} WHERE link_key = :key", key=link_key)
-        return Turn(*rows[0]) if rows else None
+        return next(iter(await self.turns("link_key = :key", key=link_key)), None)
 
-    async def open_turns(self) -> list[tuple[Turn, bool]]:
-        """Return the unfinished turns in order, each with: its session is still open."""
-        rows = await self.rows(
-            TURN.replace("assistant\n", "assistant, ended_at IS NULL\n")
-            + " WHERE state = 'open' ORDER BY turn.id"
-        )
-        return [(Turn(*row[:-1]), bool(row[-1])) for row in rows]
+    async def open_turns(self) -> tuple[list[Turn], set[int]]:
+        """Return the unfinished turns in order, and the sessions of theirs that are open."""
+        turns = await self.turns("state = 'open' ORDER BY turn.id")
+        query = """
+            SELECT DISTINCT session.id FROM turn JOIN session ON session.id = session_id
+            WHERE state = 'open' AND ended_at IS NULL
+        """
+        return turns, {number for (number,) in await self.rows(query)}
 
     async def newest_failed(self, openid: str, since: float) -> Turn | None:
         """Return the newest question if it failed and is not older than `since`."""
-        rows = await self.rows(
-            f"{TURN} WHERE turn.openid = :openid AND created_at > :since"
-            " ORDER BY turn.id DESC LIMIT 1",
-            openid=openid,
-            since=since,
-        )
-        turn = Turn(*rows[0]) if rows else None
-        return turn if turn and turn.state in ("failed", "broken") else None
+        where = "turn.openid = :openid ORDER BY turn.id DESC LIMIT 1"
+        for turn in await self.turns(where, openid=openid):
+            if turn.created_at > since and turn.state in ("failed", "broken"):
+                return turn
+        return None
+
+    async def turns_of(self, openid: str, before: int, count: int) -> list[Turn]:
+        """Return a subscriber's turns below an id, newest first."""
+        where = "turn.openid = :o AND turn.id < :b ORDER BY turn.id DESC LIMIT :n"
+        return await self.turns(where, o=openid, b=before, n=count)
 
     # Parts
 
     async def part(self, openid: str, number: int) -> Part | None:
         """Return a numbered part of this subscriber."""
-        rows = await self.rows(
-            "SELECT number, turn_id, start, generation, reply FROM part"
-            " WHERE openid = :openid AND number = :number",
-            openid=openid,
-            number=number,
-        )
+        query = f"{PART} WHERE openid = :openid AND number = :number"
+        rows = await self.rows(query, openid=openid, number=number)
         return Part(*rows[0]) if rows else None
 
     async def unsent_part(self, turn_id: int) -> Part | None:
         """Return the part of a turn that is offered and not sent."""
-        rows = await self.rows(
-            "SELECT number, turn_id, start, generation, reply FROM part"
-            " WHERE turn_id = :id AND reply IS NULL ORDER BY number LIMIT 1",
-            id=turn_id,
-        )
+        query = f"{PART} WHERE turn_id = :id AND reply IS NULL ORDER BY number LIMIT 1"
+        rows = await self.rows(query, id=turn_id)
         return Part(*rows[0]) if rows else None
 
     async def oldest_unsent(
         self, openid: str, session_id: int | None, since: float
-    ) -> tuple[int, Part | None] | None:
-        """Return the oldest turn with something not sent yet, and its offered part.
+    ) -> int | None:
+        """Return the oldest turn of which something was not sent yet.
 
         Of one session, or of all turns asked after `since` when there is none.
         """
-        rows = await self.rows(
-            """
-            SELECT turn.id, number, start, part.generation
-            FROM turn LEFT JOIN part ON turn_id = turn.id AND reply IS NULL
+        query = """
+            SELECT turn.id FROM turn
+            LEFT JOIN part ON turn_id = turn.id AND reply IS NULL
             WHERE turn.openid = :openid AND (number IS NOT NULL OR replied = 0)
               AND (state = 'open' OR length(answer) > coalesce(start, 0))
               AND CASE WHEN :session IS NULL THEN created_at > :since
                        ELSE session_id = :session END
             ORDER BY turn.id LIMIT 1
-            """,
-            openid=openid,
-            session=session_id,
-            since=since,
-        )
-        if not rows:
-            return None
-        turn_id, number, start, generation = rows[0]
-        if number is None:
-            return turn_id, None
-        return turn_id, Part(number, turn_id, start, generation, None)
+        """
+        rows = await self.rows(query, openid=openid, session=session_id, since=since)
+        return rows[0][0] if rows else None
 
     # Links and deletion
 
-    async def add_history_link(self, openid: str, now: float, seconds: float) -> str:
-        """Return the key of a new history link; the one before ends."""
+    async def add_history_link(self, openid: str, expires_at: float) -> str:
+        """Return the key of a new history link; a trigger ends the ones before."""
         key = secrets.token_urlsafe(16)
-        async with self.transaction():
-            await self.rows(
-                "UPDATE history_link SET expires_at = min(expires_at, :now)"
-                " WHERE openid = :openid",
-                now=now,
-                openid=openid,
-            )
-            await self.rows(
-                "INSERT INTO history_link (key, openid, expires_at)"
-                " VALUES (:key, :openid, :at)",
-                key=key,
-                openid=openid,
-                at=now + seconds,
-            )
+        query = """
+            INSERT INTO history_link (key, openid, created_at, expires_at)
+            VALUES (:key, :openid, :now, :at)
+        """
+        await self.write(query, key=key, openid=openid, now=time.time(), at=expires_at)
         return key
 
     async def history_owner(self, key: str) -> tuple[str, float] | None:
         """Return whose history a link shows and until when it works."""
-        rows = await self.rows(
-            "SELECT openid, expires_at FROM history_link WHERE key = :key", key=key
-        )
-        return rows[0] if rows else None
-
-    async def turns_of(self, openid: str, before: int, count: int) -> list[Turn]:
-        """Return a subscriber's turns below an id, newest first."""
-        rows = await self.rows(
-            f"{TURN} WHERE turn.openid = :openid AND turn.id < :before"
-            " ORDER BY turn.id DESC LIMIT :count",
-            openid=openid,
-            before=before,
-            count=count,
-        )
-        return [Turn(*row) for row in rows]
+        query = "SELECT openid, expires_at FROM history_link WHERE key = :key"
+        return next(iter(await self.rows(query, key=key)), None)
 
     async def ask_forget(self, openid: str, now: float) -> None:
         """Note that a subscriber asked for deletion and has yet to confirm it."""
-        await self.write(
-            "INSERT OR REPLACE INTO forget_request (openid, asked_at)"
-            " VALUES (:openid, :now)",
-            openid=openid,
-            now=now,
-        )
+        query = "INSERT OR REPLACE INTO forget_request (openid, asked_at) VALUES (:o, :at)"
+        await self.write(query, o=openid, at=now)
 
-    async def forget_asked_at(self, openid: str) -> float | None:
-        """Return when a subscriber asked for deletion, in Unix seconds."""
-        rows = await self.rows(
-            "SELECT asked_at FROM forget_request WHERE openid = :openid", openid=openid
-        )
-        return rows[0][0] if rows else None
+    async def forget_asked_at(self, openid: str) -> float:
+        """Return when a subscriber asked for deletion, in Unix seconds; 0: never."""
+        query = "SELECT asked_at FROM forget_request WHERE openid = :openid"
+        rows = await self.rows(query, openid=openid)
+        return rows[0][0] if rows else 0.0
 
     async def forget(self, openid: str) -> None:
         """Delete all that is stored about a subscriber, from the files too."""
+        tables = ("session", "turn", "part", "reply", "history_link", "forget_request")
         async with self.transaction():
-            for table in ("session", "turn", "part", "reply", "history_link"):
+            for table in tables:
                 await self.rows(f"DELETE FROM {table} WHERE openid = :o", o=openid)
-            await self.rows("DELETE FROM forget_request WHERE openid = :o", o=openid)
         # secure_delete overwrites in the file; the WAL holds old pages until truncated.
-        async with self.lock:
-            await self.rows("PRAGMA wal_checkpoint(TRUNCATE)")
+        await self.write("PRAGMA wal_checkpoint(TRUNCATE)")
 
     async def prune(self, now: float, link_seconds: float) -> None:
         """Delete what has served its time: replies, old links, stale requests."""
-        await self.write("DELETE FROM reply WHERE created < :at", at=now - REPLY_HOURS * 3600)
-        await self.write(
-            "DELETE FROM history_link WHERE expires_at < :at", at=now - link_seconds
-        )
-        await self.write(
-            "DELETE FROM forget_request WHERE asked_at < :at", at=now - LAPSE_SECONDS
-        )
+        for table, column, seconds in (
+            ("reply", "created", REPLY_HOURS * 3600),
+            ("history_link", "expires_at", link_seconds),
+            ("forget_request", "asked_at", LAPSE_SECONDS),
+        ):
+            query = f"DELETE FROM {table} WHERE {column} < :at"
+            await self.write(query, at=now - seconds)
 
 
-def part_statements(reply: Reply) -> Iterator[tuple[str, dict[str, object]]]:
-    """Yield what a reply changes besides its own row."""
-    for part in (reply.sent, reply.offered):
-        if part:
-            yield (
-                "INSERT OR IGNORE INTO part"
-                " (openid, number, turn_id, start, generation, offered_at)"
-                " VALUES (:openid, :number, :turn, :start, :generation, :at)",
-                {
-                    "openid": reply.openid,
-                    "number": part.number,
-                    "turn": part.turn_id,
-                    "start": part.start,
-                    "generation": part.generation,
-                    "at": reply.created,
-                },
-            )
-    if reply.sent:
-        yield (
-            "UPDATE part SET reply = :reply, stop = :stop"
-            " WHERE openid = :openid AND number = :number AND reply IS NULL",
-            {
-                "reply": reply.content,
-                "stop": reply.stop,
-                "openid": reply.openid,
-                "number": reply.sent.number,
-            },
-        )
-        yield (
-            "UPDATE turn SET unread = NULL, replied = 1,"
-            " delivered = coalesce(delivered, 'part') WHERE id = :id",
-            {"id": reply.sent.turn_id},
-        )
-    if reply.read is not None:
-        yield "UPDATE turn SET unread = NULL WHERE id = :id", {"id": reply.read}
-
-
-def split_statements(script: str) -> Iterator[str]:
-    """Yield the statements of an SQL script, each whole (triggers hold semicolons)."""
-    statement = ""
-    for line in script.splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
-            yield statement
-            statement = ""
+PRAGMAS = ("busy_timeout = 2000", "journal_mode = WAL", "synchronous = NORMAL")
+PRAGMAS += ("foreign_keys = ON", "secure_delete = ON", "journal_size_limit = 16777216")
 
 
 async def open_store(path: str) -> Store:
@@ -1519,14 +1346,7 @@ async def open_store(path: str) -> Store:
         raise StoreError(f"database {path}: {error.strerror}") from None
     db = await aiosqlite.connect(path, isolation_level=None)
     try:
-        for pragma in (
-            "busy_timeout = 2000",
-            "journal_mode = WAL",
-            "synchronous = NORMAL",
-            "foreign_keys = ON",
-            "secure_delete = ON",
-            "journal_size_limit = 16777216",
-        ):
+        for pragma in PRAGMAS:
             await db.execute_fetchall(f"PRAGMA {pragma}")
         store = Store(db)
         await store.migrate()
@@ -1631,6 +1451,21 @@ class ThoughtFilter:
         return self.held if self.state == "start" else ""
 
 
+def error_in_body(status: int, body: object) -> ChatError:
+    """Return the error that a status and a JSON body mean."""
+    error = body.get("error", body) if isinstance(body, dict) else body
+    error = error if isinstance(error, dict) else {"message": error}
+    words = [str(error.get(k)) for k in ("code", "type", "message", "detail") if error.get(k)]
+    detail = f"status {status} " + " ".join(words)[:200]
+    if status in (401, 402, 403, 404, 422):
+        return ChatError("setup", detail)
+    if status == 400:
+        return ChatError("refused" if "filter" in detail else "setup", detail)
+    if status in (408, 409, 429) or status >= 500:
+        return ChatError("busy", detail, "insufficient_quota" not in detail)
+    return ChatError("broken", detail, True)
+
+
 def read_event(payload: str) -> dict:
     """Return the JSON object of one event; raise ChatError, also for an error in it."""
     try:
@@ -1659,19 +1494,56 @@ def visible_text(part: object) -> str:
     return text if isinstance(text, str) else ""
 
 
-def error_in_body(status: int, body: object) -> ChatError:
-    """Return the error that a status and a JSON body mean."""
-    error = body.get("error", body) if isinstance(body, dict) else body
-    error = error if isinstance(error, dict) else {"message": error}
-    words = [str(error.get(k)) for k in ("code", "type", "message", "detail") if error.get(k)]
-    detail = f"status {status} " + " ".join(words)[:200]
-    if status in (401, 402, 403, 404, 422):
-        return ChatError("setup", detail)
-    if status == 400:
-        return ChatError("refused" if "filter" in detail else "setup", detail)
-    if status in (408, 409, 429) or status >= 500:
-        return ChatError("busy", detail, "insufficient_quota" not in detail)
-    return ChatError("broken", detail, True)
+async def read_stream(response: aiohttp.ClientResponse) -> AsyncIterator[dict | None]:
+    """Yield the events of a stream, None for [DONE]; raise ChatError."""
+    decoder = EventDecoder()
+    async for chunk in response.content.iter_any():
+        for payload in decoder.feed(chunk):
+            yield None if payload.strip() == "[DONE]" else read_event(payload)
+    for payload in decoder.flush():
+        yield None if payload.strip() == "[DONE]" else read_event(payload)
+
+
+def make_ending(reason: str, model: object, usage: object) -> Ending:
+    """Return the Ending of the loosely typed values of a stream."""
+    usage = usage if isinstance(usage, dict) else {}
+    tokens = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+    given, taken = (n if isinstance(n, int) else None for n in tokens)
+    return Ending(reason, str(model), given, taken)
+
+
+async def read_error(response: aiohttp.ClientResponse) -> ChatError:
+    """Return the error of a response that is not a 200, from at most 64 KiB of it."""
+    text = (await response.content.read(BODY_BYTES)).decode("utf-8", "replace")
+    try:
+        body = json.loads(text)
+    except ValueError:
+        body = re.sub(r"<[^>]*>|\s+", " ", text).strip()
+    return error_in_body(response.status, body)
+
+
+async def read_unstreamed(response: aiohttp.ClientResponse) -> AsyncIterator[str | Ending]:
+    """Yield the answer of a server that does not stream; raise ChatError."""
+    event = read_event((await response.read()).decode("utf-8", "replace"))
+    choice = first_choice(event)
+    thoughts = ThoughtFilter()
+    text = thoughts.feed(visible_text(choice.get("message"))) + thoughts.flush()
+    if text:
+        yield text
+    reason = str(choice.get("finish_reason") or "stop")
+    yield make_ending(reason, event.get("model"), event.get("usage"))
+
+
+async def read_usage(events: AsyncIterator[dict | None]) -> dict:
+    """Return the usage behind a finish_reason; it gets two seconds to come."""
+    usage: dict = {}
+    with contextlib.suppress(TimeoutError, aiohttp.ClientError, ConnectionError, ChatError):
+        async with asyncio.timeout(2):
+            async for event in events:
+                if event is None:
+                    break
+                usage = event.get("usage") or usage
+    return usage
 
 
 class Deadline:
@@ -1702,7 +1574,7 @@ class ChatClient:
         """Return the request's JSON."""
         body = {"model": self.settings.model, "messages": messages, "stream": True}
         body["stream_options"] = {"include_usage": True}
-        if self.settings.model == AssistantSettings(api_key="-").model:
+        if self.settings.model == DEFAULT_MODEL:
             # The default model thinks unless told not to; other models refuse the field.
             body["reasoning_effort"] = "none"
         return body | self.settings.extra
@@ -1767,58 +1639,6 @@ class ChatClient:
         yield make_ending(reason, model, usage)
 
 
-async def read_usage(events: AsyncIterator[dict | None]) -> dict:
-    """Return the usage behind a finish_reason; it gets two seconds to come."""
-    usage: dict = {}
-    with contextlib.suppress(TimeoutError, aiohttp.ClientError, ConnectionError, ChatError):
-        async with asyncio.timeout(2):
-            async for event in events:
-                if event is None:
-                    break
-                usage = event.get("usage") or usage
-    return usage
-
-
-async def read_stream(response: aiohttp.ClientResponse) -> AsyncIterator[dict | None]:
-    """Yield the events of a stream, None for [DONE]; raise ChatError."""
-    decoder = EventDecoder()
-    async for chunk in response.content.iter_any():
-        for payload in decoder.feed(chunk):
-            yield None if payload.strip() == "[DONE]" else read_event(payload)
-    for payload in decoder.flush():
-        yield None if payload.strip() == "[DONE]" else read_event(payload)
-
-
-def make_ending(reason: str, model: object, usage: object) -> Ending:
-    """Return the Ending of the loosely typed values of a stream."""
-    usage = usage if isinstance(usage, dict) else {}
-    tokens = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-    given, taken = (n if isinstance(n, int) else None for n in tokens)
-    return Ending(reason, str(model), given, taken)
-
-
-async def read_error(response: aiohttp.ClientResponse) -> ChatError:
-    """Return the error of a response that is not a 200, from at most 64 KiB of it."""
-    text = (await response.content.read(BODY_BYTES)).decode("utf-8", "replace")
-    try:
-        body = json.loads(text)
-    except ValueError:
-        body = re.sub(r"<[^>]*>|\s+", " ", text).strip()
-    return error_in_body(response.status, body)
-
-
-async def read_unstreamed(response: aiohttp.ClientResponse) -> AsyncIterator[str | Ending]:
-    """Yield the answer of a server that does not stream; raise ChatError."""
-    event = read_event((await response.read()).decode("utf-8", "replace"))
-    choice = first_choice(event)
-    thoughts = ThoughtFilter()
-    text = thoughts.feed(visible_text(choice.get("message"))) + thoughts.flush()
-    if text:
-        yield text
-    reason = str(choice.get("finish_reason") or "stop")
-    yield make_ending(reason, event.get("model"), event.get("usage"))
-
-
 # ---------------------------------------------------------------------------
 # 6. Answers in progress
 #
@@ -1837,7 +1657,7 @@ class Subscriber:
     def __init__(self, openid: str) -> None:
         self.openid = openid
         self.lock = asyncio.Lock()  # messages are taken up in the order they came
-        self.answers: list[Answer] = []  # unanswered questions, oldest first
+        self.answers: list[typing.Any] = []  # the Answers that are not finished, oldest first
         self.parts: int | None = None  # highest part number; None: not read yet
         self.unread: dict[int, tuple[int, str]] = {}  # part number: turn, question
 
@@ -1875,8 +1695,7 @@ class Answer:
         self.text = ""  # Markdown
         self.state = "open"  # as in schema.sql
         self.reason: str | None = None  # a kind of ChatError
-        self.started: float | None = None  # loop's clock when the model was asked
-        self.first: float | None = None  # loop's clock at the first text
+        self.first_seconds: float | None = None  # from the question to the first text
         self.task: asyncio.Task | None = None  # writes it
         self.is_sent = False  # some of this writing was sent in a reply
         self.stops: dict[tuple[int, int], int] = {}  # (generation, start): the cut
@@ -1903,7 +1722,7 @@ class Answer:
         delta = ILLEGAL.sub("", delta)
         if not self.text:
             delta = delta.lstrip()
-            self.first = self.first or asyncio.get_running_loop().time()
+            self.first_seconds = round(time.time() - self.turn.created_at, 3)
         self.text += delta
         self.size += size_of(delta)
         if self.watchers and self.size >= self.look_at:
@@ -1970,6 +1789,18 @@ class Reading:
         """Return the offset in the present writing: its start, if it was written anew."""
         return self.start if self.generation == self.answer.generation else 0
 
+    def note_sent(self, reply: Reply) -> None:
+        """Keep in memory what a decided reply means for the answer."""
+        answer, begin = self.answer, self.begin
+        if reply.stop > begin:
+            answer.is_sent = True
+            answer.stops[(answer.generation, begin)] = reply.stop
+        if reply.early and reply.offered:
+            mention = (answer.turn.id, answer.turn.question)
+            answer.subscriber.unread[reply.offered.number] = mention
+        if reply.sent:
+            answer.subscriber.has_read(answer.turn.id)
+
 
 class Delivery:
     """The attempts of one message, and the one reply that all of them get."""
@@ -2002,15 +1833,23 @@ class Delivery:
         self.newest = now
         return self.seen
 
-    def say(self, text: str) -> None:
-        """Answer with a fixed text; '' says nothing to the subscriber."""
-        self.fixed = text
-        self.ready.set()
+    def answer_with(self, found: str | Reading) -> None:
+        """Answer with a fixed text ('' says nothing), or with what a model writes."""
+        if isinstance(found, str):
+            self.fixed = found
+            self.ready.set()
+            return
+        self.reading = found
+        found.answer.watch(found.generation, found.start, self.ready)
 
-    def read(self, reading: Reading) -> None:
-        """Answer with what a model writes."""
-        self.reading = reading
-        reading.answer.watch(reading.generation, reading.start, self.ready)
+    def repeat(self, memory: Memory) -> None:
+        """Answer with the reply that was decided before."""
+        content, created, delivered = memory.reply
+        key, openid, turn_id = self.message.key, self.message.openid, memory.turn_id
+        self.reply = Reply(key, openid, content, created, turn_id, delivered)
+        self.earlier = 1
+        self.decided.set()
+        self.ready.set()
 
 
 class MuteGuard:
@@ -2059,7 +1898,9 @@ class Answers:
 
     # Tasks
 
-    def start(self, work: Awaitable[None], name: str, fail: Callable[[], None]) -> asyncio.Task:
+    def start(
+        self, work: Awaitable[None], name: str, fail: Callable[[], None] = lambda: None
+    ) -> asyncio.Task:
         """Run work as a task; whatever breaks, `fail` is called, so nobody waits for ever."""
         task = self.loop.create_task(self.edge(work, name, fail))
         self.tasks.add(task)
@@ -2107,6 +1948,10 @@ class Answers:
         finally:
             self.waits.discard(wait)
         return event.is_set()
+
+    def running(self) -> list[Answer]:
+        """Return the answers that are being written and have text."""
+        return [a for a in self.answers.values() if a.text and a.is_open]
 
     # Deliveries
 
@@ -2177,7 +2022,7 @@ class Answers:
 # ---------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@record()
 class Services:
     """The long-lived parts of the process, built once by the application."""
 
@@ -2191,20 +2036,40 @@ class Services:
         """Return the lines a subscriber reads."""
         return self.config.texts
 
-    def answer_url(self, turn: Turn) -> str:
-        """Return the address of an answer's page."""
-        return f"{self.config.public_url}/a/{turn.link_key}"
+    def page_link(self, turn: Turn, words: str) -> str:
+        """Return a link to an answer's page."""
+        return web_link(words, f"{self.config.public_url}/a/{turn.link_key}")
+
+
+@record()
+class Visit:
+    """One message being answered: who came, and to which session."""
+
+    services: Services
+    delivery: Delivery
+    session: Session | None  # open, and not idle for too long
+    lapsed: Session | None = None  # open in the store, but it ran out
+
+    @property
+    def openid(self) -> str:
+        """Return who sent the message."""
+        return self.delivery.message.openid
+
+    @property
+    def texts(self) -> Texts:
+        """Return the lines a subscriber reads."""
+        return self.services.config.texts
 
 
 # ---------------------------------------------------------------------------
 # 8. Commands
 #
-# A command is one coroutine: message and session in, the reply's text out. Its name in
-# COMMANDS and its line in `texts.help` are all there is to it. Assistants are commands
-# too: `/NAME` opens a session with it.
+# A command is one coroutine: a visit in, the reply's text out. Its name in COMMANDS and
+# its line in `texts.help` are all there is to it. Assistants are commands too: `/NAME`
+# opens a session with it.
 # ---------------------------------------------------------------------------
 
-Command = Callable[[Services, Delivery, Session | None], Awaitable[str]]
+Command = Callable[[Visit], Awaitable[str]]
 COMMANDS: dict[str, Command] = {}
 
 
@@ -2246,110 +2111,97 @@ def find_assistant(text: str, names: typing.Iterable[str]) -> tuple[str, str] | 
 def refuse_command_names(config: Config) -> None:
     """Raise ConfigError when an assistant is named like a command."""
     for name in config.assistants:
-        if folded(name) in COMMANDS:
-            raise ConfigError(f"assistants.{name}: this is the name of a command")
+        is_free = folded(name) not in COMMANDS
+        demand(is_free, f"assistants.{name}", name, "a name that is no command's")
 
 
-async def end_session(services: Services, session: Session, text: str | None = None) -> None:
-    """End a session: what is being written goes on, what is queued is not asked."""
-    await services.store.end_session(session.id, time.time(), text)
-    services.answers.close_session(session.id)
-
-
-async def open_session(services: Services, openid: str, assistant: str) -> Session:
-    """Open a session in place of any other of the subscriber."""
-    session = await services.store.start_session(openid, assistant, time.time())
-    for answer in services.answers.subscriber(openid).answers:
-        services.answers.close_session(answer.turn.session_id)
+async def open_session(visit: Visit, assistant: str) -> Session:
+    """Open a session; one that was open ends, and what is queued there is not asked."""
+    answers = visit.services.answers
+    session = await visit.services.store.start_session(visit.openid, assistant, time.time())
+    for answer in visit.delivery.subscriber.answers:
+        answers.close_session(answer.turn.session_id)
     return session
 
 
 @command("stop")
-async def stop(services: Services, delivery: Delivery, session: Session | None) -> str:
-    """End the session."""
-    tap = tap_link("/chatgpt")
-    if session is None:
-        return services.texts.no_session.format(tap=tap)
-    await end_session(services, session)
-    return services.texts.stopped.format(tap=tap_link(f"/{session.assistant}"))
+async def stop(visit: Visit) -> str:
+    """End the session: what is being written goes on, what is queued is not asked."""
+    if visit.session is None:
+        return visit.texts.no_session.format(tap=tap_link("/chatgpt"))
+    await visit.services.store.end_session(visit.session.id, time.time(), None)
+    visit.services.answers.close_session(visit.session.id)
+    return visit.texts.stopped.format(tap=tap_link(f"/{visit.session.assistant}"))
 
 
 @command("clear")
-async def clear(services: Services, delivery: Delivery, session: Session | None) -> str:
+async def clear(visit: Visit) -> str:
     """End the session and open a new one with the same assistant."""
-    if session is None:
-        return services.texts.no_session.format(tap=tap_link("/chatgpt"))
-    await open_session(services, delivery.message.openid, session.assistant)
-    return services.texts.cleared
+    if visit.session is None:
+        return visit.texts.no_session.format(tap=tap_link("/chatgpt"))
+    await open_session(visit, visit.session.assistant)
+    return visit.texts.cleared
 
 
 @command("history")
-async def history(services: Services, delivery: Delivery, session: Session | None) -> str:
+async def history(visit: Visit) -> str:
     """Return a link to the subscriber's history; the one before ends."""
-    minutes = services.config.history.history_minutes
-    key = await services.store.add_history_link(
-        delivery.message.openid, time.time(), minutes * 60
-    )
-    url = f"{services.config.public_url}/h/{key}"
-    page = web_link(services.texts.word_history, url)
-    return services.texts.history.format(minutes=f"{minutes:g}", page=page)
+    minutes = visit.services.config.history.history_minutes
+    until = time.time() + minutes * 60
+    key = await visit.services.store.add_history_link(visit.openid, until)
+    url = f"{visit.services.config.public_url}/h/{key}"
+    page = web_link(visit.texts.word_history, url)
+    return visit.texts.history.format(minutes=f"{minutes:g}", page=page)
 
 
 @command("help")
-async def help_text(services: Services, delivery: Delivery, session: Session | None) -> str:
-    """List the commands and assistants."""
-    lines = [
-        services.texts.help_assistant.format(tap=tap_link(f"/{name}"), assistant=name)
-        for name in services.config.assistants
-    ]
-    return services.texts.help.format(assistants="\n".join(lines))
+async def show_help(visit: Visit) -> str:
+    """List the assistants and commands."""
+    line, names = visit.texts.help_assistant, visit.services.config.assistants
+    lines = [line.format(tap=tap_link(f"/{name}"), assistant=name) for name in names]
+    return visit.texts.help.format(assistants="\n".join(lines))
 
 
 @command("forget")
-async def forget(services: Services, delivery: Delivery, session: Session | None) -> str:
+async def forget(visit: Visit) -> str:
     """Ask for the confirmation without which nothing is deleted."""
-    await services.store.ask_forget(delivery.message.openid, time.time())
-    tap = tap_link(services.texts.word_forget)
-    minutes = f"{FORGET_SECONDS / 60:g}"
-    return services.texts.forget_ask.format(minutes=minutes, tap=tap)
+    await visit.services.store.ask_forget(visit.openid, time.time())
+    tap = tap_link(visit.texts.word_forget)
+    return visit.texts.forget_ask.format(minutes=f"{FORGET_SECONDS / 60:g}", tap=tap)
 
 
-async def confirm_forget(services: Services, delivery: Delivery) -> str | None:
-    """Delete all about the sender; None when nobody asked for it in the last day."""
-    openid = delivery.message.openid
-    asked_at = await services.store.forget_asked_at(openid)
-    if asked_at is None:
-        return None
-    if time.time() - asked_at > FORGET_SECONDS:
-        return services.texts.forget_late
-    await forget_all(services, delivery)
-    return services.texts.forgotten
-
-
-async def forget_all(services: Services, delivery: Delivery) -> None:
+async def forget_all(visit: Visit) -> None:
     """Delete a subscriber's data, end what runs, and keep nothing of this message."""
-    subscriber = delivery.subscriber
-    for other in services.answers.deliveries.values():
-        if other.subscriber is subscriber:
-            other.keep = False
+    answers, subscriber = visit.services.answers, visit.delivery.subscriber
+    for delivery in answers.deliveries.values():
+        delivery.keep = delivery.keep and delivery.subscriber is not subscriber
     for answer in list(subscriber.answers):
         answer.finish("ended")
         answer.task.cancel()
-        services.answers.remove_answer(answer)
-    await services.store.forget(subscriber.openid)
+        answers.remove_answer(answer)
+    await visit.services.store.forget(visit.openid)
     subscriber.parts = 0
     subscriber.unread.clear()
+
+
+async def confirm_forget(visit: Visit) -> str | None:
+    """Delete all about the sender; None when nobody asked for it in the last day."""
+    asked_at = await visit.services.store.forget_asked_at(visit.openid)
+    if not asked_at:
+        return None
+    if time.time() - asked_at > FORGET_SECONDS:
+        return visit.texts.forget_late
+    await forget_all(visit)
+    return visit.texts.forgotten
 
 
 # ---------------------------------------------------------------------------
 # 9. The path of a message
 #
-# write_answer finds out, in the message's own task, what answers it. converse writes
-# the answer of one question, in the question's own task. reply_to is what a request
+# converse writes the answer of one question, in the question's own task. write_answer
+# finds out, in the message's own task, what answers it. reply_to is what a request
 # does: wait, decide, hand out.
 # ---------------------------------------------------------------------------
-
-RETRY_SECONDS = 0.5  # before the second asking; doubled for the third
 
 
 async def chat_messages(services: Services, turn: Turn) -> list[dict]:
@@ -2360,43 +2212,58 @@ async def chat_messages(services: Services, turn: Turn) -> list[dict]:
     for question, answer in await services.store.history(turn, chars):
         messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": answer})
-    messages.append({"role": "user", "content": turn.question})
-    return messages
+    return [*messages, {"role": "user", "content": turn.question}]
 
 
-async def write_text(
-    services: Services, answer: Answer, messages: list[dict]
-) -> Ending:
+async def write_text(services: Services, answer: Answer, messages: list[dict]) -> Ending:
     """Append what the model streams; return the Ending, or raise ChatError."""
     client = services.chat[answer.turn.assistant]
     async with contextlib.aclosing(client.stream(messages)) as stream:
         async for item in stream:
             if isinstance(item, Ending):
-                return item
+                break
             answer.append(item)
-    raise ChatError("broken", "the stream ended without an end")
+    if not answer.text.strip():
+        raise ChatError("empty", f"finish_reason {item.finish_reason}", True)
+    return item
 
 
 async def ask_model(services: Services, answer: Answer, messages: list[dict]) -> Ending:
-    """Write the answer, again if that may help and nothing was sent; raise ChatError."""
-    for tries in (1, 2):
-        try:
-            ending = await write_text(services, answer, messages)
-            if not answer.text.strip():
-                raise ChatError("empty", f"finish_reason {ending.finish_reason}", True)
-            return ending
-        except ChatError as error:
-            if not error.passing or answer.is_sent or tries == 2:
-                raise
-            log.warning("%s asked again after %s", name_of(answer.turn), error)
-        answer.restart()
-        await asyncio.sleep(RETRY_SECONDS * tries)
-    raise AssertionError("unreachable")
+    """Write the answer, once again if that may help; raise ChatError."""
+    try:
+        return await write_text(services, answer, messages)
+    except ChatError as error:
+        if not error.passing or answer.is_sent:
+            raise
+        log.warning("%s asked again after %s", answer.turn.name, error)
+    answer.restart()
+    await asyncio.sleep(RETRY_SECONDS)
+    return await write_text(services, answer, messages)
 
 
-def name_of(turn: Turn) -> str:
-    """Return how the log names a question."""
-    return f"turn={turn.id} msg={turn.msg_key.split()[1]} from={turn.openid[:8]}"
+async def store_text_so_far(services: Services, answers: list[Answer]) -> None:
+    """Store the text of unfinished answers; a failure costs only that."""
+    texts = [(a.text, a.generation, a.turn.id) for a in answers if a.text]
+    try:
+        if texts:
+            await services.store.save_texts(texts)
+    except sqlite3.Error as error:
+        log.error("text so far not stored: %s", error)
+
+
+async def store_end(services: Services, answer: Answer, ending: Ending | None) -> None:
+    """Store how an answer ended, and log it."""
+    now = time.time()
+    seconds = now - answer.turn.created_at
+    columns = {name: getattr(answer, name) for name in ("generation", "state", "reason")}
+    columns |= {"answer": answer.text, "finished_at": now, "seconds": round(seconds, 3)}
+    for name in ("model", "tokens_in", "tokens_out"):
+        columns[name] = getattr(ending, name, None)
+    columns["first_seconds"] = answer.first_seconds
+    await services.store.finish_turn(answer.turn.id, columns)
+    tokens = f"{columns['tokens_in']} in {columns['tokens_out']} out"
+    state = f"{answer.state} {answer.reason or ''}".strip()
+    log.info("%s %s after %.1f s, tokens %s", answer.turn.name, state, seconds, tokens)
 
 
 async def converse(services: Services, answer: Answer) -> None:
@@ -2411,12 +2278,11 @@ async def converse(services: Services, answer: Answer) -> None:
         async with answers.slots:
             if not turn.asked or answer.generation:
                 await services.store.count_asking(turn.id)
-            answer.started = answers.loop.time()
             ending = await ask_model(services, answer, messages)
         answer.finish("cut" if ending.finish_reason == "length" else "done")
     except ChatError as error:
         level = logging.ERROR if error.kind == "setup" else logging.WARNING
-        log.log(level, "%s failed: %s", name_of(turn), error)
+        log.log(level, "%s failed: %s", turn.name, error)
         answer.finish("broken" if answer.text else "failed", error.kind)
     finally:
         if answer.is_open:  # cancelled: the next process goes on from what is stored
@@ -2426,48 +2292,224 @@ async def converse(services: Services, answer: Answer) -> None:
             answers.remove_answer(answer)
 
 
-async def store_end(services: Services, answer: Answer, ending: Ending | None) -> None:
-    """Store how an answer ended, and log it."""
-    turn, now = answer.turn, services.answers.loop.time()
-    seconds = time.time() - turn.created_at
-    first = None
-    if answer.first is not None and answer.started is not None:
-        first = seconds - (now - answer.first)
-    values = {
-        "answer": answer.text,
-        "generation": answer.generation,
-        "state": answer.state,
-        "reason": answer.reason,
-        "finished_at": time.time(),
-        "model": ending.model if ending else None,
-        "tokens_in": ending.tokens_in if ending else None,
-        "tokens_out": ending.tokens_out if ending else None,
-        "seconds": round(seconds, 3),
-        "first_seconds": None if first is None else round(first, 3),
-    }
-    await services.store.finish_turn(turn.id, values)
-    log.info(
-        "%s %s after %.1f s, tokens %s in %s out",
-        name_of(turn),
-        answer.state,
-        seconds,
-        values["tokens_in"],
-        values["tokens_out"],
-    )
+def start_writing(services: Services, answer: Answer) -> None:
+    """Queue an answer and start the task that writes it."""
+
+    def fail() -> None:
+        if answer.is_open:
+            answer.finish("broken" if answer.text else "failed", "trouble")
+        services.answers.remove_answer(answer)
+
+    services.answers.add_answer(answer)
+    work = converse(services, answer)
+    answer.task = services.answers.start(work, answer.turn.name, fail)
 
 
-async def store_text_so_far(services: Services, answers: list[Answer]) -> None:
-    """Store the text of unfinished answers; a failure costs only that."""
-    texts = [(a.text, a.generation, a.turn.id) for a in answers if a.text]
-    try:
-        if texts:
-            await services.store.save_texts(texts)
-    except sqlite3.Error as error:
-        log.error("text so far not stored: %s", error)
+async def resume_answers(services: Services) -> None:
+    """Take up the questions that the process before this one left unfinished."""
+    now = time.time()
+    turns, open_sessions = await services.store.open_turns()
+    for turn in turns:
+        generation = turn.generation + 1 if turn.asked else 0
+        answer = Answer(turn, services.answers.subscriber(turn.openid), generation)
+        if turn.asked >= ASKINGS or now - turn.created_at > RESUME_SECONDS:
+            answer.generation, answer.text = turn.generation, turn.answer
+            answer.finish("broken" if turn.answer else "failed", "given_up")
+        elif not turn.asked and turn.session_id not in open_sessions:
+            answer.finish("ended")
+        if answer.is_open:
+            start_writing(services, answer)
+            log.info("%s resumed, asked %d times before", turn.name, turn.asked)
+        else:
+            await store_end(services, answer, None)
 
 
-# What answers a message: a fixed text, or something to read.
-Found = str | Reading
+# Finding out what answers a message
+
+Found = str | Reading  # a fixed text, or something to read; '' says nothing
+
+
+async def reading_of(visit: Visit, turn_id: int, part: Part | None = None) -> Reading:
+    """Return a reading of a turn, being written or stored, from a part on."""
+    answer = visit.services.answers.answers.get(turn_id)
+    if answer is None:
+        turn = await visit.services.store.turn(turn_id)
+        answer = Answer.stored(turn, visit.delivery.subscriber)
+    if part is None:
+        return Reading(answer, 0, answer.generation)
+    return Reading(answer, part.start, part.generation, part)
+
+
+async def continue_turn(visit: Visit, turn_id: int) -> Reading:
+    """Return the unsent part of a turn, numbered now if it was not offered before."""
+    part = await visit.services.store.unsent_part(turn_id)
+    if part is None:
+        part = Part(visit.delivery.subscriber.next_part(), turn_id, 0, 0)
+    return await reading_of(visit, turn_id, part)
+
+
+async def accept_question(visit: Visit, session: Session, question: str) -> Found:
+    """Store a question and start its answer; or say why not."""
+    services, subscriber, now = visit.services, visit.delivery.subscriber, time.time()
+    for answer in subscriber.answers:
+        is_recent = now - answer.turn.created_at < REPEAT_SECONDS
+        if is_recent and answer.turn.question == question:
+            return await continue_turn(visit, answer.turn.id)
+    count = len(subscriber.answers)
+    if count >= services.config.limits.waiting:
+        return visit.texts.too_many.format(count=count)
+    asked = 0 if services.answers.queues.get(session.id) else 1
+    key = visit.delivery.message.key
+    turn = await services.store.add_turn(session, key, question, asked, now)
+    answer = Answer(turn, subscriber)
+    start_writing(services, answer)
+    visit.delivery.is_own = True
+    log.info("%s accepted, %d waiting before it", turn.name, count)
+    return Reading(answer)
+
+
+async def continue_part(visit: Visit, number: int) -> Found:
+    """Return part N of this subscriber: the very text again if it was sent before."""
+    part = await visit.services.store.part(visit.openid, number)
+    if part is None:
+        return visit.texts.no_part.format(number=number)
+    if part.reply is not None:
+        visit.delivery.exact = True
+        return part.reply
+    return await reading_of(visit, part.turn_id, part)
+
+
+async def continue_oldest(visit: Visit) -> Found | None:
+    """Return the oldest part not sent yet, of the session or of the last hour."""
+    session_id = visit.session.id if visit.session else None
+    since = time.time() - RECENT_SECONDS
+    store = visit.services.store
+    turn_id = await store.oldest_unsent(visit.openid, session_id, since)
+    return None if turn_id is None else await continue_turn(visit, turn_id)
+
+
+async def retry(visit: Visit, number: str | None) -> Found | None:
+    """Ask a failed question again: the one behind a tap, or the newest."""
+    store = visit.services.store
+    if number:
+        part = await store.part(visit.openid, int(number))
+        turn = await store.turn(part.turn_id) if part else None
+    else:
+        turn = await store.newest_failed(visit.openid, time.time() - RECENT_SECONDS)
+    if turn is None:
+        return visit.texts.no_retry if number else None
+    session = visit.session or await open_session(visit, turn.assistant)
+    return await accept_question(visit, session, turn.question)
+
+
+async def resume_session(visit: Visit) -> Found | None:
+    """Open the session that ran out again, and ask the text that came too late."""
+    store, since = visit.services.store, time.time() - LAPSE_SECONDS
+    session = await store.lapsed_session(visit.openid, since)
+    if session is None:
+        return None
+    await store.reopen_session(session.id, time.time())
+    return await accept_question(visit, session, session.lapsed_text)
+
+
+async def answer_tap(visit: Visit, text: str) -> Found | None:
+    """Return what answers a tap, which may be typed, too; None when it is none now."""
+    words = folded(text)
+    if match := re.fullmatch(r"(继续|重试)\s*([0-9]{1,9})?", words):
+        if match[1] == "重试":
+            return await retry(visit, match[2])
+        if match[2]:
+            return await continue_part(visit, int(match[2]))
+        return await continue_oldest(visit)
+    if words == folded(visit.texts.word_forget):
+        return await confirm_forget(visit)
+    if words == folded(visit.texts.word_resume) and visit.session is None:
+        return await resume_session(visit)
+    return None
+
+
+async def answer_command(visit: Visit, text: str) -> Found | None:
+    """Return what answers a text that is not a question; None for one that may be."""
+    if function := find_command(text):
+        log.info("%s command %s", visit.delivery.message.name, function.__name__)
+        return await function(visit)
+    if visit.session and (text in STICKER_TEXTS or not text):
+        return visit.texts.unsupported
+    return await answer_tap(visit, text)
+
+
+async def open_and_ask(visit: Visit, assistant: str, question: str) -> Found:
+    """Open a session, unless one with this assistant is open, and ask what came along."""
+    session = visit.session
+    is_new = session is None or session.assistant != assistant
+    if is_new:
+        session = await open_session(visit, assistant)
+    if question:
+        return await accept_question(visit, session, question)
+    if not is_new:
+        await visit.services.store.touch_session(session.id, time.time())
+        return visit.texts.still_open
+    minutes = f"{visit.services.config.session.ttl / 60:g}"
+    return visit.texts.opened.format(assistant=assistant, minutes=minutes)
+
+
+async def answer_outside(visit: Visit, text: str) -> Found:
+    """Return what answers a text outside a session; mostly nothing."""
+    config, lapsed = visit.services.config, visit.lapsed
+    if text in config.replies.keywords:
+        return config.replies.keywords[text]
+    if config.session.auto_open and text:
+        return await open_and_ask(visit, next(iter(config.assistants)), text)
+    if lapsed:  # it ran out, and nobody was told yet
+        await visit.services.store.end_session(lapsed.id, time.time(), text)
+        if time.time() - lapsed.last_at < LAPSE_SECONDS:
+            tap = tap_link(visit.texts.word_resume)
+            return visit.texts.session_lapsed.format(tap=tap, question=excerpt(text))
+    return config.replies.outside
+
+
+async def answer_text(visit: Visit) -> Found:
+    """Return what answers a text: a command, a part, a question, or nothing."""
+    text, session = visit.delivery.message.content.strip(), visit.session
+    if opened := find_assistant(text, visit.services.config.assistants):
+        return await open_and_ask(visit, *opened)
+    found = await answer_command(visit, text)
+    if found is None and session:
+        return await accept_question(visit, session, text)
+    if found is None:
+        return await answer_outside(visit, text)
+    if session:
+        await visit.services.store.touch_session(session.id, time.time())
+    return found
+
+
+async def find_answer(visit: Visit) -> Found:
+    """Return what answers a message that has no reply yet."""
+    message = visit.delivery.message
+    match message.msg_type, message.event:
+        case "text", _:
+            return await answer_text(visit)
+        case "event", "subscribe":
+            return visit.services.config.replies.subscribe
+        case "event", "unsubscribe":
+            await forget_all(visit)
+            return ""
+        case "event", _:
+            return ""
+    if visit.session is None:
+        return ""
+    await visit.services.store.touch_session(visit.session.id, time.time())
+    return visit.texts.unsupported
+
+
+async def join_turn(visit: Visit, turn_id: int) -> Reading:
+    """Return a reading of the turn that this message asked in an earlier process."""
+    delivery, loop = visit.delivery, visit.services.answers.loop
+    reading = await reading_of(visit, turn_id)
+    delivery.is_own, delivery.earlier = True, 1
+    age = time.time() - reading.answer.turn.created_at
+    delivery.first = min(delivery.first, loop.time() - age)
+    return reading
 
 
 async def write_answer(services: Services, delivery: Delivery) -> None:
@@ -2476,271 +2518,25 @@ async def write_answer(services: Services, delivery: Delivery) -> None:
     async with subscriber.lock:
         memory = await services.store.recall(message.key, message.openid)
         subscriber.remember(memory)
-        if memory.reply is not None:
-            content, created, delivered = memory.reply
-            delivery.earlier = 1
-            delivery.reply = Reply(
-                message.key, message.openid, content, created, memory.turn_id, delivered
-            )
-            delivery.decided.set()
-            delivery.ready.set()
+        session, lapsed = memory.session, None
+        idle = time.time() - session.last_at if session else 0
+        if session and not session.is_busy and idle > services.config.session.ttl:
+            session, lapsed = None, session
+        visit = Visit(services, delivery, session, lapsed)
+        if memory.reply:
+            delivery.repeat(memory)
             return
-        found = await find_answer(services, delivery, memory)
-    if isinstance(found, Reading):
-        delivery.read(found)
-    else:
-        delivery.say(found)
-
-
-async def find_answer(services: Services, delivery: Delivery, memory: Memory) -> Found:
-    """Return what answers a message that has no reply yet."""
-    message = delivery.message
-    if memory.turn_id is not None:  # asked in an earlier life of the process
-        turn = await services.store.turn(memory.turn_id)
-        delivery.earlier = 1
-        age = time.time() - turn.created_at
-        delivery.first = min(delivery.first, services.answers.loop.time() - age)
-        delivery.is_own = True
-        return await reading_of(services, delivery, turn.id)
-    session = await still_open(services, memory.session)
-    match message.msg_type, message.event:
-        case "text", _:
-            return await answer_text(services, delivery, session, memory.session)
-        case "event", "subscribe":
-            return services.config.replies.subscribe
-        case "event", "unsubscribe":
-            await forget_all(services, delivery)
-            return ""
-        case "event", _:
-            return ""
-    if session is None:
-        return ""
-    await services.store.touch_session(session.id, time.time())
-    return services.texts.unsupported
-
-
-async def still_open(services: Services, session: Session | None) -> Session | None:
-    """Return the session unless it has been idle for longer than `ttl`."""
-    if session is None or session.busy:
-        return session
-    idle = time.time() - session.last_at
-    return session if idle <= services.config.session.ttl else None
-
-
-async def reading_of(
-    services: Services, delivery: Delivery, turn_id: int, part: Part | None = None
-) -> Reading:
-    """Return a reading of a turn, being written or stored, from a part on."""
-    answer = services.answers.answers.get(turn_id)
-    if answer is None:
-        turn = await services.store.turn(turn_id)
-        answer = Answer.stored(turn, delivery.subscriber)
-    if part is None:
-        return Reading(answer, 0, answer.generation)
-    return Reading(answer, part.start, part.generation, part)
-
-
-async def answer_text(
-    services: Services,
-    delivery: Delivery,
-    session: Session | None,
-    stored: Session | None,
-) -> Found:
-    """Return what answers a text: a command, a part, a question, or nothing.
-
-    `stored` is the session as stored, even if it has run out.
-    """
-    text = delivery.message.content.strip()
-    if opened := find_assistant(text, services.config.assistants):
-        return await open_and_ask(services, delivery, session, *opened)
-    found = await answer_command(services, delivery, session, text)
-    if found is None and session:
-        return await accept_question(services, delivery, session, text)
-    if found is None:
-        return await answer_outside(services, delivery, stored, text)
-    if session:
-        await services.store.touch_session(session.id, time.time())
-    return found
-
-
-async def answer_command(
-    services: Services, delivery: Delivery, session: Session | None, text: str
-) -> Found | None:
-    """Return what answers a text that is not a question; None for one that may be."""
-    if function := find_command(text):
-        log.info("%s command %s", delivery.message.short, function.__name__)
-        return await function(services, delivery, session)
-    if session and (text in STICKER_TEXTS or not text):
-        return services.texts.unsupported
-    return await answer_tap(services, delivery, session, text)
-
-
-async def open_and_ask(
-    services: Services,
-    delivery: Delivery,
-    session: Session | None,
-    assistant: str,
-    question: str,
-) -> Found:
-    """Open a session, unless one with this assistant is open, and ask what came along."""
-    is_new = session is None or session.assistant != assistant
-    if is_new:
-        session = await open_session(services, delivery.message.openid, assistant)
-    if question:
-        return await accept_question(services, delivery, session, question)
-    if not is_new:
-        await services.store.touch_session(session.id, time.time())
-        return services.texts.still_open
-    minutes = f"{services.config.session.ttl / 60:g}"
-    return services.texts.opened.format(assistant=assistant, minutes=minutes)
-
-
-async def answer_outside(
-    services: Services, delivery: Delivery, stored: Session | None, text: str
-) -> Found:
-    """Return what answers a text outside a session; mostly nothing."""
-    replies, openid = services.config.replies, delivery.message.openid
-    if text in replies.keywords:
-        return replies.keywords[text]
-    if services.config.session.auto_open and text:
-        assistant = next(iter(services.config.assistants))
-        return await open_and_ask(services, delivery, None, assistant, text)
-    if stored:  # it ran out, and nobody was told yet
-        await end_session(services, stored, text)
-        if time.time() - stored.last_at < LAPSE_SECONDS:
-            tap = tap_link(services.texts.word_resume)
-            return services.texts.session_lapsed.format(tap=tap, question=excerpt(text))
-    log.info("msg=%s from=%s left alone", delivery.message.msg_id, openid[:8])
-    return replies.outside
-
-
-# Taps: texts that our own links send, and that may be typed as well.
-
-
-async def answer_tap(
-    services: Services, delivery: Delivery, session: Session | None, text: str
-) -> Found | None:
-    """Return what answers a tap; None when the text is none, or not one now."""
-    words = folded(text)
-    if match := re.fullmatch(r"继续\s*([0-9]{1,9})?", words):
-        if match[1]:
-            return await continue_part(services, delivery, int(match[1]))
-        return await continue_oldest(services, delivery, session)
-    if match := re.fullmatch(r"重试\s*([0-9]{1,9})?", words):
-        return await retry(services, delivery, session, match[1])
-    if words == folded(services.texts.word_forget):
-        return await confirm_forget(services, delivery)
-    if words == folded(services.texts.word_resume) and session is None:
-        return await resume_session(services, delivery)
-    return None
-
-
-async def continue_part(services: Services, delivery: Delivery, number: int) -> Found:
-    """Return part N of this subscriber: the very text again if it was sent before."""
-    part = await services.store.part(delivery.message.openid, number)
-    if part is None:
-        return services.texts.no_part.format(number=number)
-    if part.reply is not None:
-        delivery.exact = True
-        return part.reply
-    return await reading_of(services, delivery, part.turn_id, part)
-
-
-async def continue_oldest(
-    services: Services, delivery: Delivery, session: Session | None
-) -> Found | None:
-    """Return the oldest part not sent yet, of the session or of the last hour."""
-    found = await services.store.oldest_unsent(
-        delivery.message.openid,
-        session.id if session else None,
-        time.time() - RECENT_SECONDS,
-    )
-    if found is None:
-        return None
-    turn_id, part = found
-    return await continue_turn(services, delivery, turn_id, part)
-
-
-async def continue_turn(
-    services: Services, delivery: Delivery, turn_id: int, part: Part | None
-) -> Reading:
-    """Return the unsent part of a turn, numbered now if it was not offered before."""
-    if part is None:
-        number = delivery.subscriber.next_part()
-        reading = await reading_of(services, delivery, turn_id)
-        reading.part = Part(number, turn_id, 0, reading.generation, None)
-        return reading
-    return await reading_of(services, delivery, turn_id, part)
-
-
-async def retry(
-    services: Services, delivery: Delivery, session: Session | None, number: str | None
-) -> Found | None:
-    """Ask a failed question again: the one behind a tap, or the newest."""
-    openid = delivery.message.openid
-    if number:
-        part = await services.store.part(openid, int(number))
-        turn = await services.store.turn(part.turn_id) if part else None
-    else:
-        turn = await services.store.newest_failed(openid, time.time() - RECENT_SECONDS)
-    if turn is None:
-        return services.texts.no_retry if number else None
-    if session is None:
-        session = await open_session(services, openid, turn.assistant)
-    return await accept_question(services, delivery, session, turn.question)
-
-
-async def resume_session(services: Services, delivery: Delivery) -> Found | None:
-    """Open the session that ran out again, and ask the text that came too late."""
-    since = time.time() - LAPSE_SECONDS
-    session = await services.store.lapsed_session(delivery.message.openid, since)
-    if session is None:
-        return None
-    await services.store.reopen_session(session, time.time())
-    return await accept_question(services, delivery, session, session.lapsed_text)
-
-
-async def accept_question(
-    services: Services, delivery: Delivery, session: Session, question: str
-) -> Found:
-    """Store a question and start its answer; or say why not."""
-    subscriber, answers = delivery.subscriber, services.answers
-    now = time.time()
-    for answer in subscriber.answers:
-        is_recent = now - answer.turn.created_at < REPEAT_SECONDS
-        if is_recent and answer.turn.question == question:
-            part = await services.store.unsent_part(answer.turn.id)
-            return await continue_turn(services, delivery, answer.turn.id, part)
-    if len(subscriber.answers) >= services.config.limits.waiting:
-        return services.texts.too_many.format(count=len(subscriber.answers))
-    asked = 0 if services.answers.queues.get(session.id) else 1
-    key = delivery.message.key
-    turn = await services.store.add_turn(session, key, question, asked, now)
-    answer = Answer(turn, subscriber)
-    answers.add_answer(answer)
-    start_writing(services, answer)
-    delivery.is_own = True
-    log.info("%s accepted, %d waiting", name_of(turn), len(subscriber.answers))
-    return Reading(answer)
-
-
-def start_writing(services: Services, answer: Answer) -> None:
-    """Start the task that writes an answer."""
-
-    def fail() -> None:
-        if answer.is_open:
-            answer.finish("broken" if answer.text else "failed", "trouble")
-        services.answers.remove_answer(answer)
-
-    answer.task = services.answers.start(
-        converse(services, answer), name_of(answer.turn), fail
-    )
+        if memory.turn_id is not None:
+            found = await join_turn(visit, memory.turn_id)
+        else:
+            found = await find_answer(visit)
+    delivery.answer_with(found)
 
 
 # Deciding a reply
 
 
-@dataclass(frozen=True, slots=True)
+@record()
 class Draft:
     """The text of a reply that reads an answer."""
 
@@ -2751,44 +2547,59 @@ class Draft:
     early: bool = False  # neither complete nor a full part
 
 
-def page_link(services: Services, turn: Turn, words: str) -> str:
-    """Return a link to an answer's page."""
-    return web_link(words, services.answer_url(turn))
+def continue_tap(number: int) -> str:
+    """Return the tap for a numbered part; its visible words may be typed as well."""
+    return tap_link(f"继续{number}")
 
 
-def tail(services: Services, turn: Turn, number: int) -> str:
-    """Return the lines under a part that has another one behind it."""
-    tap = tap_link(f"继续{number}")
-    page = page_link(services, turn, services.texts.word_page)
-    return "\n\n" + services.texts.more.format(tap=tap, page=page)
-
-
-def ending_words(services: Services, answer: Answer, number: int) -> str:
+def ending_words(texts: Texts, answer: Answer, number: int) -> str:
     """Return what is said after the text of an ended answer; '' if it ended well."""
-    texts = services.texts
-    if answer.state == "done":
-        return ""
-    if answer.state == "cut":
-        return texts.cut_short
-    if answer.state == "ended":
-        return texts.session_ended
-    if answer.reason == "trouble":
-        return texts.trouble
-    name = "broken" if answer.state == "broken" else answer.reason
+    fixed = {"done": "", "cut": texts.cut_short, "ended": texts.session_ended}
+    if answer.state in fixed:
+        return fixed[answer.state]
+    name = answer.reason or "empty"
+    if answer.state == "broken" and name != "given_up":
+        name = "broken"
     tap = tap_link(texts.word_retry, f"{texts.word_retry}{number}")
-    return getattr(texts, f"failed_{name}", texts.failed_empty).format(tap=tap)
+    return getattr(texts, f"failed_{name}").format(tap=tap)
 
 
 def word_of_patience(services: Services, answer: Answer, number: int) -> str:
     """Return what is said while nothing can be shown yet."""
-    texts = services.texts
+    texts, turn = services.texts, answer.turn
     text = texts.thinking if answer.turn_came.done() else texts.queued
     return text.format(
-        question=excerpt(answer.turn.question),
-        seconds=round(time.time() - answer.turn.created_at),
-        tap=tap_link(f"继续{number}"),
-        page=page_link(services, answer.turn, texts.word_page),
+        question=excerpt(turn.question),
+        seconds=round(time.time() - turn.created_at),
+        tap=continue_tap(number),
+        page=services.page_link(turn, texts.word_page),
     )
+
+
+def draft_ending(services: Services, reading: Reading, number: int, head: str) -> Draft:
+    """Return the reply with all that is left of an ended answer, of any size."""
+    answer, begin, stop = reading.answer, reading.begin, len(reading.answer.text)
+    text = plain_text(answer.text[begin:], open_block(answer.text, begin))
+    words = ending_words(services.texts, answer, number)
+    if not text and not words:
+        return Draft(services.texts.no_more, stop, True)
+    shown = text and f"{head}{text}{services.config.replies.label_line}"
+    content = "\n\n".join(filter(None, (shown, words)))
+    if text and is_typeset(answer.text):
+        link = "\n" + services.page_link(answer.turn, services.texts.word_typeset)
+        content += link if size_of(content + link) <= REPLY_BYTES else ""
+    # A tap for the retry finds the question by the number of a part.
+    part = Part(number, answer.turn.id, stop, answer.generation)
+    return Draft(content, stop, bool(text), part if "msgmenucontent" in words else None)
+
+
+def find_stop(answer: Answer, begin: int, room: int, is_full: bool) -> int:
+    """Return where the part from `begin` ends: fixed once, for all who read it."""
+    known = answer.stops.get((answer.generation, begin))
+    if known is not None:
+        return known
+    measure = cut_markdown if is_full else finished_sentences
+    return begin + measure(answer.text[begin:], room, open_block(answer.text, begin))
 
 
 def draft_reply(services: Services, reading: Reading, number: int) -> Draft:
@@ -2796,69 +2607,38 @@ def draft_reply(services: Services, reading: Reading, number: int) -> Draft:
 
     `number` is free for the next part; only an offered part uses it up.
     """
-    answer, begin = reading.answer, reading.begin
-    markdown, opener = answer.text[begin:], open_block(answer.text, begin)
+    answer, begin, texts = reading.answer, reading.begin, services.texts
     is_anew = reading.generation != answer.generation and reading.start > 0
-    head = services.texts.anew + "\n" if is_anew else ""
-    label = "\n" + services.config.replies.label if services.config.replies.label else ""
+    head = texts.anew + "\n" if is_anew else ""
     if not answer.is_open:
-        ended = draft_ending(services, reading, number, head, label)
+        ended = draft_ending(services, reading, number, head)
         if size_of(ended.content) <= REPLY_BYTES:
             return ended
-    rest = label + tail(services, answer.turn, number)
-    room = REPLY_BYTES - size_of(head + rest)
+    page = services.page_link(answer.turn, texts.word_page)
+    more = texts.more.format(tap=continue_tap(number), page=page)
+    tail = f"{services.config.replies.label_line}\n\n{more}"
     is_full = not answer.is_open or answer.is_full(begin)
-    cut = find_stop(answer, begin, room, opener, is_full) - begin
-    if cut == 0:
-        part = reading.part or Part(number, answer.turn.id, begin, answer.generation, None)
-        patience = word_of_patience(services, answer, part.number)
-        return Draft(patience, begin, False, part, early=True)
-    text = head + plain_text(markdown[:cut], opener) + rest
-    part = Part(number, answer.turn.id, begin + cut, answer.generation, None)
-    return Draft(text, begin + cut, True, part, early=not is_full)
+    stop = find_stop(answer, begin, REPLY_BYTES - size_of(head + tail), is_full)
+    part = Part(number, answer.turn.id, stop, answer.generation)
+    if stop == begin:
+        part = reading.part or part
+        words = word_of_patience(services, answer, part.number)
+        return Draft(words, begin, False, part, early=True)
+    text = plain_text(answer.text[begin:stop], open_block(answer.text, begin))
+    return Draft(head + text + tail, stop, True, part, early=not is_full)
 
 
-def draft_ending(
-    services: Services, reading: Reading, number: int, head: str, label: str
-) -> Draft:
-    """Return the reply with all that is left of an ended answer, of any size."""
-    answer, begin = reading.answer, reading.begin
-    text = plain_text(answer.text[begin:], open_block(answer.text, begin))
-    words = ending_words(services, answer, number)
-    offered = None
-    if "msgmenucontent" in words:  # the retry finds the question by the part's number
-        stop = len(answer.text)
-        offered = Part(number, answer.turn.id, stop, answer.generation, None)
-    if not text and not words:
-        return Draft(services.texts.no_more, len(answer.text), True)
-    content = "\n\n".join(filter(None, (text and head + text + label, words)))
-    if text and is_typeset(answer.text):
-        link = "\n" + page_link(services, answer.turn, services.texts.word_typeset)
-        content += link if size_of(content + link) <= REPLY_BYTES else ""
-    return Draft(content, len(answer.text), bool(text), offered)
-
-
-def find_stop(answer: Answer, begin: int, room: int, opener: str, is_full: bool) -> int:
-    """Return where the part from `begin` ends: fixed once, for all who read it."""
-    known = answer.stops.get((answer.generation, begin))
-    if known is not None:
-        return known
-    markdown = answer.text[begin:]
-    if is_full:
-        return begin + cut_markdown(markdown, room, opener)
-    return begin + finished_sentences(markdown, room, opener)
-
-
-def mention_unread(services: Services, delivery: Delivery, content: str) -> tuple[str, int | None]:
+def mention_unread(
+    services: Services, delivery: Delivery, content: str
+) -> tuple[str, int | None]:
     """Return a reply with an unread answer named under it, and that answer's turn."""
     if not content or delivery.exact:
         return content, None
     own = delivery.reading.answer.turn.id if delivery.reading else None
     for number, (turn_id, question) in delivery.subscriber.unread.items():
-        answer = services.answers.answers.get(turn_id)
-        if turn_id == own or (answer and answer.is_open):
+        if turn_id == own or turn_id in services.answers.answers:
             continue
-        tap = tap_link(f"继续{number}")
+        tap = continue_tap(number)
         line = services.texts.unread.format(question=excerpt(question), tap=tap)
         if size_of(f"{content}\n\n{line}") <= REPLY_BYTES:
             return f"{content}\n\n{line}", turn_id
@@ -2873,20 +2653,19 @@ def compose(services: Services, delivery: Delivery, attempt: int) -> Reply:
         text = services.texts.trouble if delivery.fixed is None else delivery.fixed
         content, read = mention_unread(services, delivery, text)
         return replace(reply, content=content, read=read)
-    answer = reading.answer
     draft = draft_reply(services, reading, (subscriber.parts or 0) + 1)
     if draft.offered and draft.offered != reading.part:
         subscriber.next_part()
     content, read = mention_unread(services, delivery, draft.content)
-    is_done = not answer.is_open or draft.carries
+    is_own, has_ended = delivery.is_own, not reading.answer.is_open
     return replace(
         reply,
         content=content,
-        turn_id=answer.turn.id if delivery.is_own else None,
-        delivered=str(attempt) if delivery.is_own and draft.carries else None,
+        turn_id=reading.answer.turn.id if is_own else None,
+        delivered=str(attempt) if is_own and draft.carries else None,
+        early=is_own and draft.early,
         offered=draft.offered,
-        early=delivery.is_own and draft.early,
-        sent=reading.part if is_done else None,
+        sent=reading.part if has_ended or draft.carries else None,
         stop=draft.stop,
         read=read,
     )
@@ -2896,33 +2675,19 @@ def decide(services: Services, delivery: Delivery, attempt: int) -> None:
     """Fix the reply of a message for all its copies, and begin to store it."""
     reply = delivery.reply = compose(services, delivery, attempt)
     delivery.decided.set()
-    subscriber, reading = delivery.subscriber, delivery.reading
-    if reading:
-        note_sent(delivery, reply, reading)
+    if delivery.reading:
+        delivery.reading.note_sent(reply)
     if reply.read is not None:
-        subscriber.has_read(reply.read)
+        delivery.subscriber.has_read(reply.read)
     if reply.content and delivery.keep:
-        delivery.stored = services.answers.start(
-            services.store.save_reply(reply), delivery.message.short, lambda: None
-        )
-
-
-def note_sent(delivery: Delivery, reply: Reply, reading: Reading) -> None:
-    """Keep in memory what a decided reply means for its answer."""
-    answer, subscriber = reading.answer, delivery.subscriber
-    if reply.stop > reading.begin:
-        answer.is_sent = True
-        answer.stops[(answer.generation, reading.begin)] = reply.stop
-    if reply.early and reply.offered:
-        subscriber.unread[reply.offered.number] = (answer.turn.id, answer.turn.question)
-    if reply.sent:
-        subscriber.has_read(answer.turn.id)
+        work = services.store.save_reply(reply)
+        delivery.stored = services.answers.start(work, delivery.message.name)
 
 
 # What a request does
 
 
-@dataclass(frozen=True, slots=True)
+@record()
 class Attempt:
     """One request of WeChat for one message."""
 
@@ -2931,9 +2696,9 @@ class Attempt:
     arrived: float  # loop's clock
 
     @property
-    def short(self) -> str:
+    def name(self) -> str:
         """Return how the log names it."""
-        return f"{self.delivery.message.short} attempt={self.number}"
+        return f"{self.delivery.message.name} attempt={self.number}"
 
 
 def take_attempt(services: Services, message: Message, arrived: float) -> Attempt:
@@ -2942,11 +2707,9 @@ def take_attempt(services: Services, message: Message, arrived: float) -> Attemp
     delivery = answers.deliveries.get(message.key)
     if delivery is None:
         delivery = answers.new_delivery(message, arrived)
-
-        def fail() -> None:
-            delivery.say(services.texts.trouble)
-
-        answers.start(write_answer(services, delivery), message.short, fail)
+        work = write_answer(services, delivery)
+        trouble = services.texts.trouble
+        answers.start(work, message.name, lambda: delivery.answer_with(trouble))
     number = delivery.arrive(arrived, answers.attempt_timeout / 2)
     return Attempt(delivery, number, arrived)
 
@@ -2995,45 +2758,23 @@ async def note_delivery(services: Services, attempt: Attempt, is_taken: bool) ->
         await services.store.mark_delivered(reply.turn_id, delivery.delivered or None)
 
 
-async def resume_answers(services: Services) -> None:
-    """Take up the questions that the process before this one left unfinished."""
-    now = time.time()
-    for turn, session_is_open in await services.store.open_turns():
-        subscriber = services.answers.subscriber(turn.openid)
-        answer = Answer(turn, subscriber, turn.generation + 1 if turn.asked else 0)
-        is_queued = not turn.asked
-        if is_queued and not session_is_open:
-            answer.finish("ended")
-        elif turn.asked >= ASKINGS or now - turn.created_at > RESUME_SECONDS:
-            answer.generation, answer.text = turn.generation, turn.answer
-            answer.finish("broken" if turn.answer else "failed", "given_up")
-        if answer.is_open:
-            services.answers.add_answer(answer)
-            start_writing(services, answer)
-            log.info("%s resumed, asked %d times before", name_of(turn), turn.asked)
-        else:
-            await store_end(services, answer, None)
-
-
 async def keep_saving(services: Services) -> None:
     """Store the texts of running answers every second, until cancelled."""
-    saved: dict[int, int] = {}  # turn: characters
+    saved: dict[int, tuple[int, int]] = {}  # turn: generation, characters
     while True:
         await asyncio.sleep(SAVE_SECONDS)
-        running = [a for a in services.answers.answers.values() if a.text and a.is_open]
-        await store_text_so_far(
-            services, [a for a in running if saved.get(a.turn.id) != len(a.text)]
-        )
-        saved = {a.turn.id: len(a.text) for a in running}
+        running = {a: (a.generation, len(a.text)) for a in services.answers.running()}
+        news = [a for a, state in running.items() if saved.get(a.turn.id) != state]
+        await store_text_so_far(services, news)
+        saved = {a.turn.id: state for a, state in running.items()}
 
 
 async def keep_pruning(services: Services) -> None:
     """Delete what has served its time, every hour, until cancelled."""
+    link_seconds = services.config.history.link_hours * 3600
     while True:
         try:
-            await services.store.prune(
-                time.time(), services.config.history.link_hours * 3600
-            )
+            await services.store.prune(time.time(), link_seconds)
         except sqlite3.Error as error:
             log.error("old replies not deleted: %s", error)
         await asyncio.sleep(3600)
@@ -3165,7 +2906,7 @@ def render_exchange(turn: Turn, words: str) -> str:
     if turn.answer:
         parts.append(render_markdown(turn.answer))
     if words:
-        parts.append(f'<p class="failed">{html.escape(plain_words(words))}</p>')
+        parts.append(f'<p class="failed">{html.escape(words)}</p>')
     when = " · ".join(filter(None, (clock(turn.created_at), turn.model)))
     parts.append(f'<p class="note">{html.escape(when)}</p>')
     return f"<article>{''.join(parts)}</article>"
@@ -3217,6 +2958,12 @@ PING_SECONDS = 15.0
 FOLLOW_SECONDS = 0.1  # a live page is told of new text so often at most
 
 
+@functools.lru_cache(maxsize=1)
+def warn_of_clock(minute: int) -> None:
+    """Warn that a clock is off, once a minute: the cache remembers the minute."""
+    log.warning("our clock and WeChat's timestamps are more than ten minutes apart")
+
+
 def is_fresh(services: Services, timestamp: str) -> bool:
     """Say whether a signed timestamp is near our clock or near the newest push.
 
@@ -3229,19 +2976,8 @@ def is_fresh(services: Services, timestamp: str) -> bool:
         return True
     if at < newest - SIGNATURE_SECONDS:
         return False
-    warn_of_clock(at)
+    warn_of_clock(int(time.monotonic() // 60))
     return True
-
-
-@functools.lru_cache(maxsize=1)
-def warned_in(minute: int) -> None:
-    """Warn once a minute: the cache remembers the minute."""
-    log.warning("our clock and WeChat's timestamps are more than ten minutes apart")
-
-
-def warn_of_clock(timestamp: int) -> None:
-    """Warn of a clock that is off, at most once a minute."""
-    warned_in(int(asyncio.get_running_loop().time() // 60))
 
 
 async def is_from_wechat(services: Services, request: web.Request) -> bool:
@@ -3271,60 +3007,6 @@ async def verify_url(request: web.Request) -> web.Response:
     return web.Response(text=request.query.get("echostr", ""))
 
 
-async def receive_message(request: web.Request) -> web.StreamResponse:
-    """Answer a push with a passive reply; a signed one never gets another status."""
-    services, arrived = request.app[SERVICES], services_loop_time()
-    if not await is_from_wechat(services, request):
-        return web.Response(status=403)
-    try:
-        body = await asyncio.wait_for(request.read(), BODY_SECONDS)
-    except TimeoutError:
-        return cut_line(request)
-    try:
-        message = parse_message(body)
-    except BadMessage as error:
-        log.warning("unreadable push: %s", error)
-        return web.Response(body=b"success")
-    try:
-        return await answer_attempt(request, take_attempt(services, message, arrived))
-    except Exception:
-        log.exception("%s broke off at the door", message.short)
-        return web.Response(body=b"success")
-
-
-def services_loop_time() -> float:
-    """Return the loop's clock."""
-    return asyncio.get_running_loop().time()
-
-
-async def answer_attempt(request: web.Request, attempt: Attempt) -> web.StreamResponse:
-    """Wait for the reply and write it, or cut the line; log what became of it."""
-    services, loop = request.app[SERVICES], asyncio.get_running_loop()
-    try:
-        reply = await reply_to(services, attempt)
-        if reply is None:
-            log.info("%s held to the end, cut", attempt.short)
-            return cut_line(request)
-        body = render_text_reply(attempt.delivery.message, reply.content, reply.created)
-        response = web.Response(body=body, content_type="text/xml", charset="utf-8")
-        await response.prepare(request)
-        await response.write_eof()
-    except (asyncio.CancelledError, ConnectionResetError) as gone:
-        seconds = loop.time() - attempt.arrived
-        log.info("%s WeChat hung up after %.1f s", attempt.short, seconds)
-        services.answers.start(
-            note_delivery(services, attempt, False), attempt.short, lambda: None
-        )
-        if isinstance(gone, asyncio.CancelledError):
-            raise
-        return web.Response()
-    await note_delivery(services, attempt, True)
-    log.info(
-        "%s %s after %.1f s", attempt.short, outcome_of(reply), loop.time() - attempt.arrived
-    )
-    return response
-
-
 def outcome_of(reply: Reply) -> str:
     """Return how the log names what a reply brought."""
     if not reply.content:
@@ -3341,6 +3023,55 @@ def cut_line(request: web.Request) -> web.Response:
     if request.transport:
         request.transport.abort()
     return web.Response()
+
+
+async def answer_attempt(request: web.Request, attempt: Attempt) -> web.StreamResponse:
+    """Wait for the reply and write it, or cut the line; log what became of it."""
+    services, loop = request.app[SERVICES], asyncio.get_running_loop()
+    try:
+        reply = await reply_to(services, attempt)
+        if reply is None:
+            log.info("%s held to the end, cut", attempt.name)
+            return cut_line(request)
+        body = render_text_reply(attempt.delivery.message, reply.content, reply.created)
+        response = web.Response(body=body, content_type="text/xml", charset="utf-8")
+        await response.prepare(request)
+        await response.write_eof()
+    except (asyncio.CancelledError, ConnectionResetError) as gone:
+        seconds = loop.time() - attempt.arrived
+        log.info("%s WeChat hung up after %.1f s", attempt.name, seconds)
+        services.answers.start(
+            note_delivery(services, attempt, False), attempt.name
+        )
+        if isinstance(gone, asyncio.CancelledError):
+            raise
+        return web.Response()
+    await note_delivery(services, attempt, True)
+    log.info(
+        "%s %s after %.1f s", attempt.name, outcome_of(reply), loop.time() - attempt.arrived
+    )
+    return response
+
+
+async def receive_message(request: web.Request) -> web.StreamResponse:
+    """Answer a push with a passive reply; a signed one never gets another status."""
+    services, arrived = request.app[SERVICES], asyncio.get_running_loop().time()
+    if not await is_from_wechat(services, request):
+        return web.Response(status=403)
+    try:
+        body = await asyncio.wait_for(request.read(), BODY_SECONDS)
+    except TimeoutError:
+        return cut_line(request)
+    try:
+        message = parse_message(body)
+    except BadMessage as error:
+        log.warning("unreadable push: %s", error)
+        return web.Response(body=b"success")
+    try:
+        return await answer_attempt(request, take_attempt(services, message, arrived))
+    except Exception:
+        log.exception("%s broke off at the door", message.name)
+        return web.Response(body=b"success")
 
 
 def html_response(page: Page, status: int = 200) -> web.Response:
@@ -3380,7 +3111,8 @@ def words_after(services: Services, turn: Turn) -> str:
     """Return what a page says below an answer that did not end well."""
     if turn.state in ("open", "done"):
         return ""
-    return ending_words(services, Answer.stored(turn, Subscriber(turn.openid)), 0)
+    ended = Answer.stored(turn, Subscriber(turn.openid))
+    return plain_words(ending_words(services.texts, ended, 0))
 
 
 async def answer_page(request: web.Request) -> web.Response:
@@ -3389,41 +3121,15 @@ async def answer_page(request: web.Request) -> web.Response:
     if isinstance(turn, web.Response):
         return turn
     answer = services.answers.answers.get(turn.id)
-    subscriber = services.answers.subscribers.get(turn.openid)
     if turn.state == "open":
         text = answer.text if answer else turn.answer
         return html_response(render_live(services.texts, turn, text))
-    if subscriber:
+    if subscriber := services.answers.subscribers.get(turn.openid):
         subscriber.has_read(turn.id)
     await services.store.mark_read(turn.id)
     return html_response(
         render_answer(services.texts, turn, words_after(services, turn))
     )
-
-
-async def answer_events(request: web.Request) -> web.StreamResponse:
-    """Stream an answer as it is written; end with its final state."""
-    services, turn = request.app[SERVICES], await find_linked(request)
-    if isinstance(turn, web.Response):
-        return turn
-    answer = services.answers.answers.get(turn.id)
-    if answer is None:
-        turn = await services.store.turn(turn.id)
-        answer = Answer.stored(turn, Subscriber(turn.openid))
-    response = web.StreamResponse(
-        headers={
-            "Content-Type": "text/event-stream; charset=utf-8",
-            "Cache-Control": "no-store",
-            "X-Accel-Buffering": "no",
-        }
-    )
-    with contextlib.suppress(ConnectionResetError):
-        await response.prepare(request)
-        last = request.headers.get("Last-Event-ID", "")
-        async for event in follow(services, answer, last):
-            await response.write(event)
-        await response.write_eof()
-    return response
 
 
 async def follow(services: Services, answer: Answer, last: str) -> AsyncIterator[bytes]:
@@ -3454,6 +3160,31 @@ async def follow(services: Services, answer: Answer, last: str) -> AsyncIterator
         answer.followers.discard(news)
 
 
+async def answer_events(request: web.Request) -> web.StreamResponse:
+    """Stream an answer as it is written; end with its final state."""
+    services, turn = request.app[SERVICES], await find_linked(request)
+    if isinstance(turn, web.Response):
+        return turn
+    answer = services.answers.answers.get(turn.id)
+    if answer is None:
+        turn = await services.store.turn(turn.id)
+        answer = Answer.stored(turn, Subscriber(turn.openid))
+    response = web.StreamResponse(
+        headers={
+            "Content-Type": "text/event-stream; charset=utf-8",
+            "Cache-Control": "no-store",
+            "X-Accel-Buffering": "no",
+        }
+    )
+    with contextlib.suppress(ConnectionResetError):
+        await response.prepare(request)
+        last = request.headers.get("Last-Event-ID", "")
+        async for event in follow(services, answer, last):
+            await response.write(event)
+        await response.write_eof()
+    return response
+
+
 async def history_page(request: web.Request) -> web.Response:
     """Show a subscriber's history, newest first."""
     services, key = request.app[SERVICES], request.match_info["key"]
@@ -3473,9 +3204,11 @@ async def history_page(request: web.Request) -> web.Response:
 
 async def health(request: web.Request) -> web.Response:
     """Say whether the database answers."""
-    alive = await request.app[SERVICES].store.is_alive()
-    status = {"status": "ok" if alive else "database does not answer"}
-    return web.json_response(status, status=200 if alive else 503)
+    try:
+        await request.app[SERVICES].store.rows("SELECT 1")
+    except sqlite3.Error as error:
+        return web.json_response({"status": str(error)}, status=503)
+    return web.json_response({"status": "ok"})
 
 
 async def hide_server(request: web.Request, response: web.StreamResponse) -> None:
@@ -3486,6 +3219,17 @@ async def hide_server(request: web.Request, response: web.StreamResponse) -> Non
 # ---------------------------------------------------------------------------
 # 13. Application
 # ---------------------------------------------------------------------------
+
+
+def socks_connector(name: str, proxy: str) -> aiohttp.BaseConnector:
+    """Return a connector through a socks proxy; raise ConfigError without the package."""
+    try:
+        import aiohttp_socks
+    except ImportError:
+        raise ConfigError(
+            f"assistants.{name}.proxy: a socks proxy needs: pip install aiohttp-socks"
+        ) from None
+    return aiohttp_socks.ProxyConnector.from_url(proxy, limit=0)
 
 
 @contextlib.asynccontextmanager
@@ -3512,17 +3256,6 @@ async def open_chat(config: Config) -> AsyncIterator[dict[str, ChatClient]]:
                 assistant = replace(assistant, proxy="")
             clients[name] = ChatClient(assistant, http)
         yield clients
-
-
-def socks_connector(name: str, proxy: str) -> aiohttp.BaseConnector:
-    """Return a connector through a socks proxy; raise ConfigError without the package."""
-    try:
-        import aiohttp_socks
-    except ImportError:
-        raise ConfigError(
-            f"assistants.{name}.proxy: a socks proxy needs: pip install aiohttp-socks"
-        ) from None
-    return aiohttp_socks.ProxyConnector.from_url(proxy, limit=0)
 
 
 @contextlib.asynccontextmanager
@@ -3573,6 +3306,12 @@ def sd_notify(state: str) -> None:
             notify.sendto(state.encode(), address)
 
 
+def start_upkeep(services: Services) -> None:
+    """Start what goes on beside the messages."""
+    for work in (keep_saving(services), keep_pruning(services)):
+        services.answers.start(work, "upkeep")
+
+
 @contextlib.asynccontextmanager
 async def open_server(config: Config) -> AsyncIterator[tuple[Services, int]]:
     """Serve inside the block; give the services and the port. Ends in order."""
@@ -3595,12 +3334,6 @@ async def open_server(config: Config) -> AsyncIterator[tuple[Services, int]]:
         finally:
             answers.shut(answers.loop.time() + GRACE_SECONDS)
             await runner.cleanup()
-
-
-def start_upkeep(services: Services) -> None:
-    """Start what goes on beside the messages."""
-    for work in (keep_saving(services), keep_pruning(services)):
-        services.answers.start(work, "upkeep", lambda: None)
 
 
 class JournalFormatter(logging.Formatter):

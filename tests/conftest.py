@@ -158,11 +158,11 @@ class Process:
         self.process: asyncio.subprocess.Process | None = None
         self.log: list[str] = []
         self.reader: asyncio.Task | None = None
-        self.serving = asyncio.Event()
+        self.news = asyncio.Event()
 
     async def start(self) -> None:
         """Start it and wait until it serves."""
-        self.serving.clear()
+        before = len(self.log)
         self.process = await asyncio.create_subprocess_exec(
             sys.executable,
             str(ROOT / "wxgpt.py"),
@@ -172,16 +172,20 @@ class Process:
             cwd=self.path.parent,
         )
         self.reader = asyncio.create_task(self.read_log(self.process.stderr))
-        async with asyncio.timeout(30):
-            await self.serving.wait()
+        await self.says("serving on", before)
 
     async def read_log(self, stream: asyncio.StreamReader) -> None:
         """Keep the log's lines."""
         async for line in stream:
             self.log.append(line.decode())
-            if "serving on" in self.log[-1]:
-                self.serving.set()
-        self.serving.set()
+            self.news.set()
+
+    async def says(self, words: str, since: int = 0) -> None:
+        """Wait until a line of the log has these words."""
+        async with asyncio.timeout(30):
+            while not any(words in line for line in self.log[since:]):
+                self.news.clear()
+                await self.news.wait()
 
     async def end(self, number: int = signal.SIGTERM) -> int:
         """Send a signal; return the exit status."""

@@ -1,0 +1,136 @@
+"""The real server as a child process, with its settings, log and data in a folder."""
+
+import asyncio
+import contextlib
+import functools
+import json
+import os
+import secrets
+import socket
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+import aiohttp
+from wechat import WeChat
+
+WXGPT = Path(__file__).parents[1] / "wxgpt.py"
+START_SECONDS = 20.0
+STOP_SECONDS = 10.0
+LOOK_SECONDS = 0.1
+TAIL_LINES = 15
+# The platform makes no known pause after a refused connection. With this one its next
+# attempt meets the process that comes up after a crash.
+REFUSED_PAUSE_SECONDS = 1.0
+OPTIONS = ("app_id", "aes_key", "attempt_timeout", "attempts")
+
+
+class ChildError(Exception):
+    """A server that cannot be used, in words for whoever started it."""
+
+
+class Child:
+    """wxgpt as a process of its own; whoever starts it must stop it."""
+
+    def __init__(self, folder: Path, base_url: str, show_log: bool) -> None:
+        self.config = folder / "wxgpt.toml"
+        self._log = None if show_log else folder / "wxgpt.log"  # None: our stderr
+        self._process: asyncio.subprocess.Process | None = None
+        self.config.write_text(render_settings(folder, base_url), "utf-8")
+
+    async def start(self) -> None:
+        """Start the process and wait until it answers, or raise ChildError."""
+        with self._log.open("ab") if self._log else contextlib.nullcontext() as log:
+            await self._launch(log)
+        health, _ = read_platform(self.config)
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                while not await is_healthy(health):
+                    self.check()
+                    await asyncio.sleep(LOOK_SECONDS)
+        except TimeoutError:
+            raise ChildError(f"the server did not come up\n{self._tail()}") from None
+
+    def check(self) -> None:
+        """Raise ChildError if the process has ended by itself."""
+        if (status := self._process.returncode) is not None:
+            raise ChildError(f"the server ended with status {status}\n{self._tail()}")
+
+    async def kill(self) -> None:
+        """End the process as a power failure would."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
+
+    async def stop(self) -> None:
+        """End the process in order, or by force when that takes too long."""
+        if not self._process:
+            return
+        with contextlib.suppress(ProcessLookupError, TimeoutError):
+            self._process.terminate()
+            await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
+        await self.kill()
+
+    async def _launch(self, log: IO[bytes] | None) -> None:
+        self._process = await asyncio.create_subprocess_exec(
+            *(sys.executable, str(WXGPT), "--config", str(self.config)),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=log or sys.stderr,
+            stderr=log,
+            start_new_session=True,  # Ctrl-C in the terminal is not for the server
+        )
+
+    def _tail(self) -> str:
+        text = self._log.read_text("utf-8", "replace") if self._log else ""
+        return "\n".join(text.splitlines()[-TAIL_LINES:])
+
+
+def free_port() -> int:
+    """Return a port that is free now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def render_settings(folder: Path, base_url: str) -> str:
+    """Return the settings; without a base URL the environment says whom to ask."""
+    port, model = free_port(), os.environ.get("OPENAI_MODEL")
+    fake = {"base_url": base_url, "api_key": "sk-demo", "model": "demo"}
+    tables = {
+        "server": {"port": port},
+        "wechat": {"token": secrets.token_hex(16)},
+        "assistants.chatgpt": fake if base_url else {"model": model} if model else {},
+        "database": {"path": str(folder / "wxgpt.db")},
+    }
+    lines = [f'public_url = "http://127.0.0.1:{port}"']
+    for name, table in tables.items():
+        # What JSON calls a string or a number, TOML does too.
+        lines += [f"[{name}]", *(f"{k} = {json.dumps(v)}" for k, v in table.items())]
+    return "\n".join(lines) + "\n"
+
+
+def read_platform(path: Path) -> tuple[str, Callable[..., WeChat]]:
+    """Return a server's /healthz and what makes a WeChat for it, from its settings."""
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+        wechat, server = table["wechat"], table.get("server", {})
+        token, port = wechat["token"], server.get("port", 8080)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ChildError(f"{path}: no settings to go by: {error!r}") from None
+    host = server.get("host", "127.0.0.1")
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
+    root = f"http://{host}:{port}"
+    options = {name: wechat[name] for name in OPTIONS if name in wechat}
+    options["refused_pause"] = REFUSED_PAUSE_SECONDS
+    url = root + server.get("path", "/wechat")
+    return f"{root}/healthz", functools.partial(WeChat, url, token, **options)
+
+
+async def is_healthy(url: str) -> bool:
+    """Tell whether the server at this address answers and is well."""
+    try:
+        async with aiohttp.request("GET", url) as response:
+            return response.status == 200
+    except (aiohttp.ClientError, OSError):
+        return False

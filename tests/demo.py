@@ -1,0 +1,350 @@
+"""Be a subscriber in a terminal: the real server, with WeChat and a model simulated.
+
+    python wxgpt.py demo
+    printf '/chatgpt\n慢慢想 7 秒\n/history\n' | python wxgpt.py demo
+
+The main thread reads lines. All else is one task on an event loop in a second thread:
+it opens the fake model, the server and the phone, and closes them in reverse order
+whatever happens.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import functools
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Self
+
+import aiohttp
+from child import Child, ChildError, is_healthy, read_platform
+from fake_openai import FakeOpenAI, Script, fails, says
+from terminal import DIM, Lines, Screen, talk
+from wechat import ANCHOR, Seen, Tap, WeChat, parse_tap
+
+TICK_SECONDS = 0.1
+FOLLOW_SECONDS = 30.0
+HEAD_START_SECONDS = 0.5  # a question in the background leaves before the next line
+WAIT = re.compile(r"(\d+(?:\.\d+)?)\s*(?:秒|s)")
+OUTCOMES = {
+    "answered": "已应答",
+    "timeout": "超时",
+    "refused": "连不上",
+    "reset": "断开",
+}
+
+INTRO = """\
+你关注了一个公众号，回答你的是{model}。微信每次请求只等 5 秒，一条消息最多请求 3 次。
+先发 /chatgpt 打开对话，再随便问。试试「慢慢想 7 秒」「慢慢想 20 秒」「写一篇长文」「失败」。
+回复里的 [1] 可以点：输入 1 就是点它。网页的地址可以在浏览器里打开。
+/help 是公众号的用法，/demo 是这个演示自己的命令，/quit 离开，什么也不会留下。"""
+HELP = """\
+问题 &      在后台发送，不等回复就能发下一句
+/wait       等后台的回复都到
+/open N     打开网页 N，看它写完
+/restart    kill -9 服务器再启动，回答到一半时也行
+/follow     关注公众号　/unfollow 取消关注
+/quit       离开
+假模型：问题里写「7 秒」或「7s」就想 7 秒，写「长」答一篇长文，写「失败」出错"""
+SHORT_ANSWER = """\
+关于「{question}」：{thought}我是演示用的假模型，只会说这一段。\
+设好环境变量 OPENAI_API_KEY 再运行，回答你的就是真模型。"""
+LONG_ANSWER = Path(__file__).with_name("long_answer.md")
+
+
+def play(question: str, speed: float, seconds: float) -> Script:
+    """Return the fake model's answer; words in the question ask for time and kind."""
+    if "失败" in question:
+        return fails(500)
+    thought = ""
+    if asked := WAIT.search(question):
+        seconds, thought = float(asked[1]), f"想了 {asked[1]} 秒。"
+    text = SHORT_ANSWER.format(question=question[:40], thought=thought)
+    if "长" in question:
+        text = LONG_ANSWER.read_text("utf-8")
+    return says(text, after=seconds, rate=speed)
+
+
+class Progress:
+    """Shows the attempts of one delivery as they come and end."""
+
+    def __init__(self, screen: Screen, name: str) -> None:
+        self._screen, self._name = screen, name  # named when in the background
+        self._number, self._began = 1, time.monotonic()
+        self._ended = ""
+
+    def note(self, number: int, event: str, seconds: float) -> None:
+        """Take in what WeChat tells of an attempt."""
+        self._number = number
+        if event == "posted":
+            return
+        outcome = OUTCOMES.get(event, event)
+        self._ended = f"  {self._name}第 {number} 次请求 · {seconds:.1f} 秒 · {outcome}"
+        if not self._screen.is_live:
+            self._screen.line(self._ended)
+
+    async def watch(self, delivery: Awaitable[Seen]) -> Seen:
+        """Return what a delivery brings; a clock runs while it is on its way."""
+        clock = asyncio.create_task(self._tick())
+        try:
+            seen = await delivery
+        finally:
+            clock.cancel()
+        if self._screen.is_live:
+            self._screen.line(self._ended, DIM)
+        return seen
+
+    async def _tick(self) -> None:
+        while self._screen.is_live and not self._name:
+            seconds = time.monotonic() - self._began
+            self._screen.status(f"  第 {self._number} 次请求 · {seconds:.1f} 秒")
+            await asyncio.sleep(TICK_SECONDS)
+
+
+class Phone:
+    """A subscriber's WeChat: what is on its way, and what was shown to be opened."""
+
+    def __init__(
+        self, platform: Callable[..., WeChat], openid: str, screen: Screen
+    ) -> None:
+        self._platform, self._openid, self._screen = platform, openid, screen
+        self._taps: list[Tap] = []  # of the last reply that had any
+        self._pages: list[str] = []  # all that were shown, by their numbers
+        self._answer = 0  # number of the answer's page shown last, until it was read
+        self._under_way: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        # A late viewer gets all the text so far in one line.
+        self._http = aiohttp.ClientSession(read_bufsize=2**22)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._under_way:
+            task.cancel()
+        await asyncio.gather(*self._under_way, return_exceptions=True)
+        await self._http.close()
+
+    async def write(self, line: str, name: str = "") -> None:
+        """Send a line, or tap the link of that number, and show what comes back."""
+        if line.isdecimal() and 0 < int(line) <= len(self._taps):
+            tap = self._taps[int(line) - 1]
+            self._screen.line(f"  （点「{tap.label}」）", DIM)
+            await self._deliver(lambda wechat: wechat.tap(self._openid, tap), name)
+        else:
+            await self._deliver(lambda wechat: wechat.send(self._openid, line), name)
+
+    async def write_aside(self, line: str) -> None:
+        """Send a line without waiting for the reply."""
+        task = asyncio.create_task(self.write(line, f"「{line[:12]}」"))
+        self._under_way.add(task)
+        await asyncio.wait([task], timeout=HEAD_START_SECONDS)
+
+    async def notify(self, event: str) -> None:
+        """Let WeChat tell the server of an event."""
+        await self._deliver(
+            lambda wechat: wechat.deliver(wechat.event(self._openid, event))
+        )
+
+    async def wait(self) -> None:
+        """Wait for all that was sent without waiting."""
+        await asyncio.gather(*self._under_way)
+        self._under_way.clear()
+
+    async def open_page(self, number: int) -> None:
+        """Open a page and, if an answer is being written on it, see how it ends."""
+        if not 0 < number <= len(self._pages):
+            return self._screen.line("  （没有这个网页）", DIM)
+        url, name = self._pages[number - 1], f"  网页 {number} · "
+        self._answer = 0 if number == self._answer else self._answer
+        try:
+            async with asyncio.timeout(FOLLOW_SECONDS):
+                async with self._http.get(url) as page:
+                    self._screen.line(f"{name}状态 {page.status}", DIM)
+                if "/a/" in url and page.status == 200:
+                    await self._follow(url, name)
+        except TimeoutError:
+            self._screen.line(f"{name}{FOLLOW_SECONDS:g} 秒还没写完", DIM)
+        except (aiohttp.ClientError, OSError) as error:
+            self._screen.line(f"{name}打不开：{error}", DIM)
+
+    async def finish(self) -> None:
+        """Wait for what is on its way, and for the newest answer that has a page."""
+        await self.wait()
+        if self._answer:
+            await self.open_page(self._answer)
+
+    async def _deliver(
+        self, send: Callable[[WeChat], Awaitable[Seen]], name: str = ""
+    ) -> None:
+        progress = Progress(self._screen, name)
+        async with self._platform(on_attempt=progress.note) as wechat:
+            seen = await progress.watch(send(wechat))
+        self._show(seen)
+        for _, url in seen.links:
+            number = self._number(url)
+            self._screen.line(f"  网页 {number} · {url}", DIM)
+            if "/a/" in url:
+                self._answer = number
+            else:
+                await self.open_page(number)
+
+    def _show(self, seen: Seen) -> None:
+        if seen.text is None:
+            self._screen.line("  （公众号没有回复）", DIM)
+        elif seen.faulty:
+            self._screen.line(f"  ！{seen.text}")
+            self._screen.line(f"  （{seen.reason}）", DIM)
+        else:
+            self._taps = list(seen.taps) or self._taps
+            marked = functools.partial(self._mark, iter(range(1, len(seen.taps) + 1)))
+            self._screen.bubble(ANCHOR.sub(marked, seen.content))
+
+    def _mark(self, numbers: Iterator[int], anchor: re.Match[str]) -> str:
+        url, label = anchor[2].strip(), anchor[3]
+        if url.startswith(("http://", "https://")):
+            return f"{label}[网页 {self._number(url)}]"
+        return f"{label}[{next(numbers)}]" if parse_tap(label, url) else label
+
+    def _number(self, url: str) -> int:
+        if url not in self._pages:
+            self._pages.append(url)
+        return self._pages.index(url) + 1
+
+    async def _follow(self, url: str, name: str) -> None:
+        text, state = "", "断了"
+        async with self._http.get(url + "/events") as stream:
+            async for event, data in read_events(stream):
+                text = "" if event == "reset" else text + data.get("text", "")
+                state = data.get("state", state)
+                self._screen.status(f"{name}在写 · {len(text)} 字")
+        end = " ".join(text[-24:].split())
+        self._screen.line(f"{name}结束：{state} · {len(text)} 字 · …{end}", DIM)
+
+
+async def read_events(
+    stream: aiohttp.ClientResponse,
+) -> AsyncIterator[tuple[str, dict[str, str]]]:
+    """Yield name and data of the events of a stream."""
+    event = "message"
+    async for line in stream.content:
+        name, _, value = line.decode().strip().partition(": ")
+        if name == "event":
+            event = value
+        elif name == "data":
+            yield event, json.loads(value)
+            event = "message"
+
+
+async def take(line: str, phone: Phone, screen: Screen, server: Child | None) -> None:
+    """Do what a line says: a command of the demo, else something to send."""
+    match line.split():
+        case ["/demo"]:
+            screen.bubble(HELP)
+        case ["/wait"]:
+            await phone.wait()
+        case ["/follow"]:
+            await phone.notify("subscribe")
+        case ["/unfollow"]:
+            await phone.notify("unsubscribe")
+        case ["/restart"]:
+            await restart(server, screen)
+        case ["/open", number] if number.isdecimal():
+            await phone.open_page(int(number))
+        case [_, *_, "&"]:
+            await phone.write_aside(line.removesuffix("&").strip())
+        case [_, *_]:
+            await phone.write(line)
+
+
+async def restart(server: Child | None, screen: Screen) -> None:
+    """Kill the server and start it again."""
+    if not server:
+        return screen.line("  （服务器不是演示启动的，不能重启）", DIM)
+    began = time.monotonic()
+    await server.kill()
+    screen.status("  kill -9，正在重新启动…")
+    await server.start()
+    seconds = time.monotonic() - began
+    screen.line(f"  （kill -9，{seconds:.1f} 秒后服务器又在了）", DIM)
+
+
+async def open_server(
+    options: argparse.Namespace, stack: contextlib.AsyncExitStack
+) -> Child:
+    """Start the fake model, unless there is a key for a real one, and the server."""
+    base_url = ""
+    if not os.environ.get("OPENAI_API_KEY"):
+        answer = functools.partial(play, speed=options.speed, seconds=options.seconds)
+        base_url = (await stack.enter_async_context(FakeOpenAI(answer))).base_url
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="wxgpt-demo-"))
+    server = Child(Path(folder), base_url, options.log)
+    stack.push_async_callback(server.stop)
+    await server.start()
+    return server
+
+
+def name_model(options: argparse.Namespace) -> str:
+    """Return in words who answers."""
+    if options.config:
+        return f"按 {options.config} 运行着的服务器"
+    is_real = os.environ.get("OPENAI_API_KEY")
+    return "真模型（OPENAI_API_KEY）" if is_real else "演示用的假模型"
+
+
+async def demo(options: argparse.Namespace, screen: Screen, lines: Lines) -> None:
+    """Open all that is needed, converse, close it."""
+    screen.line(INTRO.format(model=name_model(options)))
+    screen.status("  正在启动…")
+    async with contextlib.AsyncExitStack() as stack:
+        server = None if options.config else await open_server(options, stack)
+        health, platform = read_platform(server.config if server else options.config)
+        if not await is_healthy(health):
+            raise ChildError(f"no server answers at {health}")
+        phone = await stack.enter_async_context(Phone(platform, options.openid, screen))
+        while (line := await lines.next()) not in (None, "/quit"):
+            await take(line, phone, screen, server)
+            if server:
+                server.check()
+        await phone.finish()
+        screen.status("  正在收拾…")
+    screen.status()
+
+
+def parse_options() -> argparse.Namespace:
+    """Return what the command line says."""
+    parser = argparse.ArgumentParser(
+        prog="wxgpt.py demo", description="Try wxgpt without an account or a key."
+    )
+    add = parser.add_argument
+    add(
+        "--config", type=Path, metavar="FILE", help="ask the server that runs with FILE"
+    )
+    add("--openid", default="oDemo0friend0of0wxgpt0000000", help="who is chatting")
+    add("--speed", type=float, default=60, help="fake model's tokens a second (60)")
+    add("--seconds", type=float, default=1, help="seconds to its first token (1)")
+    add("--log", action="store_true", help="show the server's log on stderr")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run the command line; return the exit status."""
+    options = parse_options()
+    try:
+        talk(lambda screen, lines: demo(options, screen, lines))
+    except BrokenPipeError:
+        # Nobody reads on; what is left in the buffer must not complain at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ChildError, OSError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

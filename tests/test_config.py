@@ -1,0 +1,335 @@
+"""Settings: one TOML file, checked before anything starts."""
+
+import importlib.util
+import operator
+import os
+import pathlib
+import re
+import stat
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+import wxgpt
+from conftest import ROOT, TOKEN
+
+KEY = "sk-verySecret"
+URL = 'public_url = "https://wx.example.com"\n'
+WECHAT = f'[wechat]\ntoken = "{TOKEN}"\n'
+CHATGPT = f'[assistants.chatgpt]\napi_key = "{KEY}"\n'
+GOOD = URL + WECHAT + CHATGPT
+
+# What is in the file, and the words that its one line of complaint has.
+REFUSED = {
+    "no public_url": (WECHAT + CHATGPT, ["public_url", "http"]),
+    "no token": (URL + CHATGPT, ["wechat.token", "nothing", "text"]),
+    "no chatgpt": (URL + WECHAT, ["assistants.chatgpt", "nothing", "table"]),
+    "no key": (
+        URL + WECHAT + "[assistants.chatgpt]\n",
+        ["assistants.chatgpt.api_key", "nothing", "text"],
+    ),
+    "empty key": (
+        URL + WECHAT + '[assistants.chatgpt]\napi_key = ""\n',
+        ["assistants.chatgpt.api_key", "nothing"],
+    ),
+    "unknown key at the top": ("colour = 1\n" + GOOD, ["colour", "public_url"]),
+    "unknown table": (GOOD + "[sessions]\nttl = 5\n", ["sessions", "public_url"]),
+    "unknown key in a table": (GOOD + "[session]\ntll = 5\n", ["session.tll", "ttl"]),
+    "unknown key with a line break": ('"a\\nb" = 1\n' + GOOD, ["public_url"]),
+    "not a table": ("server = 5\n" + GOOD, ["server", "5", "table"]),
+    "text for a number": (
+        GOOD + '[session]\nttl = "soon"\n',
+        ["session.ttl", "'soon'", "number"],
+    ),
+    "truth for a number": (
+        GOOD + "[limits]\nwaiting = true\n",
+        ["limits.waiting", "whole number"],
+    ),
+    "fraction for a count": (
+        GOOD + "[limits]\nat_once = 1.5\n",
+        ["limits.at_once", "1.5", "whole number"],
+    ),
+    "list of numbers": (
+        GOOD + "[limits]\nallow = [1]\n",
+        ["limits.allow", "[1]", "list of texts"],
+    ),
+    "too small": (
+        GOOD.replace("[wechat]", "[wechat]\nattempt_timeout = 0.1"),
+        ["wechat.attempt_timeout", "0.1", "0.2"],
+    ),
+    "too large": (
+        GOOD + "[server]\nport = 65536\n",
+        ["server.port", "65536", "65535"],
+    ),
+    "not a number": (GOOD + "[session]\nttl = nan\n", ["session.ttl", "nan"]),
+    "URL without scheme": (
+        GOOD.replace("https://", ""),
+        ["public_url", "'wx.example.com'", "https://"],
+    ),
+    "path without slash": (
+        GOOD + '[server]\npath = "wechat"\n',
+        ["server.path", "'wechat'", "/wechat"],
+    ),
+    "token with signs": (
+        GOOD.replace(TOKEN, TOKEN + "!"),
+        ["wechat.token", "letters and digits"],
+    ),
+    "key of another type": (
+        URL + WECHAT + f'[assistants.chatgpt]\napi_key = ["{KEY}"]\n',
+        ["assistants.chatgpt.api_key", "text"],
+    ),
+    "base URL without scheme": (
+        GOOD + 'base_url = "api.example.com"\n',
+        ["assistants.chatgpt.base_url", "'api.example.com'", "http"],
+    ),
+    "proxy of another kind": (
+        GOOD + f'proxy = "ftp://me:{KEY}@proxy"\n',
+        ["assistants.chatgpt.proxy", "http"],
+    ),
+    "extra with the model": (
+        GOOD + 'extra.model = "x"\n',
+        ["assistants.chatgpt.extra.model"],
+    ),
+    "unknown text": (GOOD + '[texts]\nhallo = "x"\n', ["texts.hallo", "opened"]),
+    "unknown placeholder": (
+        GOOD + '[texts]\nthinking = "{who}"\n',
+        ["texts.thinking", "{who}", "{question}"],
+    ),
+    "open brace": (GOOD + '[texts]\nthinking = "{tap"\n', ["texts.thinking", "'}'"]),
+    "assistant named like a command": (
+        GOOD + f'[assistants.STOP]\napi_key = "{KEY}"\n',
+        ["assistants.STOP", "command"],
+    ),
+    "broken TOML": ("public_url = \n", ["wxgpt.toml"]),
+}
+
+DEFAULTS = {
+    "server.host": "127.0.0.1",
+    "server.port": 8080,
+    "server.path": "/wechat",
+    "wechat.app_id": "",
+    "wechat.aes_key": "",
+    "wechat.attempt_timeout": 5.0,
+    "wechat.attempts": 3,
+    "wechat.reply_margin": 0.8,
+    "wechat.mute_guard": 30,
+    "session.ttl": 300,
+    "session.context_chars": 12000,
+    "session.auto_open": False,
+    "limits.questions_per_day": 100,
+    "limits.all_per_day": 2000,
+    "limits.question_chars": 2000,
+    "limits.waiting": 3,
+    "limits.at_once": 64,
+    "limits.allow": (),
+    "limits.deny": (),
+    "limits.blocked_words": "",
+    "replies.outside": "",
+    "replies.label": "（AI 生成）",
+    "replies.keywords": {},
+    "history.link_hours": 72,
+    "history.history_minutes": 120,
+    "history.keep_days": 0,
+}
+ASSISTANT_DEFAULTS = {
+    "base_url": "https://api.openai.com/v1",
+    "system_prompt": (
+        "你在微信里和人聊天。用对方的语言，先给结论，一般不超过 200 字，需要时再展开。"
+        "少用标题和表格，公式用普通文字写。"
+    ),
+    "proxy": "",
+    "extra": {},
+    "first_token_timeout": 60,
+    "idle_timeout": 60,
+    "timeout": 240,
+}
+
+
+def run(*arguments: object, cwd: pathlib.Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run the command line to its end, with no key in the environment."""
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")}
+    command = [sys.executable, str(ROOT / "wxgpt.py"), *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=30
+    )
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Load settings from a text, in an environment."""
+
+    def load(text=GOOD, **environ):
+        path = tmp_path / "wxgpt.toml"
+        path.write_text(text, "utf-8")
+        return wxgpt.load_config(path, environ)
+
+    return load
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_setting_that_cannot_be_used_ends_the_start_with_one_line(tmp_path, name):
+    """The line names the setting, what was found and what is accepted; no secret."""
+    text, words = REFUSED[name]
+    (tmp_path / "wxgpt.toml").write_text(text, "utf-8")
+    ended = run("--config", tmp_path / "wxgpt.toml")
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert len(ended.stderr.splitlines()) == 1, ended.stderr
+    assert [word for word in words if word not in ended.stderr] == [], ended.stderr
+    assert KEY not in ended.stderr and TOKEN not in ended.stderr
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("aiohttp_socks") is not None, reason="package is there"
+)
+def test_a_socks_proxy_without_its_package_ends_the_start_with_one_line(tmp_path):
+    """The line names the setting and the package to install."""
+    text = GOOD + 'proxy = "socks5://127.0.0.1:9"\n[server]\nport = 0\n'
+    (tmp_path / "wxgpt.toml").write_text(text, "utf-8")
+    ended = run("--config", tmp_path / "wxgpt.toml", cwd=tmp_path)
+    assert ended.returncode == 2
+    assert len(ended.stderr.splitlines()) == 1, ended.stderr
+    assert "assistants.chatgpt.proxy" in ended.stderr
+    assert "aiohttp-socks" in ended.stderr
+
+
+def test_a_missing_file_ends_the_start_with_one_line(tmp_path):
+    """Without --config the file is wxgpt.toml where the command is run."""
+    ended = run("serve", cwd=tmp_path)
+    assert ended.returncode == 2
+    assert len(ended.stderr.splitlines()) == 1 and "wxgpt.toml" in ended.stderr
+
+
+def test_a_file_that_is_not_utf_8_ends_the_start_with_one_line(tmp_path):
+    """Bytes of another encoding are no traceback."""
+    (tmp_path / "wxgpt.toml").write_bytes(URL.encode() + b'x = "\xc4\xe3\xba\xc3"\n')
+    ended = run("--config", tmp_path / "wxgpt.toml")
+    assert ended.returncode == 2
+    assert len(ended.stderr.splitlines()) == 1 and "wxgpt.toml" in ended.stderr
+
+
+def test_the_version_is_printed():
+    """--version prints name and version, and ends well."""
+    ended = run("--version")
+    assert ended.returncode == 0
+    assert re.fullmatch(r"wxgpt \d+\.\d+\.\d+\n", ended.stdout)
+
+
+def test_help_names_the_commands_and_the_file():
+    """--help tells what can be run, and ends well."""
+    ended = run("--help")
+    assert ended.returncode == 0
+    assert all(word in ended.stdout for word in ("serve", "demo", "--config"))
+
+
+def test_an_unknown_command_is_refused():
+    """A command line that makes no sense ends with exit status 2."""
+    ended = run("fly")
+    assert ended.returncode == 2 and "fly" in ended.stderr
+
+
+async def test_the_settings_are_logged_at_start_without_secrets(spawn):
+    """The log begins with what is in force, token and key masked."""
+    _, process = await spawn(session={"ttl": 77})
+    text = "".join(process.log)
+    assert "ttl=77" in text and "***" in text
+    assert TOKEN not in text and KEY not in text
+
+
+async def test_only_the_owner_may_read_the_database(serve, settings):
+    """The database and what lies beside it have mode 0600."""
+    server = await serve()
+    await server.ask("/chatgpt 你好")
+    beside = pathlib.Path(settings["database"]["path"]).parent.glob("test.db*")
+    assert {stat.S_IMODE(path.stat().st_mode) for path in beside} == {0o600}
+
+
+def test_what_the_file_leaves_out_has_its_default(load):
+    """A file with the required settings alone gets the documented defaults."""
+    config = load()
+    found = {name: operator.attrgetter(name)(config) for name in DEFAULTS}
+    assert found == DEFAULTS
+    assert "/chatgpt" in config.replies.subscribe
+    assert "mmbiz.qpic.cn" in config.wechat.picture_hosts
+
+
+def test_an_assistant_has_its_defaults(load):
+    """An assistant needs no more than a key."""
+    chatgpt = load().assistants["chatgpt"]
+    assert {k: getattr(chatgpt, k) for k in ASSISTANT_DEFAULTS} == ASSISTANT_DEFAULTS
+    assert chatgpt.api_key == KEY and chatgpt.model
+
+
+def test_the_environment_fills_what_the_file_leaves_out(load):
+    """Key and base URL of chatgpt may come from the environment, without a table."""
+    environ = {"OPENAI_API_KEY": "sk-env", "OPENAI_BASE_URL": "https://env.example/v1"}
+    chatgpt = load(URL + WECHAT, **environ).assistants["chatgpt"]
+    assert chatgpt.api_key == "sk-env"
+    assert chatgpt.base_url == "https://env.example/v1"
+
+
+def test_the_file_counts_more_than_the_environment(load):
+    """What the file says is not replaced."""
+    assert load(OPENAI_API_KEY="sk-env").assistants["chatgpt"].api_key == KEY
+
+
+def test_the_environment_fills_no_other_assistant(load):
+    """The key of one provider never goes to another."""
+    text = GOOD + '[assistants.other]\nbase_url = "https://other.example"\n'
+    with pytest.raises(wxgpt.ConfigError, match=r"assistants\.other\.api_key"):
+        load(text, OPENAI_API_KEY="sk-env")
+
+
+@pytest.mark.parametrize(("margin", "counts"), [(30, 0.5), (0.25, 0.25)])
+def test_the_margin_counts_as_half_an_attempt_at_most(load, margin, counts):
+    """A margin longer than half an attempt would leave no time to answer."""
+    times = f"attempt_timeout = 1\nreply_margin = {margin}\n"
+    assert load(URL + WECHAT + times + CHATGPT).wechat.margin == counts
+
+
+def test_times_may_be_fractions_and_small(load):
+    """Seconds, minutes and hours are numbers, so that tests can shrink time."""
+    config = load(
+        URL + WECHAT + "attempt_timeout = 0.2\n" + CHATGPT + "timeout = 0.5\n"
+        "[session]\nttl = 1\n[history]\nlink_hours = 0.001\nhistory_minutes = 0.01\n"
+    )
+    assert (config.wechat.attempt_timeout, config.session.ttl) == (0.2, 1)
+    assert config.assistants["chatgpt"].timeout == 0.5
+    assert config.history.link_hours == 0.001
+    assert config.history.history_minutes == 0.01
+
+
+@pytest.mark.parametrize("base", ["https://wx.example.com", "http://example.com/wx"])
+def test_a_slash_behind_the_public_url_is_left_out(load, base):
+    """Links begin with it and have one slash."""
+    text = f'public_url = "{base}/"\n' + WECHAT + CHATGPT
+    assert load(text).public_url == base
+
+
+def test_the_database_lies_in_the_state_directory(load):
+    """Under systemd the database needs no setting."""
+    assert load(STATE_DIRECTORY="/srv/state").database.path == "/srv/state/wxgpt.db"
+
+
+def test_a_database_path_in_the_file_is_kept(load):
+    """The file counts more than the state directory."""
+    text = GOOD + '[database]\npath = "/srv/mine.db"\n'
+    assert load(text, STATE_DIRECTORY="/srv/state").database.path == "/srv/mine.db"
+
+
+def test_assistants_may_have_chinese_names(load):
+    """A quoted name of any script is an assistant."""
+    text = GOOD + f'[assistants."豆包"]\napi_key = "{KEY}"\n'
+    assert list(load(text).assistants) == ["chatgpt", "豆包"]
+
+
+def test_the_script_header_agrees_with_the_requirements():
+    """`uv run wxgpt.py` and `pip install -r requirements.txt` get the same packages."""
+    source = (ROOT / "wxgpt.py").read_text("utf-8")
+    block = re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", source)[1]
+    header = tomllib.loads(re.sub(r"(?m)^# ?", "", block))
+    lines = (ROOT / "requirements.txt").read_text("utf-8").splitlines()
+    wanted = [line for line in lines if line and not line.startswith("#")]
+    assert sorted(header["dependencies"]) == sorted(wanted)
+    assert header["requires-python"] == ">=3.11"

@@ -1,0 +1,335 @@
+"""The door: who may knock, what is understood, and what WeChat reads in return."""
+
+import asyncio
+import contextlib
+import sqlite3
+import time
+
+import pytest
+
+from conftest import ANN, BOB
+from fake_openai import Script
+from wechat import ACCOUNT
+
+SENDER = (
+    f"<ToUserName><![CDATA[{ACCOUNT}]]></ToUserName>"
+    f"<FromUserName><![CDATA[{ANN}]]></FromUserName><CreateTime>1767230001</CreateTime>"
+)
+TEXT = (
+    f"{SENDER}<MsgType><![CDATA[text]]></MsgType>"
+    "<Content><![CDATA[/chatgpt]]></Content><MsgId>25301234567890123</MsgId>"
+)
+BOMB = (
+    '<!DOCTYPE xml [<!ENTITY a "ha"><!ENTITY b "&a;&a;&a;&a;"><!ENTITY c "&b;&b;">]>'
+    f"<xml>{TEXT}<Title>&c;</Title></xml>"
+)
+OUTSIDE_FILE = (
+    '<!DOCTYPE xml [<!ENTITY a SYSTEM "file:///etc/hostname">]>'
+    f"<xml>{TEXT}<Title>&a;</Title></xml>"
+)
+UNREADABLE = {
+    "empty": b"",
+    "no XML": "你好".encode(),
+    "JSON": b'{"ToUserName": "gh_1"}',
+    "cut off": f"<xml>{TEXT}"[:-20].encode(),
+    "no UTF-8": bytes(range(128, 256)),
+    "an unknown encoding": b'<?xml version="1.0" encoding="klingon"?><xml></xml>',
+    "entity bomb": BOMB.encode(),
+    "entity from a file": OUTSIDE_FILE.encode(),
+    "wrong root": f"<html>{TEXT}</html>".encode(),
+    "nothing inside": b"<xml/>",
+    "text inside": b"<xml>hello</xml>",
+    "no MsgType": f"<xml>{SENDER}</xml>".encode(),
+    "no sender": f"<xml>{TEXT.replace('FromUserName', 'From')}</xml>".encode(),
+    "no account": f"<xml>{TEXT.replace('ToUserName', 'To')}</xml>".encode(),
+    "two senders": f"<xml>{TEXT}{SENDER}</xml>".encode(),
+    "sender in layers": f"<xml>{TEXT.replace(ANN, ']]><b/><![CDATA[')}</xml>".encode(),
+    "very deep": b"<xml>" + b"<a>" * 9000 + b"</a>" * 9000 + b"</xml>",
+    "as long as allowed": b"x" * 64 * 1024,
+}
+
+
+@pytest.fixture
+async def server(serve):
+    """wxgpt as it starts."""
+    return await serve()
+
+
+@pytest.fixture
+def stored(settings):
+    """Return all that the database holds, as text."""
+
+    def stored():
+        with contextlib.closing(sqlite3.connect(settings["database"]["path"])) as db:
+            return "\n".join(db.iterdump())
+
+    return stored
+
+
+# Verification
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+async def test_the_console_gets_its_echostr(server, slash):
+    """A rightly signed verification is answered with the bare echostr."""
+    server.wechat.url += slash
+    assert await server.wechat.verify("4375120948") == (200, "4375120948")
+
+
+async def test_the_echostr_is_plain_text(serve):
+    """Tencent's own example is verified, as text/plain and nothing more."""
+    server = await serve(wechat={"token": "AAAAA"})
+    query = {
+        "signature": "f464b24fc39322e44b38aa78f5edd27bd1441696",
+        "timestamp": "1714036504",
+        "nonce": "1514711492",
+        "echostr": "4375120948345356249",
+    }
+    async with server.http.get(server.wechat.url, params=query) as response:
+        assert response.status == 200 and response.content_type == "text/plain"
+        assert await response.read() == b"4375120948345356249"
+
+
+async def test_a_verification_with_another_token_is_refused(server):
+    """The echostr is not given to somebody who does not know the token."""
+    assert await server.wechat.verify("4375120948", token="other") == (403, "")
+
+
+async def test_a_bare_visit_is_refused(server):
+    """The URL without parameters is 403, with and without a slash."""
+    assert (await server.get(server.wechat.url))[0] == 403
+    assert (await server.get(server.wechat.url + "/"))[0] == 403
+
+
+# Who may post
+
+
+async def test_tencents_example_of_a_push_is_taken(serve):
+    """The signature of the platform's own worked example opens the door."""
+    server = await serve(wechat={"token": "AAAAA"})
+    query = {
+        "signature": "899cf89e464efb63f54ddac96b0a0a235f53aa78",
+        "timestamp": "1714037059",
+        "nonce": "486452656",
+    }
+    body = f"<xml>{TEXT}</xml>".encode()
+    async with server.http.post(server.wechat.url, params=query, data=body) as response:
+        assert response.status == 200 and "直接发消息" in await response.text()
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        {"signature": None},
+        {"signature": ""},
+        {"signature": "0" * 40},
+        {"signature": "签名"},
+        {"timestamp": None},
+        {"nonce": None},
+        {"signature": None, "timestamp": None, "nonce": None},
+    ],
+    ids=str,
+)
+async def test_a_push_that_is_not_rightly_signed_leaves_no_trace(server, stored, query):
+    """It is answered 403 without a body, and nothing is stored."""
+    before = stored()
+    response = await server.wechat.post(server.wechat.text(ANN, "/chatgpt"), **query)
+    assert (response.status, response.body) == (403, b"")
+    assert stored() == before
+
+
+async def test_a_push_signed_with_another_token_leaves_no_trace(server, stored):
+    """Somebody who guesses the URL cannot speak for a subscriber."""
+    before, server.wechat.token = stored(), "guessed"
+    response = await server.wechat.post(server.wechat.text(ANN, "/chatgpt"))
+    assert (response.status, response.body) == (403, b"")
+    assert stored() == before
+
+
+async def test_the_sender_is_the_one_in_the_message(server):
+    """The openid in the query is not covered by the signature and does not count."""
+    await server.wechat.post(server.wechat.text(ANN, "/chatgpt"), openid=BOB)
+    assert (await server.ask("你好", BOB)).text is None
+    assert (await server.ask("你好", ANN)).text.startswith("你好！")
+
+
+async def test_a_push_above_64_kib_is_refused(server):
+    """A signed push that is too long is answered 413."""
+    assert (await server.wechat.post(b"x" * (64 * 1024 + 1))).status == 413
+
+
+async def test_the_signature_counts_before_the_length(server):
+    """A stranger learns nothing from a long body."""
+    response = await server.wechat.post(b"x" * 2**20, signature="0" * 40)
+    assert response.status == 403
+
+
+async def test_a_stale_signature_is_refused(server, stored):
+    """Eleven minutes behind the clock and behind the newest push is too old."""
+    await server.wechat.verify()
+    before, then = stored(), int(time.time()) - 660
+    response = await server.wechat.post(server.wechat.text(ANN, "/chatgpt"), timestamp=then)
+    assert (response.status, response.body) == (403, b"")
+    assert stored() == before
+
+
+async def test_a_restart_does_not_make_a_stale_signature_good(spawn):
+    """The newest push is remembered in the database."""
+    server, process = await spawn()
+    await server.wechat.verify()
+    await process.kill()
+    await process.start()
+    then = int(time.time()) - 660
+    response = await server.wechat.post(server.wechat.text(ANN, "/chatgpt"), timestamp=then)
+    assert response.status == 403
+
+
+@pytest.mark.parametrize("days", [-400, 400])
+async def test_pushes_are_taken_when_only_our_clock_is_off(server, days):
+    """Timestamps that agree among themselves are WeChat's clock."""
+    then = int(time.time()) + days * 86400
+    opening = server.wechat.text(ANN, "/chatgpt")
+    assert (await server.wechat.post(opening, timestamp=then)).status == 200
+    question = server.wechat.text(ANN, "今天吃什么？")
+    response = await server.wechat.post(question, timestamp=then + 30)
+    assert "关于「今天吃什么？」".encode() in response.body
+
+
+async def test_a_nonce_may_come_again(server):
+    """Retries may repeat timestamp and nonce."""
+    stamp = {"timestamp": int(time.time()), "nonce": 12345}
+    first = await server.wechat.post(server.wechat.text(ANN, "/help"), **stamp)
+    again = await server.wechat.post(server.wechat.text(ANN, "/help"), **stamp)
+    assert first.status == again.status == 200 and b"CDATA" in again.body
+
+
+# What is understood
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+async def test_an_unreadable_push_is_ended_with_success(server, stored, caplog, name):
+    """WeChat is told `success`, the log gets a line, and nothing is stored."""
+    caplog.clear()
+    response = await server.wechat.post(UNREADABLE[name])
+    assert (response.status, response.body) == (200, b"success")
+    assert [record.name for record in caplog.records] == ["wxgpt"]
+    assert ANN not in stored()
+
+
+async def test_control_characters_do_not_hide_a_message(server, upstream):
+    """What XML cannot carry is left out, and the rest is the question."""
+    await server.ask("/chatgpt")
+    body = server.wechat.text(ANN, "你_好").xml.replace(b"_", b"\x08\x00\x1f")
+    response = await server.wechat.post(body)
+    assert response.status == 200 and b"CDATA" in response.body
+    assert upstream.requests[0].question == "你好"
+
+
+async def test_types_and_events_are_known_in_any_case(server):
+    """Providers of pushes differ in capitals."""
+    opened = await server.wechat.deliver(server.wechat.raw(ANN, "TEXT", Content="/chatgpt"))
+    assert "直接发消息" in opened.text
+    welcome = await server.wechat.deliver(server.wechat.event(BOB, "SUBSCRIBE"))
+    assert "/chatgpt" in welcome.text
+
+
+@pytest.mark.parametrize(
+    "kind", ["image", "voice", "video", "shortvideo", "location", "link", "file", "hologram"]
+)
+async def test_other_kinds_outside_a_session_are_left_alone(server, upstream, kind):
+    """A message of any kind, known or not, brings silence."""
+    response = await server.wechat.post(server.wechat.raw(ANN, kind, MediaId="x"))
+    assert (response.status, response.body) == (200, b"success")
+    assert upstream.requests == []
+
+
+@pytest.mark.parametrize(
+    "name", ["SCAN", "CLICK", "VIEW", "LOCATION", "MASSSENDJOBFINISH", "invented", ""]
+)
+async def test_other_events_bring_success(server, upstream, name):
+    """An event that means nothing to us is taken note of, in a session too."""
+    await server.ask("/chatgpt")
+    response = await server.wechat.post(server.wechat.event(ANN, name, "key"))
+    assert (response.status, response.body) == (200, b"success")
+    assert upstream.requests == []
+
+
+async def test_following_brings_the_welcome(server):
+    """The welcome says how to begin."""
+    seen = await server.wechat.deliver(server.wechat.event(ANN, "subscribe"))
+    assert seen.text.startswith("欢迎关注") and "/chatgpt" in seen.text
+
+
+async def test_the_welcome_may_be_silence(serve):
+    """An empty welcome is no message."""
+    server = await serve(replies={"subscribe": ""})
+    seen = await server.wechat.deliver(server.wechat.event(ANN, "subscribe"))
+    assert seen.body == b"success"
+
+
+async def test_unfollowing_deletes_everything(server, stored):
+    """The session is over, and nothing of the subscriber is stored any more."""
+    await server.ask("/chatgpt 一个秘密")
+    await server.ask("/history")
+    left = await server.wechat.post(server.wechat.event(ANN, "unsubscribe"))
+    assert (left.status, left.body) == (200, b"success")
+    assert ANN not in stored() and "秘密" not in stored()
+    assert (await server.ask("还在吗？")).text is None
+
+
+async def test_unfollowing_ends_what_is_being_written(server, upstream, stored):
+    """The call is closed, and its answer is not stored afterwards."""
+    gate = asyncio.Event()
+    upstream.will(Script(["一个秘密", gate]))
+    asking = asyncio.create_task(server.ask("/chatgpt 说个秘密"))
+    running = await upstream.arrival("秘密")
+    await server.wechat.post(server.wechat.event(ANN, "unsubscribe"))
+    await running.over.wait()
+    await asking
+    assert running.outcome == "cut by client"
+    assert ANN not in stored() and "秘密" not in stored()
+
+
+async def test_what_breaks_inside_is_a_polite_word(server, settings):
+    """A signed push gets 200 and a sentence even when the database is damaged."""
+    with contextlib.closing(sqlite3.connect(settings["database"]["path"])) as db:
+        db.execute("ALTER TABLE session RENAME TO gone")
+    seen = await server.ask("/chatgpt")
+    assert seen.attempt == 1 and "过一会儿" in seen.text
+
+
+# What WeChat reads
+
+
+async def test_an_answer_with_the_end_of_a_cdata_section_is_read(server, upstream):
+    """`]]>` and control characters reach the phone as text, or not at all."""
+    await server.ask("/chatgpt")
+    upstream.will("数组 a[b[0]]> 1\x08\x0b\ufffe 与 <xml> & ]]>")
+    seen = await server.ask("怎么写？")
+    assert seen.text.startswith("数组 a[b[0]]> 1 与 <xml> & ]]>")
+
+
+async def test_a_question_with_the_end_of_a_cdata_section_is_read(server, upstream):
+    """The sender's own text does not break the message it comes in."""
+    await server.ask("/chatgpt")
+    await server.ask("a[b[0]]> 1 对吗？")
+    assert upstream.requests[0].question == "a[b[0]]> 1 对吗？"
+
+
+async def test_links_in_an_answer_are_made_harmless(server, upstream):
+    """Only our own links can be tapped: `<a` of a model is text."""
+    await server.ask("/chatgpt")
+    evil = '<A href="weixin://bizmsgmenu?msgmenucontent=/forget&msgmenuid=1">点我</A>'
+    upstream.will(f'<a href="https://evil.example">看</a>{evil}')
+    seen = await server.ask("给个链接")
+    assert (seen.links, seen.taps) == ((), ())
+    assert "<\u200ba href" in seen.text and "<\u200bA href" in seen.text
+
+
+async def test_a_question_named_in_a_reply_is_harmless(serve, upstream):
+    """What a subscriber wrote cannot become a link either."""
+    server, gate = await serve(wechat={"mute_guard": 0}), asyncio.Event()
+    upstream.will(Script([gate, "好"]))
+    seen = await server.ask('/chatgpt <a href="x">y</a>')
+    gate.set()
+    assert "<\u200ba hre" in seen.content and len(seen.links) == 1
