@@ -51,6 +51,7 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import email.utils
 import functools
 import hashlib
 import hmac
@@ -106,13 +107,18 @@ REPLY_HOURS = 24  # a later copy of a message gets the very same reply for so lo
 GRACE_SECONDS = 4.0  # what running answers get at a shutdown
 RESUME_SECONDS = 600  # questions older than that are not asked again after a crash
 ASKINGS = 3  # processes that may take one question to the upstream: once, twice again
-RETRY_SECONDS = 0.5  # before a question is asked again
+RETRY_PAUSES = (0.5, 1.0)  # seconds before a question is asked again
+RETRY_AFTER_SECONDS = 120  # an upstream that asks for a longer wait is not asked again
+ANSWER_CHARS = 200_000  # an answer that goes on and on is ended there
+STORE_SECONDS = 2.0  # before the end of an answer is stored again after a failure
 SAVE_SECONDS = 1.0  # text so far is stored so often
 LOOK_BYTES = 200  # a growing answer is measured again after so many more bytes
 LAPSE_SECONDS = 24 * 3600  # a session that ran out is mentioned for so long
 REPEAT_SECONDS = 60  # the same question again within this time joins the first
 RECENT_SECONDS = 3600  # 继续 outside a session looks back so far
 FORGET_SECONDS = 300  # 确认删除 counts for so long
+BACKLOG = 1024  # connections that wait while the process is replaced
+SD_FIRST_DESCRIPTOR = 3  # sd_listen_fds(3)
 BEIJING = datetime.timezone(datetime.timedelta(hours=8))
 
 # WeChat sends stickers as text with one of these (seen in many projects' reports).
@@ -837,6 +843,8 @@ def cut_markdown(markdown: str, room: int, opener: str = "") -> int:
     cut = nearest_cut(markdown, max(1, most))
     while cut > 1 and size_of(plain_text(markdown[:cut], opener)) > room:
         cut = nearest_cut(markdown, cut * 7 // 8)
+    while cut < len(markdown) and not plain_text(markdown[:cut], opener):
+        cut += 1  # markup alone would be an empty part
     return cut
 
 
@@ -1005,15 +1013,17 @@ class Store:
     async def transaction(self) -> AsyncIterator[None]:
         """Hold the lock and make the statements inside one; a failure undoes them all."""
         async with self.lock:
+            is_whole = False
             try:
-                await self.db.execute("BEGIN IMMEDIATE")
+                await self.rows("BEGIN IMMEDIATE")
                 yield
-                await self.db.execute("COMMIT")
-            except BaseException:
+                await self.rows("COMMIT")
+                is_whole = True
+            finally:
                 # Also on cancellation: left open, it would swallow all later writes.
-                with contextlib.suppress(sqlite3.OperationalError):
-                    await asyncio.shield(self.db.execute("ROLLBACK"))
-                raise
+                if not is_whole:
+                    with contextlib.suppress(sqlite3.OperationalError):
+                        await asyncio.shield(self.rows("ROLLBACK"))
 
     async def migrate(self) -> None:
         """Run the steps of schema.sql that are new; raise StoreError for a newer database."""
@@ -1344,18 +1354,17 @@ async def open_store(path: str) -> Store:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     except OSError as error:
         raise StoreError(f"database {path}: {error.strerror}") from None
-    db = await aiosqlite.connect(path, isolation_level=None)
-    try:
-        for pragma in PRAGMAS:
-            await db.execute_fetchall(f"PRAGMA {pragma}")
-        store = Store(db)
-        await store.migrate()
-    except BaseException as error:
-        await db.close()
-        if isinstance(error, sqlite3.Error):
+    async with contextlib.AsyncExitStack() as undo:
+        store = Store(await aiosqlite.connect(path, isolation_level=None))
+        undo.push_async_callback(store.close)
+        try:
+            for pragma in PRAGMAS:
+                await store.rows(f"PRAGMA {pragma}")
+            await store.migrate()
+        except sqlite3.Error as error:
             raise StoreError(f"database {path}: {error}") from None
-        raise
-    return store
+        undo.pop_all()  # it stays open
+        return store
 
 
 # ---------------------------------------------------------------------------
@@ -1370,11 +1379,14 @@ async def open_store(path: str) -> Store:
 class ChatError(Exception):
     """A failed answer: its kind chooses the sentence, the detail is for the log only."""
 
-    def __init__(self, kind: str, detail: str, passing: bool = False, after: float = 0.0):
+    def __init__(
+        self, kind: str, detail: str, passing: bool = False, after: float | None = None
+    ) -> None:
         super().__init__(f"{kind}: {detail}")
         self.kind = kind  # slow, unreachable, busy, setup, refused, long, empty, broken
         self.passing = passing  # asking again may help
-        self.after = after  # the upstream's Retry-After in seconds
+        self.after = after  # seconds the upstream asks to wait before
+        self.parameter = ""  # a field of the request that the upstream refuses
 
 
 @dataclass(frozen=True, slots=True)
@@ -1451,19 +1463,52 @@ class ThoughtFilter:
         return self.held if self.state == "start" else ""
 
 
-def error_in_body(status: int, body: object) -> ChatError:
-    """Return the error that a status and a JSON body mean."""
-    error = body.get("error", body) if isinstance(body, dict) else body
+# What providers say in the code, type or message of an error, and what it means here.
+MEANINGS = (
+    ("long", r"context_length|context ?window|maximum context|token limit|code=1261\b"),
+    ("refused", r"content_?(policy|filter)|data_inspection_failed|code=1301\b|sensitive"),
+    ("setup", r"insufficient_quota|balance|spend_limit|usage_limit|arrearage|code=1113\b"),
+    ("setup", r"model_not_found|无可用渠道"),
+)
+REFUSED_PARAMETER = r"unsupported_parameter|unsupported_value|unknown_parameter"
+
+
+def error_of(status: int, body: object, headers: typing.Mapping[str, str] = {}) -> ChatError:
+    """Return the error that a status and a body mean; the words may be of any shape."""
+    error = body.get("error") or body if isinstance(body, dict) else body
     error = error if isinstance(error, dict) else {"message": error}
-    words = [str(error.get(k)) for k in ("code", "type", "message", "detail") if error.get(k)]
-    detail = f"status {status} " + " ".join(words)[:200]
-    if status in (401, 402, 403, 404, 422):
-        return ChatError("setup", detail)
-    if status == 400:
-        return ChatError("refused" if "filter" in detail else "setup", detail)
-    if status in (408, 409, 429) or status >= 500:
-        return ChatError("busy", detail, "insufficient_quota" not in detail)
-    return ChatError("broken", detail, True)
+    message = str(error.get("message") or error.get("detail") or "")[:300]
+    known = " ".join(f"{k}={error[k]}" for k in ("code", "type", "param") if error.get(k))
+    kind = "busy" if status in (408, 409, 429) or status >= 500 else "setup"
+    kind = "broken" if status == 200 else kind
+    for meaning, pattern in MEANINGS:
+        if re.search(pattern, f"{known} {message}", re.IGNORECASE):
+            kind = meaning
+            break
+    request_id = headers.get("x-request-id", "-")
+    # The message may repeat what was asked: only what concerns the owner is logged.
+    shown = message[:100] if kind == "setup" else ""
+    detail = f"status {status} {known} request {request_id} {shown}".strip()
+    result = ChatError(kind, detail, kind in ("busy", "broken"), retry_after(headers))
+    if result.after is not None and result.after > RETRY_AFTER_SECONDS:
+        result.passing = False
+    if headers.get("x-should-retry") in ("true", "false"):
+        result.passing = headers["x-should-retry"] == "true"
+    if re.search(REFUSED_PARAMETER, known):
+        result.parameter = str(error.get("param") or "")
+    return result
+
+
+def retry_after(headers: typing.Mapping[str, str]) -> float | None:
+    """Return how many seconds the upstream asks to wait, None if it does not say."""
+    with contextlib.suppress(KeyError, ValueError):
+        return float(headers["retry-after-ms"]) / 1000
+    text = headers.get("retry-after", "")
+    with contextlib.suppress(ValueError):
+        return float(text)
+    with contextlib.suppress(ValueError):
+        return email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+    return None
 
 
 def read_event(payload: str) -> dict:
@@ -1475,7 +1520,7 @@ def read_event(payload: str) -> dict:
     if not isinstance(event, dict):
         raise ChatError("broken", "an event is not an object", True)
     if event.get("error") or event.get("object") == "error":
-        raise error_in_body(200, event)
+        raise error_of(200, event)
     return event
 
 
@@ -1512,23 +1557,32 @@ def make_ending(reason: str, model: object, usage: object) -> Ending:
     return Ending(reason, str(model), given, taken)
 
 
+async def read_body(response: aiohttp.ClientResponse, limit: int) -> str:
+    """Return at most `limit` bytes of a body as text."""
+    body = b""
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) >= limit:
+            break
+    return body[:limit].decode("utf-8", "replace")
+
+
 async def read_error(response: aiohttp.ClientResponse) -> ChatError:
-    """Return the error of a response that is not a 200, from at most 64 KiB of it."""
-    text = (await response.content.read(BODY_BYTES)).decode("utf-8", "replace")
+    """Return the error of a response that is not a 200."""
+    text = await read_body(response, BODY_BYTES)
     try:
         body = json.loads(text)
     except ValueError:
         body = re.sub(r"<[^>]*>|\s+", " ", text).strip()
-    return error_in_body(response.status, body)
+    return error_of(response.status, body, response.headers)
 
 
 async def read_unstreamed(response: aiohttp.ClientResponse) -> AsyncIterator[str | Ending]:
     """Yield the answer of a server that does not stream; raise ChatError."""
-    event = read_event((await response.read()).decode("utf-8", "replace"))
+    event = read_event(await read_body(response, 8 * ANSWER_CHARS))
     choice = first_choice(event)
     thoughts = ThoughtFilter()
-    text = thoughts.feed(visible_text(choice.get("message"))) + thoughts.flush()
-    if text:
+    if text := thoughts.feed(visible_text(choice.get("message"))) + thoughts.flush():
         yield text
     reason = str(choice.get("finish_reason") or "stop")
     yield make_ending(reason, event.get("model"), event.get("usage"))
@@ -1537,11 +1591,10 @@ async def read_unstreamed(response: aiohttp.ClientResponse) -> AsyncIterator[str
 async def read_usage(events: AsyncIterator[dict | None]) -> dict:
     """Return the usage behind a finish_reason; it gets two seconds to come."""
     usage: dict = {}
-    with contextlib.suppress(TimeoutError, aiohttp.ClientError, ConnectionError, ChatError):
+    broken = (TimeoutError, aiohttp.ClientError, ConnectionError, ChatError)
+    with contextlib.suppress(*broken):
         async with asyncio.timeout(2):
-            async for event in events:
-                if event is None:
-                    break
+            while event := await anext(events, None):  # None: [DONE], or the end
                 usage = event.get("usage") or usage
     return usage
 
@@ -1549,16 +1602,18 @@ async def read_usage(events: AsyncIterator[dict | None]) -> dict:
 class Deadline:
     """The time limits of one answer: to the first token, between tokens, in all."""
 
-    def __init__(self, settings: AssistantSettings) -> None:
+    def __init__(self, settings: AssistantSettings, end: float) -> None:
         self.idle = settings.idle_timeout
-        now = asyncio.get_running_loop().time()
-        self.end = now + settings.timeout
-        self.timeout = asyncio.timeout_at(min(self.end, now + settings.first_token_timeout))
+        self.end = end  # loop's clock
+        first = asyncio.get_running_loop().time() + settings.first_token_timeout
+        self.timeout = asyncio.timeout_at(min(end, first))
 
-    def alive(self) -> None:
-        """Note a sign of life: the idle time begins again."""
-        now = asyncio.get_running_loop().time()
-        self.timeout.reschedule(min(self.end, now + self.idle))
+    def note(self, delta: object) -> None:
+        """Let the idle time begin again if a delta has text, hidden reasoning included."""
+        names = ("content", "refusal", "reasoning_content", "reasoning")
+        if isinstance(delta, dict) and any(delta.get(name) for name in names):
+            now = asyncio.get_running_loop().time()
+            self.timeout.reschedule(min(self.end, now + self.idle))
 
 
 class ChatClient:
@@ -1569,26 +1624,40 @@ class ChatClient:
         self.http = http
         base = settings.base_url.strip().rstrip("/").removesuffix("/chat/completions")
         self.url = f"{base}/chat/completions"
+        self.refused: set[str] = set()  # fields that the upstream does not take
 
     def request_body(self, messages: list[dict]) -> dict:
-        """Return the request's JSON."""
+        """Return the request's JSON, without the fields that were refused before."""
         body = {"model": self.settings.model, "messages": messages, "stream": True}
         body["stream_options"] = {"include_usage": True}
         if self.settings.model == DEFAULT_MODEL:
             # The default model thinks unless told not to; other models refuse the field.
             body["reasoning_effort"] = "none"
-        return body | self.settings.extra
+        body |= self.settings.extra
+        return {name: value for name, value in body.items() if name not in self.refused}
 
-    async def stream(self, messages: list[dict]) -> AsyncIterator[str | Ending]:
-        """Yield the visible deltas, then the Ending; raise ChatError.
+    def learn(self, error: ChatError) -> None:
+        """Leave out a field that was refused from now on, and let the question pass."""
+        name = error.parameter.partition(".")[0]
+        optional = {*self.settings.extra, "stream_options", "reasoning_effort"}
+        if name in optional - self.refused:
+            self.refused.add(name)
+            error.passing, error.after = True, 0.0
+            log.warning("%s refuses %s, asked without it from now on", self.url, name)
+
+    async def stream(self, messages: list[dict], end: float) -> AsyncIterator[str | Ending]:
+        """Yield the visible deltas, then the Ending, before `end`; raise ChatError.
 
         Leaving the iterator early closes the connection, which ends the upstream's work.
         """
-        deadline = Deadline(self.settings)
+        deadline = Deadline(self.settings, end)
         try:
             async with deadline.timeout, self.post(messages) as response:
                 async for item in self.read(response, deadline):
                     yield item
+        except ChatError as error:
+            self.learn(error)
+            raise
         except TimeoutError:
             raise ChatError("slow", "time limit", True) from None
         except aiohttp.ClientConnectorError as error:
@@ -1620,11 +1689,11 @@ class ChatClient:
         events = read_stream(response)
         reason, usage, model = "", {}, self.settings.model
         async for event in events:
-            deadline.alive()
             if event is None:
                 reason = "stop"
                 break
             choice = first_choice(event)
+            deadline.note(choice.get("delta"))
             usage = event.get("usage") or usage
             model = event.get("model") or model
             if text := thoughts.feed(visible_text(choice.get("delta"))):
@@ -1728,6 +1797,13 @@ class Answer:
         if self.watchers and self.size >= self.look_at:
             self.look()
         self.wake_followers()
+
+    def drop_thought(self) -> None:
+        """Leave out a thought whose opening tag the server swallowed."""
+        if "</think>" in self.text and "<think>" not in self.text and not self.is_sent:
+            rest = self.text.partition("</think>")[2].lstrip()
+            self.restart()
+            self.append(rest)
 
     def restart(self) -> None:
         """Begin a new writing, after one of which nothing was sent."""
@@ -1911,8 +1987,9 @@ class Answers:
         """Await work at the edge of its task."""
         try:
             await work
-        except Exception:
-            log.exception("%s broke off", name)
+        except Exception as error:
+            is_known = isinstance(error, sqlite3.Error)  # a full or locked disk
+            log.error("%s broke off: %s", name, error, exc_info=not is_known)
             fail()
 
     def shut(self, at: float) -> None:
@@ -2215,30 +2292,52 @@ async def chat_messages(services: Services, turn: Turn) -> list[dict]:
     return [*messages, {"role": "user", "content": turn.question}]
 
 
-async def write_text(services: Services, answer: Answer, messages: list[dict]) -> Ending:
+async def write_text(answer: Answer, stream: AsyncIterator[str | Ending]) -> Ending:
     """Append what the model streams; return the Ending, or raise ChatError."""
-    client = services.chat[answer.turn.assistant]
-    async with contextlib.aclosing(client.stream(messages)) as stream:
+    ending = Ending("length", "", None, None)  # of an answer that goes on for ever
+    async with contextlib.aclosing(stream):
         async for item in stream:
             if isinstance(item, Ending):
+                ending = item
                 break
             answer.append(item)
+            if len(answer.text) > ANSWER_CHARS:
+                break
+    if ending.finish_reason in ("content_filter", "sensitive"):
+        if not answer.is_sent:
+            answer.restart()  # withdrawn
+        raise ChatError("refused", f"finish_reason {ending.finish_reason}")
+    answer.drop_thought()
     if not answer.text.strip():
-        raise ChatError("empty", f"finish_reason {item.finish_reason}", True)
-    return item
+        raise ChatError("empty", f"finish_reason {ending.finish_reason}", True)
+    return ending
+
+
+def shortened(messages: list[dict]) -> list[dict]:
+    """Return messages without the older half of the conversation."""
+    head = [m for m in messages if m["role"] == "system"]
+    rest = messages[len(head) :]
+    return head + rest[(len(rest) // 4 + 1) * 2 :] if len(rest) > 2 else messages
 
 
 async def ask_model(services: Services, answer: Answer, messages: list[dict]) -> Ending:
-    """Write the answer, once again if that may help; raise ChatError."""
-    try:
-        return await write_text(services, answer, messages)
-    except ChatError as error:
-        if not error.passing or answer.is_sent:
-            raise
-        log.warning("%s asked again after %s", answer.turn.name, error)
-    answer.restart()
-    await asyncio.sleep(RETRY_SECONDS)
-    return await write_text(services, answer, messages)
+    """Write the answer, up to twice again if that may help; raise ChatError."""
+    client = services.chat[answer.turn.assistant]
+    end = services.answers.loop.time() + client.settings.timeout
+    for pause in (*RETRY_PAUSES, None):
+        try:
+            return await write_text(answer, client.stream(messages, end))
+        except ChatError as error:
+            fewer = shortened(messages) if error.kind == "long" else messages
+            again = error.passing or len(fewer) < len(messages)
+            if not again or answer.is_sent or pause is None:
+                raise
+            log.warning("%s asked again after %s", answer.turn.name, error)
+            pause = pause * random.uniform(0.75, 1) if error.after is None else error.after
+            messages = fewer
+        answer.restart()
+        await asyncio.sleep(pause)
+    raise AssertionError("the last try returns or raises")
 
 
 async def store_text_so_far(services: Services, answers: list[Answer]) -> None:
@@ -2260,7 +2359,13 @@ async def store_end(services: Services, answer: Answer, ending: Ending | None) -
     for name in ("model", "tokens_in", "tokens_out"):
         columns[name] = getattr(ending, name, None)
     columns["first_seconds"] = answer.first_seconds
-    await services.store.finish_turn(answer.turn.id, columns)
+    while True:  # readers have the answer already; what is next needs it stored
+        try:
+            await services.store.finish_turn(answer.turn.id, columns)
+            break
+        except sqlite3.Error as error:
+            log.error("%s not stored yet: %s", answer.turn.name, error)
+            await asyncio.sleep(STORE_SECONDS)
     tokens = f"{columns['tokens_in']} in {columns['tokens_out']} out"
     state = f"{answer.state} {answer.reason or ''}".strip()
     log.info("%s %s after %.1f s, tokens %s", answer.turn.name, state, seconds, tokens)
@@ -3294,21 +3399,52 @@ def make_app(services: Services) -> web.Application:
     return app
 
 
-def sd_notify(state: str) -> None:
-    """Tell systemd a state (sd_notify(3)); without systemd, nothing."""
+def sd_notify(state: str, *descriptors: int) -> None:
+    """Tell systemd a state, with file descriptors to keep (sd_notify(3)), if it is there."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
-    if address[0] == "@":
-        address = "\0" + address[1:]
-    with contextlib.suppress(OSError):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-            notify.sendto(state.encode(), address)
+    address = "\0" + address[1:] if address.startswith("@") else address
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
+        out.connect(address)
+        socket.send_fds(out, [state.encode()], descriptors)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return the listening socket: the one systemd kept from the process before, or a new.
+
+    It is kept across restarts, since a proxy that meets nobody answers WeChat 502 at
+    once, and WeChat then burns its attempts within a second.
+    """
+    if os.environ.get("LISTEN_PID") == str(os.getpid()):
+        kept = socket.socket(fileno=SD_FIRST_DESCRIPTOR)
+        if kept.getsockname()[1] == port:
+            return kept
+        kept.close()  # the settings have changed
+        sd_notify("FDSTOREREMOVE=1\nFDNAME=listen")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        new = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host} port {port}: {os.strerror(error.errno)}") from None
+    sd_notify("FDSTORE=1\nFDNAME=listen", new.fileno())
+    return new
+
+
+async def keep_watchdog(seconds: float) -> None:
+    """Tell systemd that the event loop turns, until cancelled."""
+    while True:
+        sd_notify("WATCHDOG=1")
+        await asyncio.sleep(seconds)
 
 
 def start_upkeep(services: Services) -> None:
     """Start what goes on beside the messages."""
-    for work in (keep_saving(services), keep_pruning(services)):
+    works = [keep_saving(services), keep_pruning(services)]
+    if os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
+        if seconds := float(os.environ.get("WATCHDOG_USEC", 0)) / 2e6:
+            works.append(keep_watchdog(seconds))
+    for work in works:
         services.answers.start(work, "upkeep")
 
 
@@ -3325,9 +3461,9 @@ async def open_server(config: Config) -> AsyncIterator[tuple[Services, int]]:
         )
         await runner.setup()
         try:
-            site = web.TCPSite(runner, config.server.host, config.server.port)
+            site = web.SockSite(runner, listen(config.server.host, config.server.port))
+            await resume_answers(services)  # before a retry can ask for one of them
             await site.start()
-            await resume_answers(services)
             start_upkeep(services)
             yield services, runner.addresses[0][1]
             await site.stop()

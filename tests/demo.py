@@ -208,8 +208,8 @@ class Phone:
     def _mark(self, numbers: Iterator[int], anchor: re.Match[str]) -> str:
         url, label = anchor[2].strip(), anchor[3]
         if url.startswith(("http://", "https://")):
-            return f"{label}[网页 {self._number(url)}]"
-        return f"{label}[{next(numbers)}]" if parse_tap(label, url) else label
+            return f"{label} [网页 {self._number(url)}]"
+        return f"{label} [{next(numbers)}]" if parse_tap(label, url) else label
 
     def _number(self, url: str) -> int:
         if url not in self._pages:
@@ -302,18 +302,18 @@ async def demo(options: argparse.Namespace, screen: Screen, lines: Lines) -> Non
     screen.line(INTRO.format(model=name_model(options)))
     screen.status("  正在启动…")
     async with contextlib.AsyncExitStack() as stack:
+        stack.callback(screen.status)
         server = None if options.config else await open_server(options, stack)
         health, platform = read_platform(server.config if server else options.config)
         if not await is_healthy(health):
             raise ChildError(f"no server answers at {health}")
         phone = await stack.enter_async_context(Phone(platform, options.openid, screen))
+        stack.callback(screen.status, "  正在收拾…")
         while (line := await lines.next()) not in (None, "/quit"):
             await take(line, phone, screen, server)
             if server:
                 server.check()
         await phone.finish()
-        screen.status("  正在收拾…")
-    screen.status()
 
 
 def parse_options() -> argparse.Namespace:

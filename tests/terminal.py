@@ -7,6 +7,7 @@ event loop in another thread asks for each one through `Lines`.
 import asyncio
 import os
 import queue
+import re
 import shutil
 import signal
 import sys
@@ -21,26 +22,27 @@ except ImportError:
     readline = None
 
 PROMPT = "> "
-DIM, GREEN = "2", "32"
+DIM, GREEN, BLUE = "2", "32", "34"
 BUBBLE_COLUMNS = 64
+HANGING = "，。、；：？！）」』》"
+LINK = re.compile(r"\[(?:网页 )?\d+\]")  # as callers mark what can be opened
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def columns(character: str) -> int:
-    """Return how many columns a terminal gives to a character."""
-    if unicodedata.combining(character):
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+def columns(text: str) -> int:
+    """Return how many columns a terminal gives to a text."""
+    shown = (c for c in text if not unicodedata.combining(c))
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in shown)
 
 
 def fold(line: str, width: int) -> Iterator[str]:
-    """Yield the rows that a line fills when a row has so many columns."""
-    row, used = "", 0
-    for character in line:
-        if used + columns(character) > width:
+    """Yield the rows that a line fills; a row's last mark may stand over its end."""
+    row = ""
+    for word in re.findall(f"[!-~]{{1,{width}}}|.", line):
+        if row and columns(row + word) > width and word not in HANGING:
             yield row
-            row, used = "", 0
-        row, used = row + character, used + columns(character)
+            row = ""
+        row += word
     yield row
 
 
@@ -66,12 +68,13 @@ class Screen:
 
     def bubble(self, text: str) -> None:
         """Print a reply as a phone shows it, indented behind a bar."""
-        room = shutil.get_terminal_size().columns - 5
-        width = max(2, min(room, BUBBLE_COLUMNS)) if self.is_live else sys.maxsize
+        room = shutil.get_terminal_size().columns - 7
+        width = max(8, min(room, BUBBLE_COLUMNS))
         bar = self._styled("▌" if self.is_live else "|", GREEN)
         for line in text.split("\n"):
-            for row in fold(line, width):
-                self.line(f"  {bar} {row}".rstrip())
+            for row in fold(line, width) if self.is_live else [line]:
+                marked = LINK.sub(lambda link: self._styled(link[0], BLUE), row)
+                self.line(f"  {bar} {marked}".rstrip())
 
     def read_line(self) -> str | None:
         """Return the next line without blanks around it, None at the end of input."""
@@ -80,6 +83,7 @@ class Screen:
             if line.strip():
                 self.line(PROMPT + line.strip())
             return line.strip() if line else None
+        self.status()
         self._is_prompting = True
         try:
             return input(PROMPT).strip()

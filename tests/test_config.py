@@ -23,7 +23,7 @@ GOOD = URL + WECHAT + CHATGPT
 
 # What is in the file, and the words that its one line of complaint has.
 REFUSED = {
-    "no public_url": (WECHAT + CHATGPT, ["public_url", "http"]),
+    "no public_url": (WECHAT + CHATGPT, ["public_url", "accepted"]),
     "no token": (URL + CHATGPT, ["wechat.token", "nothing", "text"]),
     "no chatgpt": (URL + WECHAT, ["assistants.chatgpt", "nothing", "table"]),
     "no key": (
@@ -32,7 +32,7 @@ REFUSED = {
     ),
     "empty key": (
         URL + WECHAT + '[assistants.chatgpt]\napi_key = ""\n',
-        ["assistants.chatgpt.api_key", "nothing"],
+        ["assistants.chatgpt.api_key", "accepted"],
     ),
     "unknown key at the top": ("colour = 1\n" + GOOD, ["colour", "public_url"]),
     "unknown table": (GOOD + "[sessions]\nttl = 5\n", ["sessions", "public_url"]),

@@ -1,0 +1,395 @@
+"""Pages: what a subscriber's browser gets behind the links of replies."""
+
+import asyncio
+import json
+import re
+
+import pytest
+
+from conftest import ANN, BOB
+from fake_openai import Script
+
+KINDS = ["answer", "pending", "history", "expired", "missing", "missing history"]
+
+
+@pytest.fixture
+async def server(serve):
+    """wxgpt that lets no attempt time out, with an open session of Ann's."""
+    server = await serve(wechat={"mute_guard": 0})
+    await server.ask("/chatgpt")
+    return server
+
+
+@pytest.fixture
+async def addresses(server, upstream):
+    """Return the address of a page of every kind."""
+    gate = asyncio.Event()
+    upstream.will("`码`\n```\n码\n```", Script(["写到这里。", gate, "完"]))
+    answer = (await server.ask("有码吗？")).links[0][1]
+    expired = (await server.ask("/history")).links[0][1]
+    history = (await server.ask("/history")).links[0][1]
+    pending = (await server.ask("慢慢写")).links[0][1]
+    missing = (server.url + "/a/nothing", server.url + "/h/nothing")
+    yield dict(zip(KINDS, (answer, pending, history, expired, *missing)))
+    gate.set()
+
+
+async def link_to(server, upstream, script, question="给安看的"):
+    """Ask for an answer; return the page that its reply links to."""
+    upstream.will(script)
+    return server.at((await server.ask(question)).links[0][1])
+
+
+async def events_of(response):
+    """Read an event stream to its end; return (name, id, data) of each event."""
+    blocks = (await response.text()).split("\n\n")
+    return [read_event(block) for block in blocks if not block.startswith(":") and block]
+
+
+def read_event(block):
+    """Return name, id and data of one event."""
+    fields = dict(line.split(": ", 1) for line in block.strip().split("\n"))
+    return fields.get("event", ""), fields.get("id", ""), json.loads(fields["data"])
+
+
+async def next_event(response):
+    """Read one event of a stream that goes on."""
+    return read_event((await response.content.readuntil(b"\n\n")).decode())
+
+
+# All pages
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_every_page_is_private(server, addresses, kind):
+    """No cache, no referrer, no index, no other content type, no version."""
+    async with server.http.get(server.at(addresses[kind])) as response:
+        headers = response.headers
+    assert headers["Cache-Control"] == "no-store"
+    assert headers["Referrer-Policy"] == "no-referrer"
+    assert headers["X-Robots-Tag"] == "noindex"
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["Content-Type"] == "text/html; charset=utf-8"
+    assert not re.search(r"\d|aiohttp|Python", headers.get("Server", ""))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_every_page_runs_nothing_but_its_own(server, addresses, kind):
+    """The policy begins with nothing and allows only what bears the page's nonce."""
+    async with server.http.get(server.at(addresses[kind])) as response:
+        policy, page = response.headers["Content-Security-Policy"], await response.text()
+    assert policy.startswith("default-src 'none'")
+    assert "unsafe" not in policy and "*" not in policy and "http" not in policy
+    nonces = set(re.findall(r"'nonce-([\w-]+)'", policy))
+    assert len(nonces) == 1
+    assert set(re.findall(r"<(?:style|script)\b([^>]*)>", page)) == {
+        f' nonce="{nonces.pop()}"'
+    }
+    assert not re.search(r"\s(on\w+|style|src)=", page)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_no_page_names_the_subscriber(server, addresses, kind):
+    """An openid is nowhere in a page, whole or in part."""
+    _, page = await server.get(addresses[kind])
+    assert ANN not in page and ANN[:8] not in page
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_every_page_fits_a_phone_in_light_and_dark(server, addresses, kind):
+    """It is as wide as the phone and follows its colours, with no outside resource."""
+    _, page = await server.get(addresses[kind])
+    assert '<meta name="viewport" content="width=device-width' in page
+    assert "prefers-color-scheme" in page and "<link" not in page
+
+
+async def test_no_nonce_is_used_twice(server, addresses):
+    """Two visits get two policies."""
+    policies = set()
+    for _ in range(2):
+        async with server.http.get(server.at(addresses["answer"])) as response:
+            policies.add(response.headers["Content-Security-Policy"])
+    assert len(policies) == 2
+
+
+@pytest.mark.parametrize("kind", ["answer", "pending", "history"])
+async def test_a_page_with_an_answer_says_that_it_is_by_ai(server, addresses, kind):
+    """China's labelling rules ask for it, and readers should know."""
+    status, page = await server.get(addresses[kind])
+    assert status == 200 and "AI 生成" in page
+
+
+@pytest.mark.parametrize("kind", ["answer", "pending"])
+async def test_the_page_of_an_answer_does_not_lead_to_the_history(server, addresses, kind):
+    """Somebody who was shown one answer does not find the others."""
+    _, page = await server.get(addresses[kind])
+    assert "/h/" not in page
+
+
+async def test_an_unknown_link_is_404(server):
+    """A key that never was is not found, on the stream as well."""
+    assert (await server.get(server.url + "/a/nothing"))[0] == 404
+    assert (await server.get(server.url + "/a/nothing/events"))[0] == 404
+    assert (await server.get(server.url + "/h/nothing"))[0] == 404
+
+
+async def test_an_expired_answer_is_410(serve, upstream):
+    """The page says how to get a new link."""
+    server = await serve(history={"link_hours": 0.0001})
+    await server.ask("/chatgpt")
+    link = await link_to(server, upstream, "```\n码\n```")
+    await asyncio.sleep(0.5)
+    status, page = await server.get(link)
+    assert status == 410 and "/history" in page and "码" not in page
+    assert (await server.get(link + "/events"))[0] == 410
+
+
+async def test_an_expired_history_is_410(serve):
+    """The page says how to get a new link."""
+    server = await serve(history={"history_minutes": 0.001})
+    await server.ask("/chatgpt 今天吃什么")
+    [(_, link)] = (await server.ask("/history")).links
+    await asyncio.sleep(0.1)
+    status, page = await server.get(link)
+    assert status == 410 and "/history" in page and "今天吃什么" not in page
+
+
+async def test_keys_cannot_be_guessed(server, addresses):
+    """A key has at least 22 characters of base64, that is 128 bits."""
+    links = [addresses[kind] for kind in ("answer", "pending", "history", "expired")]
+    keys = {re.fullmatch(r"http://wx.example.com/[ah]/([\w-]{22,})", x)[1] for x in links}
+    assert len(keys) == 4
+
+
+# An answer
+
+
+async def test_an_answer_is_typeset(server, upstream):
+    """Markdown becomes HTML, the question stands above."""
+    text = "# 题\n\n**粗**[文](https://e.com)\n\n|名|价|\n|-|-|\n|梨|4|\n\n```\na < b\n```"
+    link = await link_to(server, upstream, text, "价格 & 名字")
+    status, page = await server.get(link)
+    pieces = ("<h1>题</h1>", "<strong>粗</strong>", "<td>梨</td>", "a &lt; b\n</code></pre>")
+    assert status == 200 and [piece for piece in pieces if piece not in page] == []
+    assert "价格 &amp; 名字" in page
+
+
+async def test_a_hostile_question_is_text(server, upstream):
+    """Tags in a question are shown, not followed, in every kind of page."""
+    evil = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'"
+    link = await link_to(server, upstream, "```\n码\n```", evil)
+    [(_, history)] = (await server.ask("/history")).links
+    for address in (link, history):
+        _, page = await server.get(address)
+        assert "<script>alert" not in page and "<img" not in page
+        assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+
+
+async def test_a_hostile_answer_is_text(server, upstream):
+    """No tag of a model, no script address, no breaking out of an attribute."""
+    link = await link_to(
+        server,
+        upstream,
+        "<script>alert(1)</script> [点](javascript:alert(2)) <svg onload=alert(3)>\n\n"
+        '[点](https://e.com/"onclick="alert(4)) [点](data:text/html,<b>)\n\n```"><i>\n码\n```',
+    )
+    _, page = await server.get(link)
+    assert "<script>alert" not in page and "<svg" not in page and "<i>" not in page
+    assert not re.search(r'href="(javascript|data|vbscript):', page)
+    assert 'e.com/"' not in page
+
+
+async def test_an_image_is_a_link(server, upstream):
+    """Loading it would tell a stranger who reads."""
+    text = '![一只"猫"](https://e.com/cat.png)\n```\n码\n```'
+    _, page = await server.get(await link_to(server, upstream, text))
+    assert "<img" not in page and '<a href="https://e.com/cat.png"' in page
+    assert "一只&quot;猫&quot;</a>" in page
+
+
+async def test_links_tell_nothing_of_where_they_were(server, upstream):
+    """A link of an answer opens apart and sends no referrer."""
+    link = await link_to(server, upstream, "[文](https://e.com)\n```\n码\n```")
+    [tag] = re.findall(r'<a href="https://e\.com"[^>]*>', (await server.get(link))[1])
+    assert "noopener" in tag and "noreferrer" in tag
+
+
+async def test_a_pending_answer_is_hostile_text_too(server, upstream):
+    """What is written so far is shown as text."""
+    gate = asyncio.Event()
+    link = await link_to(server, upstream, Script(["<script>alert(1)。", gate, "完"]))
+    _, page = await server.get(link)
+    assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
+    gate.set()
+
+
+async def test_a_pending_page_refreshes_itself_without_script(server, addresses, upstream):
+    """Every three seconds, until the answer is complete."""
+    refresh = '<noscript><meta http-equiv="refresh" content="3"></noscript>'
+    assert refresh in (await server.get(addresses["pending"]))[1]
+    assert "写到这里。" in (await server.get(addresses["pending"]))[1]
+    assert "refresh" not in (await server.get(addresses["answer"]))[1]
+
+
+async def test_a_failed_answer_says_so(server, upstream):
+    """The page has the words of the reply, and nothing of the upstream."""
+    upstream.will(Script(["写了一半。"], ending="eof"), Script("写了一半。", ending="eof"))
+    await server.ask("会断吗")
+    _, page = await server.get((await server.ask("/history")).links[0][1])
+    assert "写了一半。" in page and "回答中断了" in page
+
+
+# The event stream
+
+
+async def test_a_late_viewer_gets_what_was_written_so_far(server, upstream):
+    """Then what follows as it is written, and `done` ends it."""
+    gate = asyncio.Event()
+    link = await link_to(server, upstream, Script(["前半句。", gate, "后半句。"]))
+    async with server.http.get(link + "/events") as response:
+        assert response.content_type == "text/event-stream"
+        assert response.headers["Cache-Control"] == "no-store"
+        assert await next_event(response) == ("", "0:4", {"text": "前半句。"})
+        gate.set()
+        *rest, done = await events_of(response)
+    assert "".join(data["text"] for _, _, data in rest) == "后半句。"
+    assert done[0] == "done" and done[2]["state"] == "done"
+
+
+async def test_a_stream_resumes_where_it_was_broken(server, upstream):
+    """Last-Event-ID says what the viewer has, in which writing."""
+    gate = asyncio.Event()
+    link = await link_to(server, upstream, Script(["一二三。", gate, "四五六。"]))
+    async with server.http.get(link + "/events", headers={"Last-Event-ID": "0:2"}) as more:
+        assert await next_event(more) == ("", "0:4", {"text": "三。"})
+        gate.set()
+        *rest, (name, _, _) = await events_of(more)
+    assert [event[1:] for event in rest] == [("0:8", {"text": "四五六。"})]
+    assert name == "done"
+
+
+@pytest.mark.parametrize("known", ["7:2", "0:999"])
+async def test_a_viewer_of_another_writing_starts_over(server, upstream, known):
+    """What they have is not a beginning of this text: `reset`, then all of it."""
+    link = await link_to(server, upstream, "一二三\n```\n四\n```")
+    async with server.http.get(link + "/events", headers={"Last-Event-ID": known}) as all_:
+        first, second, done = await events_of(all_)
+    assert first[0] == "reset"
+    assert second[2] == {"text": "一二三\n```\n四\n```"} and done[0] == "done"
+
+
+@pytest.mark.parametrize("known", ["", "nonsense", "-1:-1", "0:" + "9" * 50])
+async def test_an_id_that_makes_no_sense_begins_at_the_start(server, upstream, known):
+    """The text comes whole."""
+    link = await link_to(server, upstream, "一二三\n```\n四\n```")
+    async with server.http.get(link + "/events", headers={"Last-Event-ID": known}) as all_:
+        *events, done = await events_of(all_)
+    assert events[-1][2] == {"text": "一二三\n```\n四\n```"} and done[0] == "done"
+
+
+async def test_a_viewer_sees_an_answer_begin_anew(server, upstream):
+    """When a stream breaks before anything was sent, `reset` takes back what was shown."""
+    gate = asyncio.Event()
+    script = Script(["这里写了一半就", gate], ending="cut")
+    link = await link_to(server, upstream, script)
+    upstream.will("重新写完了。")
+    async with server.http.get(link + "/events") as response:
+        assert (await next_event(response))[2] == {"text": "这里写了一半就"}
+        gate.set()
+        events = await events_of(response)
+    assert [name for name, _, _ in events] == ["reset", "", "done"]
+    assert events[1] == ("", "1:6", {"text": "重新写完了。"})
+
+
+async def test_two_viewers_see_the_same(server, upstream):
+    """Each stream has the whole answer, whenever it began."""
+    gate = asyncio.Event()
+    link = await link_to(server, upstream, Script(["前半句。", gate, "后半句。"]))
+    async with (
+        server.http.get(link + "/events") as early,
+        server.http.get(link + "/events", headers={"Last-Event-ID": "0:4"}) as late,
+    ):
+        assert (await next_event(early))[2] == {"text": "前半句。"}
+        gate.set()
+        both = await asyncio.gather(events_of(early), events_of(late))
+    assert [events[0][2]["text"] for events in both] == ["后半句。", "后半句。"]
+
+
+async def test_the_stream_of_a_failed_answer_ends(server, upstream):
+    """The last event tells how it ended."""
+    gate = asyncio.Event()
+    link = await link_to(server, upstream, Script([gate], status=401))
+    async with server.http.get(link + "/events") as response:
+        gate.set()
+        *_, (name, _, data) = await events_of(response)
+    assert (name, data["state"]) == ("done", "failed")
+
+
+# History
+
+
+async def test_an_empty_history_says_so(server):
+    """A subscriber who asked nothing yet gets a page, too."""
+    status, page = await server.get((await server.ask("/history")).links[0][1])
+    assert status == 200 and "还没有聊天记录" in page
+
+
+async def test_the_history_has_the_newest_session_first(server):
+    """Sessions and their exchanges, with when they were."""
+    await server.ask("头一个问题")
+    await server.ask("/clear")
+    await server.ask("后一个问题")
+    _, page = await server.get((await server.ask("/history")).links[0][1])
+    assert page.index("后一个问题") < page.index("头一个问题")
+    assert re.search(r"\d{4}-\d\d-\d\d \d\d:\d\d", page)
+
+
+async def test_a_history_is_one_subscribers(server):
+    """Nothing of Bob's is in Ann's."""
+    await server.ask("/chatgpt 鲍的秘密", BOB)
+    await server.ask("安的问题")
+    _, page = await server.get((await server.ask("/history")).links[0][1])
+    assert "安的问题" in page and "鲍的秘密" not in page
+
+
+async def test_a_long_history_is_read_in_pages(serve):
+    """Fifty exchanges a page, the newest first, and a link to older ones."""
+    server = await serve()
+    await server.ask("/chatgpt")
+    for number in range(51):
+        await server.ask(f"问题{number:03}")
+    [(_, link)] = (await server.ask("/history")).links
+    _, first = await server.get(link)
+    [older] = re.findall(r'<a href="(\?before=\d+)">更早的记录</a>', first)
+    _, second = await server.get(link + older)
+    asked = r'class="question">问题(\d+)<'
+    assert re.findall(asked, first) == [f"{number:03}" for number in range(50, 0, -1)]
+    assert re.findall(asked, second) == ["000"] and "更早的记录" not in second
+
+
+async def test_a_history_of_one_full_page_has_no_older_ones(serve):
+    """A link never leads to an empty page."""
+    server = await serve()
+    await server.ask("/chatgpt")
+    for number in range(50):
+        await server.ask(f"问题{number:03}")
+    _, page = await server.get((await server.ask("/history")).links[0][1])
+    assert "问题000" in page and "更早的记录" not in page
+
+
+@pytest.mark.parametrize("before", ["x", "-1", "1;DROP TABLE turn", "9" * 40])
+async def test_a_made_up_page_number_does_no_harm(server, before):
+    """It shows the newest exchanges, or none."""
+    await server.ask("安的问题")
+    [(_, link)] = (await server.ask("/history")).links
+    async with server.http.get(server.at(link), params={"before": before}) as response:
+        assert response.status == 200 and ANN not in await response.text()
+
+
+# Health
+
+
+async def test_health_is_told(server):
+    """A watchdog learns that the database answers."""
+    status, text = await server.get(server.url + "/healthz")
+    assert status == 200 and json.loads(text) == {"status": "ok"}
