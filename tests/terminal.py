@@ -138,17 +138,23 @@ def talk(make: Callable[[Screen, Lines], Coroutine[Any, Any, None]]) -> None:
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(encoding="utf-8", errors="replace")
-    for number in SIGNALS:
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
     screen, lines, loop = Screen(), Lines(), asyncio.new_event_loop()
     task = loop.create_task(make(screen, lines))
     thread = threading.Thread(target=run_to_end, args=(loop, task, lines))
+    leaving = threading.Event()  # from then on nothing keeps it from tidying up
+
+    def leave(number: int, _: object) -> None:
+        if not leaving.is_set():
+            leaving.set()
+            sys.exit(128 + number)
+
     thread.start()
     try:
+        for number in SIGNALS:
+            signal.signal(number, leave)
         lines.serve(screen)
     finally:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # nothing keeps it from tidying up
+        leaving.set()
         loop.call_soon_threadsafe(task.cancel)  # without effect on what is over
         thread.join()
         loop.close()

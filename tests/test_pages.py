@@ -223,7 +223,7 @@ async def test_a_pending_answer_is_hostile_text_too(server, upstream):
     gate.set()
 
 
-async def test_a_pending_page_refreshes_itself_without_script(server, addresses, upstream):
+async def test_a_pending_page_refreshes_itself_without_script(server, addresses):
     """Every three seconds, until the answer is complete."""
     refresh = '<noscript><meta http-equiv="refresh" content="3"></noscript>'
     assert refresh in (await server.get(addresses["pending"]))[1]
@@ -231,10 +231,11 @@ async def test_a_pending_page_refreshes_itself_without_script(server, addresses,
     assert "refresh" not in (await server.get(addresses["answer"]))[1]
 
 
-async def test_a_failed_answer_says_so(server, upstream):
-    """The page has the words of the reply, and nothing of the upstream."""
+async def test_a_broken_answer_says_so(serve, upstream):
+    """Below what was written stand the words of the reply."""
+    server = await serve()
     upstream.will(Script(["写了一半。"], ending="eof"), Script("写了一半。", ending="eof"))
-    await server.ask("会断吗")
+    await server.ask("/chatgpt 会断吗")
     _, page = await server.get((await server.ask("/history")).links[0][1])
     assert "写了一半。" in page and "回答中断了" in page
 
@@ -297,8 +298,9 @@ async def test_a_viewer_sees_an_answer_begin_anew(server, upstream):
         assert (await next_event(response))[2] == {"text": "这里写了一半就"}
         gate.set()
         events = await events_of(response)
-    assert [name for name, _, _ in events] == ["reset", "", "done"]
-    assert events[1] == ("", "1:6", {"text": "重新写完了。"})
+    assert events[0][0] == "reset" and events[-1][0] == "done"
+    assert "".join(data["text"] for _, _, data in events[1:-1]) == "重新写完了。"
+    assert events[-2][1] == "1:6"
 
 
 async def test_two_viewers_see_the_same(server, upstream):

@@ -1,0 +1,355 @@
+"""The chat API as it is met: many dialects, hidden thoughts, and every way to fail."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import wxgpt
+from conftest import ANN
+from fake_openai import Script, Thought, fails
+
+LABEL = "\n（AI 生成）"
+
+
+@pytest.fixture
+async def server(serve):
+    """wxgpt with an open session of Ann's."""
+    server = await serve()
+    await server.ask("/chatgpt")
+    return server
+
+
+async def serving(serve, **assistant):
+    """Start wxgpt with other settings of its assistant, and open a session."""
+    server = await serve(assistants={"chatgpt": assistant})
+    await server.ask("/chatgpt")
+    return server
+
+
+# The request
+
+
+async def test_the_request_is_a_streamed_chat_completion(server, upstream):
+    """Model, messages, the wish for a stream and for counts, and the key as a bearer."""
+    await server.ask("你好")
+    [asked] = upstream.requests
+    assert asked.headers["Authorization"] == "Bearer sk-verySecret"
+    assert asked.body["model"] == "gpt-6-luna" and asked.body["stream"] is True
+    assert asked.body["stream_options"] == {"include_usage": True}
+    assert [message["role"] for message in asked.messages] == ["system", "user"]
+    assert not {"temperature", "max_tokens", "user", "n"} & set(asked.body)
+
+
+async def test_the_default_model_is_told_not_to_think(server, upstream):
+    """Thinking takes longer than WeChat waits."""
+    await server.ask("你好")
+    assert upstream.requests[0].body["reasoning_effort"] == "none"
+
+
+async def test_another_model_is_told_nothing_about_thinking(serve, upstream):
+    """Most models refuse the field."""
+    server = await serving(serve, model="bean-2")
+    await server.ask("你好")
+    assert upstream.requests[0].body["model"] == "bean-2"
+    assert "reasoning_effort" not in upstream.requests[0].body
+
+
+async def test_extra_is_merged_into_the_request(serve, upstream):
+    """Whatever a provider wants can be set, and replaces what would be sent."""
+    extra = {"thinking": {"type": "disabled"}, "reasoning_effort": "low", "top_p": 0.5}
+    server = await serving(serve, extra=extra)
+    await server.ask("你好")
+    body = upstream.requests[0].body
+    assert {name: body.get(name) for name in extra} == extra
+    assert body["stream"] is True and body["messages"][-1]["content"] == "你好"
+
+
+async def test_an_empty_system_prompt_sends_none(serve, upstream):
+    """The conversation then begins with the question."""
+    server = await serving(serve, system_prompt="")
+    await server.ask("你好")
+    assert upstream.requests[0].messages == [{"role": "user", "content": "你好"}]
+
+
+@pytest.mark.parametrize(
+    "form", ["{}/", " {} ", "{}/chat/completions", "{}/chat/completions/", "{}//"]
+)
+async def test_a_base_url_is_understood_in_every_usual_form(serve, upstream, form):
+    """Slashes, spaces and the end of the address make no difference."""
+    server = await serving(serve, base_url=form.format(upstream.base_url))
+    assert (await server.ask("你好")).text.startswith("你好！")
+
+
+# The answer
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"crlf": True},
+        {"comments": True},
+        {"shred": 1},
+        {"shred": 3},
+        {"crlf": True, "shred": 1, "comments": True},
+        {"gzip": True},
+        {"ending": "finish"},
+        {"streamed": False},
+        {"rate": 200.0},
+    ],
+    ids=str,
+)
+async def test_an_answer_is_read_in_every_form(server, upstream, options):
+    """Line ends, comments, torn characters, compression, or no stream at all."""
+    upstream.will(Script("你好，世界🙂！\n第二行。", **options))
+    assert (await server.ask("说")).text == "你好，世界🙂！\n第二行。" + LABEL
+    assert len(upstream.requests) == 1
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_thoughts_in_the_answer_are_dropped(server, upstream, streamed):
+    """`<think>…</think>` at the beginning is not shown, however it is cut into deltas."""
+    pieces = ["\n<thi", "nk>先", "想<b>", "</thi", "nk", ">\n", "\n答", "案<think>。"]
+    upstream.will(Script(pieces, streamed=streamed))
+    assert (await server.ask("说")).text == "答案<think>。" + LABEL
+
+
+async def test_a_beginning_that_only_looks_like_a_thought_is_shown(server, upstream):
+    """`<th` may be a table's tag."""
+    upstream.will(Script(["<th", "ead> 是标签。"]))
+    assert (await server.ask("说")).text == "<thead> 是标签。" + LABEL
+
+
+async def test_thoughts_are_not_sent_back(server, upstream):
+    """The next question comes with the answer alone."""
+    upstream.will(Script("<think>秘密</think>答案。"))
+    await server.ask("甲问")
+    await server.ask("乙问")
+    assert upstream.requests[1].messages[2] == {"role": "assistant", "content": "答案。"}
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+async def test_hidden_reasoning_is_neither_shown_nor_sent_back(server, upstream, name):
+    """What a provider sends in a field of its own stays there."""
+    upstream.will(Script([Thought("秘密", name), "答案。", Thought("又想", name)]))
+    assert (await server.ask("甲问")).text == "答案。" + LABEL
+    await server.ask("乙问")
+    assert "秘密" not in str(upstream.requests[1].body)
+    assert "reasoning" not in str(upstream.requests[1].messages)
+
+
+async def test_a_thought_that_never_ends_is_no_answer(server, upstream):
+    """The subscriber gets a sentence and may try again."""
+    upstream.will(Script("<think>一直想"), Script("<think>一直想"))
+    seen = await server.ask("说")
+    assert seen.text.startswith("模型什么也没写出来") and "一直想" not in seen.text
+    assert [tap.label for tap in seen.taps] == ["重试"]
+
+
+async def test_what_no_xml_can_carry_is_left_out(server, upstream):
+    """Control characters and half characters of a model are neither sent nor stored."""
+    upstream.will(Script("好\ud800的\x00\x1b。", streamed=False))
+    assert (await server.ask("说")).text == "好的。" + LABEL
+
+
+async def test_an_answer_at_its_length_limit_says_so(server, upstream):
+    """The text counts, with a word that it was cut."""
+    upstream.will(Script("写到这里", finish="length"))
+    seen = await server.ask("甲问")
+    assert seen.text.startswith("写到这里") and "长度上限" in seen.text
+    await server.ask("乙问")
+    assert upstream.requests[1].messages[2]["content"] == "写到这里"
+
+
+# Failures
+
+BROKEN = {
+    "bare end": Script("写了一半", ending="eof"),
+    "cut": Script("写了一半", ending="cut"),
+    "reset": Script("写了一半", ending="reset"),
+    "bad JSON": Script("写了一半", ending="bad json"),
+    "error in a stream": Script("写了一半", ending="error"),
+    "error in a 200": Script(body={"error": {"message": "internal-words"}}),
+    "no answer in a 200": Script(""),
+    "HTML in a 200": Script(body="<html>internal-words</html>"),
+    "reset before the headers": Script(ending="reset", headless=True),
+    "cut before the headers": Script(ending="cut", headless=True),
+    "500": fails(500, message="internal-words"),
+    "502 in HTML": Script(status=502, body="<html>internal-words</html>"),
+    "503": fails(503),
+    "429": fails(429, message="internal-words"),
+}
+FINAL = {
+    "401": fails(401, message="internal-words"),
+    "402": fails(402, message="internal-words"),
+    "403": fails(403, message="internal-words"),
+    "404": fails(404, message="internal-words"),
+    "400": fails(400, message="internal-words"),
+    "no money": fails(429, type="insufficient_quota", code="insufficient_quota"),
+    "filtered": fails(400, code="content_filter", message="internal-words"),
+}
+
+
+def assert_plain_words(seen, upstream):
+    """Check that a failure is told in plain words, which give nothing away."""
+    assert not seen.faulty and re.search("[\u4e00-\u9fff]", seen.text)
+    secrets = ("internal-words", "sk-", "http://127", "Error", "error", "The ")
+    assert [word for word in secrets if word in seen.text] == []
+    assert upstream.base_url not in seen.content
+
+
+@pytest.mark.parametrize("name", BROKEN)
+async def test_what_may_pass_is_asked_again_once(server, upstream, name):
+    """The second answer is the answer, without a trace of the first."""
+    upstream.will(BROKEN[name], "这次好了。")
+    seen = await server.ask("行吗？")
+    assert seen.text == "这次好了。" + LABEL
+    assert len(upstream.requests) == 2
+
+
+@pytest.mark.parametrize("name", BROKEN)
+async def test_what_does_not_pass_is_told_in_plain_words(server, upstream, name):
+    """After a second failure the subscriber gets a sentence with a tap 重试."""
+    upstream.will(BROKEN[name], BROKEN[name])
+    seen = await server.ask("行吗？")
+    assert_plain_words(seen, upstream)
+    assert [tap.label for tap in seen.taps] == ["重试"]
+    assert len(upstream.requests) == 2
+
+
+@pytest.mark.parametrize("name", FINAL)
+async def test_what_will_not_pass_is_not_asked_again(server, upstream, name):
+    """The subscriber gets a sentence at once."""
+    upstream.will(FINAL[name])
+    seen = await server.ask("行吗？")
+    assert_plain_words(seen, upstream)
+    assert len(upstream.requests) == 1
+
+
+async def test_the_tap_of_a_failure_asks_the_same_question(server, upstream):
+    """重试 brings the answer, and the failure is not part of the conversation."""
+    upstream.will(fails(401), "这次好了。")
+    [tap] = (await server.ask("行吗？")).taps
+    seen = await server.wechat.tap(ANN, tap)
+    assert seen.text.startswith("这次好了。")
+    assert upstream.requests[1].question == "行吗？"
+    assert len(upstream.requests[1].messages) == 2
+
+
+async def test_what_was_written_before_a_break_is_shown(server, upstream):
+    """With the words that it was broken off."""
+    upstream.will(BROKEN["cut"], BROKEN["cut"])
+    seen = await server.ask("行吗？")
+    assert seen.text.startswith("写了一半" + LABEL) and "回答中断了" in seen.text
+
+
+async def test_an_unreachable_api_is_told_in_plain_words(serve, upstream):
+    """Nobody listens at the address."""
+    server = await serving(serve, base_url="http://127.0.0.1:9/v1")
+    seen = await server.ask("行吗？")
+    assert_plain_words(seen, upstream)
+    assert seen.text.startswith("暂时连不上模型")
+
+
+@pytest.mark.parametrize("headless", [True, False])
+async def test_a_model_that_says_nothing_is_given_up(serve, upstream, headless):
+    """The time to the first token runs until there is one, headers or not."""
+    server = await serving(serve, first_token_timeout=0.2)
+    silent = Script(ending="hang", headless=headless)
+    upstream.will(silent, silent)
+    seen = await server.ask("行吗？")
+    assert seen.text.startswith("模型太久没有回应")
+    assert [asked.outcome for asked in upstream.requests] == ["cut by client"] * 2
+
+
+async def test_a_model_that_falls_silent_is_given_up(serve, upstream):
+    """The time between tokens is limited, too."""
+    server = await serving(serve, idle_timeout=0.2)
+    upstream.will(Script("写了一半", ending="hang"), Script("写了一半", ending="hang"))
+    seen = await server.ask("行吗？")
+    assert_plain_words(seen, upstream)
+    assert [asked.outcome for asked in upstream.requests] == ["cut by client"] * 2
+
+
+async def test_a_model_that_thinks_aloud_is_waited_for(serve, upstream):
+    """Hidden reasoning is a sign of life."""
+    server = await serving(serve, first_token_timeout=0.5, idle_timeout=0.5)
+    thoughts = [Thought("想"), 0.2] * 4
+    upstream.will(Script([*thoughts, "想好了。"]))
+    assert (await server.ask("难题")).text == "想好了。" + LABEL
+    assert len(upstream.requests) == 1
+
+
+async def test_an_answer_has_a_time_limit_in_all(serve, upstream):
+    """A model that goes on and on is cut off."""
+    server = await serving(serve, timeout=0.4)
+    upstream.will(Script("说" * 2000, rate=20), Script("说" * 2000, rate=20))
+    seen = await server.ask("说吧")
+    assert_plain_words(seen, upstream)
+    assert upstream.requests[0].outcome == "cut by client"
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 500])
+async def test_an_error_is_logged_without_what_people_wrote(
+    server, upstream, caplog, status
+):
+    """An API may quote the question and the key in its errors; the log does not."""
+    error = {"message": "bad key sk-verySecret for 我的秘密", "code": "odd"}
+    upstream.will(*[Script(status=status, body={"error": error})] * 2)
+    await server.ask("我的秘密是什么")
+    assert "failed" in caplog.text
+    assert "sk-verySecret" not in caplog.text and "秘密" not in caplog.text
+
+
+# Event streams: the examples of the HTML standard, section "Server-sent events"
+
+EXAMPLES = {
+    "lines of one event": ("data: YHOO\ndata: +2\ndata: 10\n\n", ["YHOO\n+2\n10"]),
+    "comment, id, no space": (
+        ": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\n"
+        "data:  third event\n\n",
+        ["first event", "second event", " third event"],
+    ),
+    "empty data": ("data\n\ndata\ndata\n\ndata:", ["", "\n"]),
+    "one space is no text": ("data:test\n\ndata: test\n\n", ["test", "test"]),
+    "event names": (
+        "event: add\ndata: 73857293\n\nevent: remove\ndata: 2153\n\n",
+        ["73857293", "2153"],
+    ),
+    "Chinese and emoji": ("data: 你好🙂\n\ndata: [DONE]\n\n", ["你好🙂", "[DONE]"]),
+    "other fields": ("retry: 10\ndatax: no\n: data: no\ndata: a:b\n\n", ["a:b"]),
+}
+
+
+def decode(raw, cuts):
+    """Feed a stream in pieces; return its payloads."""
+    decoder, edges = wxgpt.EventDecoder(), [0, *sorted(cuts), len(raw)]
+    pieces = [raw[start:end] for start, end in zip(edges, edges[1:])]
+    return [payload for piece in pieces if piece for payload in decoder.feed(piece)]
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("name", EXAMPLES)
+@given(st.data())
+def test_the_standards_examples_are_read_in_any_pieces(name, newline, data):
+    """Wherever a stream is torn, its events are the same."""
+    text, payloads = EXAMPLES[name]
+    raw = text.replace("\n", newline).encode()
+    cuts = data.draw(st.sets(st.integers(1, len(raw) - 1)))
+    assert decode(raw, cuts) == payloads
+
+
+def test_a_last_event_without_its_blank_line_is_read():
+    """Some servers omit it; the end of the stream ends the event."""
+    decoder = wxgpt.EventDecoder()
+    assert list(decoder.feed(b"data: a\n\ndata: b\n")) == ["a"]
+    assert list(decoder.flush()) == ["b"]
+
+
+def test_a_line_without_an_end_is_refused():
+    """A server cannot fill the memory."""
+    decoder = wxgpt.EventDecoder()
+    with pytest.raises(wxgpt.ChatError):
+        for _ in range(40):
+            list(decoder.feed(b"data: " + b"x" * 65536))
