@@ -44,7 +44,9 @@ CREATE TABLE turn (
     tokens_in INTEGER,
     tokens_out INTEGER,
     seconds REAL,                           -- from accepting the question to the end
-    first_seconds REAL                      -- to the first visible text
+    first_seconds REAL,                     -- to the first visible text
+    day TEXT,                               -- Beijing day that it counts on
+    counted_as TEXT                         -- keyed hash of the openid, for quota
 ) STRICT;
 CREATE INDEX turn_by_session ON turn (session_id, id);
 CREATE INDEX turn_by_openid ON turn (openid, id);
@@ -57,8 +59,36 @@ CREATE INDEX turn_unreplied ON turn (openid, id) WHERE replied = 0;
 CREATE TRIGGER turn_asked AFTER INSERT ON turn BEGIN
     UPDATE session SET last_at = NEW.created_at WHERE id = NEW.session_id;
 END;
+CREATE TRIGGER turn_counted AFTER INSERT ON turn WHEN NEW.day IS NOT NULL BEGIN
+    INSERT INTO quota (day, who, questions) VALUES (NEW.day, NEW.counted_as, 1),
+        (NEW.day, '', 1) ON CONFLICT DO UPDATE SET questions = questions + 1;
+END;
 CREATE TRIGGER turn_finished AFTER UPDATE OF finished_at ON turn BEGIN
     UPDATE session SET last_at = NEW.finished_at WHERE id = NEW.session_id;
+END;
+
+-- Questions of a Beijing day, of a subscriber or of all ('').
+CREATE TABLE quota (
+    day TEXT NOT NULL,
+    who TEXT NOT NULL,
+    questions INTEGER NOT NULL,
+    PRIMARY KEY (day, who)
+) STRICT, WITHOUT ROWID;
+
+-- Pictures that wait for their question.
+CREATE TABLE picture (
+    id INTEGER PRIMARY KEY,
+    openid TEXT NOT NULL,
+    url TEXT NOT NULL,
+    created_at REAL NOT NULL
+) STRICT;
+CREATE INDEX picture_by_openid ON picture (openid, id);
+CREATE TRIGGER picture_kept AFTER INSERT ON picture BEGIN
+    DELETE FROM picture WHERE openid = NEW.openid AND id NOT IN (
+        SELECT id FROM picture WHERE openid = NEW.openid ORDER BY id DESC LIMIT 4);
+END;
+CREATE TRIGGER picture_asked AFTER INSERT ON turn WHEN NEW.pictures IS NOT NULL BEGIN
+    DELETE FROM picture WHERE openid = NEW.openid;
 END;
 
 -- The parts of long answers, numbered for each subscriber: 继续N.
@@ -113,6 +143,7 @@ CREATE TABLE forget_request (
 -- One row: what must outlive the process about the platform's clock.
 CREATE TABLE platform (
     id INTEGER PRIMARY KEY CHECK (id = 1),
-    newest_push INTEGER NOT NULL    -- newest timestamp of a signed push
+    newest_push INTEGER NOT NULL,   -- newest timestamp of a signed push
+    secret BLOB NOT NULL            -- keys the hashes in quota
 ) STRICT;
-INSERT INTO platform (id, newest_push) VALUES (1, 0);
+INSERT INTO platform (id, newest_push, secret) VALUES (1, 0, randomblob(32));

@@ -47,6 +47,7 @@ Run `python wxgpt.py demo` to try it, `python wxgpt.py --config wxgpt.toml` to s
 
 import argparse
 import asyncio
+import base64
 import collections
 import contextlib
 import dataclasses
@@ -114,6 +115,10 @@ STORE_SECONDS = 2.0  # before the end of an answer is stored again after a failu
 SAVE_SECONDS = 1.0  # text so far is stored so often
 LOOK_BYTES = 200  # a growing answer is measured again after so many more bytes
 LAPSE_SECONDS = 24 * 3600  # a session that ran out is mentioned for so long
+PICTURE_SECONDS = 600  # a picture waits so long for its question
+PICTURE_BYTES = 4 * 1024 * 1024
+PICTURE_FETCHES = 3  # at one time
+PICTURE_TIMEOUT = 20  # seconds to fetch one
 REPEAT_SECONDS = 60  # the same question again within this time joins the first
 RECENT_SECONDS = 3600  # 继续 outside a session looks back so far
 FORGET_SECONDS = 300  # 确认删除 counts for so long
@@ -160,8 +165,15 @@ class Texts:
     no_more: str = "这个回答已经全部发给你了。"
     no_part: str = "没有找到「继续{number}」，它可能已被删除。"
     no_retry: str = "没有找到要重试的问题。"
+    day_over: str = "今天的 {count} 个问题用完了，北京时间零点后再来。"
+    all_over: str = "今天大家的提问次数用完了，北京时间零点后再来。"
+    too_long: str = "问题太长了（{count} 字），请缩短到 {most} 字以内。"
+    not_allowed: str = "抱歉，这个助手暂未对你开放。"
+    blocked_question: str = "这个问题里有不便讨论的内容，换个说法试试吧。"
+    blocked_answer: str = "（后面的内容不便显示）"
     too_many: str = "前面还有 {count} 个问题没答完，请等一等再问。"
-    unsupported: str = "现在只看得懂文字，请打字告诉我。"
+    unsupported: str = "现在只看得懂文字和图片，请打字告诉我。"
+    picture_kept: str = "图收到了，想问什么？十分钟内发问题就行。\n{tap}"
     trouble: str = "服务器这会儿有点忙，请过一会儿再发一次。"
     failed_slow: str = "模型太久没有回应。{tap}"
     failed_unreachable: str = "暂时连不上模型。{tap}"
@@ -169,6 +181,8 @@ class Texts:
     failed_setup: str = "模型服务需要管理员处理一下，请稍后再来。{tap}"
     failed_refused: str = "模型不愿回答这个问题，换个说法试试吧。"
     failed_long: str = "这段对话太长，模型放不下了。发 /clear 换个话题，或把问题缩短。"
+    failed_blind: str = "这个模型看不懂图片，请用文字描述一下。"
+    failed_picture: str = "图片没能取到，请重新发一次图再问。"
     failed_empty: str = "模型什么也没写出来。{tap}"
     failed_broken: str = "回答中断了。{tap}"
     failed_trouble: str = "服务器这会儿有点忙，请过一会儿再发一次。"
@@ -179,6 +193,8 @@ class Texts:
     word_history: str = "打开聊天记录"
     word_retry: str = "重试"
     word_resume: str = "接着问"
+    word_describe: str = "描述这张图"
+    word_picture: str = "[图片]"
     word_forget: str = "确认删除"
     page_notice: str = "内容由 AI 生成，请自行核实"
     page_waiting: str = "正在想…"
@@ -442,6 +458,10 @@ def check_values(config: Config) -> None:
     demand(re.fullmatch(r"(/[\w.~-]+)+/?", path), "server.path", path, "a path like /wechat")
     is_token = re.fullmatch(r"[A-Za-z0-9]{3,32}", token)
     demand(is_token, "wechat.token", "***", "3 to 32 letters and digits")
+    app_id, aes_key = config.wechat.app_id, config.wechat.aes_key
+    demand(bool(app_id) == bool(aes_key), "wechat.aes_key", "***", "app_id and it, or none")
+    is_key = not aes_key or re.fullmatch(r"[A-Za-z0-9]{43}", aes_key)
+    demand(is_key, "wechat.aes_key", f"{len(aes_key)} characters", "43 letters and digits")
     for name, one in config.assistants.items():
         where = f"assistants.{name}"
         is_name = name and not re.search(r"[\s/]", name)
@@ -532,11 +552,16 @@ class Message:
         return f"msg={self.msg_id or self.event or '-'} from={self.openid[:8]}"
 
 
-def is_signed(token: str, signature: str, *values: str) -> bool:
-    """Say whether WeChat signed the values (消息与事件推送: sorted, joined, SHA-1)."""
+def signature_of(token: str, *values: str) -> str:
+    """Return WeChat's signature of values (消息与事件推送: sorted, joined, SHA-1)."""
     joined = b"".join(sorted(v.encode("utf-8", "replace") for v in (token, *values)))
-    expected = hashlib.sha1(joined).hexdigest()
-    return hmac.compare_digest(expected.encode(), signature.encode("utf-8", "replace"))
+    return hashlib.sha1(joined).hexdigest()
+
+
+def is_signed(token: str, signature: str, *values: str) -> bool:
+    """Say whether the signature of the values is right, in constant time."""
+    expected = signature_of(token, *values).encode()
+    return hmac.compare_digest(expected, signature.encode("utf-8", "replace"))
 
 
 def read_xml(body: bytes) -> dict:
@@ -555,6 +580,15 @@ def read_xml(body: bytes) -> dict:
     return root
 
 
+def parse_envelope(body: bytes) -> str:
+    """Return what a push in safe mode encrypts; '' for anything else."""
+    try:
+        encrypted = read_xml(body).get("Encrypt")
+    except BadMessage:
+        return ""
+    return encrypted if isinstance(encrypted, str) else ""
+
+
 def parse_message(body: bytes) -> Message:
     """Return the message of a push in plain mode; raise BadMessage."""
     root = read_xml(body)
@@ -564,6 +598,8 @@ def parse_message(body: bytes) -> Message:
         return value if isinstance(value, str) else ""
 
     openid, account = text("FromUserName"), text("ToUserName")
+    if not openid and "Encrypt" in root:
+        raise BadMessage("encrypted, but app_id and aes_key are not set")
     if not openid or not account or not text("MsgType"):
         raise BadMessage("no FromUserName, ToUserName or MsgType")
     created = text("CreateTime")
@@ -578,6 +614,54 @@ def parse_message(body: bytes) -> Message:
         event_key=text("EventKey"),
         picture_url=text("PicUrl"),
     )
+
+
+class Cipher:
+    """Safe mode (消息加解密说明): the envelope around every push and reply.
+
+    AES-256-CBC, padded to 32 bytes, around 16 random bytes, a length, the XML, the AppID.
+    """
+
+    def __init__(self, token: str, app_id: str, aes_key: str) -> None:
+        from cryptography.hazmat.primitives import ciphers, padding  # slow to import
+
+        self.token, self.app_id = token, app_id.encode()
+        # The 43rd character may carry two stray bits; this decoding does not mind them.
+        key = base64.b64decode(aes_key + "=")
+        algorithm, mode = ciphers.algorithms.AES(key), ciphers.modes.CBC(key[:16])
+        self.key, self.aes = key, ciphers.Cipher(algorithm, mode)
+        self.padding = padding.PKCS7(256)
+
+    def open(self, encrypted: str) -> bytes:
+        """Return the XML of a push whose signature was checked; raise BadMessage."""
+        try:
+            decryptor, unpadder = self.aes.decryptor(), self.padding.unpadder()
+            sealed = base64.b64decode(encrypted, validate=True)
+            padded = decryptor.update(sealed) + decryptor.finalize()
+            plain = unpadder.update(padded) + unpadder.finalize()
+        except ValueError as error:
+            raise BadMessage(f"cannot be decrypted, is aes_key right? {error}") from None
+        end = 20 + int.from_bytes(plain[16:20], "big")
+        if len(plain) < 20 or end > len(plain):
+            raise BadMessage("a wrong length inside the encrypted push")
+        if not hmac.compare_digest(plain[end:], self.app_id):
+            raise BadMessage("encrypted for another AppID, is app_id right?")
+        return plain[20:end]
+
+    def seal(self, body: bytes, created: int) -> bytes:
+        """Return the envelope of a reply, the same bytes whenever it is made."""
+        salt = hmac.digest(self.key, body, "sha256")  # in place of random bytes
+        plain = salt[:16] + len(body).to_bytes(4, "big") + body + self.app_id
+        encryptor, padder = self.aes.encryptor(), self.padding.padder()
+        padded = padder.update(plain) + padder.finalize()
+        sealed = base64.b64encode(encryptor.update(padded) + encryptor.finalize()).decode()
+        nonce, timestamp = salt.hex()[:10], str(created)
+        signature = signature_of(self.token, timestamp, nonce, sealed)
+        return (
+            f"<xml><Encrypt><![CDATA[{sealed}]]></Encrypt>"
+            f"<MsgSignature><![CDATA[{signature}]]></MsgSignature>"
+            f"<TimeStamp>{timestamp}</TimeStamp><Nonce><![CDATA[{nonce}]]></Nonce></xml>"
+        ).encode()
 
 
 def cdata(text: str) -> str:
@@ -630,6 +714,13 @@ def tap_link(words: str, content: str = "") -> str:
     """
     sent = re.sub(r"[^\w()./_-]", "", content or words)
     return f'<a href="weixin://bizmsgmenu?msgmenucontent={sent}&msgmenuid=1">{words}</a>'
+
+
+def with_taps(text: str, names: typing.Iterable[str]) -> str:
+    """Return one of our own texts with each `/NAME` in it as a tap."""
+    wanted = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    pattern = rf"(?<![\w/\"'=.>])/(?:{wanted})(?![\w/.])"
+    return re.sub(pattern, lambda match: tap_link(match[0]), text)
 
 
 def web_link(words: str, url: str) -> str:
@@ -861,6 +952,71 @@ def finished_sentences(markdown: str, room: int, opener: str = "") -> int:
     return end if plain_text(markdown[:end], opener) else 0
 
 
+IGNORED = re.compile(r"[\s\u200b-\u200f\u2060\ufeff\u00ad*_~]")
+
+
+def clusters(text: str) -> Iterator[tuple[int, str]]:
+    """Yield each character with the accents on it: its offset, and its compared form."""
+    begin = 0
+    for end in range(1, len(text) + 1):
+        if end == len(text) or not unicodedata.combining(text[end]):
+            form = unicodedata.normalize("NFKC", text[begin:end]).casefold()
+            yield begin, IGNORED.sub("", form)
+            begin = end
+
+
+class BlockedWords:
+    """The words of a file, read again when it changes; if it vanishes they stay."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.changed: float | None = None  # the file's time when it was read
+        self.words: re.Pattern | None = None
+        self.longest = 0
+
+    def refresh(self) -> None:
+        """Read the file if it has changed; raise OSError or UnicodeError."""
+        if not self.path or self.changed == (changed := os.stat(self.path).st_mtime_ns):
+            return
+        lines = pathlib.Path(self.path).read_text("utf-8-sig").splitlines()
+        kept = (line for line in lines if not line.lstrip().startswith("#"))
+        words = sorted({w for line in kept if (w := "".join(f for _, f in clusters(line)))})
+        self.words = re.compile("|".join(map(re.escape, words))) if words else None
+        self.longest = max(map(len, words), default=0)
+        self.changed = changed
+        log.info("%d blocked words read", len(words))
+
+    def are_in(self, text: str) -> bool:
+        """Say whether a text has one of the words."""
+        form = "".join(form for _, form in clusters(text))
+        return bool(self.words and self.words.search(form))
+
+
+class WordGuard:
+    """Lets a stream through so late that no blocked word slips out in halves."""
+
+    def __init__(self, blocked: BlockedWords) -> None:
+        self.words, self.longest = blocked.words, blocked.longest
+        self.held = ""
+
+    def feed(self, delta: str, is_end: bool = False) -> tuple[str, bool]:
+        """Return what may be shown now, and whether a blocked word came."""
+        self.held += delta
+        if self.words is None:
+            shown, self.held = self.held, ""
+            return shown, False
+        forms = list(clusters(self.held))
+        if self.words.search("".join(form for _, form in forms)):
+            return "", True
+        keep, most = 0, self.longest - 1  # the last cluster may still get an accent
+        while keep < len(forms) and (most > 0 or keep == 0):
+            keep += 1
+            most -= len(forms[-keep][1])
+        at = len(self.held) if is_end or not keep else forms[-keep][0]
+        shown, self.held = self.held[:at], self.held[at:]
+        return shown, False
+
+
 def is_typeset(markdown: str) -> bool:
     """Say whether an answer looks better on its page: fences, tables, formulas."""
     return bool(re.search(r"^ {0,3}(```|~~~)|^\|?.*-\|-|\\\(|\\\[|\$\$", markdown, re.M))
@@ -914,6 +1070,7 @@ class Turn:
     msg_key: str
     link_key: str
     question: str
+    pictures: str | None  # JSON list of URLs, until it is answered
     created_at: float
     asked: int
     assistant: str
@@ -930,8 +1087,8 @@ class Turn:
 
 
 TURN = """
-    SELECT turn.id, session_id, turn.openid, msg_key, link_key, question, created_at,
-           asked, assistant, answer, generation, state, reason, model
+    SELECT turn.id, session_id, turn.openid, msg_key, link_key, question, pictures,
+           created_at, asked, assistant, answer, generation, state, reason, model
     FROM turn JOIN session ON session.id = session_id
 """
 
@@ -976,6 +1133,12 @@ class Memory:
     session: Session | None
     parts: int  # the sender's highest part number
     unread: tuple[int, int, str] | None  # part number, turn, question
+    pictures: str  # JSON list of URLs that wait for a question
+
+
+def beijing_day(now: float) -> str:
+    """Return the Beijing day of a time: quotas begin anew at its midnight."""
+    return datetime.datetime.fromtimestamp(now, BEIJING).date().isoformat()
 
 
 def split_statements(script: str) -> Iterator[str]:
@@ -999,6 +1162,7 @@ class Store:
         self.lock = asyncio.Lock()
         self.newest_push = 0  # newest timestamp of a signed push, seconds
         self.saved_push = 0  # the one in the database, up to a minute older
+        self.secret = b""  # keys the hashes under which questions are counted
 
     async def rows(self, query: str, **values: object) -> list:
         """Return all rows of a query; one hop, and no cursor stays open."""
@@ -1036,8 +1200,9 @@ class Store:
             for statement in split_statements("".join(steps[version:])):
                 await self.rows(statement)
             await self.rows(f"PRAGMA user_version = {len(steps)}")
-        [(self.newest_push,)] = await self.rows("SELECT newest_push FROM platform")
-        self.saved_push = self.newest_push
+        [(newest, secret)] = await self.rows("SELECT newest_push, secret FROM platform")
+        self.newest_push = self.saved_push = newest
+        self.secret = secret
 
     async def close(self) -> None:
         """End the connection and its thread; without this the process would not exit."""
@@ -1052,7 +1217,7 @@ class Store:
             self.saved_push = self.newest_push
             await self.write("UPDATE platform SET newest_push = :at", at=timestamp)
 
-    async def recall(self, key: str, openid: str) -> Memory:
+    async def recall(self, key: str, openid: str, now: float) -> Memory:
         """Return what is stored around a message, in one hop."""
         query = """
             SELECT reply.content, reply.created, reply.delivered, turn.id,
@@ -1060,7 +1225,10 @@ class Store:
                    missed.unread, missed.id, missed.question,
                    session.id, session.openid, session.assistant, session.last_at,
                    EXISTS (SELECT 1 FROM turn AS open
-                           WHERE open.session_id = session.id AND open.state = 'open')
+                           WHERE open.session_id = session.id AND open.state = 'open'),
+                   (SELECT json_group_array(url) FROM (
+                        SELECT url FROM picture
+                        WHERE openid = :openid AND created_at > :since ORDER BY id))
             FROM (SELECT 1)
             LEFT JOIN reply ON reply.key = :key
             LEFT JOIN turn ON turn.msg_key = :key
@@ -1068,13 +1236,15 @@ class Store:
             LEFT JOIN turn AS missed ON missed.id = (
                 SELECT min(id) FROM turn WHERE openid = :openid AND unread IS NOT NULL)
         """
-        [row] = await self.rows(query, key=key, openid=openid)
+        since = now - PICTURE_SECONDS
+        [row] = await self.rows(query, key=key, openid=openid, since=since)
         return Memory(
             reply=row[0:3] if row[0] is not None else None,
             turn_id=row[3],
             parts=row[4] or 0,
             unread=row[5:8] if row[5] is not None else None,
             session=Session(*row[8:13]) if row[8] is not None else None,
+            pictures=row[13],
         )
 
     async def save_reply(self, reply: Reply) -> None:
@@ -1170,24 +1340,47 @@ class Store:
         """
         await self.write(query, now=now, id=session_id)
 
+    async def add_picture(self, openid: str, url: str, now: float) -> None:
+        """Keep a picture for the next question; a trigger drops those beyond four."""
+        query = "INSERT INTO picture (openid, url, created_at) VALUES (:openid, :url, :now)"
+        await self.write(query, openid=openid, url=url, now=now)
+
     # Turns
 
-    async def add_turn(
-        self, session: Session, msg_key: str, question: str, asked: int, now: float
-    ) -> Turn:
-        """Store an accepted question; `asked` is 1 when it goes to the model at once."""
-        link_key, openid = secrets.token_urlsafe(16), session.openid
-        query = """
-            INSERT INTO turn
-                (session_id, openid, msg_key, link_key, question, asked, created_at)
-            VALUES (:session, :openid, :key, :link, :question, :asked, :now) RETURNING id
+    async def add_turn(self, turn: Turn, most: int, most_of_all: int) -> Turn | None:
+        """Store an accepted question and count it; return it with its id.
+
+        None, and nothing is stored, when the day's questions are used up (0: any number).
+        Counted by triggers under a keyed hash, which outlives a deletion until midnight.
         """
-        [(number,)] = await self.write(
-            query, session=session.id, openid=openid, key=msg_key, link=link_key,
-            question=question, asked=asked, now=now,
-        )
-        start = (number, session.id, openid, msg_key, link_key, question, now, asked)
-        return Turn(*start, session.assistant)
+        query = """
+            INSERT INTO turn (session_id, openid, msg_key, link_key, question, pictures,
+                              asked, created_at, day, counted_as)
+            SELECT :session_id, :openid, :msg_key, :link_key, :question, :pictures,
+                   :asked, :created_at, :day, :counted_as
+            WHERE NOT EXISTS (
+                SELECT 1 FROM quota WHERE day = :day
+                AND (who = :counted_as AND questions >= :most AND :most > 0
+                     OR who = '' AND questions >= :most_of_all AND :most_of_all > 0))
+            RETURNING id
+        """
+        names = ("session_id", "openid", "msg_key", "link_key", "question", "pictures")
+        columns = {name: getattr(turn, name) for name in (*names, "asked", "created_at")}
+        columns |= {"day": beijing_day(turn.created_at), "most": most}
+        columns |= {"counted_as": self.counted_as(turn.openid), "most_of_all": most_of_all}
+        rows = await self.write(query, **columns)
+        return replace(turn, id=rows[0][0]) if rows else None
+
+    def counted_as(self, openid: str) -> str:
+        """Return the hash under which a subscriber's questions are counted."""
+        return hmac.new(self.secret, openid.encode(), "sha256").hexdigest()[:32]
+
+    async def questions_of_day(self, openid: str, now: float) -> int:
+        """Return how many questions a subscriber asked on this Beijing day."""
+        query = "SELECT questions FROM quota WHERE day = :day AND who = :who"
+        day, who = beijing_day(now), self.counted_as(openid)
+        rows = await self.rows(query, day=day, who=who)
+        return rows[0][0] if rows else 0
 
     async def count_asking(self, turn_id: int) -> None:
         """Count that a stored question now goes to the model, before it does."""
@@ -1209,7 +1402,8 @@ class Store:
             UPDATE turn SET answer = :answer, generation = :generation, state = :state,
                 reason = :reason, finished_at = :finished_at, model = :model,
                 tokens_in = :tokens_in, tokens_out = :tokens_out, seconds = :seconds,
-                first_seconds = :first_seconds, pictures = NULL
+                first_seconds = :first_seconds,
+                pictures = CASE WHEN :state IN ('done', 'cut') THEN NULL ELSE pictures END
             WHERE id = :id
         """
         await self.write(query, id=turn_id, **columns)
@@ -1325,22 +1519,42 @@ class Store:
 
     async def forget(self, openid: str) -> None:
         """Delete all that is stored about a subscriber, from the files too."""
-        tables = ("session", "turn", "part", "reply", "history_link", "forget_request")
+        tables = ["session", "turn", "part", "reply", "picture", "history_link"]
+        tables += ["forget_request"]
         async with self.transaction():
             for table in tables:
                 await self.rows(f"DELETE FROM {table} WHERE openid = :o", o=openid)
         # secure_delete overwrites in the file; the WAL holds old pages until truncated.
         await self.write("PRAGMA wal_checkpoint(TRUNCATE)")
 
-    async def prune(self, now: float, link_seconds: float) -> None:
-        """Delete what has served its time: replies, old links, stale requests."""
+    async def prune(self, now: float, link_seconds: float, keep_days: float) -> None:
+        """Delete what has served its time: replies, links, counts, old exchanges."""
+        query = "DELETE FROM quota WHERE day < :day"
+        await self.write(query, day=beijing_day(now))
         for table, column, seconds in (
             ("reply", "created", REPLY_HOURS * 3600),
             ("history_link", "expires_at", link_seconds),
             ("forget_request", "asked_at", LAPSE_SECONDS),
+            ("picture", "created_at", PICTURE_SECONDS),
         ):
             query = f"DELETE FROM {table} WHERE {column} < :at"
             await self.write(query, at=now - seconds)
+        if keep_days:
+            await self.delete_before(now - keep_days * 86400)
+
+    async def delete_before(self, at: float) -> None:
+        """Delete the exchanges before a time, from the files too."""
+        async with self.transaction():
+            gone = "DELETE FROM turn WHERE created_at < :at AND state != 'open' RETURNING id"
+            if not await self.rows(gone, at=at):
+                return
+            await self.rows("DELETE FROM reply WHERE created < :at", at=at)
+            await self.rows(
+                "DELETE FROM session WHERE ended_at < :at OR last_at < :at"
+                " AND NOT EXISTS (SELECT 1 FROM turn WHERE session_id = session.id)",
+                at=at,
+            )
+        await self.write("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 PRAGMAS = ("busy_timeout = 2000", "journal_mode = WAL", "synchronous = NORMAL")
@@ -1383,7 +1597,8 @@ class ChatError(Exception):
         self, kind: str, detail: str, passing: bool = False, after: float | None = None
     ) -> None:
         super().__init__(f"{kind}: {detail}")
-        self.kind = kind  # slow, unreachable, busy, setup, refused, long, empty, broken
+        # slow, unreachable, busy, setup, refused, long, blind, picture, empty, broken
+        self.kind = kind
         self.passing = passing  # asking again may help
         self.after = after  # seconds the upstream asks to wait before
         self.parameter = ""  # a field of the request that the upstream refuses
@@ -1466,6 +1681,7 @@ class ThoughtFilter:
 # What providers say in the code, type or message of an error, and what it means here.
 MEANINGS = (
     ("long", r"context_length|context ?window|maximum context|token limit|code=1261\b"),
+    ("blind", r"image_url|image input|support.{0,20} images?\b|\bvision\b"),
     ("refused", r"content_?(policy|filter)|data_inspection_failed|code=1301\b|sensitive"),
     ("setup", r"insufficient_quota|balance|spend_limit|usage_limit|arrearage|code=1113\b"),
     ("setup", r"model_not_found|无可用渠道"),
@@ -1708,6 +1924,52 @@ class ChatClient:
         yield make_ending(reason, model, usage)
 
 
+MAGIC = {
+    "image/jpeg": rb"\xff\xd8\xff",
+    "image/png": rb"\x89PNG\r\n\x1a\n",
+    "image/gif": rb"GIF8[79]a",
+    "image/webp": rb"RIFF....WEBP",
+}
+
+
+class Pictures:
+    """Fetches what subscribers sent, from WeChat's hosts only, a few at one time."""
+
+    def __init__(self, hosts: tuple[str, ...], http: aiohttp.ClientSession) -> None:
+        self.hosts, self.http = hosts, http
+        self.slots = asyncio.Semaphore(PICTURE_FETCHES)
+
+    async def fetch(self, url: str) -> str:
+        """Return a picture as a data URL; raise ChatError.
+
+        Inlined since the upstream may not reach WeChat's hosts.
+        """
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or parts.hostname not in self.hosts:
+            raise ChatError("picture", "its host is not in picture_hosts")
+        try:
+            async with self.slots, asyncio.timeout(PICTURE_TIMEOUT):
+                body = await self.read(url)
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise ChatError("picture", f"not fetched: {type(error).__name__}") from None
+        for kind, magic in MAGIC.items():
+            if re.match(magic, body, re.DOTALL):
+                return f"data:{kind};base64,{base64.b64encode(body).decode()}"
+        raise ChatError("picture", "neither JPEG, PNG, GIF nor WebP")
+
+    async def read(self, url: str) -> bytes:
+        """Return the bytes behind a URL, without redirects; raise ChatError."""
+        async with self.http.get(url, allow_redirects=False) as response:
+            if response.status != 200:
+                raise ChatError("picture", f"status {response.status}")
+            body = b""
+            async for chunk in response.content.iter_any():
+                body += chunk
+                if len(body) > PICTURE_BYTES:
+                    raise ChatError("picture", "larger than 4 MB")
+            return body
+
+
 # ---------------------------------------------------------------------------
 # 6. Answers in progress
 #
@@ -1797,6 +2059,11 @@ class Answer:
         if self.watchers and self.size >= self.look_at:
             self.look()
         self.wake_followers()
+
+    def withhold(self) -> None:
+        """Take back what was not sent in a reply."""
+        sent = [stop for (gen, _), stop in self.stops.items() if gen == self.generation]
+        self.text = self.text[: max(sent, default=0)]
 
     def drop_thought(self) -> None:
         """Leave out a thought whose opening tag the server swallowed."""
@@ -2106,7 +2373,10 @@ class Services:
     config: Config
     store: Store
     chat: dict[str, ChatClient]  # by assistant
+    pictures: Pictures
     answers: Answers
+    cipher: Cipher | None  # in safe mode
+    blocked: BlockedWords
 
     @property
     def texts(self) -> Texts:
@@ -2125,7 +2395,8 @@ class Visit:
     services: Services
     delivery: Delivery
     session: Session | None  # open, and not idle for too long
-    lapsed: Session | None = None  # open in the store, but it ran out
+    lapsed: Session | None  # open in the store, but it ran out
+    pictures: str  # JSON list of URLs that wait for a question
 
     @property
     def openid(self) -> str:
@@ -2192,6 +2463,11 @@ def refuse_command_names(config: Config) -> None:
         demand(is_free, f"assistants.{name}", name, "a name that is no command's")
 
 
+def tappable(visit: Visit, text: str) -> str:
+    """Return one of our own texts with the commands in it as taps."""
+    return with_taps(text, [*visit.services.config.assistants, *COMMANDS])
+
+
 async def open_session(visit: Visit, assistant: str) -> Session:
     """Open a session; one that was open ends, and what is queued there is not asked."""
     answers = visit.services.answers
@@ -2236,7 +2512,8 @@ async def show_help(visit: Visit) -> str:
     """List the assistants and commands."""
     line, names = visit.texts.help_assistant, visit.services.config.assistants
     lines = [line.format(tap=tap_link(f"/{name}"), assistant=name) for name in names]
-    return visit.texts.help.format(assistants="\n".join(lines))
+    text = visit.texts.help.format(assistants="\n".join(lines))
+    return tappable(visit, text)
 
 
 @command("forget")
@@ -2281,6 +2558,19 @@ async def confirm_forget(visit: Visit) -> str | None:
 # ---------------------------------------------------------------------------
 
 
+async def question_content(services: Services, turn: Turn) -> str | list[dict]:
+    """Return a question as the model gets it, with its pictures; raise ChatError."""
+    urls = json.loads(turn.pictures or "[]")
+    if not urls:
+        return turn.question
+    pictures = await asyncio.gather(*map(services.pictures.fetch, urls))
+    words = turn.question.removeprefix(services.texts.word_picture * len(urls))
+    content: list[dict] = [{"type": "text", "text": words}]
+    for url in pictures:
+        content.append({"type": "image_url", "image_url": {"url": url, "detail": "low"}})
+    return content
+
+
 async def chat_messages(services: Services, turn: Turn) -> list[dict]:
     """Return what the model gets: system prompt, the session so far, the question."""
     prompt = services.config.assistants[turn.assistant].system_prompt
@@ -2289,10 +2579,22 @@ async def chat_messages(services: Services, turn: Turn) -> list[dict]:
     for question, answer in await services.store.history(turn, chars):
         messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": answer})
-    return [*messages, {"role": "user", "content": turn.question}]
+    content = await question_content(services, turn)
+    return [*messages, {"role": "user", "content": content}]
 
 
-async def write_text(answer: Answer, stream: AsyncIterator[str | Ending]) -> Ending:
+def show(answer: Answer, guard: WordGuard, delta: str, is_end: bool = False) -> None:
+    """Append what of a stream may be shown; raise ChatError for a blocked word."""
+    text, is_blocked = guard.feed(delta, is_end)
+    if is_blocked:
+        raise ChatError("blocked", "a blocked word in the answer")
+    if text:
+        answer.append(text)
+
+
+async def write_text(
+    answer: Answer, guard: WordGuard, stream: AsyncIterator[str | Ending]
+) -> Ending:
     """Append what the model streams; return the Ending, or raise ChatError."""
     ending = Ending("length", "", None, None)  # of an answer that goes on for ever
     async with contextlib.aclosing(stream):
@@ -2300,9 +2602,10 @@ async def write_text(answer: Answer, stream: AsyncIterator[str | Ending]) -> End
             if isinstance(item, Ending):
                 ending = item
                 break
-            answer.append(item)
+            show(answer, guard, item)
             if len(answer.text) > ANSWER_CHARS:
                 break
+    show(answer, guard, "", is_end=True)
     if ending.finish_reason in ("content_filter", "sensitive"):
         if not answer.is_sent:
             answer.restart()  # withdrawn
@@ -2326,7 +2629,8 @@ async def ask_model(services: Services, answer: Answer, messages: list[dict]) ->
     end = services.answers.loop.time() + client.settings.timeout
     for pause in (*RETRY_PAUSES, None):
         try:
-            return await write_text(answer, client.stream(messages, end))
+            guard = WordGuard(services.blocked)
+            return await write_text(answer, guard, client.stream(messages, end))
         except ChatError as error:
             fewer = shortened(messages) if error.kind == "long" else messages
             again = error.passing or len(fewer) < len(messages)
@@ -2371,6 +2675,13 @@ async def store_end(services: Services, answer: Answer, ending: Ending | None) -
     log.info("%s %s after %.1f s, tokens %s", answer.turn.name, state, seconds, tokens)
 
 
+def failed_state(answer: Answer, kind: str) -> str:
+    """Return the state of an answer that did not end well."""
+    if kind == "blocked":
+        return "blocked"
+    return "broken" if answer.text else "failed"
+
+
 async def converse(services: Services, answer: Answer) -> None:
     """Answer one question: wait for its turn, ask the model, store the end."""
     turn, answers = answer.turn, services.answers
@@ -2379,8 +2690,8 @@ async def converse(services: Services, answer: Answer) -> None:
         if not await answer.turn_came:
             answer.finish("ended")
             return
-        messages = await chat_messages(services, turn)
         async with answers.slots:
+            messages = await chat_messages(services, turn)
             if not turn.asked or answer.generation:
                 await services.store.count_asking(turn.id)
             ending = await ask_model(services, answer, messages)
@@ -2388,7 +2699,9 @@ async def converse(services: Services, answer: Answer) -> None:
     except ChatError as error:
         level = logging.ERROR if error.kind == "setup" else logging.WARNING
         log.log(level, "%s failed: %s", turn.name, error)
-        answer.finish("broken" if answer.text else "failed", error.kind)
+        if error.kind == "blocked":
+            answer.withhold()
+        answer.finish(failed_state(answer, error.kind), error.kind)
     finally:
         if answer.is_open:  # cancelled: the next process goes on from what is stored
             await store_text_so_far(services, [answer])
@@ -2453,23 +2766,68 @@ async def continue_turn(visit: Visit, turn_id: int) -> Reading:
     return await reading_of(visit, turn_id, part)
 
 
-async def accept_question(visit: Visit, session: Session, question: str) -> Found:
+def refuse_question(visit: Visit, question: str) -> str:
+    """Return why a question is not accepted, '' if it is; refusals cost nothing."""
+    texts, limits = visit.texts, visit.services.config.limits
+    waiting, blocked = len(visit.delivery.subscriber.answers), visit.services.blocked
+    try:
+        blocked.refresh()
+    except (OSError, UnicodeError) as error:
+        log.error("blocked words not read, the last ones stay in force: %s", error)
+    if limits.allow and visit.openid not in limits.allow:
+        return texts.not_allowed
+    if len(question) > limits.question_chars:
+        return texts.too_long.format(count=len(question), most=limits.question_chars)
+    if waiting >= limits.waiting:
+        return texts.too_many.format(count=waiting)
+    return texts.blocked_question if blocked.are_in(question) else ""
+
+
+async def refuse_for_today(visit: Visit, now: float) -> str:
+    """Return which of the day's limits is used up."""
+    most = visit.services.config.limits.questions_per_day
+    asked = await visit.services.store.questions_of_day(visit.openid, now)
+    if most and asked >= most:
+        return visit.texts.day_over.format(count=most)
+    return visit.texts.all_over
+
+
+async def accept_question(
+    visit: Visit, session: Session, question: str, pictures: str | None = None
+) -> Found:
     """Store a question and start its answer; or say why not."""
     services, subscriber, now = visit.services, visit.delivery.subscriber, time.time()
     for answer in subscriber.answers:
         is_recent = now - answer.turn.created_at < REPEAT_SECONDS
         if is_recent and answer.turn.question == question:
             return await continue_turn(visit, answer.turn.id)
-    count = len(subscriber.answers)
-    if count >= services.config.limits.waiting:
-        return visit.texts.too_many.format(count=count)
-    asked = 0 if services.answers.queues.get(session.id) else 1
-    key = visit.delivery.message.key
-    turn = await services.store.add_turn(session, key, question, asked, now)
+    if refusal := refuse_question(visit, question):
+        return refusal
+    if pictures is None and visit.pictures != "[]":
+        pictures = visit.pictures
+        question = visit.texts.word_picture * len(json.loads(pictures)) + question
+    turn = await services.store.add_turn(
+        Turn(
+            id=0,
+            session_id=session.id,
+            openid=visit.openid,
+            msg_key=visit.delivery.message.key,
+            link_key=secrets.token_urlsafe(16),
+            question=question,
+            pictures=pictures,
+            created_at=now,
+            asked=0 if services.answers.queues.get(session.id) else 1,
+            assistant=session.assistant,
+        ),
+        services.config.limits.questions_per_day,
+        services.config.limits.all_per_day,
+    )
+    if turn is None:
+        return await refuse_for_today(visit, now)
     answer = Answer(turn, subscriber)
     start_writing(services, answer)
     visit.delivery.is_own = True
-    log.info("%s accepted, %d waiting before it", turn.name, count)
+    log.info("%s accepted, %d waiting", turn.name, len(subscriber.answers))
     return Reading(answer)
 
 
@@ -2504,7 +2862,7 @@ async def retry(visit: Visit, number: str | None) -> Found | None:
     if turn is None:
         return visit.texts.no_retry if number else None
     session = visit.session or await open_session(visit, turn.assistant)
-    return await accept_question(visit, session, turn.question)
+    return await accept_question(visit, session, turn.question, turn.pictures)
 
 
 async def resume_session(visit: Visit) -> Found | None:
@@ -2545,7 +2903,9 @@ async def answer_command(visit: Visit, text: str) -> Found | None:
 
 async def open_and_ask(visit: Visit, assistant: str, question: str) -> Found:
     """Open a session, unless one with this assistant is open, and ask what came along."""
-    session = visit.session
+    session, allow = visit.session, visit.services.config.limits.allow
+    if allow and visit.openid not in allow:
+        return visit.texts.not_allowed
     is_new = session is None or session.assistant != assistant
     if is_new:
         session = await open_session(visit, assistant)
@@ -2555,14 +2915,15 @@ async def open_and_ask(visit: Visit, assistant: str, question: str) -> Found:
         await visit.services.store.touch_session(session.id, time.time())
         return visit.texts.still_open
     minutes = f"{visit.services.config.session.ttl / 60:g}"
-    return visit.texts.opened.format(assistant=assistant, minutes=minutes)
+    text = visit.texts.opened.format(assistant=assistant, minutes=minutes)
+    return tappable(visit, text)
 
 
 async def answer_outside(visit: Visit, text: str) -> Found:
     """Return what answers a text outside a session; mostly nothing."""
     config, lapsed = visit.services.config, visit.lapsed
     if text in config.replies.keywords:
-        return config.replies.keywords[text]
+        return tappable(visit, config.replies.keywords[text])
     if config.session.auto_open and text:
         return await open_and_ask(visit, next(iter(config.assistants)), text)
     if lapsed:  # it ran out, and nobody was told yet
@@ -2570,7 +2931,7 @@ async def answer_outside(visit: Visit, text: str) -> Found:
         if time.time() - lapsed.last_at < LAPSE_SECONDS:
             tap = tap_link(visit.texts.word_resume)
             return visit.texts.session_lapsed.format(tap=tap, question=excerpt(text))
-    return config.replies.outside
+    return tappable(visit, config.replies.outside)
 
 
 async def answer_text(visit: Visit) -> Found:
@@ -2591,11 +2952,14 @@ async def answer_text(visit: Visit) -> Found:
 async def find_answer(visit: Visit) -> Found:
     """Return what answers a message that has no reply yet."""
     message = visit.delivery.message
+    is_denied = visit.openid in visit.services.config.limits.deny
+    if is_denied and message.event != "unsubscribe":
+        return ""
     match message.msg_type, message.event:
         case "text", _:
             return await answer_text(visit)
         case "event", "subscribe":
-            return visit.services.config.replies.subscribe
+            return tappable(visit, visit.services.config.replies.subscribe)
         case "event", "unsubscribe":
             await forget_all(visit)
             return ""
@@ -2603,8 +2967,12 @@ async def find_answer(visit: Visit) -> Found:
             return ""
     if visit.session is None:
         return ""
-    await visit.services.store.touch_session(visit.session.id, time.time())
-    return visit.texts.unsupported
+    store, now = visit.services.store, time.time()
+    await store.touch_session(visit.session.id, now)
+    if message.msg_type != "image" or not message.picture_url:
+        return visit.texts.unsupported
+    await store.add_picture(visit.openid, message.picture_url, now)
+    return visit.texts.picture_kept.format(tap=tap_link(visit.texts.word_describe))
 
 
 async def join_turn(visit: Visit, turn_id: int) -> Reading:
@@ -2621,13 +2989,14 @@ async def write_answer(services: Services, delivery: Delivery) -> None:
     """Find out what answers a message, one message of a subscriber after the other."""
     message, subscriber = delivery.message, delivery.subscriber
     async with subscriber.lock:
-        memory = await services.store.recall(message.key, message.openid)
+        now = time.time()
+        memory = await services.store.recall(message.key, message.openid, now)
         subscriber.remember(memory)
         session, lapsed = memory.session, None
-        idle = time.time() - session.last_at if session else 0
+        idle = now - session.last_at if session else 0
         if session and not session.is_busy and idle > services.config.session.ttl:
             session, lapsed = None, session
-        visit = Visit(services, delivery, session, lapsed)
+        visit = Visit(services, delivery, session, lapsed, memory.pictures)
         if memory.reply:
             delivery.repeat(memory)
             return
@@ -2660,6 +3029,7 @@ def continue_tap(number: int) -> str:
 def ending_words(texts: Texts, answer: Answer, number: int) -> str:
     """Return what is said after the text of an ended answer; '' if it ended well."""
     fixed = {"done": "", "cut": texts.cut_short, "ended": texts.session_ended}
+    fixed["blocked"] = texts.blocked_answer
     if answer.state in fixed:
         return fixed[answer.state]
     name = answer.reason or "empty"
@@ -2877,9 +3247,10 @@ async def keep_saving(services: Services) -> None:
 async def keep_pruning(services: Services) -> None:
     """Delete what has served its time, every hour, until cancelled."""
     link_seconds = services.config.history.link_hours * 3600
+    days = services.config.history.keep_days
     while True:
         try:
-            await services.store.prune(time.time(), link_seconds)
+            await services.store.prune(time.time(), link_seconds, days)
         except sqlite3.Error as error:
             log.error("old replies not deleted: %s", error)
         await asyncio.sleep(3600)
@@ -3085,12 +3456,18 @@ def is_fresh(services: Services, timestamp: str) -> bool:
     return True
 
 
-async def is_from_wechat(services: Services, request: web.Request) -> bool:
-    """Say whether a request is rightly signed and fresh, and note its time."""
-    query = request.query
-    timestamp = query.get("timestamp", "")
-    signature, nonce = query.get("signature", ""), query.get("nonce", "")
-    if not is_signed(services.config.wechat.token, signature, timestamp, nonce):
+async def is_from_wechat(
+    services: Services, request: web.Request, encrypted: str | None = None
+) -> bool:
+    """Say whether a request is rightly signed and fresh, and note its time.
+
+    In safe mode a push has a signature of its own, which covers what it encrypts.
+    """
+    query, sealed = request.query, () if encrypted is None else (encrypted,)
+    timestamp, nonce = query.get("timestamp", ""), query.get("nonce", "")
+    signature = query.get("msg_signature" if sealed else "signature", "")
+    token = services.config.wechat.token
+    if not is_signed(token, signature, timestamp, nonce, *sealed):
         return False
     if not is_fresh(services, timestamp):
         log.warning("a signed request with a stale timestamp was refused")
@@ -3139,6 +3516,8 @@ async def answer_attempt(request: web.Request, attempt: Attempt) -> web.StreamRe
             log.info("%s held to the end, cut", attempt.name)
             return cut_line(request)
         body = render_text_reply(attempt.delivery.message, reply.content, reply.created)
+        if services.cipher and reply.content:  # `success` is never encrypted
+            body = services.cipher.seal(body, reply.created)
         response = web.Response(body=body, content_type="text/xml", charset="utf-8")
         await response.prepare(request)
         await response.write_eof()
@@ -3158,20 +3537,32 @@ async def answer_attempt(request: web.Request, attempt: Attempt) -> web.StreamRe
     return response
 
 
-async def receive_message(request: web.Request) -> web.StreamResponse:
-    """Answer a push with a passive reply; a signed one never gets another status."""
-    services, arrived = request.app[SERVICES], asyncio.get_running_loop().time()
-    if not await is_from_wechat(services, request):
+async def read_push(request: web.Request) -> Message | web.Response:
+    """Return the message of a rightly signed push, or the response to anything else."""
+    services, encrypted = request.app[SERVICES], None
+    if not services.cipher and not await is_from_wechat(services, request):
         return web.Response(status=403)
     try:
         body = await asyncio.wait_for(request.read(), BODY_SECONDS)
     except TimeoutError:
         return cut_line(request)
+    if services.cipher:
+        encrypted = parse_envelope(body)
+        if not encrypted or not await is_from_wechat(services, request, encrypted):
+            return web.Response(status=403)
     try:
-        message = parse_message(body)
+        return parse_message(services.cipher.open(encrypted) if encrypted else body)
     except BadMessage as error:
         log.warning("unreadable push: %s", error)
         return web.Response(body=b"success")
+
+
+async def receive_message(request: web.Request) -> web.StreamResponse:
+    """Answer a push with a passive reply; a signed one never gets another status."""
+    services, arrived = request.app[SERVICES], asyncio.get_running_loop().time()
+    message = await read_push(request)
+    if isinstance(message, web.Response):
+        return message
     try:
         return await answer_attempt(request, take_attempt(services, message, arrived))
     except Exception:
@@ -3338,7 +3729,9 @@ def socks_connector(name: str, proxy: str) -> aiohttp.BaseConnector:
 
 
 @contextlib.asynccontextmanager
-async def open_chat(config: Config) -> AsyncIterator[dict[str, ChatClient]]:
+async def open_chat(
+    config: Config,
+) -> AsyncIterator[tuple[dict[str, ChatClient], Pictures]]:
     """Open the connections to the chat APIs: one client session, no cap on connections.
 
     The number of calls is bounded by `at_once`; a socks proxy needs a session of its own.
@@ -3360,7 +3753,28 @@ async def open_chat(config: Config) -> AsyncIterator[dict[str, ChatClient]]:
                 )
                 assistant = replace(assistant, proxy="")
             clients[name] = ChatClient(assistant, http)
-        yield clients
+        yield clients, Pictures(config.wechat.picture_hosts, plain)
+
+
+def make_cipher(config: Config) -> Cipher | None:
+    """Return the cipher of safe mode, None in plain mode; raise ConfigError."""
+    wechat = config.wechat
+    if not wechat.aes_key:
+        return None
+    try:
+        return Cipher(wechat.token, wechat.app_id, wechat.aes_key)
+    except ImportError:
+        raise ConfigError("wechat.aes_key: safe mode needs: pip install cryptography") from None
+
+
+def make_blocked(config: Config) -> BlockedWords:
+    """Return the list of blocked words; raise ConfigError if it cannot be read."""
+    blocked = BlockedWords(config.limits.blocked_words)
+    try:
+        blocked.refresh()
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"limits.blocked_words: {error}") from None
+    return blocked
 
 
 @contextlib.asynccontextmanager
@@ -3369,7 +3783,7 @@ async def open_services(config: Config) -> AsyncIterator[Services]:
     store = await open_store(config.database.path)
     try:
         async with open_chat(config) as chat:
-            services = Services(config, store, chat, Answers(config))
+            services = Services(config, store, *chat, Answers(config), make_cipher(config), make_blocked(config))
             try:
                 yield services
             finally:

@@ -30,6 +30,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 ANN, BOB = "oAnn7Zt1BvK9mHdLr3PwYc8SgNf2", "oBob7Zt1BvK9mHdLr3PwYc8SgNf2"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let `--crash-rounds N` say how often test_crash kills the server."""
+    parser.addoption("--crash-rounds", type=int, default=5, metavar="N")
+
+
 def toml(table: dict[str, Any], name: str = "") -> str:
     """Return nested tables as TOML."""
     plain = {k: v for k, v in table.items() if not isinstance(v, dict)}

@@ -140,18 +140,20 @@ def talk(make: Callable[[Screen, Lines], Coroutine[Any, Any, None]]) -> None:
         stream.reconfigure(encoding="utf-8", errors="replace")
     screen, lines, loop = Screen(), Lines(), asyncio.new_event_loop()
     task = loop.create_task(make(screen, lines))
-    thread = threading.Thread(target=run_to_end, args=(loop, task, lines))
-    leaving = threading.Event()  # from then on nothing keeps it from tidying up
+    begun, leaving = threading.Event(), threading.Event()
+    work = (loop, task, begun, lines)
+    thread = threading.Thread(target=run_to_end, args=work, daemon=True)
 
     def leave(number: int, _: object) -> None:
-        if not leaving.is_set():
+        if not leaving.is_set():  # once it is, nothing keeps us from tidying up
             leaving.set()
             sys.exit(128 + number)
 
+    for number in SIGNALS:
+        signal.signal(number, leave)
     thread.start()
     try:
-        for number in SIGNALS:
-            signal.signal(number, leave)
+        begun.set()  # from here on there may be something to close
         lines.serve(screen)
     finally:
         leaving.set()
@@ -161,8 +163,14 @@ def talk(make: Callable[[Screen, Lines], Coroutine[Any, Any, None]]) -> None:
     task.result()
 
 
-def run_to_end(loop: asyncio.AbstractEventLoop, task: asyncio.Task, end: Lines) -> None:
+def run_to_end(
+    loop: asyncio.AbstractEventLoop,
+    task: asyncio.Task,
+    begun: threading.Event,
+    end: Lines,
+) -> None:
     """Run a task whatever becomes of it, then tell the reader of lines."""
+    begun.wait()
     loop.run_until_complete(asyncio.wait([task]))
     loop.run_until_complete(loop.shutdown_asyncgens())
     end.close()

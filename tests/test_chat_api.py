@@ -1,9 +1,10 @@
 """The chat API as it is met: many dialects, hidden thoughts, and every way to fail."""
 
+import asyncio
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import wxgpt
@@ -11,6 +12,7 @@ from conftest import ANN
 from fake_openai import Script, Thought, fails
 
 LABEL = "\n（AI 生成）"
+PATIENT = {"attempt_timeout": 6.0}  # longer than it takes to ask three times
 
 
 @pytest.fixture
@@ -139,10 +141,11 @@ async def test_hidden_reasoning_is_neither_shown_nor_sent_back(server, upstream,
     assert "reasoning" not in str(upstream.requests[1].messages)
 
 
-async def test_a_thought_that_never_ends_is_no_answer(server, upstream):
+async def test_a_thought_that_never_ends_is_no_answer(serve, upstream):
     """The subscriber gets a sentence and may try again."""
-    upstream.will(Script("<think>一直想"), Script("<think>一直想"))
-    seen = await server.ask("说")
+    server = await serve(wechat=PATIENT)
+    upstream.will(*[Script("<think>一直想")] * 3)
+    seen = (await ask_all(server, upstream, ["说"]))[0]["说"]
     assert seen.text.startswith("模型什么也没写出来") and "一直想" not in seen.text
     assert [tap.label for tap in seen.taps] == ["重试"]
 
@@ -199,32 +202,47 @@ def assert_plain_words(seen, upstream):
     assert upstream.base_url not in seen.content
 
 
-@pytest.mark.parametrize("name", BROKEN)
-async def test_what_may_pass_is_asked_again_once(server, upstream, name):
+async def ask_all(server, upstream, names):
+    """Let a subscriber for each name ask a question of that name, all at once."""
+    server.wechat.attempt_timeout = PATIENT["attempt_timeout"]
+    asking = [server.ask(f"/chatgpt {name}？", f"oSubscriber{name}") for name in names]
+    seen = dict(zip(names, await asyncio.gather(*asking)))
+    return seen, {name: len(upstream.asked(f"{name}？")) for name in names}
+
+
+async def test_what_may_pass_is_asked_again(serve, upstream):
     """The second answer is the answer, without a trace of the first."""
-    upstream.will(BROKEN[name], "这次好了。")
-    seen = await server.ask("行吗？")
-    assert seen.text == "这次好了。" + LABEL
-    assert len(upstream.requests) == 2
+    server = await serve(wechat=PATIENT)
+    for name, script in BROKEN.items():
+        upstream.will(script, "这次好了。", when=f"{name}？")
+    seen, calls = await ask_all(server, upstream, BROKEN)
+    texts = {name: one.text for name, one in seen.items()}
+    assert texts == dict.fromkeys(BROKEN, "这次好了。" + LABEL)
+    assert calls == dict.fromkeys(BROKEN, 2)
 
 
-@pytest.mark.parametrize("name", BROKEN)
-async def test_what_does_not_pass_is_told_in_plain_words(server, upstream, name):
-    """After a second failure the subscriber gets a sentence with a tap 重试."""
-    upstream.will(BROKEN[name], BROKEN[name])
-    seen = await server.ask("行吗？")
-    assert_plain_words(seen, upstream)
-    assert [tap.label for tap in seen.taps] == ["重试"]
-    assert len(upstream.requests) == 2
+async def test_what_does_not_pass_is_told_in_plain_words(serve, upstream):
+    """Asked twice again in vain, the subscriber gets a sentence with a tap 重试."""
+    server = await serve(wechat=PATIENT)
+    for name, script in BROKEN.items():
+        upstream.will(script, script, script, when=f"{name}？")
+    seen, calls = await ask_all(server, upstream, BROKEN)
+    taps = {name: [tap.label for tap in one.taps] for name, one in seen.items()}
+    assert taps == dict.fromkeys(BROKEN, ["重试"])
+    assert calls == dict.fromkeys(BROKEN, 3)
+    for one in seen.values():
+        assert_plain_words(one, upstream)
 
 
-@pytest.mark.parametrize("name", FINAL)
-async def test_what_will_not_pass_is_not_asked_again(server, upstream, name):
+async def test_what_will_not_pass_is_not_asked_again(serve, upstream):
     """The subscriber gets a sentence at once."""
-    upstream.will(FINAL[name])
-    seen = await server.ask("行吗？")
-    assert_plain_words(seen, upstream)
-    assert len(upstream.requests) == 1
+    server = await serve(wechat=PATIENT)
+    for name, script in FINAL.items():
+        upstream.will(script, when=f"{name}？")
+    seen, calls = await ask_all(server, upstream, FINAL)
+    assert calls == dict.fromkeys(FINAL, 1)
+    for one in seen.values():
+        assert_plain_words(one, upstream)
 
 
 async def test_the_tap_of_a_failure_asks_the_same_question(server, upstream):
@@ -237,39 +255,52 @@ async def test_the_tap_of_a_failure_asks_the_same_question(server, upstream):
     assert len(upstream.requests[1].messages) == 2
 
 
-async def test_what_was_written_before_a_break_is_shown(server, upstream):
+async def test_what_was_written_before_a_break_is_shown(serve, upstream):
     """With the words that it was broken off."""
-    upstream.will(BROKEN["cut"], BROKEN["cut"])
-    seen = await server.ask("行吗？")
+    server = await serve(wechat=PATIENT)
+    upstream.will(*[BROKEN["cut"]] * 3)
+    seen = (await ask_all(server, upstream, ["行吗"]))[0]["行吗"]
     assert seen.text.startswith("写了一半" + LABEL) and "回答中断了" in seen.text
 
 
 async def test_an_unreachable_api_is_told_in_plain_words(serve, upstream):
     """Nobody listens at the address."""
-    server = await serving(serve, base_url="http://127.0.0.1:9/v1")
-    seen = await server.ask("行吗？")
+    away = {"chatgpt": {"base_url": "http://127.0.0.1:9/v1"}}
+    server = await serve(assistants=away, wechat=PATIENT)
+    seen = (await ask_all(server, upstream, ["行吗"]))[0]["行吗"]
     assert_plain_words(seen, upstream)
     assert seen.text.startswith("暂时连不上模型")
 
 
-@pytest.mark.parametrize("headless", [True, False])
-async def test_a_model_that_says_nothing_is_given_up(serve, upstream, headless):
+async def test_a_model_that_says_nothing_is_given_up(serve, upstream):
     """The time to the first token runs until there is one, headers or not."""
-    server = await serving(serve, first_token_timeout=0.2)
-    silent = Script(ending="hang", headless=headless)
-    upstream.will(silent, silent)
-    seen = await server.ask("行吗？")
-    assert seen.text.startswith("模型太久没有回应")
-    assert [asked.outcome for asked in upstream.requests] == ["cut by client"] * 2
+    quick = {"chatgpt": {"first_token_timeout": 0.2}}
+    server = await serve(assistants=quick, wechat=PATIENT)
+    upstream.will(*[Script(ending="hang", headless=True)] * 3, when="光")
+    upstream.will(*[Script(ending="hang")] * 3, when="头")
+    seen, _ = await ask_all(server, upstream, ["光", "头"])
+    texts = [one.text[:9] for one in seen.values()]
+    assert texts == ["模型太久没有回应。"] * 2
+    assert {asked.outcome for asked in upstream.requests} == {"cut by client"}
 
 
 async def test_a_model_that_falls_silent_is_given_up(serve, upstream):
     """The time between tokens is limited, too."""
-    server = await serving(serve, idle_timeout=0.2)
-    upstream.will(Script("写了一半", ending="hang"), Script("写了一半", ending="hang"))
-    seen = await server.ask("行吗？")
+    quick = {"chatgpt": {"idle_timeout": 0.2}}
+    server = await serve(assistants=quick, wechat=PATIENT)
+    upstream.will(*[Script("写了一半", ending="hang")] * 3)
+    seen = (await ask_all(server, upstream, ["行吗"]))[0]["行吗"]
     assert_plain_words(seen, upstream)
-    assert [asked.outcome for asked in upstream.requests] == ["cut by client"] * 2
+    assert {asked.outcome for asked in upstream.requests} == {"cut by client"}
+
+
+async def test_an_answer_has_a_time_limit_in_all(serve, upstream):
+    """A model that goes on and on is cut off."""
+    server = await serve(assistants={"chatgpt": {"timeout": 0.5}}, wechat=PATIENT)
+    upstream.will(*[Script("说" * 2000, rate=20)] * 3)
+    seen = (await ask_all(server, upstream, ["说吧"]))[0]["说吧"]
+    assert_plain_words(seen, upstream)
+    assert {asked.outcome for asked in upstream.requests} == {"cut by client"}
 
 
 async def test_a_model_that_thinks_aloud_is_waited_for(serve, upstream):
@@ -290,16 +321,17 @@ async def test_an_answer_has_a_time_limit_in_all(serve, upstream):
     assert upstream.requests[0].outcome == "cut by client"
 
 
-@pytest.mark.parametrize("status", [200, 400, 401, 500])
-async def test_an_error_is_logged_without_what_people_wrote(
-    server, upstream, caplog, status
-):
+async def test_an_error_is_logged_without_what_people_wrote(serve, upstream, caplog):
     """An API may quote the question and the key in its errors; the log does not."""
-    error = {"message": "bad key sk-verySecret for 我的秘密", "code": "odd"}
-    upstream.will(*[Script(status=status, body={"error": error})] * 2)
-    await server.ask("我的秘密是什么")
-    assert "failed" in caplog.text
-    assert "sk-verySecret" not in caplog.text and "秘密" not in caplog.text
+    server, statuses = await serve(wechat=PATIENT), ("200", "400", "401", "500")
+    for status in statuses:
+        error = {"message": f"sk-verySecret: no 秘密{status}", "code": "odd"}
+        failed = Script(status=int(status), body={"error": error})
+        upstream.will(failed, failed, failed, when=f"秘密{status}")
+    await ask_all(server, upstream, [f"秘密{status}" for status in statuses])
+    leaks = [f"秘密{status}" for status in statuses]
+    assert caplog.text.count("failed") >= len(statuses)
+    assert [leak for leak in ["sk-verySecret", *leaks] if leak in caplog.text] == []
 
 
 # Event streams: the examples of the HTML standard, section "Server-sent events"
@@ -331,6 +363,7 @@ def decode(raw, cuts):
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("name", EXAMPLES)
+@settings(deadline=None, max_examples=30)
 @given(st.data())
 def test_the_standards_examples_are_read_in_any_pieces(name, newline, data):
     """Wherever a stream is torn, its events are the same."""

@@ -147,6 +147,22 @@ ASSISTANT_DEFAULTS = {
 }
 
 
+# Tried with the command itself; the others with what it calls.
+AT_THE_SHELL = [
+    "no token",
+    "no key",
+    "unknown key at the top",
+    "unknown key in a table",
+    "text for a number",
+    "too small",
+    "token with signs",
+    "unknown text",
+    "unknown placeholder",
+    "assistant named like a command",
+    "broken TOML",
+]
+
+
 def run(*arguments: object, cwd: pathlib.Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run the command line to its end, with no key in the environment."""
     environ = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")}
@@ -168,7 +184,7 @@ def load(tmp_path):
     return load
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", AT_THE_SHELL)
 def test_a_setting_that_cannot_be_used_ends_the_start_with_one_line(tmp_path, name):
     """The line names the setting, what was found and what is accepted; no secret."""
     text, words = REFUSED[name]
@@ -178,6 +194,18 @@ def test_a_setting_that_cannot_be_used_ends_the_start_with_one_line(tmp_path, na
     assert len(ended.stderr.splitlines()) == 1, ended.stderr
     assert [word for word in words if word not in ended.stderr] == [], ended.stderr
     assert KEY not in ended.stderr and TOKEN not in ended.stderr
+
+
+@pytest.mark.parametrize("name", [name for name in REFUSED if name not in AT_THE_SHELL])
+def test_a_setting_is_refused_in_one_line(load, name):
+    """Missing, unknown, of the wrong type or out of range, it is named as at the shell."""
+    text, words = REFUSED[name]
+    with pytest.raises(wxgpt.ConfigError) as refused:
+        load(text)
+    line = str(refused.value)
+    assert len(line.splitlines()) == 1, line
+    assert [word for word in words if word not in line] == [], line
+    assert KEY not in line and TOKEN not in line
 
 
 @pytest.mark.skipif(

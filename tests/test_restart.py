@@ -121,7 +121,7 @@ async def test_sigterm_answers_a_last_chance_and_cuts_a_first(spawn, upstream):
     assert await server.wechat.attempt(old, 1.5) is None
     third = asyncio.create_task(server.wechat.attempt(old, 20))
     first = asyncio.create_task(server.wechat.attempt(new, 20))
-    await process.says("accepted, 1 waiting before it")
+    await process.says("accepted, 2 waiting")
     assert await process.end(signal.SIGTERM) == 0
     assert (await third).text.startswith("想好一半。")
     assert await first is None

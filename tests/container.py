@@ -1,0 +1,288 @@
+"""A small Debian with systemd as its first process, to try the unit on.
+
+    with debian_root() as root, boot(root) as container, container.network():
+        async with container.follow("wxgpt.service") as unit:
+            assert await unit.systemctl("start") == 0
+
+The root is made once for a list of packages; WXGPT_ROOTFS names the folder that keeps
+it, else it goes when the tests end. A container only reads it: /var, /run and /tmp are
+in memory, the server's files are those of this checkout, and it has a loopback of its
+own. It works on machines whose own first process is not systemd, too.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+PROJECT = Path(__file__).parents[1]
+SUITE = "bookworm"
+PACKAGES = "systemd,systemd-sysv,dbus,python3,python3-venv"
+PROGRAMS = ("mmdebstrap", "systemd-nspawn", "unshare", "nsenter", "chroot")
+HOME, VENV = "opt/wxgpt", "/opt/wxgpt/.venv"
+SETTINGS = "etc/wxgpt"
+# What the container gets from the checkout, and where it lies there.
+FILES = {
+    "wxgpt.py": f"{HOME}/wxgpt.py",
+    "schema.sql": f"{HOME}/schema.sql",
+    "wxgpt.service": "etc/systemd/system/wxgpt.service",
+}
+# systemd-nspawn wants to see the second version of control groups, and nothing else.
+MOUNT_CGROUPS = (
+    "mount --make-rprivate / && { umount -R /sys/fs/cgroup || true; } &&"
+    ' mount -t cgroup2 cgroup2 /sys/fs/cgroup && exec "$@"'
+)
+OWN_CGROUPS = ("unshare", "-m", "-C", "sh", "-c", MOUNT_CGROUPS, "sh")
+BUILD_SECONDS = 900
+BOOT_SECONDS = 60
+COMMAND_SECONDS = 60
+CLONE_NEWNET = 0x40000000  # setns(2); os.setns came with Python 3.12
+
+
+def obstacle() -> str:
+    """Return why no container can be booted here, empty if one can."""
+    if os.geteuid() != 0:
+        return "only root can boot a container"
+    if missing := [name for name in PROGRAMS if not shutil.which(name)]:
+        return f"not installed: {', '.join(missing)}"
+    tried = subprocess.run(
+        [*OWN_CGROUPS, "true"], stderr=subprocess.PIPE, text=True, timeout=COMMAND_SECONDS
+    )
+    return f"no own control groups: {tried.stderr.strip()}" if tried.returncode else ""
+
+
+@contextlib.contextmanager
+def debian_root() -> Iterator[Path]:
+    """Give a folder with Debian and the server's packages; build it if there is none."""
+    kept = os.environ.get("WXGPT_ROOTFS")
+    made = contextlib.nullcontext(kept) if kept else tempfile.TemporaryDirectory()
+    recipe = PACKAGES.encode() + (PROJECT / "requirements.txt").read_bytes()
+    with made as folder:
+        root = Path(folder, f"{SUITE}-{hashlib.sha256(recipe).hexdigest()[:12]}")
+        if not root.exists():
+            build_root(unfinished := root.with_suffix(".new"))
+            unfinished.rename(root)
+        yield root
+
+
+def build_root(root: Path) -> None:
+    """Install Debian, then what the server needs as the README does it."""
+    shutil.rmtree(root, ignore_errors=True)  # of a build that was broken off
+    root.parent.mkdir(parents=True, exist_ok=True)
+    debian = ["mmdebstrap", "--variant=minbase", f"--include={PACKAGES}", SUITE]
+    build([*debian, str(root)])
+    for place in FILES.values():
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        (root / place).touch()
+    (root / SETTINGS).mkdir()
+    inside = ["chroot", str(root)]
+    build([*inside, "python3", "-m", "venv", VENV])
+    with tempfile.TemporaryDirectory(dir=root / HOME) as folder:
+        download_wheels(root, Path(folder))
+        wheels = [f"/{path.relative_to(root)}" for path in Path(folder).iterdir()]
+        build([*inside, f"{VENV}/bin/pip", "install", "--no-index", *wheels])
+
+
+def download_wheels(root: Path, folder: Path) -> None:
+    """Fetch the server's packages for the root's Python with our own pip."""
+    tell = "import sys; print('%d.%d' % sys.version_info[:2])"
+    version = build(["chroot", str(root), "python3", "-c", tell]).strip()
+    pip = [sys.executable, "-m", "pip", "download", "-d", str(folder)]
+    fitting = ["--only-binary=:all:", f"--python-version={version}"]
+    build([*pip, *fitting, "-r", str(PROJECT / "requirements.txt")])
+
+
+def build(command: list[str]) -> str:
+    """Run a step of the build; return its output, or raise with what it complained of."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed: {done.stderr[-2000:]}")
+    return done.stdout
+
+
+@contextlib.contextmanager
+def boot(root: Path) -> Iterator["Container"]:
+    """Boot the root; give the container once all its units have started."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Path(folder, "etc")
+        settings.mkdir(mode=0o700)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as news:
+            news.bind(address := f"{folder}/notify")
+            news.settimeout(BOOT_SECONDS)
+            nspawn = start_nspawn(root, settings, address, Path(folder, "console"))
+            try:
+                yield Container(read_leader(news), settings)
+            finally:
+                power_off(nspawn)
+
+
+def start_nspawn(
+    root: Path, settings: Path, address: str, console: Path
+) -> subprocess.Popen[bytes]:
+    """Start the container; it tells the socket at the address how it gets on."""
+    binds = [f"--bind-ro={PROJECT / name}:/{to}" for name, to in FILES.items()]
+    command = [
+        *(*OWN_CGROUPS, "systemd-nspawn", "--boot", f"--directory={root}"),
+        *("--volatile=state", "--private-network", "--notify-ready=yes"),
+        *("--register=no", "--keep-unit", "--console=read-only"),
+        *(*binds, f"--bind-ro={settings}:/{SETTINGS}"),
+    ]
+    environment = os.environ | {"NOTIFY_SOCKET": address}
+    with console.open("wb") as output:
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def read_leader(news: socket.socket) -> int:
+    """Return the pid of the container's first process, once it is done booting."""
+    leader = 0
+    while True:
+        lines = news.recv(4096).decode().splitlines()
+        told = dict(line.split("=", 1) for line in lines if "=" in line)
+        leader = int(told.get("X_NSPAWN_LEADER_PID", leader))
+        if told.get("READY") == "1":
+            return leader
+
+
+def power_off(nspawn: subprocess.Popen[bytes]) -> None:
+    """Shut the container down; the second signal ends it at once."""
+    for _ in range(2):
+        nspawn.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            nspawn.wait(COMMAND_SECONDS)
+            return
+    nspawn.kill()
+    nspawn.wait()
+
+
+class Container:
+    """A booted container; `boot` ends it."""
+
+    def __init__(self, leader: int, settings: Path) -> None:
+        self.leader = leader  # its first process, as this machine counts
+        self.settings = settings / "wxgpt.toml"
+
+    def path(self, name: str) -> Path:
+        """Return where a file of the container can be reached from here."""
+        return Path(f"/proc/{self.leader}/root", name)
+
+    @contextlib.contextmanager
+    def network(self) -> Iterator[None]:
+        """Open the sockets of this thread on the container's loopback, inside the block."""
+        with open("/proc/thread-self/ns/net") as ours:
+            with open(f"/proc/{self.leader}/ns/net") as theirs:
+                set_network(theirs.fileno())
+            try:
+                yield
+            finally:
+                set_network(ours.fileno())
+
+    async def run(self, *command: str) -> tuple[int, str]:
+        """Run a command inside; return its exit status and what it wrote."""
+        enter = ("nsenter", f"--target={self.leader}", *"-m -u -i -n -p -C".split())
+        process = await asyncio.create_subprocess_exec(
+            *(*enter, *command),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        output, _ = await asyncio.wait_for(process.communicate(), COMMAND_SECONDS)
+        return process.returncode, output.decode()
+
+    @contextlib.asynccontextmanager
+    async def follow(self, name: str) -> AsyncIterator["Unit"]:
+        """Give a unit with its journal; in the end it is as if it had never run."""
+        # Only the file system is entered, so that no child of nsenter outlives it.
+        journal = await asyncio.create_subprocess_exec(
+            *("nsenter", f"--target={self.leader}", "-m", "journalctl", "--follow"),
+            *("--no-tail", f"--since=@{time.time()}", "--output=json", f"--unit={name}"),
+            stdout=asyncio.subprocess.PIPE,
+        )
+        unit = Unit(self, name)
+        reader = asyncio.create_task(unit.read_journal(journal.stdout))
+        try:
+            yield unit
+        finally:
+            await unit.clean()
+            journal.terminate()
+            await journal.wait()
+            await reader
+
+
+def set_network(namespace: int) -> None:
+    """Move this thread to a network namespace."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(namespace, CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "setns failed")
+
+
+class Unit:
+    """A service of the container, with the journal's entries about it."""
+
+    def __init__(self, container: Container, name: str) -> None:
+        self.container, self.name = container, name
+        self.journal: list[dict[str, str]] = []
+        self.news = asyncio.Event()
+        self.drop_in = container.path(f"run/systemd/system/{name}.d/test.conf")
+
+    async def change(self, *lines: str) -> None:
+        """Add lines to its section [Service], as an owner's drop-in does."""
+        self.drop_in.parent.mkdir(parents=True, exist_ok=True)
+        self.drop_in.write_text("\n".join(["[Service]", *lines]) + "\n")
+        await self.container.run("systemctl", "daemon-reload")
+
+    async def systemctl(self, verb: str, *options: str) -> int:
+        """Give an order and wait until it is carried out; return the exit status."""
+        status, _ = await self.container.run("systemctl", verb, *options, self.name)
+        return status
+
+    async def signal(self, name: str) -> None:
+        """Send a signal to its processes."""
+        await self.systemctl("kill", f"--signal={name}")
+
+    async def show(self, *properties: str) -> list[str]:
+        """Return what systemd says about it, in the order asked for."""
+        wanted = f"--property={','.join(properties)}"
+        _, output = await self.container.run("systemctl", "show", wanted, self.name)
+        shown = dict(line.split("=", 1) for line in output.splitlines())
+        return [shown[name] for name in properties]
+
+    async def read_journal(self, stream: asyncio.StreamReader) -> None:
+        """Keep the journal's entries."""
+        async for line in stream:
+            self.journal.append(json.loads(line))
+            self.news.set()
+
+    async def says(self, words: str, since: int = 0) -> dict[str, str]:
+        """Wait until an entry has these words; return it."""
+        async with asyncio.timeout(COMMAND_SECONDS):
+            while True:
+                for entry in self.journal[since:]:
+                    if words in entry["MESSAGE"]:
+                        return entry
+                self.news.clear()
+                await self.news.wait()
+
+    async def clean(self) -> None:
+        """Stop it; forget its failures, its state and the drop-in."""
+        await self.systemctl("stop")
+        await self.systemctl("reset-failed")
+        await self.systemctl("clean", "--what=state")
+        if self.drop_in.exists():
+            self.drop_in.unlink()
+            await self.container.run("systemctl", "daemon-reload")

@@ -1,0 +1,105 @@
+"""The demo lets somebody with no account and no key chat, and leaves nothing behind."""
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 40.0  # more than any of these takes; the demo's attempts are of real length
+
+Start = Callable[..., Awaitable[asyncio.subprocess.Process]]
+
+
+@pytest.fixture
+async def start(tmp_path: Path) -> Start:
+    """Start the demo as its users do, its temporary folder inside the test's."""
+    # A key in the environment would make it ask a real model.
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")}
+
+    async def start(*options: str) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, str(ROOT / "wxgpt.py"), "demo", *options),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=clean | {"TMPDIR": str(tmp_path)},
+        )
+
+    return start
+
+
+async def talk(demo: asyncio.subprocess.Process, *lines: str) -> str:
+    """Pipe lines into the demo until it ends in peace; return what it printed."""
+    typed = "".join(f"{line}\n" for line in lines).encode()
+    async with asyncio.timeout(SECONDS):
+        out, err = await demo.communicate(typed)
+    assert (demo.returncode, err.decode()) == (0, "")
+    return out.decode()
+
+
+def servers_in(folder: Path) -> list[str]:
+    """Return the command lines that name something in this folder."""
+    listed = subprocess.run(["ps", "-Aww", "-o", "args="], capture_output=True).stdout
+    return [line for line in listed.decode().splitlines() if f"{folder}/" in line]
+
+
+async def test_answers_come_with_the_attempt_that_they_are_ready_for(start: Start):
+    """A quick answer comes with the first request, one of seven seconds with the next."""
+    said = await talk(await start(), "/chatgpt", "你好", "想 7 秒", "/history", "/quit")
+    assert "\x1b" not in said and "\r" not in said
+    quick, slow = said.split("> 你好\n")[1].split("> 想 7 秒\n")
+    assert re.search(r"第 1 次请求 · \d\.\d 秒 · 已应答\n  \| 关于「你好」", quick)
+    assert "第 1 次请求 · 5.0 秒 · 超时" in slow
+    assert re.search(r"第 2 次请求 · \d\.\d 秒 · 已应答\n  \| 关于「想 7 秒」", slow)
+    assert re.search(r"网页 1 · http://127.0.0.1:\d+/h/\S+\n  网页 1 · 状态 200", slow)
+
+
+async def test_a_number_taps_and_the_page_is_seen_to_its_end(start: Start):
+    """Typing 1 taps the first link, and a piped run waits for the whole page."""
+    demo = await start("--speed", "400", "--seconds", "0.1")
+    said = await talk(demo, "/chatgpt", "失败", "1", "写一篇长文")
+    failed, retried, long = said.split("> ")[2:]
+    assert "  | 模型这会儿太忙。重试 [1]\n" in failed
+    assert "（点「重试」）" in retried and "重试 [1]\n" in retried
+    assert re.search(r"还有下文：继续\d+ \[1\]｜网页看全文 \[网页 1\]", long)
+    assert re.search(r"网页 1 · 结束：done · \d+ 字 · …\S*比它聪明。\n$", long)
+
+
+async def test_a_killed_server_is_back_before_the_next_attempt(start: Start):
+    """A question under way when the server is killed is answered by the next process."""
+    said = await talk(await start(), "/chatgpt", "想 2 秒 &", "/restart", "/wait")
+    assert "「想 2 秒」第 1 次请求" in said and "秒后服务器又在了" in said
+    assert "关于「想 2 秒」" in said.split("/wait\n")[1]
+
+
+async def test_an_interrupted_demo_leaves_nothing_behind(start: Start, tmp_path: Path):
+    """Stopped by Ctrl-C in the middle of an answer, it tidies up without a complaint."""
+    demo = await start()
+    demo.stdin.write("/chatgpt 想 3 秒\n".encode())
+    async with asyncio.timeout(SECONDS):
+        await demo.stdout.readuntil("> /chatgpt 想 3 秒\n".encode())
+        assert servers_in(tmp_path) and list(tmp_path.iterdir())
+        demo.send_signal(signal.SIGINT)
+        _, err = await demo.communicate()
+    assert (demo.returncode, err) == (128 + signal.SIGINT, b"")
+    assert servers_in(tmp_path) == [] and list(tmp_path.iterdir()) == []
+
+
+async def test_a_demo_that_nobody_reads_leaves_nothing_behind(
+    start: Start, tmp_path: Path
+):
+    """A reader who closes the pipe ends it without a word."""
+    demo = await start()
+    async with asyncio.timeout(SECONDS):
+        await demo.stdout.readline()
+        demo.stdout._transport.close()
+        await demo.communicate(b"/chatgpt\n/help\n")
+    assert demo.returncode == 0
+    assert servers_in(tmp_path) == [] and list(tmp_path.iterdir()) == []

@@ -1,0 +1,169 @@
+"""The files around the program say what the program does."""
+
+import dataclasses
+import functools
+import json
+import operator
+import re
+import tomllib
+from collections.abc import Iterator
+
+import pytest
+
+import wxgpt
+from conftest import ROOT
+
+README, README_ZH = "README.md", "README.zh-CN.md"
+EXAMPLE = ROOT / "wxgpt.example.toml"
+COMMANDS = [
+    "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt"
+    " && .venv/bin/python wxgpt.py demo",
+    "python3 -m venv .venv && .venv/bin/pip install -r tests/requirements.txt"
+    " && .venv/bin/pytest",
+]
+REQUIRED = {README: "required", README_ZH: "必填"}
+TEXTS = {README: "Chinese", README_ZH: "中文"}
+BLOCK = re.compile(r"(?ms)^```\w*\n(.*?)^```$")
+
+
+def settings_of(kind: type, name: str = "") -> Iterator[tuple[str, object]]:
+    """Yield each setting with its default, MISSING if it is required."""
+    for entry in dataclasses.fields(kind):
+        if entry.name == "assistants":
+            yield from settings_of(wxgpt.AssistantSettings, "assistants.NAME.")
+        elif dataclasses.is_dataclass(entry.type):
+            yield from settings_of(entry.type, f"{name}{entry.name}.")
+        elif entry.default_factory is not dataclasses.MISSING:
+            yield name + entry.name, entry.default_factory()
+        else:
+            yield name + entry.name, entry.default
+
+
+SETTINGS = dict(settings_of(wxgpt.Config))
+PLAIN = {name: value for name, value in SETTINGS.items() if name[:6] != "texts."}
+
+
+def frozen(value: object) -> object:
+    """Return a TOML value as the settings hold it."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def value_of(cell: str) -> object:
+    """Return what a table's cell gives as a default."""
+    return frozen(tomllib.loads(f"x = {cell[1:-1]}")["x"])
+
+
+def read(name: str) -> str:
+    """Return the text of a file at the top."""
+    return (ROOT / name).read_text("utf-8")
+
+
+def as_table(text: str) -> dict[str, object]:
+    """Return the settings that a TOML text gives, by name; chatgpt's are NAME's."""
+    table = tomllib.loads(text)
+    table["assistants"] = {"NAME": table["assistants"]["chatgpt"]}
+    found = {}
+    for name in SETTINGS:
+        keys = name.split(".")
+        if keys[-1] in functools.reduce(operator.getitem, keys[:-1], table):
+            found[name] = frozen(functools.reduce(operator.getitem, keys, table))
+    return found
+
+
+def headings(name: str) -> list[int]:
+    """Return the levels of a README's headings."""
+    prose = BLOCK.sub("", read(name))
+    return [len(marks) for marks in re.findall(r"(?m)^(#+) ", prose)]
+
+
+def settings_table(name: str) -> list[tuple[str, str]]:
+    """Return setting and default of each row of a README's settings table."""
+    rows = re.findall(r"(?m)^\| `([\w.]+)` \| (.+?) \| .+ \|$", read(name))
+    assert len(rows) == len(re.findall(r"(?m)^\| `[a-z]", read(name)))
+    return rows
+
+
+def test_the_example_has_every_setting_with_its_default():
+    """What is required has a value that can be used, and all else its default.
+
+    Loading refuses what is no setting.
+    """
+    wxgpt.load_config(EXAMPLE)
+    found = as_table(EXAMPLE.read_text("utf-8"))
+    assert list(found) == list(PLAIN)
+    required = {k: found[k] for k, v in PLAIN.items() if v is dataclasses.MISSING}
+    assert found == PLAIN | required
+
+
+def test_the_example_has_every_text():
+    """The texts are commented out: a copy of the file does not hold on to old ones."""
+    found = EXAMPLE.read_text("utf-8").split("\n[texts]\n")[1].split("\n\n")[0]
+    assert found.splitlines() == [
+        f"# {entry.name} = {json.dumps(entry.default, ensure_ascii=False)}"
+        for entry in dataclasses.fields(wxgpt.Texts)
+    ]
+
+
+def test_the_texts_of_the_example_can_be_loaded(tmp_path):
+    """A text works once the mark before it is taken away."""
+    path = tmp_path / "wxgpt.toml"
+    text = EXAMPLE.read_text("utf-8")
+    path.write_text(re.sub(r"(?m)^# (?=\w+ = )", "", text), "utf-8")
+    assert wxgpt.load_config(path) == wxgpt.load_config(EXAMPLE)
+
+
+def test_each_setting_of_the_example_has_a_comment():
+    """The line above a setting, or above its table, says what it is."""
+    lines = EXAMPLE.read_text("utf-8").splitlines()
+    above = {line: before for before, line in zip(lines, lines[1:], strict=False)}
+    bare = [line for line in above if re.match(r"\w+ = |\[replies\.k", line)]
+    assert [line for line in bare if not above[line].startswith("# ")] == []
+
+
+@pytest.mark.parametrize("name", [README, README_ZH])
+def test_the_settings_table_has_every_setting_with_its_default(name):
+    """The rows stand in the order of the fields; all texts share one row."""
+    words = {REQUIRED[name]: dataclasses.MISSING, TEXTS[name]: TEXTS}
+    found = []
+    for setting, cell in settings_table(name):
+        found.append((setting, words[cell] if cell in words else value_of(cell)))
+    wanted = list(PLAIN.items())
+    wanted.insert(list(PLAIN).index("history.link_hours"), ("texts.NAME", TEXTS))
+    assert found == wanted
+
+
+@pytest.mark.parametrize("name", [README, README_ZH])
+def test_the_commands_table_has_every_command(name):
+    """What a subscriber can send is in the README, and nothing else with a slash."""
+    rows = "\n".join(re.findall(r"(?m)^\| `/.*$", read(name)))
+    found = re.findall(r"`/(\w+)`", rows)
+    assert sorted({*found} - {"chatgpt", "NAME"}) == sorted({*wxgpt.COMMANDS})
+
+
+def test_both_readmes_have_the_same_shape():
+    """Headings have the same levels in the same order, code blocks the same text."""
+    assert headings(README) == headings(README_ZH)
+    assert BLOCK.findall(read(README)) == BLOCK.findall(read(README_ZH))
+
+
+@pytest.mark.parametrize("name", [README, README_ZH])
+def test_a_readme_is_short_and_has_the_two_commands(name):
+    """A newcomer copies one line for the demo, one for the tests."""
+    assert len(read(name).splitlines()) <= 250
+    assert [line + "\n" in BLOCK.findall(read(name)) for line in COMMANDS] == [True] * 2
+
+
+def test_the_path_of_a_message_names_what_is_there():
+    """Each name in the drawing is a function, a class or a method of wxgpt."""
+    drawing = next(b for b in BLOCK.findall(read(README)) if "receive_message" in b)
+    names = re.findall(r"\b[a-z]+_\w+|\b[A-Z]\w+(?:\.\w+)?", drawing)
+    assert "Store.finish_turn" in names
+    assert all(operator.attrgetter(name)(wxgpt) for name in names)
+
+
+def test_the_example_settings_of_the_readme_can_be_loaded(tmp_path):
+    """The assistant shown there is one."""
+    shown = next(b for b in BLOCK.findall(read(README)) if "[assistants." in b)
+    path = tmp_path / "wxgpt.toml"
+    path.write_text(EXAMPLE.read_text("utf-8") + shown, "utf-8")
+    assert wxgpt.load_config(path).assistants["deepseek"].extra
