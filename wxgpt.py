@@ -85,6 +85,9 @@ import aiosqlite
 import xmltodict
 from aiohttp import web
 from markdown_it import MarkdownIt
+from markdown_it.renderer import RendererHTML
+from markdown_it.rules_inline import StateInline
+from markdown_it.rules_inline.state_inline import Delimiter
 from markdown_it.token import Token
 
 VERSION = "0.1.0"
@@ -200,9 +203,10 @@ class Texts:
     page_waiting: str = "正在想…"
     page_history: str = "聊天记录"
     page_private: str = "只给自己看，请勿转发此链接"
+    page_retry: str = "回到公众号点「重试」，或再发一次问题。"
     page_empty: str = "还没有聊天记录。"
     page_older: str = "更早的记录"
-    page_missing: str = "没有这个页面。请检查链接是否完整。"
+    page_missing: str = "没有这个页面。请检查链接是否完整，或回到公众号发 /history。"
     page_expired: str = "链接已过期。回到公众号发 /history 可以拿到新的。"
 
 
@@ -695,6 +699,46 @@ MARKDOWN = MarkdownIt("commonmark", {"html": False, "breaks": True})
 MARKDOWN.enable(["table", "strikethrough"])
 # Indented text is never meant as code by a model, and a slice may begin indented.
 MARKDOWN.disable("code")
+CJK = re.compile("[\u2018-\u201d\u2014\u2026\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff"
+                 "\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff]")
+FORMULA = re.compile(r"\\\(.+?\\\)|\\\[.+?\\\]|\$\$.+?\$\$|\$(?![\s\d])[^$\n]*[^\s$]\$(?!\d)", re.S)
+
+
+def emphasis(state: StateInline, silent: bool) -> bool:
+    """Read `*` and `_` as CommonMark does, but beside Chinese like beside a space.
+
+    Else `**注意：**请看` stays as it is: punctuation inside, a letter outside.
+    """
+    begin, marker = state.pos, state.src[state.pos]
+    if silent or marker not in "*_":
+        return False
+    can_open, can_close, length = state.scanDelims(begin, marker == "*")
+    around = state.src[begin - 1 : begin] + " ", state.src[begin + length :][:1] + " "
+    if marker == "*" and (CJK.match(around[0]) or CJK.match(around[1])):
+        can_open, can_close = not around[1][0].isspace(), not around[0][0].isspace()
+    for _ in range(length):
+        state.push("text", "", 0).content = marker
+        at = len(state.tokens) - 1
+        state.delimiters.append(
+            Delimiter(ord(marker), length, at, -1, bool(can_open), bool(can_close))
+        )
+    state.pos += length
+    return True
+
+
+def formula(state: StateInline, silent: bool) -> bool:
+    """Keep LaTeX as it is written, as code: WeChat and the pages do not typeset it."""
+    match = FORMULA.match(state.src, state.pos)
+    if not match or state.src[state.pos] not in "\\$":
+        return False
+    if not silent:
+        state.push("code_inline", "code", 0).content = match[0]
+    state.pos = match.end()
+    return True
+
+
+MARKDOWN.inline.ruler.at("emphasis", emphasis)
+MARKDOWN.inline.ruler.before("escape", "formula", formula)
 
 
 def size_of(text: str) -> int:
@@ -842,33 +886,49 @@ def plain_text(markdown: str, opener: str = "") -> str:
 
     `opener` puts a slice back into the fence or table that is open where it begins.
     """
+    if indent := len(opener) - len(opener.lstrip()):  # a fence inside a list
+        markdown = re.sub(rf"(?m)^[ \t]{{1,{indent}}}", "", markdown)
+        opener = opener.lstrip()
     text = PlainText().write(MARKDOWN.parse(opener + markdown))
     if opener.startswith("|"):
         text = text.partition("\n")[2].lstrip("\n")  # the header was in a part before
     return harmless(text)
 
 
-FENCE = re.compile(r" {0,3}(`{3,}|~{3,})([^\n]*)")
+FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})([^\n]*)")
 TABLE_RULE = re.compile(r" {0,3}\|?[ :|-]*-[ :|-]*\|[ :|-]*")
 
 
-def open_block(markdown: str, offset: int) -> str:
-    """Return the lines that open the fence or table around an offset, or ''."""
+def read_lines(markdown: str) -> Iterator[tuple[str, str]]:
+    """Yield each line with the fence or table that is open behind it."""
     fence, table, above = "", "", ""
-    for line in markdown[:offset].split("\n")[:-1]:
+    for line in markdown.split("\n"):
         mark = FENCE.fullmatch(line)
         if fence:
-            closes = mark and mark[1].startswith(fence) and not mark[2].strip()
+            closes = mark and mark[2].startswith(fence.strip()) and not mark[3].strip()
             fence = "" if closes else fence
-        elif mark and "`" not in mark[2]:
-            fence, table = mark[1], ""
+        elif mark and "`" not in mark[3]:
+            fence, table = mark[1] + mark[2] + "\n", ""
         elif TABLE_RULE.fullmatch(line) and "|" in above:
             columns = line.strip().strip("|").count("|") + 1
             table = "|" + " |" * columns + "\n" + "|" + "-|" * columns + "\n"
         elif not line.strip():
             table = ""
         above = line
-    return f"{fence}\n" if fence else table
+        yield line, fence or table
+
+
+def open_block(markdown: str, offset: int) -> str:
+    """Return the lines that open the fence or table around an offset, or ''."""
+    begun = list(read_lines(markdown[:offset]))[:-1]
+    return begun[-1][1] if begun else ""
+
+
+def without_code(markdown: str, opener: str) -> str:
+    """Return text of the same length in which fenced lines have no marks or sentences."""
+    lines = read_lines(opener + markdown)
+    masked = (re.sub(r"\S", "x", line) if "|" not in b and b else line for line, b in lines)
+    return "\n".join(masked)[len(opener) :]
 
 
 SENTENCE_END = re.compile(r"[。！？!?…]+[”’」』）)】*_`]*\s*|\.(?=\s)\s*|\n+")
@@ -876,9 +936,13 @@ PARAGRAPH_END = re.compile(r"\n[ \t]*\n+")
 # A cut inside one of these would tear it: links, emphasis, code, addresses; also what
 # is opened on the last line and not closed yet.
 WHOLE = re.compile(
-    r"!?\[[^\[\]\n]{0,300}\]\([^()\s]{0,1000}\)|https?://[^\s<>，。）」]+|`[^`\n]+`"
-    r"|\*\*[^*\n]+\*\*|(?<![*\w])\*[^*\s][^*\n]*\*|~~[^~\n]+~~|\\\(.+?\\\)|\$[^$\n]+\$"
-    r"|(?:\*\*[^*\n]*|~~[^~\n]*|`[^`\n]*|\[[^\[\]\n]*)\Z"
+    r"(?P<ticks>`+)(?!`).{1,400}?(?<!`)(?P=ticks)(?!`)"
+    r"|!?\[[^\[\]\n]{0,300}\]\((?:[^()\n]|\([^()\n]*\)){0,1000}\)"
+    r"|<?https?://[^\s<>，。）」]+>?"
+    r"|(?P<mark>\*{1,3}|(?<!\w)_{1,3}|~~)(?=\S)(?:(?!\n\s*\n).){1,400}?(?<=\S)(?P=mark)"
+    r"|\\\(.{1,400}?\\\)|\$[^$\n]{1,400}\$"
+    r"|(?:\*\*|__|~~|`)[^\n]*\Z|\[[^\[\]\n]*(?:\](?:\([^()\n]*)?)?\Z",
+    re.DOTALL,
 )
 
 
@@ -902,15 +966,16 @@ def joins(after: str, before: str) -> bool:
     )
 
 
-def nearest_cut(markdown: str, most: int) -> int:
+def nearest_cut(markdown: str, most: int, opener: str) -> int:
     """Return the best offset to cut at, at most `most`: paragraph, sentence, character."""
-    whole = [match.span() for match in WHOLE.finditer(markdown[: most + 200])]
-    best = last_end(PARAGRAPH_END, markdown, most * 3 // 5, most, whole)
-    best = best or last_end(SENTENCE_END, markdown, most // 3, most, whole)
+    text = without_code(markdown[: most + 400], opener)
+    whole = [match.span() for match in WHOLE.finditer(text)]
+    best = last_end(PARAGRAPH_END, text, most * 3 // 5, most, whole)
+    best = best or last_end(SENTENCE_END, text, most // 3, most, whole)
     if best:
         return best
     for begin, end in whole:
-        if most // 3 < begin < most < end:
+        if 0 < begin < most < end:
             return begin
     while most > 1 and joins(markdown[most : most + 1], markdown[most - 1]):
         most -= 1
@@ -931,9 +996,9 @@ def cut_markdown(markdown: str, room: int, opener: str = "") -> int:
         limit += room - size
     if most == len(markdown) and size_of(plain_text(markdown, opener)) <= room:
         return most
-    cut = nearest_cut(markdown, max(1, most))
+    cut = nearest_cut(markdown, max(1, most), opener)
     while cut > 1 and size_of(plain_text(markdown[:cut], opener)) > room:
-        cut = nearest_cut(markdown, cut * 7 // 8)
+        cut = nearest_cut(markdown, cut * 7 // 8, opener)
     while cut < len(markdown) and not plain_text(markdown[:cut], opener):
         cut += 1  # markup alone would be an empty part
     return cut
@@ -945,10 +1010,11 @@ def finished_sentences(markdown: str, room: int, opener: str = "") -> int:
     0 when too little is written; a long run without any end is cut like a part.
     """
     most = cut_markdown(markdown, room, opener)
-    whole = [match.span() for match in WHOLE.finditer(markdown[: most + 200])]
-    end = last_end(SENTENCE_END, markdown, 1, most, whole)
+    text = without_code(markdown[: most + 400], opener)
+    whole = [match.span() for match in WHOLE.finditer(text)]
+    end = last_end(SENTENCE_END, text, 1, most, whole)
     if not markdown[:end].strip():
-        end = nearest_cut(markdown, most) if most > 200 else 0
+        end = nearest_cut(markdown, most, opener) if most > 200 else 0
     return end if plain_text(markdown[:end], opener) else 0
 
 
@@ -3026,14 +3092,17 @@ def continue_tap(number: int) -> str:
     return tap_link(f"继续{number}")
 
 
-def ending_words(texts: Texts, answer: Answer, number: int) -> str:
-    """Return what is said after the text of an ended answer; '' if it ended well."""
+def ending_words(texts: Texts, state: str, reason: str | None, number: int) -> str:
+    """Return what is said after the text of an ended answer; '' if it ended well.
+
+    The tap for the retry carries a part's number.
+    """
     fixed = {"done": "", "cut": texts.cut_short, "ended": texts.session_ended}
     fixed["blocked"] = texts.blocked_answer
-    if answer.state in fixed:
-        return fixed[answer.state]
-    name = answer.reason or "empty"
-    if answer.state == "broken" and name != "given_up":
+    if state in fixed:
+        return fixed[state]
+    name = reason or "empty"
+    if state == "broken" and name != "given_up":
         name = "broken"
     tap = tap_link(texts.word_retry, f"{texts.word_retry}{number}")
     return getattr(texts, f"failed_{name}").format(tap=tap)
@@ -3055,7 +3124,7 @@ def draft_ending(services: Services, reading: Reading, number: int, head: str) -
     """Return the reply with all that is left of an ended answer, of any size."""
     answer, begin, stop = reading.answer, reading.begin, len(reading.answer.text)
     text = plain_text(answer.text[begin:], open_block(answer.text, begin))
-    words = ending_words(services.texts, answer, number)
+    words = ending_words(services.texts, answer.state, answer.reason, number)
     if not text and not words:
         return Draft(services.texts.no_more, stop, True)
     shown = text and f"{head}{text}{services.config.replies.label_line}"
@@ -3264,35 +3333,81 @@ async def keep_pruning(services: Services) -> None:
 # ---------------------------------------------------------------------------
 
 STYLE = """
-:root{color-scheme:light dark;--ink:#1a1a1a;--soft:#5c5c5c;--paper:#fff;--box:#f2f3f5;
---line:#dfe1e5;--mark:#07703d}
-@media(prefers-color-scheme:dark){:root{--ink:#e8e8e8;--soft:#a3a3a3;--paper:#161718;
---box:#242628;--line:#3a3d40;--mark:#4cc38a}}
+:root{color-scheme:light dark;--ink:#1b1c1e;--soft:#5b5f66;--paper:#fff;--box:#f3f4f6;
+--line:#dcdfe4;--mark:#0a6b3c;--asked:#d9f2e3}
+@media(prefers-color-scheme:dark){:root{--ink:#e6e7e9;--soft:#a4a8ae;--paper:#141517;
+--box:#212326;--line:#393c41;--mark:#5fd39a;--asked:#1d3b2b}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);overflow-wrap:anywhere;
-font:1rem/1.7 system-ui,-apple-system,"PingFang SC","Noto Sans CJK SC",sans-serif}
-main{max-width:42rem;margin:0 auto;padding:1rem 1rem 3rem}
-h1{font-size:1.15rem;line-height:1.5}
-.question{background:var(--box);border-radius:.6rem;padding:.6rem .8rem;margin:1rem 0;
-white-space:pre-wrap}
+-webkit-text-size-adjust:100%;
+font:1rem/1.7 system-ui,-apple-system,"PingFang SC","Microsoft YaHei","Noto Sans CJK SC",
+sans-serif}
+main{max-width:44rem;margin:0 auto;padding:1rem 1rem 2rem}
+h1{font-size:1.2rem;margin:.2rem 0}
+h2{font-size:1rem;margin:2rem 0 .5rem;padding-top:.6rem;border-top:1px solid var(--line)}
+.asked{margin:1rem 0 1rem auto;padding:.5rem .8rem;width:fit-content;max-width:92%;
+background:var(--asked);border-radius:1rem 1rem .25rem 1rem;white-space:pre-wrap}
+.answer>:first-child{margin-top:0}
+.answer h1,.answer h2,.answer h3,.answer h4,.answer h5,.answer h6{font-size:1.08rem;
+line-height:1.5;margin:1.3rem 0 .5rem;padding:0;border:0}
+.answer p,.answer ul,.answer ol{margin:.7rem 0}
+.answer ul,.answer ol{padding-left:1.5rem}
 .live{white-space:pre-wrap}
-.note{color:var(--soft);font-size:.85rem}
-.failed{border-left:3px solid var(--line);padding-left:.7rem;color:var(--soft)}
-pre{background:var(--box);padding:.7rem;overflow-x:auto;border-radius:.4rem}
-code{font-family:ui-monospace,Menlo,Consolas,monospace;font-size:.9em}
-table{border-collapse:collapse;display:block;overflow-x:auto}
-td,th{border:1px solid var(--line);padding:.3rem .6rem;text-align:left}
-blockquote{margin:1rem 0;padding-left:.8rem;border-left:3px solid var(--line)}
+.note,.asking,footer{color:var(--soft);font-size:.85rem}
+.asking::before{content:"";display:inline-block;width:.5rem;height:.5rem;
+margin-right:.5rem;border-radius:50%;background:var(--mark)}
+@media(prefers-reduced-motion:no-preference){.asking::before{
+animation:pulse 1.4s ease-in-out infinite}@keyframes pulse{50%{opacity:.2}}}
+.failed{margin:1rem 0;padding:.5rem .8rem;border-left:.25rem solid var(--line);
+background:var(--box);white-space:pre-wrap}
+.scroll,pre{overflow-x:auto;margin:.8rem 0}
+pre{position:relative;background:var(--box);padding:.8rem;border-radius:.5rem;
+line-height:1.5}
+code{font-family:ui-monospace,Menlo,Consolas,monospace;font-size:.88em}
+:not(pre)>code{background:var(--box);padding:.1em .35em;border-radius:.25em}
+.copy{position:absolute;top:.35rem;right:.35rem;font:inherit;font-size:.78rem;
+padding:.2rem .6rem;color:var(--ink);background:var(--paper);
+border:1px solid var(--line);border-radius:.4rem;cursor:pointer}
+table{border-collapse:collapse;min-width:50%}
+td,th{border:1px solid var(--line);padding:.35rem .6rem;text-align:left;min-width:4rem}
+th{background:var(--box)}
+blockquote{margin:.8rem 0;padding-left:.8rem;border-left:.25rem solid var(--line);
+color:var(--soft)}
+hr{border:0;border-top:1px solid var(--line)}
 a{color:var(--mark)}
-article{border-bottom:1px solid var(--line);padding-bottom:.8rem}
+summary{cursor:pointer}
+:focus-visible{outline:2px solid var(--mark);outline-offset:2px}
+footer{margin-top:2rem;padding-top:.6rem;border-top:1px solid var(--line)}
 """
 
+# What the page does with script: copy buttons, and for a live answer: the stream, the
+# seconds, and in the end the finished page in place of this one, without a jump.
 SCRIPT = """
-const live=document.querySelector('.live'),note=document.querySelector('#state');
-if(live){const source=new EventSource(location.pathname+'/events');let text=live.textContent;
-source.onmessage=e=>{text+=JSON.parse(e.data).text;live.textContent=text;note.hidden=true};
-source.addEventListener('reset',()=>{text='';live.textContent=''});
-source.addEventListener('done',()=>{source.close();location.reload()})}
+const copies=()=>{for(const pre of document.querySelectorAll('.answer pre')){
+const button=document.createElement('button');button.className='copy';
+button.textContent='复制';button.onclick=async()=>{
+try{await navigator.clipboard.writeText(pre.querySelector('code').textContent)}catch{
+const range=document.createRange();range.selectNodeContents(pre.querySelector('code'));
+getSelection().removeAllRanges();getSelection().addRange(range);
+document.execCommand('copy')}
+button.textContent='已复制';setTimeout(()=>{button.textContent='复制'},2000)};
+pre.append(button)}};
+const live=document.querySelector('.live');
+if(!live)copies();else{
+const note=document.querySelector('.asking'),began=Date.now()-1000*note.dataset.seconds;
+const words=note.textContent;let text='';
+const clock=setInterval(()=>{note.textContent=words+' '+
+Math.round((Date.now()-began)/1000)+' 秒'},1000);
+const finish=async()=>{try{const page=await fetch(location.href);
+const done=new DOMParser().parseFromString(await page.text(),'text/html');
+document.querySelector('main').replaceWith(done.querySelector('main'));copies()}
+catch{setTimeout(finish,3000)}};
+const source=new EventSource(location.pathname+'/events');
+source.onmessage=e=>{clearInterval(clock);text+=JSON.parse(e.data).text;
+live.textContent=text;note.textContent='正在写…'};
+source.addEventListener('reset',()=>{text=live.textContent=''});
+source.addEventListener('done',()=>{source.close();clearInterval(clock);finish()});
+source.onerror=()=>{if(source.readyState===2)setTimeout(()=>location.reload(),3000)}}
 """
 
 PAGE = string.Template(
@@ -3300,7 +3415,8 @@ PAGE = string.Template(
 <html lang="zh-CN"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <title>$title</title>$refresh<style nonce="$nonce">$style</style></head>
-<body><main>$body<p class="note">$notice</p></main>$script</body></html>
+<body><main>$body<footer>$notice</footer></main>
+<script nonce="$nonce">$script</script></body></html>
 """
 )
 
@@ -3310,10 +3426,11 @@ POLICY = (
     "frame-ancestors 'none'"
 )
 RENDER_CHARS = 32_768  # longer answers go on as plain text: rendering is slow on purpose
+FOLD_CHARS = 400  # longer answers are folded in the history
 HISTORY_COUNT = 50
 
 
-@dataclass(frozen=True, slots=True)
+@record()
 class Page:
     """A rendered page and the policy its nonce belongs to."""
 
@@ -3321,54 +3438,64 @@ class Page:
     policy: str
 
 
-def make_page(texts: Texts, title: str, body: str, is_live: bool = False) -> Page:
+def element(tag: str, words: str, kind: str = "") -> str:
+    """Return an element around escaped words."""
+    attribute = f' class="{kind}"' if kind else ""
+    return f"<{tag}{attribute}>{html.escape(words)}</{tag.split()[0]}>"
+
+
+def make_page(texts: Texts, title: str, body: str, refresh: bool = False) -> Page:
     """Return a page around a body that is already HTML."""
     nonce = secrets.token_urlsafe(12)
-    refresh = '<noscript><meta http-equiv="refresh" content="3"></noscript>'
-    script = f'<script nonce="{nonce}">{SCRIPT}</script>'
     text = PAGE.substitute(
         title=html.escape(title),
         nonce=nonce,
         style=STYLE,
+        script=SCRIPT,
         body=body,
         notice=html.escape(texts.page_notice),
-        refresh=refresh if is_live else "",
-        script=script if is_live else "",
+        refresh='<noscript><meta http-equiv="refresh" content="3"></noscript>' * refresh,
     )
     return Page(text, POLICY.format(nonce=nonce))
 
 
-def render_link_open(
-    renderer: object, tokens: list[Token], index: int, options: object, env: object
-) -> str:
-    """Return the tag of a link in an answer; the target learns nothing of our page."""
-    address = html.escape(str(tokens[index].attrGet("href") or ""))
-    return f'<a href="{address}" rel="noopener noreferrer nofollow" target="_blank">'
+def link_tag(address: object, words: str = "") -> str:
+    """Return a link in an answer; its target learns nothing of our page."""
+    rel = 'rel="noopener noreferrer nofollow" target="_blank"'
+    return f'<a href="{html.escape(str(address or ""))}" {rel}>{html.escape(words)}'
 
 
-def render_image(
-    renderer: object, tokens: list[Token], index: int, options: object, env: object
-) -> str:
-    """Return an image as a link: loading it would tell a stranger who reads."""
-    address = html.escape(str(tokens[index].attrGet("src") or ""))
-    words = html.escape(tokens[index].content or "图片")
-    return f'<a href="{address}" rel="noopener noreferrer nofollow" target="_blank">{words}</a>'
+class AnswerRenderer(RendererHTML):
+    """Renders an answer; a method per token that the library would write otherwise."""
 
+    def link_open(self, tokens: list[Token], index: int, *_: object) -> str:
+        return link_tag(tokens[index].attrGet("href"))
 
-MARKDOWN.add_render_rule("link_open", render_link_open)
-MARKDOWN.add_render_rule("image", render_image)
+    def image(self, tokens: list[Token], index: int, *_: object) -> str:
+        # As a link: loading it would tell a stranger who reads.
+        token = tokens[index]
+        return link_tag(token.attrGet("src"), token.content or "图片") + "</a>"
+
+    def fence(self, tokens: list[Token], index: int, *_: object) -> str:
+        return f'<pre tabindex="0">{element("code", tokens[index].content)}</pre>'
+
+    def table_open(self, *_: object) -> str:
+        return '<div class="scroll" tabindex="0"><table>'
+
+    def table_close(self, *_: object) -> str:
+        return "</table></div>"
 
 
 def render_markdown(markdown: str) -> str:
-    """Return an answer as HTML."""
-    rest = markdown[RENDER_CHARS:]
-    body = MARKDOWN.render(markdown[:RENDER_CHARS])
-    return body + (f"<pre>{html.escape(rest)}</pre>" if rest else "")
+    """Return an answer as HTML; what is beyond all measure as plain text."""
+    tokens, rest = MARKDOWN.parse(markdown[:RENDER_CHARS]), markdown[RENDER_CHARS:]
+    body = AnswerRenderer().render(tokens, MARKDOWN.options, {})
+    return body + (element("p", rest, "live") if rest else "")
 
 
-def clock(seconds: float) -> str:
+def clock(seconds: float, form: str = "%Y-%m-%d %H:%M") -> str:
     """Return a time as people in China read it."""
-    return datetime.datetime.fromtimestamp(seconds, BEIJING).strftime("%Y-%m-%d %H:%M")
+    return datetime.datetime.fromtimestamp(seconds, BEIJING).strftime(form)
 
 
 def plain_words(text: str) -> str:
@@ -3376,44 +3503,68 @@ def plain_words(text: str) -> str:
     return re.sub(r"<[^>]*>", "", text).strip()
 
 
-def render_exchange(turn: Turn, words: str) -> str:
-    """Return a question with its finished answer; `words` say how it ended, if badly."""
-    parts = [f'<div class="question">{html.escape(turn.question)}</div>']
-    if turn.answer:
-        parts.append(render_markdown(turn.answer))
-    if words:
-        parts.append(f'<p class="failed">{html.escape(words)}</p>')
-    when = " · ".join(filter(None, (clock(turn.created_at), turn.model)))
-    parts.append(f'<p class="note">{html.escape(when)}</p>')
-    return f"<article>{''.join(parts)}</article>"
+def render_ending(texts: Texts, turn: Turn) -> str:
+    """Return what a page says below an answer: how it ended if badly, model and time."""
+    words = ""
+    if turn.state != "open":
+        words = plain_words(ending_words(texts, turn.state, turn.reason, 0))
+    if turn.state in ("failed", "broken"):
+        words += "\n" + texts.page_retry
+    note = " · ".join(filter(None, (turn.model, clock(turn.created_at))))
+    return (element("p", words, "failed") if words else "") + element("p", note, "note")
 
 
-def render_answer(texts: Texts, turn: Turn, words: str) -> Page:
+def render_answer(texts: Texts, turn: Turn) -> Page:
     """Return the page of one question and its finished answer."""
-    return make_page(texts, excerpt(turn.question, 30), render_exchange(turn, words))
+    answer = f'<div class="answer">{render_markdown(turn.answer)}</div>'
+    body = element("div", turn.question, "asked") + answer + render_ending(texts, turn)
+    return make_page(texts, excerpt(turn.question, 30), f"<article>{body}</article>")
 
 
-def render_live(texts: Texts, turn: Turn, text: str) -> Page:
-    """Return the page of an answer that is being written."""
+def render_live(texts: Texts, turn: Turn, text: str, seconds: float) -> Page:
+    """Return the page of an answer that is being written; `text` for want of script."""
+    asking = f'<p class="asking" role="status" data-seconds="{seconds:.0f}">'
     body = (
-        f'<article><div class="question">{html.escape(turn.question)}</div>'
-        f'<p class="note" id="state">{html.escape(texts.page_waiting)}</p>'
-        f'<noscript><div class="question">{html.escape(text)}</div></noscript>'
-        f'<div class="live" aria-live="polite"></div></article>'
+        f"{element('div', turn.question, 'asked')}"
+        f'<div class="live answer" aria-live="polite"></div>'
+        f"<noscript>{element('div', text, 'live answer')}</noscript>"
+        f"{asking}{html.escape(texts.page_waiting)}</p>"
     )
-    return make_page(texts, excerpt(turn.question, 30), body, is_live=True)
+    title = excerpt(turn.question, 30)
+    return make_page(texts, title, f"<article>{body}</article>", refresh=True)
 
 
-def render_history(texts: Texts, turns: list[tuple[Turn, str]], older: str) -> Page:
+def render_exchange(texts: Texts, turn: Turn) -> str:
+    """Return one exchange of the history, a long answer folded under its beginning."""
+    body = f'<div class="answer">{render_markdown(turn.answer)}</div>' if turn.answer else ""
+    if len(turn.answer) > FOLD_CHARS:
+        begin = element("summary", excerpt(plain_text(turn.answer[:FOLD_CHARS]), 80))
+        body = f"<details>{begin}{body}</details>"
+    asked = element("div", turn.question, "asked")
+    return f"<article>{asked}{body}{render_ending(texts, turn)}</article>"
+
+
+def render_history(texts: Texts, turns: list[Turn], older: str) -> Page:
     """Return a page of a subscriber's exchanges; `older` is the next page's query."""
-    body = [f"<h1>{html.escape(texts.page_history)}</h1>"]
-    body.append(f'<p class="note">{html.escape(texts.page_private)}</p>')
-    body += [render_exchange(turn, words) for turn, words in turns]
+    body = [element("h1", texts.page_history), element("p", texts.page_private, "note")]
+    before: tuple = ()
+    for turn in turns:
+        heading = (clock(turn.created_at, "%Y-%m-%d"), turn.session_id)
+        if heading != before:
+            body.append(element("h2", f"{heading[0]} · {turn.assistant}"))
+        before = heading
+        body.append(render_exchange(texts, turn))
     if not turns:
-        body.append(f"<p>{html.escape(texts.page_empty)}</p>")
+        body.append(element("p", texts.page_empty))
     if older:
         body.append(f'<p><a href="{older}">{html.escape(texts.page_older)}</a></p>')
     return make_page(texts, texts.page_history, "".join(body))
+
+
+def render_error(texts: Texts, words: str) -> Page:
+    """Return the page of a link that shows nothing."""
+    head, _, rest = words.partition("。")
+    return make_page(texts, head, element("h1", head) + element("p", rest))
 
 
 def sse_event(data: dict, event: str = "", number: str = "") -> bytes:
@@ -3588,7 +3739,7 @@ def error_page(services: Services, status: int) -> web.Response:
     """Return the page of an unknown (404) or expired (410) link."""
     texts = services.texts
     words = texts.page_expired if status == 410 else texts.page_missing
-    return html_response(make_page(texts, words, f"<p>{html.escape(words)}</p>"), status)
+    return html_response(render_error(texts, words), status)
 
 
 async def find_linked(request: web.Request) -> Turn | web.Response:
@@ -3603,14 +3754,6 @@ async def find_linked(request: web.Request) -> Turn | web.Response:
     return turn
 
 
-def words_after(services: Services, turn: Turn) -> str:
-    """Return what a page says below an answer that did not end well."""
-    if turn.state in ("open", "done"):
-        return ""
-    ended = Answer.stored(turn, Subscriber(turn.openid))
-    return plain_words(ending_words(services.texts, ended, 0))
-
-
 async def answer_page(request: web.Request) -> web.Response:
     """Show one question and its answer, live while it is being written."""
     services, turn = request.app[SERVICES], await find_linked(request)
@@ -3619,13 +3762,12 @@ async def answer_page(request: web.Request) -> web.Response:
     answer = services.answers.answers.get(turn.id)
     if turn.state == "open":
         text = answer.text if answer else turn.answer
-        return html_response(render_live(services.texts, turn, text))
+        seconds = time.time() - turn.created_at
+        return html_response(render_live(services.texts, turn, text, seconds))
     if subscriber := services.answers.subscribers.get(turn.openid):
         subscriber.has_read(turn.id)
     await services.store.mark_read(turn.id)
-    return html_response(
-        render_answer(services.texts, turn, words_after(services, turn))
-    )
+    return html_response(render_answer(services.texts, turn))
 
 
 async def follow(services: Services, answer: Answer, last: str) -> AsyncIterator[bytes]:
@@ -3694,8 +3836,7 @@ async def history_page(request: web.Request) -> web.Response:
     below = int(before) if re.fullmatch(r"[0-9]{1,15}", before) else 2**62
     turns = await services.store.turns_of(openid, below, HISTORY_COUNT)
     older = f"?before={turns[-1].id}" if len(turns) == HISTORY_COUNT else ""
-    shown = [(turn, words_after(services, turn)) for turn in turns]
-    return html_response(render_history(services.texts, shown, older))
+    return html_response(render_history(services.texts, turns, older))
 
 
 async def health(request: web.Request) -> web.Response:

@@ -34,7 +34,7 @@ async def serving(serve, **assistant):
 
 
 async def test_the_request_is_a_streamed_chat_completion(server, upstream):
-    """Model, messages, the wish for a stream and for counts, and the key as a bearer."""
+    """Model, messages, the wish for a stream and for counts, the key as a bearer."""
     await server.ask("你好")
     [asked] = upstream.requests
     assert asked.headers["Authorization"] == "Bearer sk-verySecret"
@@ -111,7 +111,7 @@ async def test_an_answer_is_read_in_every_form(server, upstream, options):
 
 @pytest.mark.parametrize("streamed", [True, False])
 async def test_thoughts_in_the_answer_are_dropped(server, upstream, streamed):
-    """`<think>…</think>` at the beginning is not shown, however it is cut into deltas."""
+    """`<think>…</think>` at the beginning is not shown, however it is cut up."""
     pieces = ["\n<thi", "nk>先", "想<b>", "</thi", "nk", ">\n", "\n答", "案<think>。"]
     upstream.will(Script(pieces, streamed=streamed))
     assert (await server.ask("说")).text == "答案<think>。" + LABEL
@@ -128,7 +128,10 @@ async def test_thoughts_are_not_sent_back(server, upstream):
     upstream.will(Script("<think>秘密</think>答案。"))
     await server.ask("甲问")
     await server.ask("乙问")
-    assert upstream.requests[1].messages[2] == {"role": "assistant", "content": "答案。"}
+    assert upstream.requests[1].messages[2] == {
+        "role": "assistant",
+        "content": "答案。",
+    }
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
@@ -139,15 +142,6 @@ async def test_hidden_reasoning_is_neither_shown_nor_sent_back(server, upstream,
     await server.ask("乙问")
     assert "秘密" not in str(upstream.requests[1].body)
     assert "reasoning" not in str(upstream.requests[1].messages)
-
-
-async def test_a_thought_that_never_ends_is_no_answer(serve, upstream):
-    """The subscriber gets a sentence and may try again."""
-    server = await serve(wechat=PATIENT)
-    upstream.will(*[Script("<think>一直想")] * 3)
-    seen = (await ask_all(server, upstream, ["说"]))[0]["说"]
-    assert seen.text.startswith("模型什么也没写出来") and "一直想" not in seen.text
-    assert [tap.label for tap in seen.taps] == ["重试"]
 
 
 async def test_what_no_xml_can_carry_is_left_out(server, upstream):
@@ -182,6 +176,7 @@ BROKEN = {
     "502 in HTML": Script(status=502, body="<html>internal-words</html>"),
     "503": fails(503),
     "429": fails(429, message="internal-words"),
+    "endless thought": Script("<think>internal-words"),
 }
 FINAL = {
     "401": fails(401, message="internal-words"),
@@ -194,6 +189,14 @@ FINAL = {
 }
 
 
+SLOW = {
+    "无声": ({"first_token_timeout": 0.2}, Script(ending="hang", headless=True)),
+    "只有头": ({"first_token_timeout": 0.2}, Script(ending="hang")),
+    "说一半": ({"idle_timeout": 0.2}, Script("写了一半", ending="hang")),
+    "没完": ({"timeout": 0.5}, Script("说" * 2000, rate=20)),
+}
+
+
 def assert_plain_words(seen, upstream):
     """Check that a failure is told in plain words, which give nothing away."""
     assert not seen.faulty and re.search("[\u4e00-\u9fff]", seen.text)
@@ -202,12 +205,17 @@ def assert_plain_words(seen, upstream):
     assert upstream.base_url not in seen.content
 
 
-async def ask_all(server, upstream, names):
-    """Let a subscriber for each name ask a question of that name, all at once."""
+async def ask_all(server, upstream, texts):
+    """Let a subscriber for each name ask their question, all at once."""
     server.wechat.attempt_timeout = PATIENT["attempt_timeout"]
-    asking = [server.ask(f"/chatgpt {name}？", f"oSubscriber{name}") for name in names]
-    seen = dict(zip(names, await asyncio.gather(*asking)))
-    return seen, {name: len(upstream.asked(f"{name}？")) for name in names}
+    asking = [server.ask(text, f"oSubscriber{name}") for name, text in texts.items()]
+    seen = dict(zip(texts, await asyncio.gather(*asking)))
+    return seen, {name: len(upstream.asked(f"{name}？")) for name in texts}
+
+
+def opening(names):
+    """Return for each name the text that opens a session with a question of it."""
+    return {name: f"/chatgpt {name}？" for name in names}
 
 
 async def test_what_may_pass_is_asked_again(serve, upstream):
@@ -215,21 +223,22 @@ async def test_what_may_pass_is_asked_again(serve, upstream):
     server = await serve(wechat=PATIENT)
     for name, script in BROKEN.items():
         upstream.will(script, "这次好了。", when=f"{name}？")
-    seen, calls = await ask_all(server, upstream, BROKEN)
+    seen, calls = await ask_all(server, upstream, opening(BROKEN))
     texts = {name: one.text for name, one in seen.items()}
     assert texts == dict.fromkeys(BROKEN, "这次好了。" + LABEL)
     assert calls == dict.fromkeys(BROKEN, 2)
 
 
 async def test_what_does_not_pass_is_told_in_plain_words(serve, upstream):
-    """Asked twice again in vain, the subscriber gets a sentence with a tap 重试."""
+    """Asked twice again in vain, it ends in a sentence, with what came and a tap 重试."""
     server = await serve(wechat=PATIENT)
     for name, script in BROKEN.items():
         upstream.will(script, script, script, when=f"{name}？")
-    seen, calls = await ask_all(server, upstream, BROKEN)
+    seen, calls = await ask_all(server, upstream, opening(BROKEN))
     taps = {name: [tap.label for tap in one.taps] for name, one in seen.items()}
     assert taps == dict.fromkeys(BROKEN, ["重试"])
     assert calls == dict.fromkeys(BROKEN, 3)
+    assert seen["cut"].text.startswith(f"写了一半{LABEL}\n\n回答中断了")
     for one in seen.values():
         assert_plain_words(one, upstream)
 
@@ -239,7 +248,7 @@ async def test_what_will_not_pass_is_not_asked_again(serve, upstream):
     server = await serve(wechat=PATIENT)
     for name, script in FINAL.items():
         upstream.will(script, when=f"{name}？")
-    seen, calls = await ask_all(server, upstream, FINAL)
+    seen, calls = await ask_all(server, upstream, opening(FINAL))
     assert calls == dict.fromkeys(FINAL, 1)
     for one in seen.values():
         assert_plain_words(one, upstream)
@@ -255,52 +264,35 @@ async def test_the_tap_of_a_failure_asks_the_same_question(server, upstream):
     assert len(upstream.requests[1].messages) == 2
 
 
-async def test_what_was_written_before_a_break_is_shown(serve, upstream):
-    """With the words that it was broken off."""
-    server = await serve(wechat=PATIENT)
-    upstream.will(*[BROKEN["cut"]] * 3)
-    seen = (await ask_all(server, upstream, ["行吗"]))[0]["行吗"]
-    assert seen.text.startswith("写了一半" + LABEL) and "回答中断了" in seen.text
-
-
 async def test_an_unreachable_api_is_told_in_plain_words(serve, upstream):
     """Nobody listens at the address."""
     away = {"chatgpt": {"base_url": "http://127.0.0.1:9/v1"}}
     server = await serve(assistants=away, wechat=PATIENT)
-    seen = (await ask_all(server, upstream, ["行吗"]))[0]["行吗"]
+    seen = (await ask_all(server, upstream, opening(["行吗"])))[0]["行吗"]
     assert_plain_words(seen, upstream)
     assert seen.text.startswith("暂时连不上模型")
 
 
-async def test_a_model_that_says_nothing_is_given_up(serve, upstream):
-    """The time to the first token runs until there is one, headers or not."""
-    quick = {"chatgpt": {"first_token_timeout": 0.2}}
-    server = await serve(assistants=quick, wechat=PATIENT)
-    upstream.will(*[Script(ending="hang", headless=True)] * 3, when="光")
-    upstream.will(*[Script(ending="hang")] * 3, when="头")
-    seen, _ = await ask_all(server, upstream, ["光", "头"])
-    texts = [one.text[:9] for one in seen.values()]
-    assert texts == ["模型太久没有回应。"] * 2
+async def test_a_model_that_takes_too_long_is_given_up(serve, upstream):
+    """To the first token, between tokens and in all; the call is closed each time."""
+    made = {"base_url": upstream.base_url, "api_key": "sk-2"}
+    slow = {name: made | limits for name, (limits, _) in SLOW.items()}
+    server = await serve(assistants=slow, wechat=PATIENT)
+    for name, (_, script) in SLOW.items():
+        upstream.will(script, script, script, when=f"{name}？")
+    seen, _ = await ask_all(server, upstream, {n: f"/{n} {n}？" for n in SLOW})
     assert {asked.outcome for asked in upstream.requests} == {"cut by client"}
+    assert seen["无声"].text == seen["只有头"].text == "模型太久没有回应。重试"
+    for one in seen.values():
+        assert_plain_words(one, upstream)
 
 
-async def test_a_model_that_falls_silent_is_given_up(serve, upstream):
-    """The time between tokens is limited, too."""
-    quick = {"chatgpt": {"idle_timeout": 0.2}}
-    server = await serve(assistants=quick, wechat=PATIENT)
-    upstream.will(*[Script("写了一半", ending="hang")] * 3)
-    seen = (await ask_all(server, upstream, ["行吗"]))[0]["行吗"]
-    assert_plain_words(seen, upstream)
-    assert {asked.outcome for asked in upstream.requests} == {"cut by client"}
-
-
-async def test_an_answer_has_a_time_limit_in_all(serve, upstream):
-    """A model that goes on and on is cut off."""
+async def test_what_was_written_when_the_time_was_up_is_shown(serve, upstream):
+    """An answer that reaches `timeout` ends as broken off, with its text."""
     server = await serve(assistants={"chatgpt": {"timeout": 0.5}}, wechat=PATIENT)
-    upstream.will(*[Script("说" * 2000, rate=20)] * 3)
-    seen = (await ask_all(server, upstream, ["说吧"]))[0]["说吧"]
-    assert_plain_words(seen, upstream)
-    assert {asked.outcome for asked in upstream.requests} == {"cut by client"}
+    upstream.will(*[SLOW["没完"][1]] * 3)
+    seen = (await ask_all(server, upstream, opening(["说吧"])))[0]["说吧"]
+    assert seen.text.startswith("说说说") and "回答中断了" in seen.text
 
 
 async def test_a_model_that_thinks_aloud_is_waited_for(serve, upstream):
@@ -312,24 +304,15 @@ async def test_a_model_that_thinks_aloud_is_waited_for(serve, upstream):
     assert len(upstream.requests) == 1
 
 
-async def test_an_answer_has_a_time_limit_in_all(serve, upstream):
-    """A model that goes on and on is cut off."""
-    server = await serving(serve, timeout=0.4)
-    upstream.will(Script("说" * 2000, rate=20), Script("说" * 2000, rate=20))
-    seen = await server.ask("说吧")
-    assert_plain_words(seen, upstream)
-    assert upstream.requests[0].outcome == "cut by client"
-
-
 async def test_an_error_is_logged_without_what_people_wrote(serve, upstream, caplog):
     """An API may quote the question and the key in its errors; the log does not."""
     server, statuses = await serve(wechat=PATIENT), ("200", "400", "401", "500")
+    leaks = [f"秘密{status}" for status in statuses]
     for status in statuses:
         error = {"message": f"sk-verySecret: no 秘密{status}", "code": "odd"}
         failed = Script(status=int(status), body={"error": error})
         upstream.will(failed, failed, failed, when=f"秘密{status}")
-    await ask_all(server, upstream, [f"秘密{status}" for status in statuses])
-    leaks = [f"秘密{status}" for status in statuses]
+    await ask_all(server, upstream, opening(leaks))
     assert caplog.text.count("failed") >= len(statuses)
     assert [leak for leak in ["sk-verySecret", *leaks] if leak in caplog.text] == []
 

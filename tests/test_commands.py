@@ -7,7 +7,7 @@ import pytest
 from conftest import ANN, BOB
 from fake_openai import Script, fails
 
-# The models of these tests get no system prompt, so that a conversation is all they get.
+# No system prompt, so that a conversation is all that a model of these tests gets.
 BARE = {"chatgpt": {"system_prompt": ""}}
 
 
@@ -92,7 +92,9 @@ async def test_the_system_prompt_comes_first(serve, upstream):
 # Outside a session
 
 
-@pytest.mark.parametrize("kind", ["text", "image", "voice", "video", "location", "link"])
+@pytest.mark.parametrize(
+    "kind", ["text", "image", "voice", "video", "location", "link"]
+)
 async def test_outside_a_session_messages_are_left_alone(server, upstream, kind):
     """Texts, pictures and voice bring silence and no call."""
     push = server.wechat.raw(ANN, kind, Content="你好", MediaId="x")
@@ -101,7 +103,7 @@ async def test_outside_a_session_messages_are_left_alone(server, upstream, kind)
 
 
 async def test_keywords_are_answered_outside_a_session_only(serve, upstream):
-    """The exact text brings its reply, any other `outside`; in a session it is asked."""
+    """The exact text brings its reply, others `outside`; in a session it is asked."""
     replies = {"keywords": {"营业时间": "九点到五点"}, "outside": "发 /chatgpt 开始"}
     server = await serve(replies=replies)
     assert (await server.ask("营业时间")).text == "九点到五点"
@@ -136,7 +138,9 @@ async def test_what_no_model_gets_is_politely_refused(server, upstream, kind):
     assert "文字" in seen.text and upstream.requests == []
 
 
-@pytest.mark.parametrize("text", ["【收到不支持的消息类型，暂无法显示】", "[Unsupported Message]"])
+@pytest.mark.parametrize(
+    "text", ["【收到不支持的消息类型，暂无法显示】", "[Unsupported Message]"]
+)
 async def test_a_sticker_is_no_question(server, upstream, text):
     """WeChat sends stickers as a fixed text, which no model gets."""
     await server.ask("/chatgpt")
@@ -218,7 +222,9 @@ async def lapsed(serve, upstream):
     return server
 
 
-async def test_the_first_text_after_a_session_ran_out_can_be_asked_in_it(lapsed, upstream):
+async def test_the_first_text_after_a_session_ran_out_can_be_asked_in_it(
+    lapsed, upstream
+):
     """It is answered 会话已结束, and the tap asks that very text with the conversation."""
     seen = await lapsed.ask("那蘸什么？")
     assert seen.text.startswith("会话已结束") and "那蘸什么？" in seen.text
@@ -230,7 +236,9 @@ async def test_the_first_text_after_a_session_ran_out_can_be_asked_in_it(lapsed,
     assert upstream.requests[1].messages == talk("吃什么？", "饺子。", "那蘸什么？")
 
 
-async def test_only_the_first_text_after_a_session_ran_out_is_answered(lapsed, upstream):
+async def test_only_the_first_text_after_a_session_ran_out_is_answered(
+    lapsed, upstream
+):
     """A voice or a second text is left alone, and the tap still asks the first."""
     assert (await lapsed.wechat.deliver(lapsed.wechat.voice(ANN))).text is None
     [tap] = (await lapsed.ask("那蘸什么？")).taps
@@ -314,7 +322,7 @@ async def test_without_room_for_context_the_question_goes_alone(serve, upstream)
 
 
 async def test_a_failed_answer_never_enters_the_context(server, upstream):
-    """Neither the question that failed nor what was written of its answer goes along."""
+    """Neither the question that failed nor a piece of its answer goes along."""
     upstream.will("甲答", fails(401))
     await server.ask("/chatgpt 甲问")
     await server.ask("乙问")
@@ -413,7 +421,9 @@ async def test_stop_ends_what_is_queued_and_finishes_what_runs(impatient, upstre
     assert len(upstream.requests) == 1
 
 
-async def test_a_queued_question_learns_at_once_that_its_session_ended(server, upstream):
+async def test_a_queued_question_learns_at_once_that_its_session_ended(
+    server, upstream
+):
     """The request that waits for it is answered 会话已结束."""
     gate = asyncio.Event()
     upstream.will(Script([gate, "甲答"]))

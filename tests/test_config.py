@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -163,7 +164,9 @@ AT_THE_SHELL = [
 ]
 
 
-def run(*arguments: object, cwd: pathlib.Path = ROOT) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: object, cwd: pathlib.Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     """Run the command line to its end, with no key in the environment."""
     environ = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")}
     command = [sys.executable, str(ROOT / "wxgpt.py"), *map(str, arguments)]
@@ -184,12 +187,23 @@ def load(tmp_path):
     return load
 
 
+@pytest.fixture(scope="module")
+def endings(tmp_path_factory):
+    """Run the command with each refused file, some at a time; return how it ended."""
+
+    def start(name):
+        path = tmp_path_factory.mktemp("config") / "wxgpt.toml"
+        path.write_text(REFUSED[name][0], "utf-8")
+        return run("--config", path)
+
+    with ThreadPoolExecutor(4) as pool:
+        return dict(zip(AT_THE_SHELL, pool.map(start, AT_THE_SHELL)))
+
+
 @pytest.mark.parametrize("name", AT_THE_SHELL)
-def test_a_setting_that_cannot_be_used_ends_the_start_with_one_line(tmp_path, name):
+def test_a_setting_that_cannot_be_used_ends_the_start_with_one_line(endings, name):
     """The line names the setting, what was found and what is accepted; no secret."""
-    text, words = REFUSED[name]
-    (tmp_path / "wxgpt.toml").write_text(text, "utf-8")
-    ended = run("--config", tmp_path / "wxgpt.toml")
+    ended, words = endings[name], REFUSED[name][1]
     assert ended.returncode == 2 and ended.stdout == ""
     assert len(ended.stderr.splitlines()) == 1, ended.stderr
     assert [word for word in words if word not in ended.stderr] == [], ended.stderr
@@ -198,7 +212,7 @@ def test_a_setting_that_cannot_be_used_ends_the_start_with_one_line(tmp_path, na
 
 @pytest.mark.parametrize("name", [name for name in REFUSED if name not in AT_THE_SHELL])
 def test_a_setting_is_refused_in_one_line(load, name):
-    """Missing, unknown, of the wrong type or out of range, it is named as at the shell."""
+    """Missing, unknown, of the wrong type or out of range, it is named as there."""
     text, words = REFUSED[name]
     with pytest.raises(wxgpt.ConfigError) as refused:
         load(text)

@@ -47,15 +47,20 @@ def script_for(question: str) -> Script:
 
 
 class PatientWeChat(WeChat):
-    """The platform; after a refused connection it waits until the next process serves."""
+    """The platform, which does not burn its attempts within a second after a crash.
+
+    After a reset it meets nobody; then it waits until the next process serves.
+    """
 
     def __init__(self, port: int) -> None:
         url = f"http://127.0.0.1:{port}/wechat"
         super().__init__(url, TOKEN, attempt_timeout=ATTEMPT, refused_pause=PAUSE)
-        self.serving = asyncio.Event()
+        self.gone, self.serving = asyncio.Event(), asyncio.Event()
 
     async def _request(self, *arguments):
         attempt = await super()._request(*arguments)
+        if attempt.outcome == "reset":  # a dying process still takes connections
+            await self.gone.wait()
         if attempt.outcome == "refused":
             await self.serving.wait()
         return attempt
@@ -87,11 +92,13 @@ class Round:
         settings = self.settings | {"assistants": {"chatgpt": key}}
         self.process.path.write_text(toml(settings), "utf-8")
         await self.process.start()
+        self.wechat.gone.clear()
 
     async def crash(self) -> None:
         """Kill the process; note which answers it had stored as ended."""
         self.wechat.serving.clear()
         await self.process.kill()
+        self.wechat.gone.set()
         folder = self.database.with_name(f"life{self.lives}")
         folder.mkdir()
         for path in (self.database, self.database.with_name("round.db-wal")):

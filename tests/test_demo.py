@@ -46,13 +46,16 @@ async def talk(demo: asyncio.subprocess.Process, *lines: str) -> str:
 
 def servers_in(folder: Path) -> list[str]:
     """Return the command lines that name something in this folder."""
-    listed = subprocess.run(["ps", "-Aww", "-o", "args="], capture_output=True).stdout
-    return [line for line in listed.decode().splitlines() if f"{folder}/" in line]
+    listed = subprocess.check_output(["ps", "-Aww", "-o", "args="], text=True)
+    return [line for line in listed.splitlines() if f"{folder}/" in line]
 
 
 async def test_answers_come_with_the_attempt_that_they_are_ready_for(start: Start):
     """A quick answer comes with the first request, one of seven seconds with the next."""
-    said = await talk(await start(), "/chatgpt", "你好", "想 7 秒", "/history", "/quit")
+    said = await talk(
+        await start("--seconds", "0.2"),
+        *("/chatgpt", "你好", "想 7 秒", "/history", "/quit"),
+    )
     assert "\x1b" not in said and "\r" not in said
     quick, slow = said.split("> 你好\n")[1].split("> 想 7 秒\n")
     assert re.search(r"第 1 次请求 · \d\.\d 秒 · 已应答\n  \| 关于「你好」", quick)
@@ -63,7 +66,7 @@ async def test_answers_come_with_the_attempt_that_they_are_ready_for(start: Star
 
 async def test_a_number_taps_and_the_page_is_seen_to_its_end(start: Start):
     """Typing 1 taps the first link, and a piped run waits for the whole page."""
-    demo = await start("--speed", "400", "--seconds", "0.1")
+    demo = await start("--speed", "5000", "--seconds", "0.1")
     said = await talk(demo, "/chatgpt", "失败", "1", "写一篇长文")
     failed, retried, long = said.split("> ")[2:]
     assert "  | 模型这会儿太忙。重试 [1]\n" in failed
@@ -74,17 +77,17 @@ async def test_a_number_taps_and_the_page_is_seen_to_its_end(start: Start):
 
 async def test_a_killed_server_is_back_before_the_next_attempt(start: Start):
     """A question under way when the server is killed is answered by the next process."""
-    said = await talk(await start(), "/chatgpt", "想 2 秒 &", "/restart", "/wait")
-    assert "「想 2 秒」第 1 次请求" in said and "秒后服务器又在了" in said
-    assert "关于「想 2 秒」" in said.split("/wait\n")[1]
+    said = await talk(await start(), "/chatgpt", "想 1 秒 &", "/restart", "/wait")
+    assert "「想 1 秒」第 1 次请求" in said and "秒后服务器又在了" in said
+    assert "关于「想 1 秒」" in said.split("/wait\n")[1]
 
 
 async def test_an_interrupted_demo_leaves_nothing_behind(start: Start, tmp_path: Path):
     """Stopped by Ctrl-C in the middle of an answer, it tidies up without a complaint."""
     demo = await start()
-    demo.stdin.write("/chatgpt 想 3 秒\n".encode())
+    demo.stdin.write("/chatgpt 想 1 秒\n".encode())
     async with asyncio.timeout(SECONDS):
-        await demo.stdout.readuntil("> /chatgpt 想 3 秒\n".encode())
+        await demo.stdout.readuntil("> /chatgpt 想 1 秒\n".encode())
         assert servers_in(tmp_path) and list(tmp_path.iterdir())
         demo.send_signal(signal.SIGINT)
         _, err = await demo.communicate()

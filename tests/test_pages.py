@@ -53,7 +53,9 @@ async def link_to(server, upstream, script, question="给安看的"):
 async def events_of(response):
     """Read an event stream to its end; return (name, id, data) of each event."""
     blocks = (await response.text()).split("\n\n")
-    return [read_event(block) for block in blocks if not block.startswith(":") and block]
+    return [
+        read_event(block) for block in blocks if not block.startswith(":") and block
+    ]
 
 
 def read_event(block):
@@ -156,7 +158,9 @@ async def test_an_expired_history_is_410(serve):
 async def test_keys_cannot_be_guessed(server, addresses):
     """A key has at least 22 characters of base64, that is 128 bits."""
     links = [addresses[kind] for kind in ("answer", "pending", "history", "expired")]
-    keys = {re.fullmatch(r"http://wx.example.com/[ah]/([\w-]{22,})", x)[1] for x in links}
+    keys = {
+        re.fullmatch(r"http://wx.example.com/[ah]/([\w-]{22,})", x)[1] for x in links
+    }
     assert len(keys) == 4
 
 
@@ -165,10 +169,17 @@ async def test_keys_cannot_be_guessed(server, addresses):
 
 async def test_an_answer_is_typeset(server, upstream):
     """Markdown becomes HTML, the question stands above."""
-    text = "# 题\n\n**粗**[文](https://e.com)\n\n|名|价|\n|-|-|\n|梨|4|\n\n```\na < b\n```"
+    text = (
+        "# 题\n\n**粗**[文](https://e.com)\n\n|名|价|\n|-|-|\n|梨|4|\n\n```\na < b\n```"
+    )
     link = await link_to(server, upstream, text, "价格 & 名字")
     status, page = await server.get(link)
-    pieces = ("<h1>题</h1>", "<strong>粗</strong>", "<td>梨</td>", "a &lt; b\n</code></pre>")
+    pieces = (
+        "<h1>题</h1>",
+        "<strong>粗</strong>",
+        "<td>梨</td>",
+        "a &lt; b\n</code></pre>",
+    )
     assert status == 200 and [piece for piece in pieces if piece not in page] == []
     assert "价格 &amp; 名字" in page
 
@@ -190,7 +201,8 @@ async def test_a_hostile_answer_is_text(server, upstream):
         server,
         upstream,
         "<script>alert(1)</script> [点](javascript:alert(2)) <svg onload=alert(3)>\n\n"
-        '[点](https://e.com/"onclick="alert(4)) [点](data:text/html,<b>)\n\n```"><i>\n码\n```',
+        '[点](https://e.com/"onclick="alert(4)) [点](data:text/html,<b>)\n\n'
+        '```"><i>\n码\n```',
     )
     _, page = await server.get(link)
     assert "<script>alert" not in page and "<svg" not in page and "<i>" not in page
@@ -262,7 +274,9 @@ async def test_a_stream_resumes_where_it_was_broken(server, upstream):
     """Last-Event-ID says what the viewer has, in which writing."""
     gate = asyncio.Event()
     link = await link_to(server, upstream, Script(["一二三。", gate, "四五六。"]))
-    async with server.http.get(link + "/events", headers={"Last-Event-ID": "0:2"}) as more:
+    async with server.http.get(
+        link + "/events", headers={"Last-Event-ID": "0:2"}
+    ) as more:
         assert await next_event(more) == ("", "0:4", {"text": "三。"})
         gate.set()
         *rest, (name, _, _) = await events_of(more)
@@ -274,7 +288,9 @@ async def test_a_stream_resumes_where_it_was_broken(server, upstream):
 async def test_a_viewer_of_another_writing_starts_over(server, upstream, known):
     """What they have is not a beginning of this text: `reset`, then all of it."""
     link = await link_to(server, upstream, "一二三\n```\n四\n```")
-    async with server.http.get(link + "/events", headers={"Last-Event-ID": known}) as all_:
+    async with server.http.get(
+        link + "/events", headers={"Last-Event-ID": known}
+    ) as all_:
         first, second, done = await events_of(all_)
     assert first[0] == "reset"
     assert second[2] == {"text": "一二三\n```\n四\n```"} and done[0] == "done"
@@ -284,13 +300,15 @@ async def test_a_viewer_of_another_writing_starts_over(server, upstream, known):
 async def test_an_id_that_makes_no_sense_begins_at_the_start(server, upstream, known):
     """The text comes whole."""
     link = await link_to(server, upstream, "一二三\n```\n四\n```")
-    async with server.http.get(link + "/events", headers={"Last-Event-ID": known}) as all_:
+    async with server.http.get(
+        link + "/events", headers={"Last-Event-ID": known}
+    ) as all_:
         *events, done = await events_of(all_)
     assert events[-1][2] == {"text": "一二三\n```\n四\n```"} and done[0] == "done"
 
 
 async def test_a_viewer_sees_an_answer_begin_anew(server, upstream):
-    """When a stream breaks before anything was sent, `reset` takes back what was shown."""
+    """When a stream breaks before a reply, `reset` takes back what was shown."""
     gate = asyncio.Event()
     script = Script(["这里写了一半就", gate], ending="cut")
     link = await link_to(server, upstream, script)

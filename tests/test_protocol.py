@@ -168,7 +168,9 @@ async def test_a_stale_signature_is_refused(server, stored):
     """Eleven minutes behind the clock and behind the newest push is too old."""
     await server.wechat.verify()
     before, then = stored(), int(time.time()) - 660
-    response = await server.wechat.post(server.wechat.text(ANN, "/chatgpt"), timestamp=then)
+    response = await server.wechat.post(
+        server.wechat.text(ANN, "/chatgpt"), timestamp=then
+    )
     assert (response.status, response.body) == (403, b"")
     assert stored() == before
 
@@ -180,7 +182,9 @@ async def test_a_restart_does_not_make_a_stale_signature_good(spawn):
     await process.kill()
     await process.start()
     then = int(time.time()) - 660
-    response = await server.wechat.post(server.wechat.text(ANN, "/chatgpt"), timestamp=then)
+    response = await server.wechat.post(
+        server.wechat.text(ANN, "/chatgpt"), timestamp=then
+    )
     assert response.status == 403
 
 
@@ -227,14 +231,17 @@ async def test_control_characters_do_not_hide_a_message(server, upstream):
 
 async def test_types_and_events_are_known_in_any_case(server):
     """Providers of pushes differ in capitals."""
-    opened = await server.wechat.deliver(server.wechat.raw(ANN, "TEXT", Content="/chatgpt"))
+    opened = await server.wechat.deliver(
+        server.wechat.raw(ANN, "TEXT", Content="/chatgpt")
+    )
     assert "直接发消息" in opened.text
     welcome = await server.wechat.deliver(server.wechat.event(BOB, "SUBSCRIBE"))
     assert "/chatgpt" in welcome.text
 
 
 @pytest.mark.parametrize(
-    "kind", ["image", "voice", "video", "shortvideo", "location", "link", "file", "hologram"]
+    "kind",
+    ["image", "voice", "video", "shortvideo", "location", "link", "file", "hologram"],
 )
 async def test_other_kinds_outside_a_session_are_left_alone(server, upstream, kind):
     """A message of any kind, known or not, brings silence."""

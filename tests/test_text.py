@@ -208,7 +208,9 @@ def test_a_fence_goes_on_in_the_next_part(opening, indent, mark):
     """Code that is cut stays code: every line is shown once and as it is."""
     code = [f"**第{number}行** = a[{number}](b) * `c` * 2" for number in range(200)]
     lines = [f"{mark}python", *code, mark]
-    parts = parts_of(opening + "".join(f"{indent}{line}\n" for line in lines) + "\n**完**")
+    parts = parts_of(
+        opening + "".join(f"{indent}{line}\n" for line in lines) + "\n**完**"
+    )
     shown = "\n".join(plain for _, plain in parts).split("\n")
     assert [line.strip() for line in shown if line.strip() in code] == code
     assert len(parts) > 3 and shown[-1] == "完"

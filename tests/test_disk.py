@@ -1,0 +1,429 @@
+"""The database's file: full, locked, read-only, corrupt, too new, too old, copied."""
+
+import asyncio
+import contextlib
+import os
+import re
+import resource
+import shutil
+import sqlite3
+import stat
+import subprocess
+import sys
+
+import pytest
+
+import conftest
+from conftest import ANN, BOB, Process, merged, toml
+from fake_openai import Script
+
+PATIENT = {"attempt_timeout": 2.0}  # a write waits two seconds for a lock
+POLITE = "服务器这会儿有点忙"
+BACKUP = (
+    "import sqlite3, sys; s, d = map(sqlite3.connect, sys.argv[1:]); s.backup(d)"
+)
+
+
+class FileLimit:
+    """A disk on which no file may grow (RLIMIT_FSIZE of the process)."""
+
+    def __init__(self, folder) -> None:
+        self.folder = folder
+
+    def fill(self, process: Process) -> None:
+        """Let every write fail."""
+        limit = (0, resource.RLIM_INFINITY)
+        resource.prlimit(process.process.pid, resource.RLIMIT_FSIZE, limit)
+
+    def free(self, process: Process) -> None:
+        """Let writes succeed again."""
+        limit = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        resource.prlimit(process.process.pid, resource.RLIMIT_FSIZE, limit)
+
+
+class SmallDisk:
+    """A small tmpfs, filled up by a file of ours."""
+
+    def __init__(self, folder) -> None:
+        self.folder = folder
+        self.ballast = folder / "ballast"
+
+    def fill(self, process: Process) -> None:
+        """Leave no byte free."""
+        with contextlib.suppress(OSError), self.ballast.open("wb", buffering=0) as out:
+            while out.write(bytes(4096)):
+                pass
+
+    def free(self, process: Process) -> None:
+        """Make room again."""
+        self.ballast.unlink()
+
+
+@pytest.fixture(params=["limit", "tmpfs"])
+def disk(request, tmp_path):
+    """A disk that a test can fill."""
+    if request.param == "limit":
+        yield FileLimit(tmp_path)
+        return
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m,mode=700", "tmpfs", str(folder)]
+    if os.getuid() or subprocess.run(mount, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    yield SmallDisk(folder)
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture
+async def small(spawn, disk):
+    """A server with its database on that disk, and Ann's open session."""
+    path = str(disk.folder / "small.db")
+    server, process = await spawn(wechat=PATIENT, database={"path": path})
+    await server.ask("/chatgpt")
+    yield server, process
+    await process.kill()  # before the disk goes away
+
+
+def rows(path, query: str) -> list[tuple]:
+    """Return the rows of a query."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return db.execute(query).fetchall()
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Hold the write lock of a database."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        yield
+        db.execute("ROLLBACK")
+
+
+@pytest.fixture
+def database(settings):
+    """Where the settings say that the server stores."""
+    return settings["database"]["path"]
+
+
+@pytest.fixture
+async def run(settings, tmp_path):
+    """Start the server where it cannot serve; gives exit status and what it printed."""
+
+    async def start(*prefix: str) -> tuple[int, str]:
+        path = tmp_path / "wxgpt.toml"
+        path.write_text(toml(settings), "utf-8")
+        process = await asyncio.create_subprocess_exec(
+            *prefix, sys.executable, str(conftest.ROOT / "wxgpt.py"),
+            "--config", str(path), stderr=asyncio.subprocess.PIPE,
+        )
+        _, printed = await asyncio.wait_for(process.communicate(), 60)
+        return process.returncode, printed.decode()
+
+    return start
+
+
+def is_refused(result: tuple[int, str], words: str) -> bool:
+    """Say whether a start ended with status 1 and one line that has these words."""
+    status, printed = result
+    assert "Traceback" not in printed, printed
+    lines = [line for line in printed.split("\n") if line.startswith("wxgpt: ")]
+    assert len(lines) == 1 and re.search(words, lines[0]), printed
+    return status == 1
+
+
+# A disk that is full
+
+
+async def test_a_full_disk_costs_a_polite_word(disk, small, upstream):
+    """No question is accepted that cannot be stored; later ones work again."""
+    server, process = small
+    disk.fill(process)
+    assert (await server.ask("存不下的")).text.startswith(POLITE)
+    assert not upstream.requests
+    disk.free(process)
+    assert (await server.ask("又存得下了")).text.startswith("你好！关于「又存得下了」")
+    assert await process.end() == 0
+
+
+async def test_on_a_full_disk_what_needs_no_storing_works(disk, small):
+    """Help, pages and the health check are answered."""
+    server, process = small
+    seen = await server.ask("有链接吗\n```\n有\n```")
+    disk.fill(process)
+    assert "/stop 结束对话" in (await server.ask("/help")).text
+    assert await server.get("/healthz") == (200, '{"status": "ok"}')
+    assert not seen.faulty and process.process.returncode is None
+
+
+async def test_an_answer_survives_a_disk_that_fills_up_meanwhile(disk, small, upstream):
+    """Its subscriber gets it at once, and it is stored when there is room again."""
+    server, process = small
+    gate = asyncio.Event()
+    upstream.will(Script(["写了一半，", gate, "写完了。"]))
+    asking = asyncio.create_task(server.ask("会写满吗"))
+    await upstream.arrival("会写满吗")
+    disk.fill(process)
+    gate.set()
+    assert (await asking).text.startswith("写了一半，写完了。")
+    await process.says("not stored yet")
+    disk.free(process)
+    await process.says("done after")
+    stored = rows(disk.folder / "small.db", "SELECT state, answer FROM turn")
+    assert stored == [("done", "写了一半，写完了。")]
+
+
+async def test_a_queue_goes_on_when_there_is_room_again(disk, small, upstream):
+    """A question that waits behind one that cannot be stored is asked later."""
+    server, process = small
+    gate = asyncio.Event()
+    upstream.will(Script([gate, "第一个答好了。"]))
+    first = asyncio.create_task(server.ask("第一个"))
+    await upstream.arrival("第一个")
+    second = asyncio.create_task(server.ask("第二个"))
+    await process.says("1 waiting before it")
+    disk.fill(process)
+    gate.set()
+    await process.says("not stored yet")
+    disk.free(process)
+    await upstream.arrival("第二个")
+    assert "第一个答好了。" in str(upstream.requests[-1].messages)
+    assert not (await first).faulty and not (await second).faulty
+
+
+async def test_a_start_without_room_ends_with_one_line(run, database):
+    """No file can be written: exit 1."""
+    result = await run("prlimit", "--fsize=0")
+    assert is_refused(result, re.escape(database))
+
+
+# A database that another program locks
+
+
+async def test_a_lock_costs_a_polite_word_or_nothing(spawn, database):
+    """The question under the lock is answered somehow, the ones after it as ever."""
+    server, process = await spawn(wechat=PATIENT)
+    await server.ask("/chatgpt")
+    with locked(database):
+        seen = await server.ask("锁着的时候")
+    assert seen.text.startswith((POLITE, "你好！")) and not seen.faulty
+    assert (await server.ask("锁开了")).text.startswith("你好！关于「锁开了」")
+    assert await process.end() == 0
+
+
+async def test_a_lock_shorter_than_the_patience_costs_nothing(spawn, database):
+    """Released within two seconds, the lock is not noticed."""
+    server, process = await spawn(wechat=PATIENT)
+    await server.ask("/chatgpt")
+    with locked(database):
+        asking = asyncio.create_task(server.ask("锁一会儿"))
+        await asyncio.wait({asking}, timeout=0.5)
+    assert (await asking).text.startswith("你好！关于「锁一会儿」")
+    assert rows(database, "SELECT question, state FROM turn") == [("锁一会儿", "done")]
+
+
+async def test_an_answer_that_ends_under_a_lock_is_stored_later(spawn, upstream, database):
+    """The end of an answer waits for the lock as long as it takes."""
+    server, process = await spawn(wechat=PATIENT)
+    await server.ask("/chatgpt")
+    gate = asyncio.Event()
+    upstream.will(Script([gate, "锁着写完了。"]))
+    asking = asyncio.create_task(server.ask("锁着写"))
+    await upstream.arrival("锁着写")
+    with locked(database):
+        gate.set()
+        assert (await asking).text.startswith("锁着写完了。")
+        await process.says("not stored yet")
+    await process.says("done after")
+    assert rows(database, "SELECT state FROM turn") == [("done",)]
+
+
+# Databases that cannot be used
+
+
+def corrupt(path, how: str) -> bytes:
+    """Make a database with some content, spoil it; return its bytes."""
+    db = sqlite3.connect(path)
+    db.executescript((conftest.ROOT / "schema.sql").read_text("utf-8"))
+    insert = "INSERT INTO session (openid, assistant, opened_at, last_at) VALUES (?,?,1,1)"
+    db.executemany(insert, [(f"o{n}", "chatgpt" * 50) for n in range(200)])
+    db.execute("PRAGMA user_version = 1")
+    db.commit()
+    db.close()
+    good = open(path, "rb").read()
+    bad = {
+        "text": "这不是数据库。\n".encode() * 100,
+        "no header": bytes(100) + good[100:],
+        "cut off": good[: len(good) // 2],
+        "no schema": good[:100] + b"\xff" * 8000 + good[8100:],
+        "torn pages": good[: len(good) // 2] + os.urandom(16384) + good[len(good) // 2 + 16384 :],
+    }[how]
+    open(path, "wb").write(bad)
+    return bad
+
+
+@pytest.mark.parametrize("how", ["text", "no header", "cut off", "no schema", "torn pages"])
+async def test_a_corrupt_database_is_left_alone(run, database, how):
+    """One line, exit 1, the same bytes, so that the owner can rescue them."""
+    before = corrupt(database, how)
+    assert is_refused(await run(), re.escape(database))
+    assert open(database, "rb").read() == before
+
+
+def without_privilege() -> list[str]:
+    """Return how to start a program that file modes bind although we are root."""
+    if os.getuid():
+        return []
+    return ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv")
+@pytest.mark.parametrize("target", ["file", "folder"])
+async def test_a_read_only_database_is_refused(run, settings, database, tmp_path, target):
+    """A file or folder that may not be written: one line, exit 1, the same bytes."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    settings["database"]["path"] = path = str(folder / "test.db")
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("CREATE TABLE something (id)")
+    before = open(path, "rb").read()
+    os.chmod(*((path, 0o400) if target == "file" else (folder, 0o500)))
+    result = await run(*without_privilege())
+    os.chmod(folder, 0o700)
+    assert is_refused(result, re.escape(path))
+    assert open(path, "rb").read() == before
+
+
+async def test_a_folder_that_is_missing_is_named(run, settings, tmp_path):
+    """The line says which file, and what is wrong."""
+    settings["database"]["path"] = str(tmp_path / "nowhere" / "test.db")
+    assert is_refused(await run(), "nowhere/test.db: No such file")
+
+
+# Versions
+
+
+def steps() -> int:
+    """Return how many steps schema.sql has."""
+    text = (conftest.ROOT / "schema.sql").read_text("utf-8")
+    return len(re.findall(r"(?m)^-- step \d+$", text))
+
+
+@pytest.fixture
+def newer(tmp_path, monkeypatch):
+    """Make the tests run a copy of the program with further steps in its schema."""
+
+    def install(*added: str) -> None:
+        folder = tmp_path / "newer"
+        shutil.copytree(
+            conftest.ROOT, folder, ignore=lambda _, names: {*names} - {"wxgpt.py", "schema.sql"}
+        )
+        with (folder / "schema.sql").open("a", encoding="utf-8") as schema:
+            for number, step in enumerate(added, steps() + 1):
+                schema.write(f"\n-- step {number}\n{step}\n")
+        monkeypatch.setattr(conftest, "ROOT", folder)
+
+    return install
+
+
+@pytest.fixture
+async def used(spawn, database):
+    """The path of a database with one answered question, whose server has stopped."""
+    server, process = await spawn()
+    await server.ask("/chatgpt 旧版本的问题")
+    assert await process.end() == 0
+    return database
+
+
+ADD = "ALTER TABLE turn ADD COLUMN mood TEXT;\nUPDATE turn SET mood = 'good';"
+BREAK = "ALTER TABLE turn ADD COLUMN worse TEXT;\nINSERT INTO nowhere VALUES (1);"
+
+
+async def test_an_older_database_is_brought_up_to_date(used, newer, spawn):
+    """The new step runs, what was stored stays, and the server works with it."""
+    before, known = rows(used, "SELECT question, answer FROM turn"), steps()
+    newer(ADD)
+    server, process = await spawn()
+    assert (await server.ask("新问题")).text.startswith("你好！")
+    assert await process.end() == 0
+    assert rows(used, "PRAGMA user_version") == [(known + 1,)]
+    stored = rows(used, "SELECT question, answer, mood FROM turn")
+    assert stored[0] == (*before[0], "good") and stored[1][0] == "新问题"
+
+
+async def test_a_step_that_fails_leaves_the_version_before(used, newer, run):
+    """Nothing of the broken step stays, nor is anything lost."""
+    before, known = rows(used, "SELECT * FROM turn"), steps()
+    newer(BREAK)
+    assert is_refused(await run(), "nowhere")
+    assert rows(used, "SELECT * FROM turn") == before
+    assert rows(used, "PRAGMA user_version") == [(known,)]
+
+
+async def test_every_step_has_its_own_transaction(used, newer, run):
+    """The good step before a broken one stays."""
+    known = steps()
+    newer(ADD, BREAK)
+    assert is_refused(await run(), "nowhere")
+    assert rows(used, "SELECT mood FROM turn") == [("good",)]
+    assert rows(used, "PRAGMA user_version") == [(known + 1,)]
+
+
+async def test_a_step_without_its_semicolon_is_not_left_out(used, newer, run):
+    """A last statement that never ends is an error, not silence."""
+    newer(ADD.removesuffix(";"))
+    assert is_refused(await run(), "step")
+
+
+async def test_a_newer_database_is_refused(used, run):
+    """The line names both versions; the bytes stay."""
+    with contextlib.closing(sqlite3.connect(used)) as db:
+        db.execute("PRAGMA user_version = 99")
+    before = open(used, "rb").read()
+    assert is_refused(await run(), f"version 99.*knows up to {steps()}")
+    assert open(used, "rb").read() == before
+
+
+# Copies and modes
+
+
+async def test_a_backup_taken_while_the_server_runs_restores(
+    spawn, upstream, settings, database, tmp_path
+):
+    """The restored server knows what was said, and goes on with what was open."""
+    server, process = await spawn(wechat={"attempt_timeout": 20})
+    push = server.wechat.text(ANN, "/chatgpt 备份前的问题")
+    seen = await server.wechat.deliver(push)
+    upstream.will(Script([asyncio.Event()]))
+    asking = asyncio.create_task(server.ask("/chatgpt 还没答的", BOB))
+    await upstream.arrival("还没答的")
+    backup = str(tmp_path / "backup.db")
+    command = [sys.executable, "-c", BACKUP, database, backup]
+    subprocess.run(command, check=True)
+    await process.kill()
+    await asking
+    server, process = await spawn(database={"path": backup})
+    await process.says("done after")
+    assert (await server.wechat.deliver(push)).body == seen.body
+    query = "SELECT question, state FROM turn ORDER BY id"
+    assert rows(backup, query) == [("备份前的问题", "done"), ("还没答的", "done")]
+    assert rows(backup, "PRAGMA integrity_check") == [("ok",)]
+
+
+@pytest.mark.parametrize("existing", [False, True])
+async def test_all_three_files_are_for_the_owner_alone(spawn, database, existing):
+    """Also those of a database that somebody copied there with another mode."""
+    if existing:
+        sqlite3.connect(database).close()
+        os.chmod(database, 0o644)
+    server, _ = await spawn()
+    await server.ask("/chatgpt")
+    files = [database, database + "-wal", database + "-shm"]
+    assert [stat.S_IMODE(os.stat(file).st_mode) for file in files] == [0o600] * 3
+
+
+def test_the_backup_command_of_the_tests_is_the_documented_one():
+    """What the README tells the owner to run is what was tested."""
+    readme = (conftest.ROOT / "README.md").read_text("utf-8")
+    if "backup(" not in readme:
+        pytest.skip("the README has no backup command yet")
+    assert BACKUP in readme

@@ -1,0 +1,643 @@
+"""Whatever the chat API does: a plain sentence, a clean log line, and no hammering.
+
+The table of the stack notes, section 1, through WeChat's door. Most of it is asked of
+the fake by script; what no HTTP library would send comes from a wire of raw bytes.
+"""
+
+import asyncio
+import contextlib
+import email.utils
+import gzip
+import json
+import pathlib
+import re
+import time
+
+import pytest
+
+from conftest import ANN, BOB, TOKEN
+from fake_openai import Script
+from wechat import WeChat
+
+LABEL = "\n（AI 生成）"
+QUESTION = "我的秘密是什么"
+KEY = "sk-verySecret"
+# An upstream may quote what it was sent, and what it is made of.
+QUOTE = f"internal-words {KEY} {QUESTION}"
+PATIENCE = 30.0  # seconds an attempt lasts here: the first one brings the end
+SETUP, REFUSED, LONG = "模型服务需要管理员", "模型不愿回答", "这段对话太长"
+BUSY, BROKEN, SLOW = "模型这会儿太忙", "回答中断了", "模型太久没有回应"
+UNREACHABLE = "暂时连不上模型"
+CALLS = 3  # to the upstream for one question, at most
+
+
+async def talking(serve, **changes):
+    """Start wxgpt with attempts that last, and open a session of Ann's."""
+    wechat = {"attempt_timeout": PATIENCE} | changes.pop("wechat", {})
+    server = await serve(wechat=wechat, **changes)
+    server.wechat.attempt_timeout = PATIENCE
+    await server.ask("/chatgpt")
+    return server
+
+
+@pytest.fixture
+async def server(serve):
+    """wxgpt with an open session of Ann's and all the time to answer."""
+    return await talking(serve)
+
+
+def refusal(status, body=None, **headers):
+    """Script an error with a body of any shape; headers with _ for -."""
+    named = {name.replace("_", "-"): str(value) for name, value in headers.items()}
+    return Script(status=status, body=body or error(), headers=named)
+
+
+def error(message="", **fields):
+    """Word an error as OpenAI does, quoting what should never be passed on."""
+    known = {"type": "invalid_request_error", "param": None, "code": None}
+    return {"error": {"message": f"{message} {QUOTE}"} | known | fields}
+
+
+def told(caplog):
+    """Return what the owner is told: the lines from warning up, with their level."""
+    records = [r for r in caplog.records if r.name == "wxgpt" and r.levelname != "INFO"]
+    return [f"{record.levelname} {record.getMessage()}" for record in records]
+
+
+def assert_discreet(seen, caplog, *more):
+    """Check that neither the subscriber nor the owner reads what is not theirs."""
+    private = ["internal-words", KEY, "秘密", *more]
+    lines = "\n".join(r.getMessage() for r in caplog.records if r.name == "wxgpt")
+    assert [word for word in private if word in seen.content.replace(QUESTION, "")] == []
+    assert [word for word in private if word in lines] == []
+    assert not any(r.exc_info for r in caplog.records)
+    assert not seen.faulty and "http" not in seen.text and "127.0.0.1" not in seen.text
+
+
+# What will not pass: told at once, after one call
+
+FINAL = {
+    "401": (refusal(401, error(code="invalid_api_key")), SETUP, "code=invalid_api_key"),
+    "401 text": (refusal(401, {"error": QUOTE}), SETUP, "status 401"),
+    "401 detail": (refusal(401, {"detail": QUOTE}), SETUP, "status 401"),
+    "401 message": (refusal(401, {"message": QUOTE, "code": 401}), SETUP, "code=401"),
+    "401 HTML": (refusal(401, f"<p>{QUOTE}</p>"), SETUP, "status 401"),
+    "401 empty": (refusal(401, " "), SETUP, "status 401"),
+    "401 list": (refusal(401, [QUOTE]), SETUP, "status 401"),
+    "402": (refusal(402, error("Insufficient Balance")), SETUP, "status 402"),
+    "403": (refusal(403, error(code="unsupported_country")), SETUP, "unsupported_country"),
+    "404": (refusal(404, error(code="model_not_found")), SETUP, "model_not_found"),
+    "404 HTML": (refusal(404, f"<h1>Not Found</h1>{QUOTE}"), SETUP, "status 404"),
+    "400": (refusal(400, error()), SETUP, "status 400"),
+    "400 case": (refusal(400, error("Names are case-sensitive")), SETUP, "status 400"),
+    "422": (refusal(422, {"detail": [{"loc": ["body"], "msg": QUOTE}]}), SETUP, "422"),
+    "302": (refusal(302, "moved", Location="http://127.0.0.1:1/"), SETUP, "status 302"),
+    "quota": (refusal(429, error(type="insufficient_quota")), SETUP, "insufficient_quota"),
+    "credit": (
+        refusal(429, error(code="credit_balance_exhausted")), SETUP, "credit_balance"
+    ),
+    "spend limit": (
+        refusal(429, error(code="project_spend_limit_exceeded")), SETUP, "spend_limit"
+    ),
+    "usage limit": (
+        refusal(429, error(code="organization_usage_limit_exceeded")), SETUP, "usage_limit"
+    ),
+    "GLM no money": (refusal(429, error("余额不足", code="1113")), SETUP, "code=1113"),
+    "Qwen no money": (refusal(400, error(code="Arrearage")), SETUP, "code=Arrearage"),
+    "one-api": (refusal(503, error("当前分组下对于模型 x 无可用渠道")), SETUP, "status 503"),
+    "policy": (refusal(400, error(code="content_policy_violation")), REFUSED, "policy"),
+    "Azure filter": (refusal(400, error(code="content_filter")), REFUSED, "content_filter"),
+    "Qwen filter": (
+        refusal(400, error(code="data_inspection_failed")), REFUSED, "data_inspection"
+    ),
+    "Kimi filter": (refusal(400, error(type="content_filter")), REFUSED, "content_filter"),
+    "GLM filter": (refusal(400, error(code="1301")), REFUSED, "code=1301"),
+    "GLM filter, a number": (refusal(400, error(code=1301)), REFUSED, "code=1301"),
+    "new-api filter": (
+        refusal(500, error(code="sensitive_words_detected")), REFUSED, "sensitive_words"
+    ),
+    "OpenAI long": (refusal(400, error(code="context_length_exceeded")), LONG, "context"),
+    "Kimi long": (
+        refusal(400, error("Your request exceeded model token limit: 8192")), LONG, "long:"
+    ),
+    "GLM long": (refusal(400, error("Prompt 超长", code="1261")), LONG, "code=1261"),
+    "LiteLLM long": (
+        refusal(400, error("litellm.ContextWindowExceededError: x")), LONG, "long:"
+    ),
+    "vLLM long": (
+        refusal(400, {"object": "error", "message": "maximum context length is 4096"}),
+        LONG,
+        "long:",
+    ),
+    "wait too long": (refusal(429, error(), Retry_After=121), BUSY, "status 429"),
+    "wait too long, ms": (refusal(429, error(), retry_after_ms=121000), BUSY, "429"),
+    "wait till morning": (
+        refusal(429, error(), Retry_After=email.utils.formatdate(time.time() + 9e4)),
+        BUSY,
+        "status 429",
+    ),
+    "wait for ever": (refusal(503, error(), Retry_After="inf"), BUSY, "status 503"),
+    "503 told not to": (refusal(503, error(), x_should_retry="false"), BUSY, "503"),
+    "filtered at the end": (
+        Script("写了一半", finish="content_filter"), REFUSED, "content_filter"
+    ),
+    "GLM withdraws": (Script("写了一半", finish="sensitive"), REFUSED, "sensitive"),
+    "filtered, unstreamed": (
+        Script("写了一半", finish="content_filter", streamed=False), REFUSED, "filter"
+    ),
+    "no money in a 200": (
+        Script(body=error(code=402, type="billing")), SETUP, "code=402"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FINAL)
+async def test_what_will_not_pass_is_told_at_once(server, upstream, caplog, name):
+    """One call, the right sentence, and a log line that names the cause alone."""
+    script, sentence, cause = FINAL[name]
+    upstream.will(script)
+    seen = await server.ask(QUESTION)
+    assert seen.text.startswith(sentence) and "写了一半" not in seen.text
+    assert len(upstream.requests) == 1
+    assert_discreet(seen, caplog, "写了一半")
+    [line] = told(caplog)
+    assert cause in line and "failed" in line
+    assert line.startswith("ERROR" if sentence == SETUP else "WARNING")
+
+
+async def test_the_request_id_of_a_failure_is_logged(server, upstream, caplog):
+    """It is what a provider's support asks for."""
+    upstream.will(refusal(401, x_request_id="req_7f3a"))
+    await server.ask(QUESTION)
+    assert "req_7f3a" in told(caplog)[0]
+
+
+# What may pass: asked again, and the second answer is the answer
+
+
+def sse(*payloads):
+    """Return an event stream of these payloads."""
+    made = (p if isinstance(p, str) else json.dumps(p) for p in payloads)
+    return "".join(f"data: {payload}\n\n" for payload in made)
+
+
+def in_stream(payload):
+    """Script an event inside a 200, after some text."""
+    begun = {"choices": [{"delta": {"content": "写了一半"}}]}
+    headers = {"Content-Type": "text/event-stream"}
+    return Script(body=sse(begun, payload, "[DONE]"), headers=headers)
+
+
+PASSING = {
+    "408": refusal(408),
+    "409": refusal(409),
+    "429": refusal(429),
+    "429 as text": refusal(429, error(code="429", type="throttling_error")),
+    "429 with a wait": refusal(429, error(), Retry_After="0.2"),
+    "429 with milliseconds": refusal(429, error(), retry_after_ms="50", Retry_After="90"),
+    "500 text": refusal(500, {"error": QUOTE}),
+    "500 detail": refusal(500, {"detail": QUOTE}),
+    "500 message": refusal(500, {"message": QUOTE}),
+    "500 number": refusal(500, {"error": {"code": 500, "message": QUOTE}}),
+    "500 plain": refusal(500, QUOTE, Content_Type="text/plain"),
+    "500 nothing": refusal(500, {"error": {}}),
+    "502 of a load balancer": refusal(502, f"<h1>Load balancer</h1>{QUOTE}"),
+    "504": refusal(504, "<html>504 Gateway Time-out</html>"),
+    "529": refusal(529, error(type="overloaded_error")),
+    "400 told to": refusal(400, error(), x_should_retry="true"),
+    "vLLM in a 200": Script(body={"object": "error", "message": QUOTE, "code": 500}),
+    "vLLM in a stream": in_stream({"object": "error", "message": QUOTE}),
+    "OpenRouter in a stream": in_stream({"error": {"code": 502, "message": QUOTE}}),
+    "a word in a stream": in_stream({"error": QUOTE}),
+    "a list in a stream": in_stream([QUOTE]),
+    "half an event": in_stream('{"choices": [{"del'),
+    "a deep event": in_stream("[" * 100_000),
+    "a deep body": Script(body="[" * 100_000, headers={"Content-Type": "application/json"}),
+    "null": Script(body="null", headers={"Content-Type": "application/json"}),
+    "no choices": Script(body={"choices": []}),
+}
+
+
+@pytest.mark.parametrize("name", PASSING)
+async def test_what_may_pass_is_asked_again(server, upstream, caplog, name):
+    """The second answer comes without a trace of the first, which is logged."""
+    upstream.will(PASSING[name], "这次好了。")
+    seen = await server.ask(QUESTION)
+    assert seen.text == "这次好了。" + LABEL
+    assert len(upstream.requests) == 2
+    assert_discreet(seen, caplog, "写了一半")
+    [line] = told(caplog)
+    assert line.startswith("WARNING") and "asked again after" in line
+
+
+LASTING = {
+    "408": (refusal(408), BUSY),
+    "429": (refusal(429), BUSY),
+    "500": (refusal(500), BUSY),
+    "529": (refusal(529, "<html>overloaded</html>"), BUSY),
+    "in a 200": (Script(body=error()), BROKEN),
+    "429 in a 200": (Script(body=error(code=429)), BUSY),
+    "hang before the headers": (Script(ending="hang", headless=True), SLOW),
+    "hang in mid-stream": (Script("写了一半", ending="hang"), "写了一半" + LABEL),
+}
+
+
+@pytest.mark.parametrize("name", LASTING)
+async def test_what_lasts_is_given_up_after_three_calls(serve, upstream, caplog, name):
+    """No hammering: two pauses, each longer than the one before, then a sentence."""
+    limits = {"first_token_timeout": 0.5, "idle_timeout": 0.5}
+    server = await talking(serve, assistants={"chatgpt": limits})
+    script, sentence = LASTING[name]
+    upstream.will(*[script] * 9)
+    seen = await server.ask(QUESTION)
+    assert seen.text.startswith(sentence) and [t.label for t in seen.taps] == ["重试"]
+    assert_discreet(seen, caplog)
+    asked = upstream.requests
+    assert len(asked) == CALLS
+    pauses = [b.started - a.started for a, b in zip(asked, asked[1:])]
+    assert pauses[0] > 0.37 and pauses[1] > 0.74
+    assert ["again" in line for line in told(caplog)] == [True, True, False]
+
+
+async def test_an_unreachable_upstream_is_tried_three_times(serve, caplog):
+    """Nobody listens: the owner reads where, the subscriber does not."""
+    address = {"base_url": "http://127.0.0.1:9/v1"}
+    server = await talking(serve, assistants={"chatgpt": address})
+    seen = await server.ask(QUESTION)
+    assert seen.text.startswith(UNREACHABLE)
+    assert_discreet(seen, caplog)
+    assert len(told(caplog)) == CALLS and "127.0.0.1:9" in told(caplog)[-1]
+
+
+# Retry-After
+
+WAITS = {
+    "seconds": ({"Retry-After": "1"}, 0.99),
+    "milliseconds": ({"retry-after-ms": "1200"}, 1.19),
+    "milliseconds first": ({"retry-after-ms": "900", "Retry-After": "30"}, 0.89),
+    "a date": ({"Retry-After": 3}, 1.0),
+    "bad milliseconds": ({"retry-after-ms": "soon", "Retry-After": "1"}, 0.99),
+    "zero": ({"Retry-After": "0"}, 0.37),
+    "negative": ({"Retry-After": "-5"}, 0.37),
+    "no number": ({"Retry-After": "nan"}, 0.37),
+    "no date": ({"Retry-After": "Fri, 31 Dec 99999999999 23:59:59 GMT"}, 0.37),
+    "a date gone by": ({"Retry-After": "Thu, 01 Jan 1970 00:00:00 GMT"}, 0.37),
+    "too long, but told to": ({"Retry-After": "999", "x-should-retry": "true"}, 0.37),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+async def test_the_upstream_says_how_long_to_wait(server, upstream, name):
+    """It is asked no earlier; what makes no sense counts as nothing said."""
+    headers, least = WAITS[name]
+    wanted = headers.get("Retry-After")
+    if isinstance(wanted, int):  # seconds from now, as a date
+        headers = {"Retry-After": email.utils.formatdate(time.time() + wanted, usegmt=True)}
+    upstream.will(Script(status=429, headers=headers), "这次好了。")
+    assert (await server.ask(QUESTION)).text.startswith("这次好了。")
+    first, second = upstream.requests
+    assert second.started - first.started >= least
+
+
+# Refused parameters
+
+
+def unsupported(param, code="unsupported_parameter"):
+    """Script OpenAI's refusal of one field of the request."""
+    return refusal(400, error(f"Unsupported: {param}", param=param, code=code))
+
+
+PARAMETERS = {
+    "extra": ("top_p", "unsupported_parameter", "top_p"),
+    "its value": ("top_p", "unsupported_value", "top_p"),
+    "unknown": ("thinking", "unknown_parameter", "thinking"),
+    "inside": ("thinking.type", "unknown_parameter", "thinking"),
+    "stream options": ("stream_options", "unknown_parameter", "stream_options"),
+    "inside those": ("stream_options.include_usage", "unsupported_value", "stream_options"),
+    "thinking": ("reasoning_effort", "unsupported_value", "reasoning_effort"),
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+async def test_a_refused_parameter_is_left_out_from_then_on(serve, upstream, caplog, name):
+    """Asked once more without it, logged once, and never sent again."""
+    param, code, key = PARAMETERS[name]
+    extra = {"top_p": 0.5, "thinking": {"type": "disabled"}}
+    server = await talking(serve, assistants={"chatgpt": {"extra": extra}})
+    upstream.will(unsupported(param, code), "这次好了。", "又好了。")
+    assert (await server.ask("甲问")).text == "这次好了。" + LABEL
+    assert (await server.ask("乙问")).text == "又好了。" + LABEL
+    assert [key in asked.body for asked in upstream.requests] == [True, False, False]
+    others = {"top_p", "thinking", "stream_options", "reasoning_effort"} - {key}
+    assert all(others <= set(asked.body) for asked in upstream.requests)
+    assert len([line for line in told(caplog) if f"refuses {key}" in line]) == 1
+
+
+async def test_two_questions_may_meet_the_same_refusal(server, upstream, caplog):
+    """Both were asked before the first refusal came; both are asked again without it."""
+    await server.ask("/chatgpt", BOB)
+    gate = asyncio.Event()
+    body = error(param="reasoning_effort", code="unsupported_value")
+    upstream.will(*[Script([gate], status=400, body=body)] * 2)
+    asking = [asyncio.create_task(server.ask("问", who)) for who in (ANN, BOB)]
+    await upstream.arrival(count=2)
+    gate.set()
+    assert all((await one).text.startswith("你好！") for one in asking)
+    assert len(upstream.requests) == 4
+    assert len([line for line in told(caplog) if "refuses" in line]) == 1
+
+
+@pytest.mark.parametrize("param", ["model", "messages", "stream", "odd", "", None, 7])
+async def test_a_refused_parameter_that_must_stay_is_told(server, upstream, caplog, param):
+    """Without it there is no request: one call, and the owner's matter."""
+    upstream.will(unsupported(param))
+    assert (await server.ask(QUESTION)).text.startswith(SETUP)
+    assert len(upstream.requests) == 1
+
+
+async def test_a_parameter_refused_again_and_again_is_no_loop(serve, upstream):
+    """An upstream that refuses what was not sent is asked no more than twice."""
+    server = await talking(serve)
+    upstream.will(*[unsupported("reasoning_effort")] * 9)
+    assert (await server.ask(QUESTION)).text.startswith(SETUP)
+    assert len(upstream.requests) == 2
+    assert (await server.ask("再问")).text.startswith(SETUP)
+    assert len(upstream.requests) == 3
+
+
+# A conversation that is too long
+
+WORDINGS = ["OpenAI long", "Kimi long", "GLM long", "LiteLLM long", "vLLM long"]
+
+
+@pytest.mark.parametrize("name", WORDINGS)
+async def test_a_long_conversation_is_asked_again_without_its_oldest(
+    server, upstream, caplog, name
+):
+    """In every provider's words: the oldest exchanges go, prompt and question stay."""
+    for number in "甲乙丙":
+        await server.ask(f"{number}问")
+    upstream.will(FINAL[name][0], "这次好了。")
+    assert (await server.ask(QUESTION)).text == "这次好了。" + LABEL
+    long, short = (asked.messages for asked in upstream.requests[3:])
+    assert short[0] == long[0] and short[0]["role"] == "system"
+    assert len(short) < len(long) and short[1:] == long[len(long) - len(short) + 1 :]
+    assert short[-1]["content"] == QUESTION and "甲问" not in str(short)
+    assert len(upstream.requests) == 5 and len(told(caplog)) == 1
+
+
+async def test_a_conversation_that_stays_too_long_is_told(server, upstream):
+    """Three calls at most, though something could be left out still."""
+    for number in range(8):
+        await server.ask(f"第 {number} 问")
+    upstream.will(*[FINAL["OpenAI long"][0]] * 9)
+    seen = await server.ask(QUESTION)
+    assert seen.text.startswith(LONG) and "/clear" in seen.text
+    assert len(upstream.requests) - 8 <= CALLS
+
+
+async def test_a_refused_question_does_not_enter_the_conversation(server, upstream):
+    """A provider would refuse every question after it."""
+    upstream.will(FINAL["policy"][0], FINAL["GLM withdraws"][0])
+    await server.ask("禁问")
+    await server.ask("又禁问")
+    await server.ask("好问")
+    assert [m["role"] for m in upstream.requests[-1].messages] == ["system", "user"]
+
+
+# What stands in the fields
+
+ODD = {
+    "tokens": {"usage": {"prompt_tokens": 10**30, "completion_tokens": -1}},
+    "no counts": {"usage": [1, 2]},
+    "model": {"model": "\ud800" * 9 + "x" * 5000},
+    "a model of another kind": {"model": {"name": ["x"]}},
+    "choices": {"choices": [None], "usage": "many"},
+    "index": {"choices": [{"index": None, "delta": None}]},
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+async def test_odd_fields_do_no_harm(server, upstream, caplog, name):
+    """An answer with odd values beside it is delivered, stored, and sent along."""
+    begun = {"choices": [{"delta": {"content": "好的。"}}]}
+    ended = {"choices": [{"delta": {}, "finish_reason": "stop"}]}
+    body = sse(begun, ODD[name], ended | ODD[name] | {"choices": ended["choices"]}, "[DONE]")
+    upstream.will(Script(body=body, headers={"Content-Type": "text/event-stream"}))
+    assert (await server.ask(QUESTION)).text == "好的。" + LABEL
+    await server.ask("再问")
+    assert upstream.requests[-1].messages[-2]["content"] == "好的。"
+    assert told(caplog) == []
+
+
+@pytest.mark.parametrize("field", ["code", "type", "param"])
+@pytest.mark.parametrize("value", [f"{QUOTE}\nERROR", {"a": QUOTE}, [QUOTE] * 999], ids=str)
+async def test_odd_error_fields_are_not_logged(server, upstream, caplog, field, value):
+    """A code is a word; anything else may be what somebody wrote."""
+    upstream.will(refusal(400, error(**{field: value})))
+    seen = await server.ask(QUESTION)
+    assert_discreet(seen, caplog)
+    [line] = told(caplog)
+    assert "\n" not in line and len(line) < 300
+
+
+# Bytes that no library sends
+
+
+async def for_ever(piece):
+    """Yield a piece over and over, slowly."""
+    while True:
+        yield piece
+        await asyncio.sleep(0.02)
+
+
+async def whole(pieces):
+    """Yield pieces at once."""
+    for piece in pieces:
+        yield piece
+        await asyncio.sleep(0)
+
+
+class Wire:
+    """An upstream of raw bytes: each request gets the next script, an answer at the end.
+
+    A script is a function that returns the pieces; then the connection is closed.
+    """
+
+    def __init__(self):
+        self.scripts = []
+        self.calls = 0
+        self.port = 0
+
+    @property
+    def settings(self):
+        """Return what points an assistant here."""
+        return {"base_url": f"http://127.0.0.1:{self.port}/v1"}
+
+    async def answer(self, reader, writer):
+        """Read one request and play its script."""
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = re.search(rb"(?i)content-length: (\d+)", head)
+            await reader.readexactly(int(length[1]))
+            self.calls += 1
+            script = self.scripts.pop(0) if self.scripts else GOOD
+            async for piece in script():
+                writer.write(piece)
+                await writer.drain()
+        writer.close()
+
+
+@pytest.fixture
+async def wire():
+    """A chat API of raw bytes."""
+    wire = Wire()
+    listener = await asyncio.start_server(wire.answer, "127.0.0.1", 0)
+    wire.port = listener.sockets[0].getsockname()[1]
+    async with listener:
+        yield wire
+
+
+HEAD = b"HTTP/1.1 %s\r\nContent-Type: text/event-stream\r\n%s\r\n"
+OK = HEAD % (b"200 OK", b"Connection: close\r\n")
+CHUNKED = HEAD % (b"200 OK", b"Transfer-Encoding: chunked\r\n")
+ZIPPED = HEAD % (b"200 OK", b"Content-Encoding: gzip\r\n")
+LATE = b"HTTP/1.1 401 No\r\nContent-Length: 999\r\n\r\n{"
+
+
+def delta(text):
+    """Return one event with a piece of an answer."""
+    return sse({"choices": [{"delta": {"content": text}}]}).encode()
+
+
+END = sse({"choices": [{"delta": {}, "finish_reason": "stop"}]}, "[DONE]").encode()
+
+
+def bytes_of(*pieces):
+    """Script these pieces and a close."""
+    return lambda: whole(pieces)
+
+
+GOOD = bytes_of(OK, delta("这次好了。"), END)
+BEGUN = delta("写了一半")
+GARBLED = {
+    "no HTTP": bytes_of(f"{QUOTE}\r\n\r\n".encode()),
+    "a huge header": bytes_of(b"HTTP/1.1 200 OK\r\nX: " + b"y" * 100_000 + b"\r\n\r\n"),
+    "nothing": bytes_of(b""),
+    "half a head": bytes_of(b"HTTP/1.1 200 OK\r\nContent-Ty"),
+    "a bad chunk": bytes_of(CHUNKED, f"{QUOTE}\r\n".encode(), BEGUN),
+    "a chunk cut short": bytes_of(CHUNKED, b"fff\r\n", BEGUN),
+    "no gzip": bytes_of(ZIPPED, BEGUN),
+    "gzip cut short": bytes_of(ZIPPED, gzip.compress(BEGUN * 99)[:-20]),
+    "a body cut short": bytes_of(HEAD % (b"200 OK", b"Content-Length: 9999\r\n"), BEGUN),
+    "an end without a word": bytes_of(OK, BEGUN),
+    "half an event": bytes_of(OK, BEGUN, b'data: {"choices'),
+}
+
+
+@pytest.mark.parametrize("name", GARBLED)
+async def test_garbled_bytes_are_asked_again(serve, wire, caplog, name):
+    """Whatever HTTP makes of them, the second answer is the answer."""
+    server = await talking(serve, assistants={"chatgpt": wire.settings})
+    wire.scripts = [GARBLED[name]]
+    seen = await server.ask(QUESTION)
+    assert seen.text == "这次好了。" + LABEL and wire.calls == 2
+    assert_discreet(seen, caplog, "写了一半")
+    assert len(told(caplog)) == 1
+
+
+async def test_gzip_in_single_bytes_is_read(serve, wire):
+    """Torn apart in every layer, an answer is the same."""
+    server = await talking(serve, assistants={"chatgpt": wire.settings})
+    body = gzip.compress(delta("你好，世界🙂！") + END)
+    wire.scripts = [bytes_of(ZIPPED, *(bytes([byte]) for byte in body))]
+    assert (await server.ask(QUESTION)).text == "你好，世界🙂！" + LABEL
+
+
+async def test_an_error_whose_body_never_comes_is_known_by_its_status(serve, wire, caplog):
+    """A bad key is a bad key, though the server hangs while it says so."""
+    server = await talking(serve, assistants={"chatgpt": wire.settings})
+    wire.scripts = [bytes_of(LATE), lambda: for_ever(b"")]
+    seen = await server.ask(QUESTION)
+    assert seen.text.startswith(SETUP) and wire.calls == 1
+    wire.scripts = [lambda: for_ever(LATE)]
+    seen = await server.ask(QUESTION)
+    assert seen.text.startswith(SETUP) and wire.calls == 2
+
+
+DRIPS = {
+    "nothing": b"",
+    "comments": b": keep-alive\n\n",
+    "events without text": sse({"choices": [{"delta": {"content": ""}}]}).encode(),
+    "a line without an end": b"x",
+    "an event without an end": b"data: x\n",
+}
+
+
+@pytest.mark.parametrize("name", DRIPS)
+async def test_a_drip_without_a_word_is_given_up(serve, wire, caplog, name):
+    """Bytes are no sign of life; words are."""
+    limits = {"first_token_timeout": 0.3}
+    server = await talking(serve, assistants={"chatgpt": wire.settings | limits})
+    wire.scripts = [lambda: chained(bytes_of(OK)(), for_ever(DRIPS[name]))] * CALLS
+    seen = await server.ask(QUESTION)
+    assert seen.text.startswith(SLOW) and wire.calls == CALLS
+    assert_discreet(seen, caplog)
+
+
+async def test_a_drip_of_words_ends_with_the_time_for_all(serve, wire):
+    """Every word begins the idle time again, but not the total."""
+    limits = {"first_token_timeout": 5, "idle_timeout": 5, "timeout": 0.6}
+    server = await talking(serve, assistants={"chatgpt": wire.settings | limits})
+    wire.scripts = [lambda: chained(bytes_of(OK)(), for_ever(delta("说")))] * 9
+    seen = await server.ask(QUESTION)
+    assert seen.taps[0].label == "重试" and wire.calls <= CALLS
+
+
+async def chained(*streams):
+    """Yield the pieces of one stream after the other."""
+    for stream in streams:
+        async for piece in stream:
+            yield piece
+
+
+# Ten megabytes
+
+MUCH = 10 * 2**20
+
+
+def flood(piece, head=OK):
+    """Script a head and ten megabytes of one piece."""
+    block = piece * (65536 // len(piece))
+    return bytes_of(head, *[block] * (MUCH // len(block)))
+
+
+def json_head(status):
+    """Return the head of ten megabytes of JSON."""
+    return b"HTTP/1.1 %d X\r\nContent-Type: application/json\r\n\r\n" % status
+
+
+FLOODS = {
+    "text": (flood(delta("很长的一句话。" * 9)), "很长的一句话。"),
+    "text in one event": (flood(b"x", OK + b'data: {"choices'), BROKEN),
+    "one line": (flood(b"x"), BROKEN),
+    "one event": (flood(b"data: xxxxxxxx\n"), BROKEN),
+    "an empty event": (flood(b"data\n"), BROKEN),
+    "comments": (flood(b": x\n"), BROKEN),
+    "a thought": (flood(delta("想" * 99), OK + delta("<think>")), "模型"),
+    "blanks": (flood(delta(" \n" * 99)), "模型"),
+    "blanks behind a thought": (
+        flood(delta(" \n" * 99), OK + delta("<think>x</think>")), "模型"
+    ),
+    "newlines": (flood(delta("\n" * 99), OK + delta("好")), "好"),
+    "backticks": (flood(delta("`" * 99)), None),
+    "brackets": (flood(delta("[" * 99)), "[["),
+    "an error": (flood(b"x", json_head(500)), BUSY),
+    "a refusal": (flood(b"x", json_head(401)), SETUP),
+    "unstreamed": (
+        flood(b"x", json_head(200) + b'{"choices": [{"message": {"content": "'), BROKEN
+    ),
+    "gzip": (bytes_of(ZIPPED, gzip.compress(b"x" * 20 * MUCH)), BROKEN),
+    "gzip of blanks": (bytes_of(ZIPPED, gzip.compress(b"\n" * 20 * MUCH)), BROKEN),
+    "gzip of nothing": (bytes_of(ZIPPED, gzip.compress(b"data: \n" * 3 * MUCH)), BROKEN),
+}
