@@ -201,6 +201,10 @@ class Texts:
     word_forget: str = "确认删除"
     page_notice: str = "内容由 AI 生成，请自行核实"
     page_waiting: str = "正在想…"
+    page_seconds: str = "秒"
+    page_writing: str = "正在写…"
+    page_copy: str = "复制"
+    page_copied: str = "已复制"
     page_history: str = "聊天记录"
     page_private: str = "只给自己看，请勿转发此链接"
     page_retry: str = "回到公众号点「重试」，或再发一次问题。"
@@ -1215,6 +1219,8 @@ def split_statements(script: str) -> Iterator[str]:
         if sqlite3.complete_statement(statement):
             yield statement
             statement = ""
+    if statement.strip():
+        yield statement
 
 
 class Store:
@@ -1258,14 +1264,15 @@ class Store:
     async def migrate(self) -> None:
         """Run the steps of schema.sql that are new; raise StoreError for a newer database."""
         steps = re.split(r"(?m)^-- step \d+$", SCHEMA.read_text("utf-8"))[1:]
-        async with self.transaction():
-            [(version,)] = await self.rows("PRAGMA user_version")
-            if version > len(steps):
-                known = f"this wxgpt knows up to {len(steps)}: install a newer one"
-                raise StoreError(f"the database is of version {version}, {known}")
-            for statement in split_statements("".join(steps[version:])):
-                await self.rows(statement)
-            await self.rows(f"PRAGMA user_version = {len(steps)}")
+        [(version,)] = await self.rows("PRAGMA user_version")
+        if version > len(steps):
+            known = f"this wxgpt knows up to {len(steps)}: install a newer one"
+            raise StoreError(f"the database is of version {version}, {known}")
+        for number, step in enumerate(steps[version:], version + 1):
+            async with self.transaction():
+                for statement in split_statements(step):
+                    await self.rows(statement)
+                await self.rows(f"PRAGMA user_version = {number}")
         [(newest, secret)] = await self.rows("SELECT newest_push, secret FROM platform")
         self.newest_push = self.saved_push = newest
         self.secret = secret
@@ -1632,12 +1639,18 @@ async def open_store(path: str) -> Store:
     try:
         # -wal and -shm copy the mode of the database: nobody else reads what people wrote
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        with contextlib.suppress(PermissionError):  # another user's, lent to us
+            os.chmod(path, 0o600)  # a restored copy may have come with any mode
     except OSError as error:
         raise StoreError(f"database {path}: {error.strerror}") from None
     async with contextlib.AsyncExitStack() as undo:
         store = Store(await aiosqlite.connect(path, isolation_level=None))
         undo.push_async_callback(store.close)
         try:
+            # Before anything is written; some 0.2 s for 200,000 answers.
+            [(verdict,)] = await store.rows("PRAGMA quick_check(1)")
+            if verdict != "ok":
+                raise StoreError(f"database {path}: corrupt: {' '.join(verdict.split())}")
             for pragma in PRAGMAS:
                 await store.rows(f"PRAGMA {pragma}")
             await store.migrate()
@@ -3361,13 +3374,15 @@ animation:pulse 1.4s ease-in-out infinite}@keyframes pulse{50%{opacity:.2}}}
 .failed{margin:1rem 0;padding:.5rem .8rem;border-left:.25rem solid var(--line);
 background:var(--box);white-space:pre-wrap}
 .scroll,pre{overflow-x:auto;margin:.8rem 0}
-pre{position:relative;background:var(--box);padding:.8rem;border-radius:.5rem;
-line-height:1.5}
+pre{padding:.8rem;line-height:1.5}
+.code{background:var(--box);border-radius:.5rem;margin:.8rem 0}
+.code pre{margin:0}
 code{font-family:ui-monospace,Menlo,Consolas,monospace;font-size:.88em}
 :not(pre)>code{background:var(--box);padding:.1em .35em;border-radius:.25em}
-.copy{position:absolute;top:.35rem;right:.35rem;font:inherit;font-size:.78rem;
+.copy{float:right;margin:.4rem .4rem 0 0;font:inherit;font-size:.78rem;
 padding:.2rem .6rem;color:var(--ink);background:var(--paper);
 border:1px solid var(--line);border-radius:.4rem;cursor:pointer}
+.copy+pre{clear:right;padding-top:.2rem}
 table{border-collapse:collapse;min-width:50%}
 td,th{border:1px solid var(--line);padding:.35rem .6rem;text-align:left;min-width:4rem}
 th{background:var(--box)}
@@ -3383,28 +3398,27 @@ footer{margin-top:2rem;padding-top:.6rem;border-top:1px solid var(--line)}
 # What the page does with script: copy buttons, and for a live answer: the stream, the
 # seconds, and in the end the finished page in place of this one, without a jump.
 SCRIPT = """
-const copies=()=>{for(const pre of document.querySelectorAll('.answer pre')){
-const button=document.createElement('button');button.className='copy';
-button.textContent='复制';button.onclick=async()=>{
-try{await navigator.clipboard.writeText(pre.querySelector('code').textContent)}catch{
-const range=document.createRange();range.selectNodeContents(pre.querySelector('code'));
-getSelection().removeAllRanges();getSelection().addRange(range);
-document.execCommand('copy')}
-button.textContent='已复制';setTimeout(()=>{button.textContent='复制'},2000)};
-pre.append(button)}};
+const say=document.body.dataset;
+const copies=()=>{for(const box of document.querySelectorAll('.code')){
+const button=document.createElement('button'),code=box.querySelector('code');
+button.className='copy';button.textContent=say.copy;button.onclick=async()=>{
+try{await navigator.clipboard.writeText(code.textContent)}catch{
+getSelection().selectAllChildren(code);document.execCommand('copy')}
+button.textContent=say.copied;
+setTimeout(()=>{button.textContent=say.copy},2000)};box.prepend(button)}};
 const live=document.querySelector('.live');
 if(!live)copies();else{
 const note=document.querySelector('.asking'),began=Date.now()-1000*note.dataset.seconds;
 const words=note.textContent;let text='';
 const clock=setInterval(()=>{note.textContent=words+' '+
-Math.round((Date.now()-began)/1000)+' 秒'},1000);
+Math.round((Date.now()-began)/1000)+' '+say.seconds},1000);
 const finish=async()=>{try{const page=await fetch(location.href);
 const done=new DOMParser().parseFromString(await page.text(),'text/html');
 document.querySelector('main').replaceWith(done.querySelector('main'));copies()}
 catch{setTimeout(finish,3000)}};
 const source=new EventSource(location.pathname+'/events');
 source.onmessage=e=>{clearInterval(clock);text+=JSON.parse(e.data).text;
-live.textContent=text;note.textContent='正在写…'};
+live.textContent=text;note.textContent=say.writing};
 source.addEventListener('reset',()=>{text=live.textContent=''});
 source.addEventListener('done',()=>{source.close();clearInterval(clock);finish()});
 source.onerror=()=>{if(source.readyState===2)setTimeout(()=>location.reload(),3000)}}
@@ -3415,7 +3429,7 @@ PAGE = string.Template(
 <html lang="zh-CN"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <title>$title</title>$refresh<style nonce="$nonce">$style</style></head>
-<body><main>$body<footer>$notice</footer></main>
+<body $words><main>$body<footer>$notice</footer></main>
 <script nonce="$nonce">$script</script></body></html>
 """
 )
@@ -3447,7 +3461,10 @@ def element(tag: str, words: str, kind: str = "") -> str:
 def make_page(texts: Texts, title: str, body: str, refresh: bool = False) -> Page:
     """Return a page around a body that is already HTML."""
     nonce = secrets.token_urlsafe(12)
+    names = ("copy", "copied", "writing", "seconds")
+    words = {name: html.escape(getattr(texts, f"page_{name}")) for name in names}
     text = PAGE.substitute(
+        words=" ".join(f'data-{name}="{value}"' for name, value in words.items()),
         title=html.escape(title),
         nonce=nonce,
         style=STYLE,
@@ -3477,7 +3494,8 @@ class AnswerRenderer(RendererHTML):
         return link_tag(token.attrGet("src"), token.content or "图片") + "</a>"
 
     def fence(self, tokens: list[Token], index: int, *_: object) -> str:
-        return f'<pre tabindex="0">{element("code", tokens[index].content)}</pre>'
+        code = element("code", tokens[index].content)
+        return f'<div class="code"><pre tabindex="0">{code}</pre></div>'
 
     def table_open(self, *_: object) -> str:
         return '<div class="scroll" tabindex="0"><table>'
@@ -3505,7 +3523,7 @@ def plain_words(text: str) -> str:
 
 def render_ending(texts: Texts, turn: Turn) -> str:
     """Return what a page says below an answer: how it ended if badly, model and time."""
-    words = ""
+    words = texts.page_writing
     if turn.state != "open":
         words = plain_words(ending_words(texts, turn.state, turn.reason, 0))
     if turn.state in ("failed", "broken"):

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -45,7 +46,7 @@ MOUNT_CGROUPS = (
 OWN_CGROUPS = ("unshare", "-m", "-C", "sh", "-c", MOUNT_CGROUPS, "sh")
 BUILD_SECONDS = 900
 BOOT_SECONDS = 60
-COMMAND_SECONDS = 60
+COMMAND_SECONDS = 30
 CLONE_NEWNET = 0x40000000  # setns(2); os.setns came with Python 3.12
 
 
@@ -176,6 +177,7 @@ class Container:
     def __init__(self, leader: int, settings: Path) -> None:
         self.leader = leader  # its first process, as this machine counts
         self.settings = settings / "wxgpt.toml"
+        self.enter = ("nsenter", f"--target={leader}", *"-m -u -i -n -p -C".split())
 
     def path(self, name: str) -> Path:
         """Return where a file of the container can be reached from here."""
@@ -194,9 +196,8 @@ class Container:
 
     async def run(self, *command: str) -> tuple[int, str]:
         """Run a command inside; return its exit status and what it wrote."""
-        enter = ("nsenter", f"--target={self.leader}", *"-m -u -i -n -p -C".split())
         process = await asyncio.create_subprocess_exec(
-            *(*enter, *command),
+            *(*self.enter, *command),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
@@ -207,11 +208,13 @@ class Container:
     @contextlib.asynccontextmanager
     async def follow(self, name: str) -> AsyncIterator["Unit"]:
         """Give a unit with its journal; in the end it is as if it had never run."""
-        # Only the file system is entered, so that no child of nsenter outlives it.
+        since = ("--no-tail", f"--since=@{time.time()}")
         journal = await asyncio.create_subprocess_exec(
-            *("nsenter", f"--target={self.leader}", "-m", "journalctl", "--follow"),
-            *("--no-tail", f"--since=@{time.time()}", "--output=json", f"--unit={name}"),
+            *(*self.enter, "journalctl", "--follow", *since),
+            *("--output=json", f"--unit={name}"),
+            stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
+            start_new_session=True,  # a group of nsenter and the child it waits for
         )
         unit = Unit(self, name)
         reader = asyncio.create_task(unit.read_journal(journal.stdout))
@@ -219,7 +222,7 @@ class Container:
             yield unit
         finally:
             await unit.clean()
-            journal.terminate()
+            os.killpg(journal.pid, signal.SIGTERM)
             await journal.wait()
             await reader
 
