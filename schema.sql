@@ -37,7 +37,7 @@ CREATE TABLE turn (
     asked INTEGER NOT NULL DEFAULT 0,       -- times a process took it to the upstream
     replied INTEGER NOT NULL DEFAULT 0,     -- 1: a reply to its own message was decided
     unread INTEGER,                         -- part offered by an early reply, not seen yet
-    delivered TEXT,                         -- '1' to '3': attempt; 'part', 'page': later
+    delivered TEXT,                         -- '1' to '3': attempt; part, page: later; lost: its line was gone
     created_at REAL NOT NULL,
     finished_at REAL,
     model TEXT,

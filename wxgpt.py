@@ -36,7 +36,7 @@ killed process left unfinished is asked again by the next one.
 
 Sections: 1 constants and texts, 2 configuration, 3 WeChat protocol, text, 4 store,
 5 chat API, 6 answers in progress, 7 services, 8 commands, 9 the path of a message,
-10 pages, 11 HTTP handlers, 12 the owner's commands, 13 application.
+10 pages, 11 HTTP handlers, 12 application, 13 the owner's commands.
 
 Vocabulary: openid (a subscriber of this account), MsgId (a message; the same on every
 attempt), attempt, passive reply, session, turn (a question and its answer), part (one
@@ -48,6 +48,7 @@ Run `python wxgpt.py demo` to try it, `python wxgpt.py --config wxgpt.toml` to s
 import argparse
 import asyncio
 import base64
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -64,11 +65,14 @@ import pathlib
 import random
 import re
 import secrets
+import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import string
 import sys
+import tempfile
 import time
 import tomllib
 import types
@@ -576,11 +580,11 @@ def read_xml(body: bytes) -> dict:
     """Return the fields of a push; raise BadMessage."""
     try:
         tree = xmltodict.parse(body)
-    except (ExpatError, ValueError):
+    except (ExpatError, ValueError, LookupError):  # the last: an unknown encoding
         # Control characters that a subscriber pasted reach us as they are.
         try:
             tree = xmltodict.parse(ILLEGAL.sub("", body.decode("utf-8", "ignore")))
-        except (ExpatError, ValueError) as error:
+        except (ExpatError, ValueError, LookupError) as error:
             raise BadMessage(f"not readable as XML: {error}") from None
     root = tree.get("xml")
     if not isinstance(root, dict):
@@ -1003,9 +1007,11 @@ def cut_markdown(markdown: str, room: int, opener: str = "") -> int:
     cut = nearest_cut(markdown, max(1, most), opener)
     while cut > 1 and size_of(plain_text(markdown[:cut], opener)) > room:
         cut = nearest_cut(markdown, cut * 7 // 8, opener)
+    empty, step = cut, 1  # markup alone would be an empty part
     while cut < len(markdown) and not plain_text(markdown[:cut], opener):
-        cut += 1  # markup alone would be an empty part
-    return cut
+        empty, cut, step = cut, min(len(markdown), cut + step), step * 2
+    shows = lambda end: bool(plain_text(markdown[:end], opener))
+    return bisect.bisect_left(range(cut), True, lo=empty, key=shows)
 
 
 def finished_sentences(markdown: str, room: int, opener: str = "") -> int:
@@ -1258,8 +1264,12 @@ class Store:
             finally:
                 # Also on cancellation: left open, it would swallow all later writes.
                 if not is_whole:
-                    with contextlib.suppress(sqlite3.OperationalError):
-                        await asyncio.shield(self.rows("ROLLBACK"))
+                    await asyncio.shield(self.roll_back())
+
+    async def roll_back(self) -> None:
+        """Undo the open transaction, if there is one."""
+        with contextlib.suppress(sqlite3.OperationalError):
+            await self.rows("ROLLBACK")
 
     async def migrate(self) -> None:
         """Run the steps of schema.sql that are new; raise StoreError for a newer database."""
@@ -1391,9 +1401,10 @@ class Store:
         await self.write(query, now=now, text=text, id=session_id)
 
     async def touch_session(self, session_id: int, now: float) -> None:
-        """Let the idle time of a session count from now."""
+        """Let the idle time of a session count from now; a full disk costs only that."""
         query = "UPDATE session SET last_at = :now WHERE id = :id"
-        await self.write(query, now=now, id=session_id)
+        with contextlib.suppress(sqlite3.OperationalError):
+            await self.write(query, now=now, id=session_id)
 
     async def lapsed_session(self, openid: str, since: float) -> Session | None:
         """Return the newest session if it ran out and a text waits to be asked in it."""
@@ -1699,6 +1710,7 @@ class EventDecoder:
     def __init__(self, limit: int = 1 << 20) -> None:
         self.rest = b""  # of a line that is not complete
         self.data: list[bytes] = []  # of an event that is not complete
+        self.size = 0  # its bytes
         self.limit = limit
         self.after_cr = False  # a LF that comes next belongs to the CR before
 
@@ -1710,19 +1722,20 @@ class EventDecoder:
         self.after_cr = text.endswith(b"\r")
         lines = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
         self.rest = lines.pop()
-        if len(self.rest) > self.limit:
-            raise ChatError("broken", "a line of the stream is longer than 1 MiB")
         for line in lines:
             if line.startswith(b"data:"):
                 self.data.append(line[6:] if line[5:6] == b" " else line[5:])
+                self.size += len(line)
             elif not line:
                 yield from self.flush()
+        if len(self.rest) + self.size > self.limit:
+            raise ChatError("broken", "an event of the stream is longer than 1 MiB")
 
     def flush(self) -> Iterator[str]:
         """Yield the payload read so far; some servers omit the last blank line."""
         if self.data:
             yield b"\n".join(self.data).decode("utf-8", "replace")
-            self.data = []
+            self.data, self.size = [], 0
 
 
 class ThoughtFilter:
@@ -1736,21 +1749,22 @@ class ThoughtFilter:
         """Return what of the text so far is visible and was not returned before."""
         if self.state == "answer":
             return delta
-        self.held += delta
+        self.held = (self.held + delta).lstrip()
         if self.state == "start":
-            text = self.held.lstrip()
-            if text.startswith("<think>"):
-                self.state, self.held = "thought", text
-            elif "<think>".startswith(text):
+            if self.held.startswith("<think>"):
+                self.state = "thought"
+            elif "<think>".startswith(self.held):
                 return ""
             else:
                 self.state = "answer"
                 return self.held
         _, end, after = self.held.partition("</think>")
-        if not end or not after.strip():
-            return ""
-        self.state = "answer"
-        return after.lstrip()
+        if after.strip():
+            self.state = "answer"
+            return after.lstrip()
+        # Of a thought only what may be the beginning of its end is kept.
+        self.held = end or self.held[-len("</think>") :]
+        return ""
 
     def flush(self) -> str:
         """Return what was held back at the end: a thought never closed is no answer."""
@@ -1759,13 +1773,28 @@ class ThoughtFilter:
 
 # What providers say in the code, type or message of an error, and what it means here.
 MEANINGS = (
-    ("long", r"context_length|context ?window|maximum context|token limit|code=1261\b"),
+    ("long", r"context_(length|size)|context ?window|maximum context|code=1261\b"),
+    ("long", r"model token limit|available context"),
     ("blind", r"image_url|image input|support.{0,20} images?\b|\bvision\b"),
-    ("refused", r"content_?(policy|filter)|data_inspection_failed|code=1301\b|sensitive"),
-    ("setup", r"insufficient_quota|balance|spend_limit|usage_limit|arrearage|code=1113\b"),
+    ("refused", r"content_?(policy|filter)|data_inspection_failed|code=1301\b"),
+    ("refused", r"(?<!case.)sensitive"),
+    ("setup", r"insufficient_quota|balance(?!r)|spend_limit|usage_limit|arrearage|code=1113\b"),
     ("setup", r"model_not_found|无可用渠道"),
 )
 REFUSED_PARAMETER = r"unsupported_parameter|unsupported_value|unknown_parameter"
+WORD = re.compile(r"[A-Za-z0-9_.:\[\]-]{1,64}")  # more may be what somebody wrote
+
+
+def retry_after(headers: typing.Mapping[str, str]) -> float | None:
+    """Return how many seconds the upstream asks to wait, None if it does not say."""
+    text, seconds = headers.get("retry-after", ""), 0.0
+    with contextlib.suppress(ValueError, OverflowError):
+        seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+    with contextlib.suppress(ValueError):
+        seconds = float(text)
+    with contextlib.suppress(KeyError, ValueError):
+        seconds = float(headers["retry-after-ms"]) / 1000
+    return seconds if seconds > 0 else None  # nor is NaN
 
 
 def error_of(status: int, body: object, headers: typing.Mapping[str, str] = {}) -> ChatError:
@@ -1773,44 +1802,35 @@ def error_of(status: int, body: object, headers: typing.Mapping[str, str] = {}) 
     error = body.get("error") or body if isinstance(body, dict) else body
     error = error if isinstance(error, dict) else {"message": error}
     message = str(error.get("message") or error.get("detail") or "")[:300]
-    known = " ".join(f"{k}={error[k]}" for k in ("code", "type", "param") if error.get(k))
+    words = {name: str(error.get(name) or "") for name in ("code", "type", "param")}
+    words = {name: word for name, word in words.items() if WORD.fullmatch(word)}
+    known = " ".join(f"{name}={word}" for name, word in words.items())
+    if status == 200 and re.fullmatch("[45][0-9]{2}", words.get("code", "")):
+        status = int(words["code"])  # a gateway tells what it met behind itself
     kind = "busy" if status in (408, 409, 429) or status >= 500 else "setup"
     kind = "broken" if status == 200 else kind
     for meaning, pattern in MEANINGS:
         if re.search(pattern, f"{known} {message}", re.IGNORECASE):
             kind = meaning
             break
-    request_id = headers.get("x-request-id", "-")
-    # The message may repeat what was asked: only what concerns the owner is logged.
-    shown = message[:100] if kind == "setup" else ""
-    detail = f"status {status} {known} request {request_id} {shown}".strip()
+    # The message is not logged: it may repeat the key, or what was asked.
+    request_id = WORD.match(headers.get("x-request-id", "")) or ["-"]
+    detail = f"status {status} {known} request {request_id[0]}"
     result = ChatError(kind, detail, kind in ("busy", "broken"), retry_after(headers))
     if result.after is not None and result.after > RETRY_AFTER_SECONDS:
-        result.passing = False
+        result.passing, result.after = False, None
     if headers.get("x-should-retry") in ("true", "false"):
         result.passing = headers["x-should-retry"] == "true"
     if re.search(REFUSED_PARAMETER, known):
-        result.parameter = str(error.get("param") or "")
+        result.parameter = words.get("param", "")
     return result
-
-
-def retry_after(headers: typing.Mapping[str, str]) -> float | None:
-    """Return how many seconds the upstream asks to wait, None if it does not say."""
-    with contextlib.suppress(KeyError, ValueError):
-        return float(headers["retry-after-ms"]) / 1000
-    text = headers.get("retry-after", "")
-    with contextlib.suppress(ValueError):
-        return float(text)
-    with contextlib.suppress(ValueError):
-        return email.utils.parsedate_to_datetime(text).timestamp() - time.time()
-    return None
 
 
 def read_event(payload: str) -> dict:
     """Return the JSON object of one event; raise ChatError, also for an error in it."""
     try:
         event = json.loads(payload)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ChatError("broken", "an event is not JSON", True) from None
     if not isinstance(event, dict):
         raise ChatError("broken", "an event is not an object", True)
@@ -1848,8 +1868,10 @@ def make_ending(reason: str, model: object, usage: object) -> Ending:
     """Return the Ending of the loosely typed values of a stream."""
     usage = usage if isinstance(usage, dict) else {}
     tokens = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-    given, taken = (n if isinstance(n, int) else None for n in tokens)
-    return Ending(reason, str(model), given, taken)
+    is_count = [isinstance(n, int) and 0 <= n < 2**31 for n in tokens]
+    given, taken = (n if fits else None for n, fits in zip(tokens, is_count))
+    reason = reason if WORD.fullmatch(reason) else "odd"
+    return Ending(reason, ILLEGAL.sub("", str(model)[:100]), given, taken)
 
 
 async def read_body(response: aiohttp.ClientResponse, limit: int) -> str:
@@ -1863,11 +1885,14 @@ async def read_body(response: aiohttp.ClientResponse, limit: int) -> str:
 
 
 async def read_error(response: aiohttp.ClientResponse) -> ChatError:
-    """Return the error of a response that is not a 200."""
-    text = await read_body(response, BODY_BYTES)
+    """Return the error of a response that is not a 200; its body gets two seconds."""
+    text = ""
+    with contextlib.suppress(TimeoutError, aiohttp.ClientError, ConnectionError):
+        async with asyncio.timeout(2):
+            text = await read_body(response, BODY_BYTES)
     try:
         body = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         body = re.sub(r"<[^>]*>|\s+", " ", text).strip()
     return error_of(response.status, body, response.headers)
 
@@ -1931,13 +1956,18 @@ class ChatClient:
         body |= self.settings.extra
         return {name: value for name, value in body.items() if name not in self.refused}
 
-    def learn(self, error: ChatError) -> None:
-        """Leave out a field that was refused from now on, and let the question pass."""
+    def learn(self, error: ChatError, left_out: set[str]) -> None:
+        """Leave out a field that was refused from now on, and let the question pass.
+
+        `left_out` is what the request went without: refused all the same, it is no use.
+        """
         name = error.parameter.partition(".")[0]
         optional = {*self.settings.extra, "stream_options", "reasoning_effort"}
-        if name in optional - self.refused:
+        if name not in optional - left_out:
+            return
+        error.passing, error.after = True, 0.0
+        if name not in self.refused:
             self.refused.add(name)
-            error.passing, error.after = True, 0.0
             log.warning("%s refuses %s, asked without it from now on", self.url, name)
 
     async def stream(self, messages: list[dict], end: float) -> AsyncIterator[str | Ending]:
@@ -1945,20 +1975,21 @@ class ChatClient:
 
         Leaving the iterator early closes the connection, which ends the upstream's work.
         """
-        deadline = Deadline(self.settings, end)
+        deadline, left_out = Deadline(self.settings, end), set(self.refused)
         try:
             async with deadline.timeout, self.post(messages) as response:
                 async for item in self.read(response, deadline):
                     yield item
         except ChatError as error:
-            self.learn(error)
+            self.learn(error, left_out)
             raise
         except TimeoutError:
             raise ChatError("slow", "time limit", True) from None
         except aiohttp.ClientConnectorError as error:
             raise ChatError("unreachable", str(error), True) from None
         except (aiohttp.ClientError, ConnectionError) as error:
-            raise ChatError("broken", f"{type(error).__name__}: {error}", True) from None
+            # Its words may quote the answer.
+            raise ChatError("broken", type(error).__name__, True) from None
 
     def post(self, messages: list[dict]) -> typing.Any:
         """Return the request as a context manager."""
@@ -1993,7 +2024,7 @@ class ChatClient:
             model = event.get("model") or model
             if text := thoughts.feed(visible_text(choice.get("delta"))):
                 yield text
-            if reason := choice.get("finish_reason") or "":
+            if reason := str(choice.get("finish_reason") or ""):
                 usage = await read_usage(events) or usage
                 break
         if not reason:
@@ -2141,7 +2172,7 @@ class Answer:
 
     def withhold(self) -> None:
         """Take back what was not sent in a reply."""
-        sent = [stop for (gen, _), stop in self.stops.items() if gen == self.generation]
+        sent = [end for (gen, _), end in self.stops.items() if gen == self.generation]
         self.text = self.text[: max(sent, default=0)]
 
     def drop_thought(self) -> None:
@@ -2243,7 +2274,7 @@ class Delivery:
         self.reply: Reply | None = None  # as decided
         self.decided = asyncio.Event()
         self.stored: asyncio.Task | None = None  # storing the decided reply
-        self.delivered: str | None = None  # newest attempt that took it; '': none did
+        self.delivered: str | None = None  # newest attempt that took it, or lost
 
     def arrive(self, now: float, half_attempt: float) -> int:
         """Count a request; return which attempt it is in this process.
@@ -2392,7 +2423,7 @@ class Answers:
             # Attempts before this one may have met nobody: reckon from CreateTime, a
             # whole second that began up to one second before.
             age = time.time() - message.created - 1
-            first = now - age if 0 < age <= self.all_attempts else now
+            first = now - max(0, age)
         delivery = Delivery(message, self.subscriber(message.openid), first)
         self.deliveries[message.key] = delivery
         # Long after the last attempt a copy is answered from the store.
@@ -3310,9 +3341,9 @@ async def note_delivery(services: Services, attempt: Attempt, is_taken: bool) ->
     if is_taken:
         delivery.delivered = number
     elif before == number:
-        delivery.delivered = ""
+        delivery.delivered = "lost"
     if delivery.delivered not in (None, before):
-        await services.store.mark_delivered(reply.turn_id, delivery.delivered or None)
+        await services.store.mark_delivered(reply.turn_id, delivery.delivered)
 
 
 async def keep_saving(services: Services) -> None:
@@ -3600,6 +3631,7 @@ def sse_event(data: dict, event: str = "", number: str = "") -> bytes:
 SERVICES = web.AppKey("services", Services)
 BODY_SECONDS = 10.0
 PING_SECONDS = 15.0
+PROBE_PATH = "/healthz/stream"
 FOLLOW_SECONDS = 0.1  # a live page is told of new text so often at most
 
 
@@ -3866,13 +3898,24 @@ async def health(request: web.Request) -> web.Response:
     return web.json_response({"status": "ok"})
 
 
+async def probe_stream(request: web.Request) -> web.StreamResponse:
+    """Send two events half a second apart, by which `check` sees a proxy that buffers."""
+    response = web.StreamResponse(headers={"X-Accel-Buffering": "no"})
+    response.content_type = "text/event-stream"
+    await response.prepare(request)
+    await response.write(sse_event({"event": 1}))
+    await asyncio.sleep(0.5)
+    await response.write(sse_event({"event": 2}))
+    return response
+
+
 async def hide_server(request: web.Request, response: web.StreamResponse) -> None:
     """Leave out which versions serve."""
     response.headers["Server"] = "wxgpt"
 
 
 # ---------------------------------------------------------------------------
-# 13. Application
+# 12. Application
 # ---------------------------------------------------------------------------
 
 
@@ -3966,6 +4009,7 @@ def make_app(services: Services) -> web.Application:
             web.get("/a/{key}/events", answer_events),
             web.get("/h/{key}", history_page),
             web.get("/healthz", health),
+            web.get(PROBE_PATH, probe_stream),
         ]
     )
     app.on_response_prepare.append(hide_server)
@@ -4086,22 +4130,315 @@ async def run_server(config: Config) -> None:
         sd_notify("STOPPING=1")
 
 
-def serve_command(path: str) -> int:
-    """Run the server; return the exit status."""
+# ---------------------------------------------------------------------------
+# 13. The owner's commands
+#
+# `check` tries each thing that usually goes wrong, one line each, and says how to mend
+# it. `stats` reads the database and says who asked how much. Neither creates a database.
+# ---------------------------------------------------------------------------
+
+MARKS = {"ok": ("✓", "32"), "warn": ("!", "33"), "fail": ("✗", "31")}
+DISK_BYTES = 200 * 1024 * 1024
+CLOCK_SECONDS = 60
+CERTIFICATE_DAYS = 14
+SLOW_STREAM_SECONDS = 0.3  # of the half second between the two events of PROBE_PATH
+CONSOLE = """
+在微信公众平台填写（设置与开发 → 基本配置 → 服务器配置）：
+  URL               {url}
+  Token             {token}
+  EncodingAESKey    {aes_key}
+  消息加解密方式    {mode}
+启用后，后台的自动回复和自定义菜单会停用；[replies] 可以代替自动回复。
+个人订阅号不能用：客服消息、菜单接口、素材接口、用户昵称。wxgpt 都不需要它们。
+"""
+
+
+MENDS = {
+    "slow": "switch thinking off with `extra`, or take a faster model",
+    "setup": "look at api_key, model and the balance of the account",
+    "unreachable": "look at base_url, proxy and DNS",
+    "busy": "the provider is overloaded, or the key's rate limit is low",
+}
+
+
+class Doctor:
+    """Prints one line a finding, and remembers whether anything failed."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.failures = 0
+        self.is_colourful = sys.stdout.isatty()
+
+    def say(self, grade: str, what: str, found: str, mend: str = "") -> None:
+        """Print a finding: ok, warn or fail, and how to mend it."""
+        mark, colour = MARKS[grade]
+        self.failures += grade == "fail"
+        mark = f"\033[{colour}m{mark}\033[0m" if self.is_colourful else mark
+        print(f"{mark} {what}: {found}" + (f" → {mend}" if mend else ""), flush=True)
+
+    def check_database(self) -> None:
+        """Check that the database can be written, and the disk has room."""
+        path = pathlib.Path(self.config.database.path)
+        folder = path.parent
+        try:
+            if path.exists():
+                with contextlib.closing(sqlite3.connect(path, timeout=2)) as db:
+                    db.execute("BEGIN IMMEDIATE").execute("ROLLBACK")
+                found = f"{path}, {path.stat().st_size / 1e6:.1f} MB"
+            else:
+                with tempfile.TemporaryFile(dir=folder):
+                    found = f"{path} will be created at the first start"
+            free = shutil.disk_usage(folder).free
+        except (OSError, sqlite3.Error) as error:
+            mend = "run check as the service's user; database.path must be writable"
+            self.say("fail", "database", f"{path}: {error}", mend)
+            return
+        grade, mend = ("ok", "") if free > DISK_BYTES else ("warn", "make room")
+        self.say(grade, "database", f"{found}, {free / 1e9:.1f} GB free", mend)
+
+    async def check_port(self, http: aiohttp.ClientSession) -> bool:
+        """Check who holds the port; say whether it is free."""
+        host, port = self.config.server.host, self.config.server.port
+        near = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+        near = f"[{near}]" if ":" in near else near
+        try:
+            async with http.get(f"http://{near}:{port}/healthz") as response:
+                if response.headers.get("Server") == "wxgpt":
+                    self.say("ok", "port", f"{port}, wxgpt is serving on it")
+                    return False
+            mend = "another program holds it: end that, or change server.port"
+            self.say("fail", "port", f"{port} answers, but not as wxgpt", mend)
+        except (aiohttp.ClientError, OSError):
+            try:
+                listen(host, port).close()
+                self.say("ok", "port", f"{port} is free; wxgpt is not running")
+                return True
+            except OSError as error:
+                self.say("fail", "port", str(error), "change server.host or server.port")
+        return False
+
+    async def check_clock(self, http: aiohttp.ClientSession) -> None:
+        """Check our clock against the date of the first upstream."""
+        url = self.config.assistants["chatgpt"].base_url
+        try:
+            async with http.get(url) as response:
+                date = response.headers["Date"]
+            off = email.utils.parsedate_to_datetime(date).timestamp() - time.time()
+        except (aiohttp.ClientError, OSError, KeyError, ValueError):
+            self.say("warn", "clock", "the upstream tells no time")
+            return
+        grade, mend = ("ok", "") if abs(off) < CLOCK_SECONDS else ("fail", "set up NTP")
+        self.say(grade, "clock", f"{abs(off):.0f} s off the upstream's", mend)
+
+    async def check_assistant(self, name: str, client: ChatClient) -> None:
+        """Ask an assistant one word, and see whether it would fit WeChat's seconds."""
+        what, began, first = f"assistant {name}", time.monotonic(), 0.0
+        end = asyncio.get_running_loop().time() + client.settings.timeout
+        messages = [{"role": "user", "content": "请只回答一个字：好"}]
+        try:
+            async for item in client.stream(messages, end):
+                if isinstance(item, str):
+                    first = first or time.monotonic() - began
+        except ChatError as error:
+            self.say("fail", what, str(error), MENDS.get(error.kind, "try again later"))
+            return
+        found = f"{client.settings.model}, first token after {first:.1f} s"
+        if not first:
+            self.say("fail", what, "answered without a word", MENDS["slow"])
+        elif first > self.config.wechat.attempt_timeout - self.config.wechat.margin:
+            self.say("warn", what, found, MENDS["slow"])
+        else:
+            self.say("ok", what, found)
+
+    def check_url(self) -> None:
+        """Check that WeChat takes the public URL's scheme and port."""
+        url = urllib.parse.urlsplit(self.config.public_url)
+        wanted = {"http": 80, "https": 443}[url.scheme]
+        if url.port not in (None, wanted):
+            mend = "WeChat posts to port 80 or 443 only: put a proxy in front"
+            self.say("fail", "public_url", f"port {url.port}", mend)
+        elif url.port:
+            mend = "leave the port out: an explicit one made verification fail for some"
+            self.say("warn", "public_url", self.config.public_url, mend)
+        else:
+            self.say("ok", "public_url", self.config.public_url)
+
+    async def check_certificate(self) -> None:
+        """Check that the certificate's chain is whole and good for two weeks."""
+        url = urllib.parse.urlsplit(self.config.public_url)
+        if url.scheme != "https":
+            return
+        try:
+            async with asyncio.timeout(10):
+                context = ssl.create_default_context()
+                port = url.port or 443
+                _, writer = await asyncio.open_connection(url.hostname, port, ssl=context)
+            certificate = writer.get_extra_info("peercert")
+            writer.close()
+        except (OSError, TimeoutError) as error:
+            mend = "use the full chain (fullchain.pem) and a name the certificate has"
+            self.say("fail", "certificate", str(error) or "no answer", mend)
+            return
+        until = ssl.cert_time_to_seconds(certificate["notAfter"])
+        days = (until - time.time()) / 86400
+        grade = "ok" if days > CERTIFICATE_DAYS else "warn"
+        self.say(grade, "certificate", f"good for {days:.0f} days")
+
+    async def check_verification(self, http: aiohttp.ClientSession) -> None:
+        """Ask what WeChat's console asks, through the public URL."""
+        base = self.config.public_url + self.config.server.path.rstrip("/")
+        token, echo = self.config.wechat.token, secrets.token_hex(8)
+        stamp, nonce = str(int(time.time())), secrets.token_hex(4)
+        right = signature_of(token, stamp, nonce)
+        tries = ((base, right, 200), (base + "/", right, 200), (base, "0" * 40, 403))
+        for path, signature, status in tries:
+            query = {"signature": signature, "timestamp": stamp, "nonce": nonce}
+            kind = "right signature" if status == 200 else "wrong signature"
+            what = f"verification with a {kind} at {path}"
+            try:
+                async with http.get(path, params=query | {"echostr": echo}) as response:
+                    text, found = await response.text(), response.status
+            except (aiohttp.ClientError, OSError) as error:
+                mend = "this machine may not reach itself from outside: try a phone"
+                self.say("warn", what, type(error).__name__, mend)
+                return
+            if found == status and (status == 403 or text == echo):
+                self.say("ok", what, f"status {found}")
+            else:
+                mend = "the proxy must pass path, query and body to wxgpt unchanged"
+                self.say("fail", what, f"status {found}, not wxgpt's answer", mend)
+
+    async def check_stream(self, http: aiohttp.ClientSession) -> None:
+        """Check that the proxy passes events on as they come."""
+        times = []
+        try:
+            async with http.get(self.config.public_url + PROBE_PATH) as response:
+                async for _ in response.content.iter_any():
+                    times.append(time.monotonic())
+        except (aiohttp.ClientError, OSError):
+            return  # said before
+        if len(times) > 1 and times[-1] - times[0] > SLOW_STREAM_SECONDS:
+            self.say("ok", "live pages", "events come through as they are written")
+        else:
+            mend = "switch the proxy's buffering off for /a/ (see docs)"
+            self.say("fail", "live pages", "events come all at once", mend)
+
+
+async def run_check(config: Config) -> int:
+    """Check everything in order; return the exit status."""
+    doctor = Doctor(config)
+    doctor.say("ok", "settings", f"assistants {', '.join(config.assistants)}")
+    doctor.check_database()
+    timeout = aiohttp.ClientTimeout(total=15)
+    async with contextlib.AsyncExitStack() as stack:
+        http = await stack.enter_async_context(aiohttp.ClientSession(timeout=timeout))
+        is_free = await doctor.check_port(http)
+        await doctor.check_clock(http)
+        clients, _ = await stack.enter_async_context(open_chat(config))
+        for name, client in clients.items():
+            await doctor.check_assistant(name, client)
+        doctor.check_url()
+        await doctor.check_certificate()
+        if is_free:  # serve for the next questions only
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            database = DatabaseSettings(path=f"{folder}/check.db")
+            await stack.enter_async_context(open_server(replace(config, database=database)))
+        await doctor.check_verification(http)
+        await doctor.check_stream(http)
+    wechat = config.wechat
+    print(CONSOLE.format(
+        url=config.public_url + config.server.path,
+        token=wechat.token,
+        aes_key=wechat.aes_key or "随机生成即可",
+        mode="安全模式" if wechat.aes_key else "明文模式",
+    ))
+    return 1 if doctor.failures else 0
+
+
+DELIVERED = ("1", "2", "3", "part", "page", "lost")
+
+
+def summarise(rows: list[sqlite3.Row]) -> dict[str, object]:
+    """Return the figures of some exchanges."""
+    seconds = sorted(row["seconds"] for row in rows if row["seconds"] is not None)
+    ways = collections.Counter(row["delivered"] for row in rows)
+    bad = ("failed", "broken", "blocked")
+    return {
+        "questions": len(rows),
+        "failures": sum(row["state"] in bad for row in rows),
+        "tokens_in": sum(row["tokens_in"] or 0 for row in rows),
+        "tokens_out": sum(row["tokens_out"] or 0 for row in rows),
+        "median_seconds": seconds[len(seconds) // 2] if seconds else None,
+        "p95_seconds": seconds[int(len(seconds) * 0.95)] if seconds else None,
+        "delivered": {way: ways[way] for way in DELIVERED},
+    }
+
+
+def gather_stats(config: Config, days: float, is_full: bool) -> dict[str, object]:
+    """Return the figures of the last days, by day and by subscriber."""
+    path = pathlib.Path(config.database.path).absolute()
+    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as db:
+        db.row_factory = sqlite3.Row
+        query = """
+            SELECT openid, created_at, state, tokens_in, tokens_out, seconds, delivered
+            FROM turn WHERE created_at > ? ORDER BY created_at
+        """
+        rows = db.execute(query, (time.time() - days * 86400,)).fetchall()
+    by_day, by_openid = collections.defaultdict(list), collections.defaultdict(list)
+    for row in rows:
+        by_day[beijing_day(row["created_at"])].append(row)
+        by_openid[row["openid"]].append(row)
+    most = sorted(by_openid.items(), key=lambda item: -len(item[1]))
+    return {
+        "days": [{"day": day} | summarise(rows) for day, rows in by_day.items()],
+        "subscribers": [
+            {"openid": openid if is_full else openid[:8] + "…"} | summarise(rows)
+            for openid, rows in most
+        ],
+        "total": summarise(rows),
+        "reply_margin": config.wechat.margin,
+    }
+
+
+def print_stats(stats: dict[str, typing.Any]) -> None:
+    """Print the figures as tables for people."""
+    head = "questions failures tokens_in tokens_out median p95".split() + [*DELIVERED]
+    for title, key in (("days", "day"), ("subscribers", "openid")):
+        print(f"{key:<30}" + "".join(f"{name:>11}" for name in head))
+        for row in stats[title]:
+            numbers = [row[name] for name in head[:4]]
+            for name in ("median_seconds", "p95_seconds"):
+                numbers.append("-" if row[name] is None else f"{row[name]:.1f} s")
+            numbers += row["delivered"].values()
+            print(f"{row[key]:<30}" + "".join(f"{number:>11}" for number in numbers))
+        print()
+    lost, questions = stats["total"]["delivered"]["lost"], stats["total"]["questions"]
+    margin = f"reply_margin {stats['reply_margin']:g} s"
+    verdict = "fits" if not lost else "is too small: raise it"
+    print(f"{margin} {verdict}; {lost} of {questions} replies met a line that was gone")
+
+
+def stats_command(config: Config, days: float, is_full: bool, as_json: bool) -> int:
+    """Print who asked how much; return the exit status."""
     try:
-        config = load_config(path, os.environ)
-        refuse_command_names(config)
-    except ConfigError as error:
-        print(f"wxgpt: {error}", file=sys.stderr)
-        return 2
+        stats = gather_stats(config, days, is_full)
+    except sqlite3.Error as error:
+        print(f"wxgpt: database {config.database.path}: {error}", file=sys.stderr)
+        return 1
+    if as_json:
+        print(json.dumps(stats, ensure_ascii=False, indent=2))
+    else:
+        print_stats(stats)
+    return 0
+
+
+def serve_command(config: Config) -> int:
+    """Run the server; return the exit status."""
     set_up_log()
     for line in effective(config):
         log.info("%s", line)
     try:
         asyncio.run(run_server(config))
-    except ConfigError as error:
-        print(f"wxgpt: {error}", file=sys.stderr)
-        return 2
     except (StoreError, OSError) as error:
         print(f"wxgpt: {error}", file=sys.stderr)
         return 1
@@ -4117,24 +4454,46 @@ def demo_command(arguments: list[str]) -> int:
     os.execv(sys.executable, [sys.executable, str(demo), *arguments])
 
 
-def main() -> int:
-    """Run the command line; return the exit status."""
+def make_parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
     parser = argparse.ArgumentParser(
         prog="wxgpt.py",
         description="Subscribers of a WeChat Official Account talk with a chat model.",
     )
     parser.add_argument("--version", action="version", version=f"wxgpt {VERSION}")
-    parser.add_argument(
-        "command", nargs="?", default="serve", choices=("serve", "demo"),
-        help="serve (the default), or demo: try it with no account and no key",
-    )
-    parser.add_argument(
-        "--config", metavar="FILE", default="wxgpt.toml", help="settings (wxgpt.toml)"
-    )
-    if sys.argv[1:2] == ["demo"]:
-        return demo_command(sys.argv[2:])
-    arguments = parser.parse_args()
-    return serve_command(arguments.config)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--config", metavar="FILE", default="wxgpt.toml", help="settings")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser("serve", parents=[common], help="serve (the default)")
+    text = "test each thing that usually goes wrong, and say how to mend it"
+    commands.add_parser("check", parents=[common], help=text)
+    stats = commands.add_parser("stats", parents=[common], help="who asked how much")
+    stats.add_argument("--days", type=float, default=7, help="how far back (7)")
+    stats.add_argument("--full", action="store_true", help="whole openids")
+    stats.add_argument("--json", action="store_true", help="for machines")
+    commands.add_parser("demo", help="try it all with no account and no key")
+    return parser
+
+
+def main() -> int:
+    """Run the command line; return the exit status."""
+    words = sys.argv[1:]
+    if words[:1] == ["demo"]:
+        return demo_command(words[1:])
+    if not words or words[0] not in ("serve", "check", "stats", "--version", "-h", "--help"):
+        words.insert(0, "serve")
+    arguments = make_parser().parse_args(words)
+    try:
+        config = load_config(arguments.config, os.environ)
+        refuse_command_names(config)
+        if arguments.command == "check":
+            return asyncio.run(run_check(config))
+        if arguments.command == "stats":
+            return stats_command(config, arguments.days, arguments.full, arguments.json)
+        return serve_command(config)
+    except ConfigError as error:
+        print(f"wxgpt: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -191,13 +191,14 @@ def load(tmp_path):
 def endings(tmp_path_factory):
     """Run the command with each refused file, some at a time; return how it ended."""
 
-    def start(name):
-        path = tmp_path_factory.mktemp("config") / "wxgpt.toml"
-        path.write_text(REFUSED[name][0], "utf-8")
-        return run("--config", path)
-
+    folder = tmp_path_factory.mktemp("config")
+    for name in AT_THE_SHELL:
+        (folder / name).mkdir()
+        (folder / name / "wxgpt.toml").write_text(REFUSED[name][0], "utf-8")
+    paths = [folder / name / "wxgpt.toml" for name in AT_THE_SHELL]
     with ThreadPoolExecutor(4) as pool:
-        return dict(zip(AT_THE_SHELL, pool.map(start, AT_THE_SHELL)))
+        ended = pool.map(lambda path: run("--config", path), paths)
+        return dict(zip(AT_THE_SHELL, ended))
 
 
 @pytest.mark.parametrize("name", AT_THE_SHELL)

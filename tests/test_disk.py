@@ -163,7 +163,7 @@ async def test_on_a_full_disk_what_needs_no_storing_works(disk, small):
     seen = await server.ask("有链接吗\n```\n有\n```")
     disk.fill(process)
     assert "/stop 结束对话" in (await server.ask("/help")).text
-    assert await server.get("/healthz") == (200, '{"status": "ok"}')
+    assert await server.get(server.url + "/healthz") == (200, '{"status": "ok"}')
     assert not seen.faulty and process.process.returncode is None
 
 
@@ -192,7 +192,7 @@ async def test_a_queue_goes_on_when_there_is_room_again(disk, small, upstream):
     first = asyncio.create_task(server.ask("第一个"))
     await upstream.arrival("第一个")
     second = asyncio.create_task(server.ask("第二个"))
-    await process.says("1 waiting before it")
+    await process.says("turn=2 ")
     disk.fill(process)
     gate.set()
     await process.says("not stored yet")

@@ -48,11 +48,11 @@ async def install(container, settings):
 
 @pytest.fixture
 async def start(install):
-    """Start the unit with `await start(session={"ttl": 9})`."""
+    """Start the unit as the README does; `await start(session={"ttl": 9})`."""
 
     async def started(**changes):
         server, unit = await install(**{"wechat": PATIENT} | changes)
-        assert await unit.systemctl("start") == 0
+        assert await unit.systemctl("enable", "--runtime", "--now") == 0
         return server, unit
 
     return started

@@ -1,0 +1,248 @@
+"""The wall clock jumps an hour, ours or WeChat's: messages go on as if nothing was.
+
+The server runs under Debian's libfaketime; its clock follows a file that the tests write.
+"""
+
+import asyncio
+import glob
+import re
+import time
+
+import pytest
+
+from conftest import ANN, BOB, UNIT
+from fake_openai import Script, says
+
+HOUR = 3600
+LIBRARY = next(iter(glob.glob("/usr/lib/*/faketime/libfaketime.so.1")), "")
+with_faketime = pytest.mark.skipif(not LIBRARY, reason="needs Debian's libfaketime")
+jumps = pytest.mark.parametrize("jump", [HOUR, -HOUR])
+
+
+@pytest.fixture
+def shift(tmp_path, monkeypatch):
+    """Set how many seconds the clock of the server is off."""
+    path = tmp_path / "shift"
+
+    def change(seconds: int) -> None:
+        new = path.with_name("shift.new")
+        new.write_text(f"{seconds:+d}")
+        new.rename(path)  # at once, since the server reads it at every look at its clock
+
+    change(0)
+    monkeypatch.setenv("LD_PRELOAD", LIBRARY)
+    monkeypatch.setenv("FAKETIME_TIMESTAMP_FILE", str(path))
+    monkeypatch.setenv("FAKETIME_NO_CACHE", "1")
+    monkeypatch.setenv("DONT_FAKE_MONOTONIC", "1")
+    monkeypatch.setenv("NO_FAKE_STAT", "1")
+    return change
+
+
+@pytest.fixture
+async def running(spawn, shift):
+    """A server whose clock can be set, with Ann's open session."""
+    server, process = await spawn()
+    await server.ask("/chatgpt")
+    return server, process
+
+
+def warnings(process) -> list[str]:
+    """Return what the log says about clocks."""
+    return [line for line in process.log if "clock" in line]
+
+
+# Our clock
+
+
+@with_faketime
+@jumps
+async def test_the_server_sees_the_jump(running, shift, jump):
+    """The log's own time moves by an hour: the other tests here test something."""
+    server, process = running
+    shift(jump)
+    await server.ask("/help")
+    hour = time.localtime(time.time() + jump).tm_hour
+    assert process.log[-1].startswith(f"{hour:02d}:")
+
+
+@with_faketime
+@jumps
+async def test_pushes_stay_accepted_when_our_clock_jumps(running, shift, jump):
+    """Ten minutes off our clock alone does not make them stale; one warning a minute."""
+    server, process = running
+    shift(jump)
+    for n in range(5):
+        assert (await server.ask(f"/chatgpt 第{n}问")).text.startswith("你好！")
+    assert 1 <= len(warnings(process)) <= 2
+    assert process.process.returncode is None
+
+
+@with_faketime
+@jumps
+async def test_attempts_are_answered_across_a_jump(running, shift, upstream, jump):
+    """A question whose attempts run when the clock jumps is answered on the third."""
+    server, process = running
+    gate = asyncio.Event()
+    upstream.will(Script(["写到这里。", gate]))
+    asking = asyncio.create_task(server.ask("跳的时候问的"))
+    await server.nth_attempt(2).wait()
+    shift(jump)
+    seen = await asking
+    assert seen.attempt == 3 and seen.text.startswith("写到这里。")
+    gate.set()
+
+
+@with_faketime
+@jumps
+async def test_the_third_attempt_is_not_taken_for_another(running, shift, upstream, jump):
+    """The loop's clock decides which chance is the last, so the jump ends no wait early."""
+    server, process = running
+    shift(jump)
+    server.posted.clear()
+    upstream.will(Script([server.nth_attempt(3), "等到第三次。"]))
+    seen = await server.ask("/chatgpt 慢慢来")
+    assert seen.attempt == 3 and seen.text.startswith("等到第三次。")
+
+
+@with_faketime
+@jumps
+async def test_the_seconds_a_subscriber_reads_are_those_that_passed(
+    running, shift, upstream, jump
+):
+    """A word of patience does not speak of an hour, nor of less than nothing."""
+    server, process = running
+    gate = asyncio.Event()
+    upstream.will(Script([gate, "想好了。"]))
+    asking = asyncio.create_task(server.ask("想多久"))
+    await upstream.arrival("想多久")
+    shift(jump)
+    seconds = re.search(r"已 (-?\d+) 秒", (await asking).text)[1]
+    assert 0 <= int(seconds) < 100
+    gate.set()
+    await process.says("done after")
+    after = re.search(r"done after (-?[\d.]+) s", "".join(process.log))[1]
+    assert 0 <= float(after) < 100
+
+
+@with_faketime
+@jumps
+async def test_a_repeated_question_joins_across_a_jump(running, shift, upstream, jump):
+    """The same text within a minute is one question, whatever the clock says."""
+    server, process = running
+    gate = asyncio.Event()
+    upstream.will(Script([gate, "一次就够。"]))
+    first = asyncio.create_task(server.ask("问两遍"))
+    await upstream.arrival("问两遍")
+    shift(jump)
+    second = asyncio.create_task(server.ask("问两遍"))
+    await server.nth_attempt(2).wait()
+    gate.set()
+    answers = [(await seen).text for seen in (first, second)]
+    assert all(text.startswith("一次就够。") for text in answers)
+    assert len(upstream.requests) == 1
+
+
+@with_faketime
+@jumps
+async def test_a_session_that_is_written_in_survives_the_jump(running, shift, upstream, jump):
+    """An unanswered question keeps its session open; the next one knows it."""
+    server, process = running
+    gate = asyncio.Event()
+    upstream.will(Script([gate, "答案一。"]), says("答案二。"))
+    first = asyncio.create_task(server.ask("问题一"))
+    await upstream.arrival("问题一")
+    shift(jump)
+    second = asyncio.create_task(server.ask("问题二"))
+    await process.says("turn=2 ")
+    gate.set()
+    assert (await second).text.startswith("答案二。") and not (await first).faulty
+    assert "答案一。" in str(upstream.requests[-1].messages)
+
+
+@with_faketime
+@jumps
+async def test_a_crash_and_a_jump_together_lose_nothing(running, shift, upstream, jump):
+    """The next process asks again, and the retry is answered, with another clock."""
+    server, process = running
+    upstream.will(Script([asyncio.Event()]), says("还是答了。"))
+    push = server.wechat.text(ANN, "两难")
+    assert await server.wechat.attempt(push, UNIT / 2) is None
+    await upstream.arrival("两难")
+    await process.kill()
+    shift(jump)
+    await process.start()
+    query = await server.wechat.attempt(push, 10)
+    expected = "服务器中途重启" if jump > 0 else "还是答了。"  # younger than ten minutes?
+    assert query.text.startswith(expected)
+
+
+# WeChat's timestamps
+
+
+async def post(server, timestamp: float, text: str = "/help") -> int:
+    """Post a push signed with this timestamp; return the status."""
+    push = server.wechat.text(BOB, text)
+    response = await server.wechat.post(push, timestamp=int(timestamp), timeout=10)
+    return response.status
+
+
+async def test_an_old_signature_is_stale(spawn):
+    """Off our clock and older than the newest push by more than ten minutes: 403."""
+    server, _ = await spawn()
+    now = time.time()
+    assert await post(server, now) == 200
+    assert await post(server, now - 590) == 200
+    assert await post(server, now - 620) == 403
+    assert await post(server, now - HOUR) == 403
+
+
+async def test_an_old_signature_stays_stale_after_a_restart(spawn):
+    """The newest push is kept in the database; it may lag a minute behind."""
+    server, process = await spawn()
+    now = time.time()
+    assert await post(server, now) == 200
+    await process.kill()
+    await process.start()
+    assert await post(server, now - 700) == 403
+
+
+async def test_before_the_first_push_any_time_is_accepted(spawn):
+    """Nothing newer was seen: it may be our clock that is wrong; a warning says so."""
+    server, process = await spawn()
+    assert await post(server, time.time() - HOUR) == 200
+    assert len(warnings(process)) == 1
+
+
+async def test_a_push_from_the_future_is_accepted_and_sets_the_pace(spawn):
+    """WeChat signed it, so it is our clock that is slow; what is near ours stays good."""
+    server, _ = await spawn()
+    now = time.time()
+    assert await post(server, now + HOUR) == 200
+    assert await post(server, now) == 200
+    assert await post(server, now - 620) == 403
+
+
+@with_faketime
+async def test_a_stale_signature_is_stale_on_a_slow_clock_too(running, shift):
+    """Our clock an hour slow: a push of an hour ago looks fresh, and is within the rule."""
+    server, _ = running
+    now = time.time()
+    assert await post(server, now) == 200
+    shift(-HOUR)
+    assert await post(server, now - HOUR) == 200  # near our clock
+    assert await post(server, now - 2 * HOUR) == 403
+    assert await post(server, now - HOUR / 2) == 403
+    shift(HOUR)
+    assert await post(server, now) == 200
+
+
+async def test_a_push_that_met_nobody_for_long_is_answered_at_once(spawn, upstream):
+    """Right after a start CreateTime says that WeChat will hardly come again."""
+    server, _ = await spawn(wechat={"attempt_timeout": 2.0})
+    gate = asyncio.Event()
+    upstream.will(Script([gate]))
+    old = int(time.time()) - 60
+    push = server.wechat.text(ANN, "/chatgpt 等了一分钟", create_time=old)
+    seen = await server.wechat.attempt(push, 10)
+    assert seen.text.startswith("还在想「等了一分钟」")
+    gate.set()
