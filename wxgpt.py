@@ -120,6 +120,7 @@ RETRY_AFTER_SECONDS = 120  # an upstream that asks for a longer wait is not aske
 ANSWER_CHARS = 200_000  # an answer that goes on and on is ended there
 STORE_SECONDS = 2.0  # before the end of an answer is stored again after a failure
 SAVE_SECONDS = 1.0  # text so far is stored so often
+PLAIN_CHARS = 20_000  # of an answer are parsed at once
 LOOK_BYTES = 200  # a growing answer is measured again after so many more bytes
 LAPSE_SECONDS = 24 * 3600  # a session that ran out is mentioned for so long
 PICTURE_SECONDS = 600  # a picture waits so long for its question
@@ -145,7 +146,8 @@ class Texts:
     """Every line a subscriber can read; `[texts]` changes them by name."""
 
     opened: str = (
-        "你好，我是 {assistant}，直接发消息就能聊。{minutes} 分钟没有新消息，对话自动结束。\n"
+        "你好，我是 {assistant}，直接发消息就能聊。"
+        "{minutes} 分钟没有新消息，对话自动结束。\n"
         "/stop 结束　/clear 换个话题\n/history 记录　/help 用法\n\n"
         "回答由 AI 生成。消息会发给模型服务商，并保存在本服务器；/forget 可以全部删除。"
     )
@@ -166,7 +168,9 @@ class Texts:
     forget_late: str = "已过时限，没有删除。需要的话请再发 /forget"
     more: str = "还有下文：{tap}｜{page}"
     thinking: str = "还在想「{question}」，已 {seconds} 秒。\n稍等点 {tap}｜{page}"
-    queued: str = "「{question}」排在前一个问题后面，答完就轮到它。\n稍后点 {tap}｜{page}"
+    queued: str = (
+        "「{question}」排在前一个问题后面，答完就轮到它。\n稍后点 {tap}｜{page}"
+    )
     unread: str = "「{question}」也答好了：{tap}"
     anew: str = "（上次没能写完，这是重新写的回答）"
     no_more: str = "这个回答已经全部发给你了。"
@@ -209,6 +213,8 @@ class Texts:
     page_writing: str = "正在写…"
     page_copy: str = "复制"
     page_copied: str = "已复制"
+    page_code: str = "代码"
+    page_table: str = "表格"
     page_history: str = "聊天记录"
     page_private: str = "只给自己看，请勿转发此链接"
     page_retry: str = "回到公众号点「重试」，或再发一次问题。"
@@ -238,7 +244,9 @@ class ConfigError(Exception):
     """A setting that cannot be used; the text is the one line an owner reads."""
 
 
-def setting(default: object, comment: str, *bounds: float, secret: bool = False) -> typing.Any:
+def setting(
+    default: object, comment: str, *bounds: float, secret: bool = False
+) -> typing.Any:
     """Return the field of one setting, with its bounds; default MISSING: required."""
     meta = {"comment": comment, "bounds": bounds, "secret": secret}
     if isinstance(default, dict):
@@ -255,7 +263,7 @@ class ServerSettings:
 
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8080, "port to listen on; 0: any free one", 0, 65535)
-    path: str = setting("/wechat", "path of WeChat's URL, with or without a slash behind")
+    path: str = setting("/wechat", "path of WeChat's URL, a slash behind or not")
 
 
 @settings()
@@ -327,7 +335,7 @@ class ReplySettings:
 
     subscribe: str = setting(WELCOME, "on following; empty: silence")
     outside: str = setting("", "to text outside a session; empty: silence")
-    label: str = setting("（AI 生成）", "ends every part of a model's text; empty: none")
+    label: str = setting("（AI 生成）", "ends each part of a model's text; empty: none")
     keywords: dict[str, str] = setting({}, "exact text = reply, outside a session")
 
     @property
@@ -381,10 +389,12 @@ KINDS: dict[object, tuple[str, Callable[[object], bool]]] = {
     float: ("a number", lambda v: type(v) in (int, float)),
     dict: ("a table", lambda v: isinstance(v, dict)),
     tuple[str, ...]: (
-        "a list of texts", lambda v: isinstance(v, list) and all_are(str)(v),
+        "a list of texts",
+        lambda v: isinstance(v, list) and all_are(str)(v),
     ),
     dict[str, str]: (
-        "a table of texts", lambda v: isinstance(v, dict) and all_are(str)(v.values()),
+        "a table of texts",
+        lambda v: isinstance(v, dict) and all_are(str)(v.values()),
     ),
 }
 
@@ -439,7 +449,9 @@ def read_assistants(table: object, environ: typing.Mapping[str, str]) -> dict:
 
 def placeholders(text: str) -> set[str]:
     """Return the names in braces; raise ValueError for a broken one."""
-    return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+    return {
+        name for _, name, _, _ in string.Formatter().parse(text) if name is not None
+    }
 
 
 def check_texts(texts: Texts) -> None:
@@ -467,13 +479,22 @@ def check_values(config: Config) -> None:
     url, path, token = config.public_url, config.server.path, config.wechat.token
     is_url = re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", url)
     demand(is_url, "public_url", url, "http:// or https:// and a host")
-    demand(re.fullmatch(r"(/[\w.~-]+)+/?", path), "server.path", path, "a path like /wechat")
+    demand(
+        re.fullmatch(r"(/[\w.~-]+)+/?", path),
+        "server.path",
+        path,
+        "a path like /wechat",
+    )
     is_token = re.fullmatch(r"[A-Za-z0-9]{3,32}", token)
     demand(is_token, "wechat.token", "***", "3 to 32 letters and digits")
     app_id, aes_key = config.wechat.app_id, config.wechat.aes_key
-    demand(bool(app_id) == bool(aes_key), "wechat.aes_key", "***", "app_id and it, or none")
+    half = "only app_id" if app_id else "only aes_key"
+    both = "app_id and aes_key, or neither"
+    demand(bool(app_id) == bool(aes_key), "wechat.aes_key", half, both)
     is_key = not aes_key or re.fullmatch(r"[A-Za-z0-9]{43}", aes_key)
-    demand(is_key, "wechat.aes_key", f"{len(aes_key)} characters", "43 letters and digits")
+    demand(
+        is_key, "wechat.aes_key", f"{len(aes_key)} characters", "43 letters and digits"
+    )
     for name, one in config.assistants.items():
         where = f"assistants.{name}"
         is_name = name and not re.search(r"[\s/]", name)
@@ -484,12 +505,15 @@ def check_values(config: Config) -> None:
         is_proxy = re.match(r"(https?|socks[45]h?)://|$", one.proxy)
         demand(is_proxy, f"{where}.proxy", "***", "an http, https or socks URL")
         for key in {"model", "messages", "stream"} & set(one.extra):
-            demand(False, f"{where}.extra.{key}", one.extra[key], "anything but this key")
+            demand(
+                False, f"{where}.extra.{key}", one.extra[key], "anything but this key"
+            )
     check_texts(config.texts)
 
 
 def load_config(
-    path: str | os.PathLike, environ: typing.Mapping[str, str] = types.MappingProxyType({})
+    path: str | os.PathLike,
+    environ: typing.Mapping[str, str] = types.MappingProxyType({}),
 ) -> Config:
     """Return the checked settings of a TOML file; raise ConfigError with one line."""
     try:
@@ -506,7 +530,9 @@ def load_config(
         state = "/var/lib/wxgpt"
     file = config.database.path or str(pathlib.Path(state) / "wxgpt.db")
     return replace(
-        config, public_url=config.public_url.rstrip("/"), database=DatabaseSettings(path=file)
+        config,
+        public_url=config.public_url.rstrip("/"),
+        database=DatabaseSettings(path=file),
     )
 
 
@@ -514,7 +540,9 @@ def effective(config: Config) -> Iterator[str]:
     """Yield the settings as lines for the log, secrets masked, long texts left out."""
     yield f"public_url={config.public_url}"
     tables = {name: getattr(config, name) for name in ("server", "wechat", "session")}
-    tables |= {name: getattr(config, name) for name in ("limits", "history", "database")}
+    tables |= {
+        name: getattr(config, name) for name in ("limits", "history", "database")
+    }
     tables |= {f"assistants.{name}": one for name, one in config.assistants.items()}
     for name, table in tables.items():
         shown = [
@@ -534,7 +562,7 @@ def effective(config: Config) -> Iterator[str]:
 
 
 class BadMessage(Exception):
-    """A signed body that cannot be read; answered `success`, so that it stops coming."""
+    """A signed body that cannot be read; answered `success`, so that it ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -560,7 +588,7 @@ class Message:
 
     @property
     def name(self) -> str:
-        """Return how the log names this message: MsgId or event, and a piece of openid."""
+        """Return how the log names it: MsgId or event, and a piece of the openid."""
         return f"msg={self.msg_id or self.event or '-'} from={self.openid[:8]}"
 
 
@@ -631,7 +659,7 @@ def parse_message(body: bytes) -> Message:
 class Cipher:
     """Safe mode (消息加解密说明): the envelope around every push and reply.
 
-    AES-256-CBC, padded to 32 bytes, around 16 random bytes, a length, the XML, the AppID.
+    AES-256-CBC, padded to 32 bytes, around 16 bytes of salt, a length, XML and AppID.
     """
 
     def __init__(self, token: str, app_id: str, aes_key: str) -> None:
@@ -652,7 +680,9 @@ class Cipher:
             padded = decryptor.update(sealed) + decryptor.finalize()
             plain = unpadder.update(padded) + unpadder.finalize()
         except ValueError as error:
-            raise BadMessage(f"cannot be decrypted, is aes_key right? {error}") from None
+            raise BadMessage(
+                f"cannot be decrypted, is aes_key right? {error}"
+            ) from None
         end = 20 + int.from_bytes(plain[16:20], "big")
         if len(plain) < 20 or end > len(plain):
             raise BadMessage("a wrong length inside the encrypted push")
@@ -666,7 +696,9 @@ class Cipher:
         plain = salt[:16] + len(body).to_bytes(4, "big") + body + self.app_id
         encryptor, padder = self.aes.encryptor(), self.padding.padder()
         padded = padder.update(plain) + padder.finalize()
-        sealed = base64.b64encode(encryptor.update(padded) + encryptor.finalize()).decode()
+        sealed = base64.b64encode(
+            encryptor.update(padded) + encryptor.finalize()
+        ).decode()
         nonce, timestamp = salt.hex()[:10], str(created)
         signature = signature_of(self.token, timestamp, nonce, sealed)
         return (
@@ -707,9 +739,15 @@ MARKDOWN = MarkdownIt("commonmark", {"html": False, "breaks": True})
 MARKDOWN.enable(["table", "strikethrough"])
 # Indented text is never meant as code by a model, and a slice may begin indented.
 MARKDOWN.disable("code")
-CJK = re.compile("[\u2018-\u201d\u2014\u2026\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff"
-                 "\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff]")
-FORMULA = re.compile(r"\\\(.+?\\\)|\\\[.+?\\\]|\$\$.+?\$\$|\$(?![\s\d])[^$\n]*[^\s$]\$(?!\d)", re.S)
+CJK = re.compile(
+    "[\u2018-\u201d\u2014\u2026\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff"
+    "\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff]"
+)
+FORMULA = re.compile(  # bounded: thousands of openings without an end take seconds
+    r"\\\(.{1,1000}?\\\)|\\\[.{1,1000}?\\\]|\$\$.{1,1000}?\$\$"
+    r"|\$(?![\s\d])[^$\n]{0,1000}[^\s$]\$(?!\d)",
+    re.DOTALL,
+)
 
 
 def emphasis(state: StateInline, silent: bool) -> bool:
@@ -765,14 +803,17 @@ def tap_link(words: str, content: str = "") -> str:
     Android decodes the content twice and needs a non-empty id; so it stays plain.
     """
     sent = re.sub(r"[^\w()./_-]", "", content or words)
-    return f'<a href="weixin://bizmsgmenu?msgmenucontent={sent}&msgmenuid=1">{words}</a>'
+    return (
+        f'<a href="weixin://bizmsgmenu?msgmenucontent={sent}&msgmenuid=1">{words}</a>'
+    )
 
 
 def with_taps(text: str, names: typing.Iterable[str]) -> str:
     """Return one of our own texts with each `/NAME` in it as a tap."""
     wanted = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
     pattern = rf"(?<![\w/\"'=.>])/(?:{wanted})(?![\w/.])"
-    return re.sub(pattern, lambda match: tap_link(match[0]), text)
+    flags = re.ASCII | re.IGNORECASE  # Chinese is written without spaces around
+    return re.sub(pattern, lambda match: tap_link(match[0]), text, flags=flags)
 
 
 def web_link(words: str, url: str) -> str:
@@ -897,7 +938,10 @@ def plain_text(markdown: str, opener: str = "") -> str:
     if indent := len(opener) - len(opener.lstrip()):  # a fence inside a list
         markdown = re.sub(rf"(?m)^[ \t]{{1,{indent}}}", "", markdown)
         opener = opener.lstrip()
-    text = PlainText().write(MARKDOWN.parse(opener + markdown))
+    # Far more than is ever sent at once is only measured, and parsing would cost.
+    head, rest = markdown[:PLAIN_CHARS], markdown[PLAIN_CHARS:]
+    head = re.sub(r"\n{3,}", "\n\n", head)  # as they come out
+    text = PlainText().write(MARKDOWN.parse(opener + head)) + rest
     if opener.startswith("|"):
         text = text.partition("\n")[2].lstrip("\n")  # the header was in a part before
     return harmless(text)
@@ -933,9 +977,11 @@ def open_block(markdown: str, offset: int) -> str:
 
 
 def without_code(markdown: str, opener: str) -> str:
-    """Return text of the same length in which fenced lines have no marks or sentences."""
+    """Return text of the same length, fenced lines without marks and sentences."""
     lines = read_lines(opener + markdown)
-    masked = (re.sub(r"\S", "x", line) if "|" not in b and b else line for line, b in lines)
+    masked = (
+        re.sub(r"\S", "x", line) if "|" not in b and b else line for line, b in lines
+    )
     return "\n".join(masked)[len(opener) :]
 
 
@@ -975,7 +1021,7 @@ def joins(after: str, before: str) -> bool:
 
 
 def nearest_cut(markdown: str, most: int, opener: str) -> int:
-    """Return the best offset to cut at, at most `most`: paragraph, sentence, character."""
+    """Return where to cut, at most at `most`: paragraph, sentence, character."""
     text = without_code(markdown[: most + 400], opener)
     whole = [match.span() for match in WHOLE.finditer(text)]
     best = last_end(PARAGRAPH_END, text, most * 3 // 5, most, whole)
@@ -1032,7 +1078,7 @@ IGNORED = re.compile(r"[\s\u200b-\u200f\u2060\ufeff\u00ad*_~]")
 
 
 def clusters(text: str) -> Iterator[tuple[int, str]]:
-    """Yield each character with the accents on it: its offset, and its compared form."""
+    """Yield each character with its accents: the offset, and the compared form."""
     begin = 0
     for end in range(1, len(text) + 1):
         if end == len(text) or not unicodedata.combining(text[end]):
@@ -1056,7 +1102,9 @@ class BlockedWords:
             return
         lines = pathlib.Path(self.path).read_text("utf-8-sig").splitlines()
         kept = (line for line in lines if not line.lstrip().startswith("#"))
-        words = sorted({w for line in kept if (w := "".join(f for _, f in clusters(line)))})
+        words = sorted(
+            {w for line in kept if (w := "".join(f for _, f in clusters(line)))}
+        )
         self.words = re.compile("|".join(map(re.escape, words))) if words else None
         self.longest = max(map(len, words), default=0)
         self.changed = changed
@@ -1095,7 +1143,9 @@ class WordGuard:
 
 def is_typeset(markdown: str) -> bool:
     """Say whether an answer looks better on its page: fences, tables, formulas."""
-    return bool(re.search(r"^ {0,3}(```|~~~)|^\|?.*-\|-|\\\(|\\\[|\$\$", markdown, re.M))
+    return bool(
+        re.search(r"^ {0,3}(```|~~~)|^\|?.*-\|-|\\\(|\\\[|\$\$", markdown, re.M)
+    )
 
 
 def excerpt(text: str, length: int = 12) -> str:
@@ -1253,7 +1303,7 @@ class Store:
 
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[None]:
-        """Hold the lock and make the statements inside one; a failure undoes them all."""
+        """Hold the lock, make the statements inside one; a failure undoes them."""
         async with self.lock:
             is_whole = False
             try:
@@ -1272,7 +1322,7 @@ class Store:
             await self.rows("ROLLBACK")
 
     async def migrate(self) -> None:
-        """Run the steps of schema.sql that are new; raise StoreError for a newer database."""
+        """Run the new steps of schema.sql; raise StoreError for a newer database."""
         steps = re.split(r"(?m)^-- step \d+$", SCHEMA.read_text("utf-8"))[1:]
         [(version,)] = await self.rows("PRAGMA user_version")
         if version > len(steps):
@@ -1288,7 +1338,7 @@ class Store:
         self.secret = secret
 
     async def close(self) -> None:
-        """End the connection and its thread; without this the process would not exit."""
+        """End the connection and its thread, without which the process lives on."""
         await self.db.close()
 
     # Messages and replies
@@ -1354,15 +1404,21 @@ class Store:
                 "INSERT OR IGNORE INTO part"
                 " (openid, number, turn_id, start, generation, offered_at)"
                 " VALUES (:openid, :number, :turn, :start, :generation, :at)",
-                openid=reply.openid, number=part.number, turn=part.turn_id,
-                start=part.start, generation=part.generation, at=reply.created,
+                openid=reply.openid,
+                number=part.number,
+                turn=part.turn_id,
+                start=part.start,
+                generation=part.generation,
+                at=reply.created,
             )
         if reply.sent:
             await self.rows(
                 "UPDATE part SET reply = :reply, stop = :stop"
                 " WHERE openid = :openid AND number = :number AND reply IS NULL",
-                reply=reply.content, stop=reply.stop,
-                openid=reply.openid, number=reply.sent.number,
+                reply=reply.content,
+                stop=reply.stop,
+                openid=reply.openid,
+                number=reply.sent.number,
             )
             await self.rows(
                 "UPDATE turn SET unread = NULL, replied = 1,"
@@ -1377,12 +1433,13 @@ class Store:
         await self.write(query, how=how, id=turn_id)
 
     async def mark_read(self, turn_id: int) -> None:
-        """Note that an answer was read on its page."""
+        """Note that an answer was read on its page; a full disk costs only that."""
         query = """
             UPDATE turn SET unread = NULL, delivered = coalesce(delivered, 'page')
             WHERE id = :id
         """
-        await self.write(query, id=turn_id)
+        with contextlib.suppress(sqlite3.OperationalError):
+            await self.write(query, id=turn_id)
 
     # Sessions
 
@@ -1392,7 +1449,9 @@ class Store:
             INSERT INTO session (openid, assistant, opened_at, last_at)
             VALUES (:openid, :assistant, :now, :now) RETURNING id
         """
-        [(number,)] = await self.write(query, openid=openid, assistant=assistant, now=now)
+        [(number,)] = await self.write(
+            query, openid=openid, assistant=assistant, now=now
+        )
         return Session(number, openid, assistant, now)
 
     async def end_session(self, session_id: int, now: float, text: str | None) -> None:
@@ -1401,13 +1460,13 @@ class Store:
         await self.write(query, now=now, text=text, id=session_id)
 
     async def touch_session(self, session_id: int, now: float) -> None:
-        """Let the idle time of a session count from now; a full disk costs only that."""
+        """Let the idle time count from now; a full disk costs only that."""
         query = "UPDATE session SET last_at = :now WHERE id = :id"
         with contextlib.suppress(sqlite3.OperationalError):
             await self.write(query, now=now, id=session_id)
 
     async def lapsed_session(self, openid: str, since: float) -> Session | None:
-        """Return the newest session if it ran out and a text waits to be asked in it."""
+        """Return the newest session if it ran out and a text waits in it."""
         query = """
             SELECT id, openid, assistant, last_at, 0, lapsed_text FROM session
             WHERE openid = :openid AND ended_at > :since ORDER BY id DESC LIMIT 1
@@ -1426,16 +1485,16 @@ class Store:
 
     async def add_picture(self, openid: str, url: str, now: float) -> None:
         """Keep a picture for the next question; a trigger drops those beyond four."""
-        query = "INSERT INTO picture (openid, url, created_at) VALUES (:openid, :url, :now)"
-        await self.write(query, openid=openid, url=url, now=now)
+        query = "INSERT INTO picture (openid, url, created_at) VALUES (:o, :url, :now)"
+        await self.write(query, o=openid, url=url, now=now)
 
     # Turns
 
     async def add_turn(self, turn: Turn, most: int, most_of_all: int) -> Turn | None:
         """Store an accepted question and count it; return it with its id.
 
-        None, and nothing is stored, when the day's questions are used up (0: any number).
-        Counted by triggers under a keyed hash, which outlives a deletion until midnight.
+        None, and nothing is stored, when the day's questions are used up (0: any).
+        Triggers count under a keyed hash, which outlives a deletion until midnight.
         """
         query = """
             INSERT INTO turn (session_id, openid, msg_key, link_key, question, pictures,
@@ -1449,9 +1508,14 @@ class Store:
             RETURNING id
         """
         names = ("session_id", "openid", "msg_key", "link_key", "question", "pictures")
-        columns = {name: getattr(turn, name) for name in (*names, "asked", "created_at")}
+        columns = {
+            name: getattr(turn, name) for name in (*names, "asked", "created_at")
+        }
         columns |= {"day": beijing_day(turn.created_at), "most": most}
-        columns |= {"counted_as": self.counted_as(turn.openid), "most_of_all": most_of_all}
+        columns |= {
+            "counted_as": self.counted_as(turn.openid),
+            "most_of_all": most_of_all,
+        }
         rows = await self.write(query, **columns)
         return replace(turn, id=rows[0][0]) if rows else None
 
@@ -1487,13 +1551,13 @@ class Store:
                 reason = :reason, finished_at = :finished_at, model = :model,
                 tokens_in = :tokens_in, tokens_out = :tokens_out, seconds = :seconds,
                 first_seconds = :first_seconds,
-                pictures = CASE WHEN :state IN ('done', 'cut') THEN NULL ELSE pictures END
+                pictures = iif(:state IN ('failed', 'broken'), pictures, NULL)
             WHERE id = :id
         """
         await self.write(query, id=turn_id, **columns)
 
     async def history(self, turn: Turn, chars: int) -> list[tuple[str, str]]:
-        """Return the exchanges before a turn, oldest first, whole and within `chars`."""
+        """Return whole exchanges before a turn, oldest first, within `chars`."""
         query = """
             SELECT question, answer FROM turn WHERE session_id = :session AND id < :id
             AND state IN ('done', 'cut') ORDER BY id DESC LIMIT 200
@@ -1508,7 +1572,9 @@ class Store:
 
     async def turns(self, where: str, **values: object) -> list[Turn]:
         """Return the turns that a condition names."""
-        return [Turn(*row) for row in await self.rows(f"{TURN} WHERE {where}", **values)]
+        return [
+            Turn(*row) for row in await self.rows(f"{TURN} WHERE {where}", **values)
+        ]
 
     async def turn(self, turn_id: int) -> Turn | None:
         """Return a turn."""
@@ -1519,7 +1585,7 @@ class Store:
         return next(iter(await self.turns("link_key = :key", key=link_key)), None)
 
     async def open_turns(self) -> tuple[list[Turn], set[int]]:
-        """Return the unfinished turns in order, and the sessions of theirs that are open."""
+        """Return the unfinished turns in order, and which of their sessions are open."""
         turns = await self.turns("state = 'open' ORDER BY turn.id")
         query = """
             SELECT DISTINCT session.id FROM turn JOIN session ON session.id = session_id
@@ -1592,8 +1658,8 @@ class Store:
 
     async def ask_forget(self, openid: str, now: float) -> None:
         """Note that a subscriber asked for deletion and has yet to confirm it."""
-        query = "INSERT OR REPLACE INTO forget_request (openid, asked_at) VALUES (:o, :at)"
-        await self.write(query, o=openid, at=now)
+        query = "REPLACE INTO forget_request (openid, asked_at) VALUES (:openid, :at)"
+        await self.write(query, openid=openid, at=now)
 
     async def forget_asked_at(self, openid: str) -> float:
         """Return when a subscriber asked for deletion, in Unix seconds; 0: never."""
@@ -1629,7 +1695,7 @@ class Store:
     async def delete_before(self, at: float) -> None:
         """Delete the exchanges before a time, from the files too."""
         async with self.transaction():
-            gone = "DELETE FROM turn WHERE created_at < :at AND state != 'open' RETURNING id"
+            gone = "DELETE FROM turn WHERE created_at < :at AND state <> 'open' RETURNING 1"
             if not await self.rows(gone, at=at):
                 return
             await self.rows("DELETE FROM reply WHERE created < :at", at=at)
@@ -1646,9 +1712,9 @@ PRAGMAS += ("foreign_keys = ON", "secure_delete = ON", "journal_size_limit = 167
 
 
 async def open_store(path: str) -> Store:
-    """Return the store of a database file, made or brought up to date; raise StoreError."""
+    """Return the store of a file, made or brought up to date; raise StoreError."""
     try:
-        # -wal and -shm copy the mode of the database: nobody else reads what people wrote
+        # -wal and -shm copy its mode: nobody else reads what people wrote
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         with contextlib.suppress(PermissionError):  # another user's, lent to us
             os.chmod(path, 0o600)  # a restored copy may have come with any mode
@@ -1661,7 +1727,9 @@ async def open_store(path: str) -> Store:
             # Before anything is written; some 0.2 s for 200,000 answers.
             [(verdict,)] = await store.rows("PRAGMA quick_check(1)")
             if verdict != "ok":
-                raise StoreError(f"database {path}: corrupt: {' '.join(verdict.split())}")
+                raise StoreError(
+                    f"database {path}: corrupt: {' '.join(verdict.split())}"
+                )
             for pragma in PRAGMAS:
                 await store.rows(f"PRAGMA {pragma}")
             await store.migrate()
@@ -1681,7 +1749,7 @@ async def open_store(path: str) -> Store:
 
 
 class ChatError(Exception):
-    """A failed answer: its kind chooses the sentence, the detail is for the log only."""
+    """A failed answer: the kind chooses the sentence, the detail is for the log."""
 
     def __init__(
         self, kind: str, detail: str, passing: bool = False, after: float | None = None
@@ -1705,7 +1773,7 @@ class Ending:
 
 
 class EventDecoder:
-    """Event-stream payloads out of bytes in any pieces (the HTML standard's parsing)."""
+    """Event-stream payloads out of bytes in any pieces, as the HTML standard parses."""
 
     def __init__(self, limit: int = 1 << 20) -> None:
         self.rest = b""  # of a line that is not complete
@@ -1778,7 +1846,8 @@ MEANINGS = (
     ("blind", r"image_url|image input|support.{0,20} images?\b|\bvision\b"),
     ("refused", r"content_?(policy|filter)|data_inspection_failed|code=1301\b"),
     ("refused", r"(?<!case.)sensitive"),
-    ("setup", r"insufficient_quota|balance(?!r)|spend_limit|usage_limit|arrearage|code=1113\b"),
+    ("setup", r"insufficient_quota|balance(?!r)|spend_limit|usage_limit"),
+    ("setup", r"arrearage|code=1113\b"),
     ("setup", r"model_not_found|无可用渠道"),
 )
 REFUSED_PARAMETER = r"unsupported_parameter|unsupported_value|unknown_parameter"
@@ -1797,7 +1866,9 @@ def retry_after(headers: typing.Mapping[str, str]) -> float | None:
     return seconds if seconds > 0 else None  # nor is NaN
 
 
-def error_of(status: int, body: object, headers: typing.Mapping[str, str] = {}) -> ChatError:
+def error_of(
+    status: int, body: object, headers: typing.Mapping[str, str] = {}
+) -> ChatError:
     """Return the error that a status and a body mean; the words may be of any shape."""
     error = body.get("error") or body if isinstance(body, dict) else body
     error = error if isinstance(error, dict) else {"message": error}
@@ -1897,7 +1968,9 @@ async def read_error(response: aiohttp.ClientResponse) -> ChatError:
     return error_of(response.status, body, response.headers)
 
 
-async def read_unstreamed(response: aiohttp.ClientResponse) -> AsyncIterator[str | Ending]:
+async def read_unstreamed(
+    response: aiohttp.ClientResponse,
+) -> AsyncIterator[str | Ending]:
     """Yield the answer of a server that does not stream; raise ChatError."""
     event = read_event(await read_body(response, 8 * ANSWER_CHARS))
     choice = first_choice(event)
@@ -1929,7 +2002,7 @@ class Deadline:
         self.timeout = asyncio.timeout_at(min(end, first))
 
     def note(self, delta: object) -> None:
-        """Let the idle time begin again if a delta has text, hidden reasoning included."""
+        """Let the idle time begin again if a delta has text, or hidden reasoning."""
         names = ("content", "refusal", "reasoning_content", "reasoning")
         if isinstance(delta, dict) and any(delta.get(name) for name in names):
             now = asyncio.get_running_loop().time()
@@ -1937,9 +2010,11 @@ class Deadline:
 
 
 class ChatClient:
-    """One assistant's chat API. Holds no connection of its own; any number may stream."""
+    """One assistant's chat API. Holds no connection; any number may stream."""
 
-    def __init__(self, settings: AssistantSettings, http: aiohttp.ClientSession) -> None:
+    def __init__(
+        self, settings: AssistantSettings, http: aiohttp.ClientSession
+    ) -> None:
         self.settings = settings
         self.http = http
         base = settings.base_url.strip().rstrip("/").removesuffix("/chat/completions")
@@ -1951,7 +2026,7 @@ class ChatClient:
         body = {"model": self.settings.model, "messages": messages, "stream": True}
         body["stream_options"] = {"include_usage": True}
         if self.settings.model == DEFAULT_MODEL:
-            # The default model thinks unless told not to; other models refuse the field.
+            # It thinks unless told not to; other models refuse the field.
             body["reasoning_effort"] = "none"
         body |= self.settings.extra
         return {name: value for name, value in body.items() if name not in self.refused}
@@ -1970,10 +2045,12 @@ class ChatClient:
             self.refused.add(name)
             log.warning("%s refuses %s, asked without it from now on", self.url, name)
 
-    async def stream(self, messages: list[dict], end: float) -> AsyncIterator[str | Ending]:
+    async def stream(
+        self, messages: list[dict], end: float
+    ) -> AsyncIterator[str | Ending]:
         """Yield the visible deltas, then the Ending, before `end`; raise ChatError.
 
-        Leaving the iterator early closes the connection, which ends the upstream's work.
+        Leaving the iterator early closes the connection and ends the upstream's work.
         """
         deadline, left_out = Deadline(self.settings, end), set(self.refused)
         try:
@@ -2054,10 +2131,10 @@ class Pictures:
 
         Inlined since the upstream may not reach WeChat's hosts.
         """
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or parts.hostname not in self.hosts:
-            raise ChatError("picture", "its host is not in picture_hosts")
         try:
+            parts = urllib.parse.urlsplit(url)
+            if parts.scheme not in ("http", "https") or parts.hostname not in self.hosts:
+                raise ChatError("picture", "its host is not in picture_hosts")
             async with self.slots, asyncio.timeout(PICTURE_TIMEOUT):
                 body = await self.read(url)
         except (aiohttp.ClientError, OSError, ValueError) as error:
@@ -2098,7 +2175,7 @@ class Subscriber:
     def __init__(self, openid: str) -> None:
         self.openid = openid
         self.lock = asyncio.Lock()  # messages are taken up in the order they came
-        self.answers: list[typing.Any] = []  # the Answers that are not finished, oldest first
+        self.answers: list[typing.Any] = []  # unfinished Answers, the oldest first
         self.parts: int | None = None  # highest part number; None: not read yet
         self.unread: dict[int, tuple[int, str]] = {}  # part number: turn, question
 
@@ -2137,12 +2214,17 @@ class Answer:
         self.state = "open"  # as in schema.sql
         self.reason: str | None = None  # a kind of ChatError
         self.first_seconds: float | None = None  # from the question to the first text
+        # Loop's clock when it was asked: the wall's may jump while it is written.
+        asked_ago = max(0.0, time.time() - turn.created_at)
+        self.asked_at = asyncio.get_running_loop().time() - asked_ago
         self.task: asyncio.Task | None = None  # writes it
         self.is_sent = False  # some of this writing was sent in a reply
         self.stops: dict[tuple[int, int], int] = {}  # (generation, start): the cut
         self.size = 0  # bytes of text
         self.look_at = 0  # size at which the parts are measured again
-        self.turn_came: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self.turn_came: asyncio.Future[bool] = (
+            asyncio.get_running_loop().create_future()
+        )
         self.watchers: list[tuple[int, int, asyncio.Event]] = []  # generation, start
         self.followers: set[asyncio.Event] = set()  # live pages
 
@@ -2158,12 +2240,17 @@ class Answer:
         """Say whether it is still being written, or waits to be."""
         return self.state == "open"
 
+    @property
+    def age(self) -> float:
+        """Return the seconds since the question."""
+        return asyncio.get_running_loop().time() - self.asked_at
+
     def append(self, delta: str) -> None:
         """Add a delta."""
         delta = ILLEGAL.sub("", delta)
         if not self.text:
             delta = delta.lstrip()
-            self.first_seconds = round(time.time() - self.turn.created_at, 3)
+            self.first_seconds = round(self.age, 3)
         self.text += delta
         self.size += size_of(delta)
         if self.watchers and self.size >= self.look_at:
@@ -2216,7 +2303,7 @@ class Answer:
                 ready.set()
 
     def is_full(self, start: int) -> bool:
-        """Say whether more is written from `start` than one reply holds without a tail."""
+        """Say whether more is written from `start` than one reply holds."""
         rest = self.text[start:]
         if size_of(rest) <= REPLY_BYTES:
             return False
@@ -2239,7 +2326,7 @@ class Reading:
 
     @property
     def begin(self) -> int:
-        """Return the offset in the present writing: its start, if it was written anew."""
+        """Return the offset in the present writing; 0 if it was written anew."""
         return self.start if self.generation == self.answer.generation else 0
 
     def note_sent(self, reply: Reply) -> None:
@@ -2308,7 +2395,7 @@ class Delivery:
 class MuteGuard:
     """Counts attempts left to run over; WeChat mutes an account that fails too often.
 
-    (接口报警和排查指引: no pushes at all for one minute; the threshold is not published.)
+    (接口报警和排查指引: no pushes for one minute; the threshold is not published.)
     """
 
     def __init__(self, limit: int, seconds: float = 300.0) -> None:
@@ -2336,7 +2423,7 @@ class Answers:
         self.attempt_timeout = config.wechat.attempt_timeout
         self.all_attempts = self.attempt_timeout * config.wechat.attempts
         self.guard = MuteGuard(config.wechat.mute_guard)
-        self.slots = asyncio.Semaphore(config.limits.at_once)  # first come, first served
+        self.slots = asyncio.Semaphore(config.limits.at_once)  # first come first
         self.deliveries: dict[str, Delivery] = {}
         self.answers: dict[int, Answer] = {}  # being written or waiting, by turn
         self.queues: dict[int, collections.deque[Answer]] = {}  # by session, in order
@@ -2354,13 +2441,15 @@ class Answers:
     def start(
         self, work: Awaitable[None], name: str, fail: Callable[[], None] = lambda: None
     ) -> asyncio.Task:
-        """Run work as a task; whatever breaks, `fail` is called, so nobody waits for ever."""
+        """Run work as a task; if it breaks, `fail` is called, so nobody waits for ever."""
         task = self.loop.create_task(self.edge(work, name, fail))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         return task
 
-    async def edge(self, work: Awaitable[None], name: str, fail: Callable[[], None]) -> None:
+    async def edge(
+        self, work: Awaitable[None], name: str, fail: Callable[[], None]
+    ) -> None:
         """Await work at the edge of its task."""
         try:
             await work
@@ -2379,9 +2468,13 @@ class Answers:
 
     async def close(self) -> None:
         """Let running answers end until the time given by `shut`; then cancel all."""
-        writing = [a.task for a in self.answers.values() if a.task and a.turn_came.done()]
+        writing = [
+            a.task for a in self.answers.values() if a.task and a.turn_came.done()
+        ]
         if writing and self.closes_at:
-            await asyncio.wait(writing, timeout=max(0, self.closes_at - self.loop.time()))
+            await asyncio.wait(
+                writing, timeout=max(0, self.closes_at - self.loop.time())
+            )
         for task in list(self.tasks):
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
@@ -2436,14 +2529,12 @@ class Answers:
         """Say whether WeChat will not ask again after this request."""
         late = self.all_attempts - 1.5 * self.attempt_timeout
         attempts = round(self.all_attempts / self.attempt_timeout)
-        return (
-            attempt + delivery.earlier >= attempts or arrived - delivery.first > late
-        )
+        return attempt + delivery.earlier >= attempts or arrived - delivery.first > late
 
     # Answers
 
     def add_answer(self, answer: Answer) -> None:
-        """Queue an answer in its session; it is its turn at once if nobody is before."""
+        """Queue an answer in its session; its turn comes at once if nobody is before."""
         self.answers[answer.turn.id] = answer
         answer.subscriber.answers.append(answer)
         queue = self.queues.setdefault(answer.turn.session_id, collections.deque())
@@ -2465,7 +2556,7 @@ class Answers:
             self.queues.pop(answer.turn.session_id, None)
 
     def close_session(self, session_id: int) -> None:
-        """Let the queued questions of a session that ended know that they are not asked."""
+        """Let the queued questions of an ended session know that they are not asked."""
         for answer in self.queues.get(session_id, ()):
             if not answer.turn_came.done():
                 answer.turn_came.set_result(False)
@@ -2581,7 +2672,9 @@ def tappable(visit: Visit, text: str) -> str:
 async def open_session(visit: Visit, assistant: str) -> Session:
     """Open a session; one that was open ends, and what is queued there is not asked."""
     answers = visit.services.answers
-    session = await visit.services.store.start_session(visit.openid, assistant, time.time())
+    session = await visit.services.store.start_session(
+        visit.openid, assistant, time.time()
+    )
     for answer in visit.delivery.subscriber.answers:
         answers.close_session(answer.turn.session_id)
     return session
@@ -2668,16 +2761,24 @@ async def confirm_forget(visit: Visit) -> str | None:
 # ---------------------------------------------------------------------------
 
 
+def words_of(texts: Texts, turn: Turn) -> str:
+    """Return a question without the marks of its pictures."""
+    return turn.question.removeprefix(
+        texts.word_picture * len(json.loads(turn.pictures or "[]"))
+    )
+
+
 async def question_content(services: Services, turn: Turn) -> str | list[dict]:
     """Return a question as the model gets it, with its pictures; raise ChatError."""
     urls = json.loads(turn.pictures or "[]")
     if not urls:
         return turn.question
     pictures = await asyncio.gather(*map(services.pictures.fetch, urls))
-    words = turn.question.removeprefix(services.texts.word_picture * len(urls))
-    content: list[dict] = [{"type": "text", "text": words}]
+    content: list[dict] = [{"type": "text", "text": words_of(services.texts, turn)}]
     for url in pictures:
-        content.append({"type": "image_url", "image_url": {"url": url, "detail": "low"}})
+        content.append(
+            {"type": "image_url", "image_url": {"url": url, "detail": "low"}}
+        )
     return content
 
 
@@ -2747,7 +2848,9 @@ async def ask_model(services: Services, answer: Answer, messages: list[dict]) ->
             if not again or answer.is_sent or pause is None:
                 raise
             log.warning("%s asked again after %s", answer.turn.name, error)
-            pause = pause * random.uniform(0.75, 1) if error.after is None else error.after
+            pause = (
+                pause * random.uniform(0.75, 1) if error.after is None else error.after
+            )
             messages = fewer
         answer.restart()
         await asyncio.sleep(pause)
@@ -2766,9 +2869,10 @@ async def store_text_so_far(services: Services, answers: list[Answer]) -> None:
 
 async def store_end(services: Services, answer: Answer, ending: Ending | None) -> None:
     """Store how an answer ended, and log it."""
-    now = time.time()
-    seconds = now - answer.turn.created_at
-    columns = {name: getattr(answer, name) for name in ("generation", "state", "reason")}
+    now, seconds = time.time(), answer.age
+    columns = {
+        name: getattr(answer, name) for name in ("generation", "state", "reason")
+    }
     columns |= {"answer": answer.text, "finished_at": now, "seconds": round(seconds, 3)}
     for name in ("model", "tokens_in", "tokens_out"):
         columns[name] = getattr(ending, name, None)
@@ -2811,6 +2915,8 @@ async def converse(services: Services, answer: Answer) -> None:
         log.log(level, "%s failed: %s", turn.name, error)
         if error.kind == "blocked":
             answer.withhold()
+        elif turn.answer and not answer.text:  # better what an earlier process wrote
+            answer.text, answer.generation = turn.answer, turn.generation
         answer.finish(failed_state(answer, error.kind), error.kind)
     finally:
         if answer.is_open:  # cancelled: the next process goes on from what is stored
@@ -2826,6 +2932,7 @@ def start_writing(services: Services, answer: Answer) -> None:
     def fail() -> None:
         if answer.is_open:
             answer.finish("broken" if answer.text else "failed", "trouble")
+            services.answers.start(store_end(services, answer, None), answer.turn.name)
         services.answers.remove_answer(answer)
 
     services.answers.add_answer(answer)
@@ -2908,13 +3015,15 @@ async def accept_question(
     """Store a question and start its answer; or say why not."""
     services, subscriber, now = visit.services, visit.delivery.subscriber, time.time()
     for answer in subscriber.answers:
-        is_recent = now - answer.turn.created_at < REPEAT_SECONDS
-        if is_recent and answer.turn.question == question:
+        is_same = words_of(visit.texts, answer.turn) == question
+        # With a picture that came since, the same words are a new question.
+        if is_same and answer.age < REPEAT_SECONDS and visit.pictures == "[]":
             return await continue_turn(visit, answer.turn.id)
     if refusal := refuse_question(visit, question):
         return refusal
     if pictures is None and visit.pictures != "[]":
         pictures = visit.pictures
+    if pictures:
         question = visit.texts.word_picture * len(json.loads(pictures)) + question
     turn = await services.store.add_turn(
         Turn(
@@ -2972,7 +3081,8 @@ async def retry(visit: Visit, number: str | None) -> Found | None:
     if turn is None:
         return visit.texts.no_retry if number else None
     session = visit.session or await open_session(visit, turn.assistant)
-    return await accept_question(visit, session, turn.question, turn.pictures)
+    words = words_of(visit.texts, turn)
+    return await accept_question(visit, session, words, turn.pictures)
 
 
 async def resume_session(visit: Visit) -> Found | None:
@@ -3012,7 +3122,7 @@ async def answer_command(visit: Visit, text: str) -> Found | None:
 
 
 async def open_and_ask(visit: Visit, assistant: str, question: str) -> Found:
-    """Open a session, unless one with this assistant is open, and ask what came along."""
+    """Open a session unless one with this assistant is open; ask what came along."""
     session, allow = visit.session, visit.services.config.limits.allow
     if allow and visit.openid not in allow:
         return visit.texts.not_allowed
@@ -3034,7 +3144,9 @@ async def answer_outside(visit: Visit, text: str) -> Found:
     config, lapsed = visit.services.config, visit.lapsed
     if text in config.replies.keywords:
         return tappable(visit, config.replies.keywords[text])
-    if config.session.auto_open and text:
+    if not text or text in STICKER_TEXTS:
+        return ""
+    if config.session.auto_open:
         return await open_and_ask(visit, next(iter(config.assistants)), text)
     if lapsed:  # it ran out, and nobody was told yet
         await visit.services.store.end_session(lapsed.id, time.time(), text)
@@ -3087,11 +3199,9 @@ async def find_answer(visit: Visit) -> Found:
 
 async def join_turn(visit: Visit, turn_id: int) -> Reading:
     """Return a reading of the turn that this message asked in an earlier process."""
-    delivery, loop = visit.delivery, visit.services.answers.loop
-    reading = await reading_of(visit, turn_id)
+    delivery, reading = visit.delivery, await reading_of(visit, turn_id)
     delivery.is_own, delivery.earlier = True, 1
-    age = time.time() - reading.answer.turn.created_at
-    delivery.first = min(delivery.first, loop.time() - age)
+    delivery.first = min(delivery.first, reading.answer.asked_at)
     return reading
 
 
@@ -3158,7 +3268,7 @@ def word_of_patience(services: Services, answer: Answer, number: int) -> str:
     text = texts.thinking if answer.turn_came.done() else texts.queued
     return text.format(
         question=excerpt(turn.question),
-        seconds=round(time.time() - turn.created_at),
+        seconds=round(answer.age),
         tap=continue_tap(number),
         page=services.page_link(turn, texts.word_page),
     )
@@ -3235,7 +3345,11 @@ def mention_unread(
 
 def compose(services: Services, delivery: Delivery, attempt: int) -> Reply:
     """Return the reply that a message gets now."""
-    message, subscriber, reading = delivery.message, delivery.subscriber, delivery.reading
+    message, subscriber, reading = (
+        delivery.message,
+        delivery.subscriber,
+        delivery.reading,
+    )
     reply = Reply(message.key, message.openid, "", int(time.time()))
     if reading is None:
         text = services.texts.trouble if delivery.fixed is None else delivery.fixed
@@ -3317,7 +3431,9 @@ async def reply_to(services: Services, attempt: Attempt) -> Reply | None:
             in_time = await answers.wait_for(delivery.ready, over)
             # Later than that WeChat does not read this line any more, but an answer
             # here would end its retries: hold it, and say nothing.
-            held = in_time or await answers.wait_for(delivery.decided, over + HOLD_SECONDS)
+            held = in_time or await answers.wait_for(
+                delivery.decided, over + HOLD_SECONDS
+            )
             if not held:
                 return None
     if delivery.reply is None:
@@ -3329,7 +3445,7 @@ async def reply_to(services: Services, attempt: Attempt) -> Reply | None:
 
 
 async def note_delivery(services: Services, attempt: Attempt, is_taken: bool) -> None:
-    """Correct how an answer was delivered: the newest attempt whose line took it counts.
+    """Correct how an answer was delivered: the newest line that took it counts.
 
     The reply was stored as delivered by the attempt that decided it.
     """
@@ -3378,81 +3494,103 @@ async def keep_pruning(services: Services) -> None:
 
 STYLE = """
 :root{color-scheme:light dark;--ink:#1b1c1e;--soft:#5b5f66;--paper:#fff;--box:#f3f4f6;
---line:#dcdfe4;--mark:#0a6b3c;--asked:#d9f2e3}
+--line:#dcdfe4;--mark:#0a6b3c;--asked:#d9f2e3;--bad:#c0392b}
 @media(prefers-color-scheme:dark){:root{--ink:#e6e7e9;--soft:#a4a8ae;--paper:#141517;
---box:#212326;--line:#393c41;--mark:#5fd39a;--asked:#1d3b2b}}
+--box:#212326;--line:#393c41;--mark:#5fd39a;--asked:#1d3b2b;--bad:#f0857a}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);overflow-wrap:anywhere;
 -webkit-text-size-adjust:100%;
-font:1rem/1.7 system-ui,-apple-system,"PingFang SC","Microsoft YaHei","Noto Sans CJK SC",
-sans-serif}
-main{max-width:44rem;margin:0 auto;padding:1rem 1rem 2rem}
-h1{font-size:1.2rem;margin:.2rem 0}
-h2{font-size:1rem;margin:2rem 0 .5rem;padding-top:.6rem;border-top:1px solid var(--line)}
-.asked{margin:1rem 0 1rem auto;padding:.5rem .8rem;width:fit-content;max-width:92%;
-background:var(--asked);border-radius:1rem 1rem .25rem 1rem;white-space:pre-wrap}
+font:1rem/1.7 system-ui,-apple-system,"PingFang SC","Microsoft YaHei",
+"Noto Sans CJK SC",sans-serif}
+main,footer{max-width:44rem;margin:0 auto;padding:1rem}
+h1{font-size:1.3rem;line-height:1.4;margin:.4rem 0}
+h2{font-size:1rem;margin:2rem 0 1rem;padding-top:.8rem;border-top:1px solid var(--line)}
+article+article{margin-top:2rem}
+.question{font-size:1rem;font-weight:400;line-height:1.6;margin:.5rem 0 1rem auto;
+padding:.5rem .8rem;width:fit-content;max-width:92%;background:var(--asked);
+border-radius:1rem 1rem .25rem 1rem;white-space:pre-wrap}
 .answer>:first-child{margin-top:0}
 .answer h1,.answer h2,.answer h3,.answer h4,.answer h5,.answer h6{font-size:1.08rem;
 line-height:1.5;margin:1.3rem 0 .5rem;padding:0;border:0}
+.answer h1{font-size:1.2rem}
 .answer p,.answer ul,.answer ol{margin:.7rem 0}
-.answer ul,.answer ol{padding-left:1.5rem}
-.live{white-space:pre-wrap}
+.answer ul,.answer ol{padding-left:1.6rem}
+.live,.plain{white-space:pre-wrap}
 .note,.asking,footer{color:var(--soft);font-size:.85rem}
 .asking::before{content:"";display:inline-block;width:.5rem;height:.5rem;
 margin-right:.5rem;border-radius:50%;background:var(--mark)}
 @media(prefers-reduced-motion:no-preference){.asking::before{
 animation:pulse 1.4s ease-in-out infinite}@keyframes pulse{50%{opacity:.2}}}
-.failed{margin:1rem 0;padding:.5rem .8rem;border-left:.25rem solid var(--line);
+.failed{margin:1rem 0;padding:.5rem .8rem;border-left:.25rem solid var(--bad);
 background:var(--box);white-space:pre-wrap}
 .scroll,pre{overflow-x:auto;margin:.8rem 0}
-pre{padding:.8rem;line-height:1.5}
 .code{background:var(--box);border-radius:.5rem;margin:.8rem 0}
-.code pre{margin:0}
+.code pre{margin:0;padding:.6rem .8rem .8rem;line-height:1.5}
+.bar{display:flex;align-items:center;justify-content:space-between;
+padding:.4rem .4rem 0 .8rem;color:var(--soft);font-size:.78rem}
+.bar button{font:inherit;padding:.2rem .6rem;color:var(--ink);background:var(--paper);
+border:1px solid var(--line);border-radius:.4rem;cursor:pointer}
 code{font-family:ui-monospace,Menlo,Consolas,monospace;font-size:.88em}
 :not(pre)>code{background:var(--box);padding:.1em .35em;border-radius:.25em}
-.copy{float:right;margin:.4rem .4rem 0 0;font:inherit;font-size:.78rem;
-padding:.2rem .6rem;color:var(--ink);background:var(--paper);
-border:1px solid var(--line);border-radius:.4rem;cursor:pointer}
-.copy+pre{clear:right;padding-top:.2rem}
 table{border-collapse:collapse;min-width:50%}
-td,th{border:1px solid var(--line);padding:.35rem .6rem;text-align:left;min-width:4rem}
-th{background:var(--box)}
+td,th{border:1px solid var(--line);padding:.35rem .6rem;text-align:left;min-width:4rem;
+max-width:20rem;overflow-wrap:break-word}
+th{background:var(--box);word-break:keep-all}
+.right{text-align:right}
+.center{text-align:center}
 blockquote{margin:.8rem 0;padding-left:.8rem;border-left:.25rem solid var(--line);
 color:var(--soft)}
 hr{border:0;border-top:1px solid var(--line)}
 a{color:var(--mark)}
 summary{cursor:pointer}
+[open]>summary{color:var(--soft);white-space:nowrap;overflow:hidden;
+text-overflow:ellipsis;margin-bottom:.8rem}
+.older{margin:2rem 0 0;text-align:center}
 :focus-visible{outline:2px solid var(--mark);outline-offset:2px}
-footer{margin-top:2rem;padding-top:.6rem;border-top:1px solid var(--line)}
+footer{padding-bottom:2rem}
+footer p{margin:0;padding-top:.8rem;border-top:1px solid var(--line)}
 """
 
-# What the page does with script: copy buttons, and for a live answer: the stream, the
-# seconds, and in the end the finished page in place of this one, without a jump.
+# What the page does with script: copy buttons, folded answers typeset when they are
+# opened, and for a live answer: the stream, the seconds, and in the end the finished
+# page's content in place of this one's, without a jump.
 SCRIPT = """
 const say=document.body.dataset;
-const copies=()=>{for(const box of document.querySelectorAll('.code')){
+const read=async address=>{const page=await fetch(address);
+if(page.status>499)throw page.status;
+const text=await page.text();
+return new DOMParser().parseFromString(text,'text/html').querySelector('main')};
+const furnish=part=>{for(const box of part.querySelectorAll('.code')){
 const button=document.createElement('button'),code=box.querySelector('code');
-button.className='copy';button.textContent=say.copy;button.onclick=async()=>{
+button.textContent=say.copy;button.onclick=async()=>{
 try{await navigator.clipboard.writeText(code.textContent)}catch{
-getSelection().selectAllChildren(code);document.execCommand('copy')}
+getSelection().selectAllChildren(code);if(!document.execCommand('copy'))return}
 button.textContent=say.copied;
-setTimeout(()=>{button.textContent=say.copy},2000)};box.prepend(button)}};
-const live=document.querySelector('.live');
-if(!live)copies();else{
-const note=document.querySelector('.asking'),began=Date.now()-1000*note.dataset.seconds;
-const words=note.textContent;let text='';
-const clock=setInterval(()=>{note.textContent=words+' '+
+setTimeout(()=>{button.textContent=say.copy},2000)};box.firstChild.append(button)}};
+const unfold=async box=>{const link=box.querySelector('.typeset');
+const full=(await read(link.href)).querySelector('.answer');
+if(full){box.querySelector('.answer').replaceWith(full);link.remove();furnish(full)}};
+const follow=(live,note)=>{const [words,time]=note.children;
+const began=Date.now()-1000*note.dataset.seconds;let fresh=true;
+const clock=setInterval(()=>{time.textContent=
 Math.round((Date.now()-began)/1000)+' '+say.seconds},1000);
-const finish=async()=>{try{const page=await fetch(location.href);
-const done=new DOMParser().parseFromString(await page.text(),'text/html');
-document.querySelector('main').replaceWith(done.querySelector('main'));copies()}
-catch{setTimeout(finish,3000)}};
 const source=new EventSource(location.pathname+'/events');
-source.onmessage=e=>{clearInterval(clock);text+=JSON.parse(e.data).text;
-live.textContent=text;note.textContent=say.writing};
-source.addEventListener('reset',()=>{text=live.textContent=''});
-source.addEventListener('done',()=>{source.close();clearInterval(clock);finish()});
-source.onerror=()=>{if(source.readyState===2)setTimeout(()=>location.reload(),3000)}}
+const clear=()=>{live.style.minHeight=live.offsetHeight+'px';
+live.textContent='';fresh=false};
+const leave=after=>{source.close();clearInterval(clock);setTimeout(renew,after)};
+source.onmessage=e=>{if(fresh)clear();live.append(JSON.parse(e.data).text);
+clearInterval(clock);words.textContent=say.writing;time.textContent=''};
+source.addEventListener('reset',clear);
+source.addEventListener('done',()=>leave(0));
+source.onerror=()=>{if(source.readyState===2)leave(3000)}};
+const start=main=>{const live=main.querySelector('.live');furnish(main);
+for(const box of main.querySelectorAll('details'))
+box.addEventListener('toggle',()=>unfold(box).catch(()=>{}),{once:true});
+if(live)follow(live,main.querySelector('.asking'))};
+const renew=async()=>{try{const main=await read(location.href);
+document.querySelector('main').replaceWith(main);start(main)}
+catch{setTimeout(renew,3000)}};
+start(document.querySelector('main'))
 """
 
 PAGE = string.Template(
@@ -3460,7 +3598,7 @@ PAGE = string.Template(
 <html lang="zh-CN"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <title>$title</title>$refresh<style nonce="$nonce">$style</style></head>
-<body $words><main>$body<footer>$notice</footer></main>
+<body $words><main>$body</main>$notice
 <script nonce="$nonce">$script</script></body></html>
 """
 )
@@ -3470,9 +3608,10 @@ POLICY = (
     "connect-src 'self'; img-src 'none'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
 )
-RENDER_CHARS = 32_768  # longer answers go on as plain text: rendering is slow on purpose
-FOLD_CHARS = 400  # longer answers are folded in the history
+RENDER_CHARS = 32_768  # longer answers go on as plain text: rendering takes time
+FOLD_CHARS = 300  # longer answers are folded in the history, and typeset when opened
 HISTORY_COUNT = 50
+RECONNECT_MS = 1000  # a viewer whose stream was lost waits so long
 
 
 @record()
@@ -3489,8 +3628,8 @@ def element(tag: str, words: str, kind: str = "") -> str:
     return f"<{tag}{attribute}>{html.escape(words)}</{tag.split()[0]}>"
 
 
-def make_page(texts: Texts, title: str, body: str, refresh: bool = False) -> Page:
-    """Return a page around a body that is already HTML."""
+def make_page(texts: Texts, title: str, body: str, head: str = "") -> Page:
+    """Return a page around a body that is already HTML; `head` is more for the head."""
     nonce = secrets.token_urlsafe(12)
     names = ("copy", "copied", "writing", "seconds")
     words = {name: html.escape(getattr(texts, f"page_{name}")) for name in names}
@@ -3501,8 +3640,8 @@ def make_page(texts: Texts, title: str, body: str, refresh: bool = False) -> Pag
         style=STYLE,
         script=SCRIPT,
         body=body,
-        notice=html.escape(texts.page_notice),
-        refresh='<noscript><meta http-equiv="refresh" content="3"></noscript>' * refresh,
+        notice=f"<footer>{element('p', texts.page_notice)}</footer>",
+        refresh=head,
     )
     return Page(text, POLICY.format(nonce=nonce))
 
@@ -3513,8 +3652,26 @@ def link_tag(address: object, words: str = "") -> str:
     return f'<a href="{html.escape(str(address or ""))}" {rel}>{html.escape(words)}'
 
 
+def mend_tokens(tokens: list[Token], above: int) -> None:
+    """Let headings step down one by one from a level, and empty headers be cells.
+
+    So a screen reader's outline has no holes, whatever a model writes.
+    """
+    level = above
+    for index, token in enumerate(tokens):
+        if token.type == "heading_open":
+            level = min(above + int(token.tag[1]), level + 1, 6)
+            token.tag = tokens[index + 2].tag = f"h{level}"
+        if token.type == "th_open" and not tokens[index + 1].content:
+            token.tag = tokens[index + 2].tag = "td"
+
+
 class AnswerRenderer(RendererHTML):
     """Renders an answer; a method per token that the library would write otherwise."""
+
+    def __init__(self, texts: Texts) -> None:
+        super().__init__()
+        self.texts = texts
 
     def link_open(self, tokens: list[Token], index: int, *_: object) -> str:
         return link_tag(tokens[index].attrGet("href"))
@@ -3522,24 +3679,48 @@ class AnswerRenderer(RendererHTML):
     def image(self, tokens: list[Token], index: int, *_: object) -> str:
         # As a link: loading it would tell a stranger who reads.
         token = tokens[index]
-        return link_tag(token.attrGet("src"), token.content or "图片") + "</a>"
+        return (
+            link_tag(token.attrGet("src"), token.content or self.texts.word_picture)
+            + "</a>"
+        )
 
     def fence(self, tokens: list[Token], index: int, *_: object) -> str:
         code = element("code", tokens[index].content)
-        return f'<div class="code"><pre tabindex="0">{code}</pre></div>'
+        language = element("span", tokens[index].info.strip()[:20])
+        label = f'tabindex="0" role="group" aria-label="{html.escape(self.texts.page_code)}"'
+        return (
+            f'<div class="code"><div class="bar">{language}</div>'
+            f"<pre {label}>{code}</pre></div>\n"
+        )
 
     def table_open(self, *_: object) -> str:
-        return '<div class="scroll" tabindex="0"><table>'
+        label = f'role="group" aria-label="{html.escape(self.texts.page_table)}"'
+        return f'<div class="scroll" tabindex="0" {label}><table>\n'
 
     def table_close(self, *_: object) -> str:
-        return "</table></div>"
+        return "</table></div>\n"
+
+    def td_open(self, tokens: list[Token], index: int, *_: object) -> str:
+        # The library would write a style, which the policy forbids.
+        side = str(tokens[index].attrGet("style") or "").removeprefix("text-align:")
+        kind = f' class="{side}"' if side in ("right", "center") else ""
+        return f"<{tokens[index].tag}{kind}>"
+
+    th_open = td_open
 
 
-def render_markdown(markdown: str) -> str:
-    """Return an answer as HTML; what is beyond all measure as plain text."""
-    tokens, rest = MARKDOWN.parse(markdown[:RENDER_CHARS]), markdown[RENDER_CHARS:]
-    body = AnswerRenderer().render(tokens, MARKDOWN.options, {})
-    return body + (element("p", rest, "live") if rest else "")
+def render_markdown(texts: Texts, markdown: str, above: int = 0) -> str:
+    """Return an answer as HTML; what is beyond all measure as plain text.
+
+    `above` is the level of the heading that the answer stands under.
+    """
+    end = len(markdown)
+    if end > RENDER_CHARS:
+        end = markdown.rfind("\n", RENDER_CHARS // 2, RENDER_CHARS) + 1 or RENDER_CHARS
+    tokens, rest = MARKDOWN.parse(markdown[:end]), markdown[end:]
+    mend_tokens(tokens, above)
+    body = AnswerRenderer(texts).render(tokens, MARKDOWN.options, {})
+    return body + (element("p", rest, "plain") if rest else "")
 
 
 def clock(seconds: float, form: str = "%Y-%m-%d %H:%M") -> str:
@@ -3548,52 +3729,79 @@ def clock(seconds: float, form: str = "%Y-%m-%d %H:%M") -> str:
 
 
 def plain_words(text: str) -> str:
-    """Return a reply's words without its links."""
-    return re.sub(r"<[^>]*>", "", text).strip()
+    """Return a reply's words without its links; the one it ends with goes altogether."""
+    return re.sub(r"<[^>]*>", "", re.sub(r"<a [^>]*>[^<]*</a>\s*$", "", text)).strip()
 
 
-def render_ending(texts: Texts, turn: Turn) -> str:
-    """Return what a page says below an answer: how it ended if badly, model and time."""
-    words = texts.page_writing
-    if turn.state != "open":
-        words = plain_words(ending_words(texts, turn.state, turn.reason, 0))
-    if turn.state in ("failed", "broken"):
-        words += "\n" + texts.page_retry
-    note = " · ".join(filter(None, (turn.model, clock(turn.created_at))))
-    return (element("p", words, "failed") if words else "") + element("p", note, "note")
+def render_ending(texts: Texts, turn: Turn, form: str = "%Y-%m-%d %H:%M") -> str:
+    """Return what stands below an answer: a bad ending, model and time."""
+    told = ending_words(texts, turn.state, turn.reason, 0)
+    words = plain_words(told) + ("\n" + texts.page_retry if "<a " in told else "")
+    kind = "note" if turn.state in ("cut", "blocked") else "failed"
+    model = html.escape(f"{turn.model} · " if turn.model else "")
+    time_tag = f'time datetime="{clock(turn.created_at)}"'
+    note = (
+        f'<p class="note">{model}{element(time_tag, clock(turn.created_at, form))}</p>'
+    )
+    return (element("p", words, kind) if words else "") + note
 
 
 def render_answer(texts: Texts, turn: Turn) -> Page:
     """Return the page of one question and its finished answer."""
-    answer = f'<div class="answer">{render_markdown(turn.answer)}</div>'
-    body = element("div", turn.question, "asked") + answer + render_ending(texts, turn)
+    answer = f'<div class="answer">{render_markdown(texts, turn.answer)}</div>'
+    asked = element("h1", turn.question, "question")
+    body = asked + answer * bool(turn.answer) + render_ending(texts, turn)
     return make_page(texts, excerpt(turn.question, 30), f"<article>{body}</article>")
 
 
 def render_live(texts: Texts, turn: Turn, text: str, seconds: float) -> Page:
-    """Return the page of an answer that is being written; `text` for want of script."""
-    asking = f'<p class="asking" role="status" data-seconds="{seconds:.0f}">'
+    """Return the page of an answer that is being written, with the text so far."""
+    words = texts.page_writing if text else texts.page_waiting
+    passed = "" if text else f"{seconds:.0f} {texts.page_seconds}"
     body = (
-        f"{element('div', turn.question, 'asked')}"
-        f'<div class="live answer" aria-live="polite"></div>'
-        f"<noscript>{element('div', text, 'live answer')}</noscript>"
-        f"{asking}{html.escape(texts.page_waiting)}</p>"
+        f"{element('h1', turn.question, 'question')}"
+        f'<div class="live answer" aria-live="polite">{html.escape(text)}</div>'
+        f'<p class="asking" data-seconds="{seconds:.0f}">'
+        f'<span role="status">{html.escape(words)}</span> '
+        f'<span aria-hidden="true">{html.escape(passed)}</span></p>'
     )
+    refresh = '<noscript><meta http-equiv="refresh" content="3"></noscript>'
     title = excerpt(turn.question, 30)
-    return make_page(texts, title, f"<article>{body}</article>", refresh=True)
+    return make_page(texts, title, f"<article>{body}</article>", refresh)
 
 
-def render_exchange(texts: Texts, turn: Turn) -> str:
-    """Return one exchange of the history, a long answer folded under its beginning."""
-    body = f'<div class="answer">{render_markdown(turn.answer)}</div>' if turn.answer else ""
-    if len(turn.answer) > FOLD_CHARS:
-        begin = element("summary", excerpt(plain_text(turn.answer[:FOLD_CHARS]), 80))
-        body = f"<details>{begin}{body}</details>"
-    asked = element("div", turn.question, "asked")
-    return f"<article>{asked}{body}{render_ending(texts, turn)}</article>"
+def glance(markdown: str) -> str:
+    """Return how a long answer begins, in one line without marks; cheaper than parsing."""
+    marks = r"(?m)^\s*(?:[#>*+-]+ |```.*|~~~.*)|[*`|]+|!?\[(?=[^]]*\]\()|\]\([^)\s]*\)"
+    return excerpt(re.sub(marks, "", markdown[:FOLD_CHARS]), 80)
 
 
-def render_history(texts: Texts, turns: list[Turn], older: str) -> Page:
+def render_folded(texts: Texts, turn: Turn) -> str:
+    """Return a long answer under its beginning: as it was written, and where it is typeset.
+
+    Fifty of them cost too much to typeset for a page on which few are opened.
+    """
+    link = f'<a class="typeset" href="?only={turn.id}">{html.escape(texts.word_typeset)}</a>'
+    text = element("div", turn.answer, "plain answer")
+    begin = element("summary", glance(turn.answer))
+    return f"<details>{begin}{text}<p>{link}</p></details>"
+
+
+def render_exchange(texts: Texts, turn: Turn, folds: bool) -> str:
+    """Return one exchange of the history; a long answer folded, if it `folds`."""
+    asked = element("h3", turn.question, "question")
+    if turn.state == "open":
+        link = element(f'a href="../a/{turn.link_key}"', texts.page_writing)
+        return f'<article>{asked}<p class="asking">{link}</p></article>'
+    answer = ""
+    if folds and len(turn.answer) > FOLD_CHARS:
+        answer = render_folded(texts, turn)
+    elif turn.answer:
+        answer = f'<div class="answer">{render_markdown(texts, turn.answer, 3)}</div>'
+    return f"<article>{asked}{answer}{render_ending(texts, turn, '%H:%M')}</article>"
+
+
+def render_history(texts: Texts, turns: list[Turn], older: str, folds: bool) -> Page:
     """Return a page of a subscriber's exchanges; `older` is the next page's query."""
     body = [element("h1", texts.page_history), element("p", texts.page_private, "note")]
     before: tuple = ()
@@ -3602,11 +3810,12 @@ def render_history(texts: Texts, turns: list[Turn], older: str) -> Page:
         if heading != before:
             body.append(element("h2", f"{heading[0]} · {turn.assistant}"))
         before = heading
-        body.append(render_exchange(texts, turn))
+        body.append(render_exchange(texts, turn, folds))
     if not turns:
         body.append(element("p", texts.page_empty))
     if older:
-        body.append(f'<p><a href="{older}">{html.escape(texts.page_older)}</a></p>')
+        link = element(f'a href="{older}"', texts.page_older)
+        body.append(f'<p class="older">{link}</p>')
     return make_page(texts, texts.page_history, "".join(body))
 
 
@@ -3620,7 +3829,7 @@ def sse_event(data: dict, event: str = "", number: str = "") -> bytes:
     """Return one event of an event stream."""
     lines = [f"event: {event}"] if event else []
     lines += [f"id: {number}"] if number else []
-    lines.append(f"data: {json.dumps(data, ensure_ascii=False)}")
+    lines += [f"retry: {RECONNECT_MS}", f"data: {json.dumps(data, ensure_ascii=False)}"]
     return ("\n".join(lines) + "\n\n").encode()
 
 
@@ -3725,15 +3934,16 @@ async def answer_attempt(request: web.Request, attempt: Attempt) -> web.StreamRe
     except (asyncio.CancelledError, ConnectionResetError) as gone:
         seconds = loop.time() - attempt.arrived
         log.info("%s WeChat hung up after %.1f s", attempt.name, seconds)
-        services.answers.start(
-            note_delivery(services, attempt, False), attempt.name
-        )
+        services.answers.start(note_delivery(services, attempt, False), attempt.name)
         if isinstance(gone, asyncio.CancelledError):
             raise
         return web.Response()
     await note_delivery(services, attempt, True)
     log.info(
-        "%s %s after %.1f s", attempt.name, outcome_of(reply), loop.time() - attempt.arrived
+        "%s %s after %.1f s",
+        attempt.name,
+        outcome_of(reply),
+        loop.time() - attempt.arrived,
     )
     return response
 
@@ -3747,6 +3957,13 @@ async def read_push(request: web.Request) -> Message | web.Response:
         body = await asyncio.wait_for(request.read(), BODY_SECONDS)
     except TimeoutError:
         return cut_line(request)
+    except web.RequestPayloadError:
+        body = b""  # torn or badly packed: nothing that can be read
+    except web.HTTPRequestEntityTooLarge:
+        # Too long to be opened; the plain signature still tells a stranger.
+        if services.cipher and not await is_from_wechat(services, request):
+            return web.Response(status=403)
+        raise
     if services.cipher:
         encrypted = parse_envelope(body)
         if not encrypted or not await is_from_wechat(services, request, encrypted):
@@ -3761,13 +3978,15 @@ async def read_push(request: web.Request) -> Message | web.Response:
 async def receive_message(request: web.Request) -> web.StreamResponse:
     """Answer a push with a passive reply; a signed one never gets another status."""
     services, arrived = request.app[SERVICES], asyncio.get_running_loop().time()
-    message = await read_push(request)
-    if isinstance(message, web.Response):
-        return message
     try:
+        message = await read_push(request)
+        if isinstance(message, web.Response):
+            return message
         return await answer_attempt(request, take_attempt(services, message, arrived))
+    except web.HTTPException:
+        raise  # 413
     except Exception:
-        log.exception("%s broke off at the door", message.name)
+        log.exception("a push broke off at the door")
         return web.Response(body=b"success")
 
 
@@ -3810,14 +4029,21 @@ async def answer_page(request: web.Request) -> web.Response:
     if isinstance(turn, web.Response):
         return turn
     answer = services.answers.answers.get(turn.id)
+    if answer:  # newer than what is stored
+        turn = replace(
+            turn, answer=answer.text, state=answer.state, reason=answer.reason
+        )
     if turn.state == "open":
-        text = answer.text if answer else turn.answer
-        seconds = time.time() - turn.created_at
-        return html_response(render_live(services.texts, turn, text, seconds))
+        seconds = answer.age if answer else time.time() - turn.created_at
+        return html_response(render_live(services.texts, turn, turn.answer, seconds))
     if subscriber := services.answers.subscribers.get(turn.openid):
         subscriber.has_read(turn.id)
-    await services.store.mark_read(turn.id)
-    return html_response(render_answer(services.texts, turn))
+    try:
+        await services.store.mark_read(turn.id)
+    except sqlite3.Error as error:  # a full disk does not keep people from reading
+        log.error("%s not stored as read: %s", turn.name, error)
+    # In a thread: the worst of answers takes most of a second, and pushes cannot wait.
+    return html_response(await asyncio.to_thread(render_answer, services.texts, turn))
 
 
 async def follow(services: Services, answer: Answer, last: str) -> AsyncIterator[bytes]:
@@ -3873,6 +4099,12 @@ async def answer_events(request: web.Request) -> web.StreamResponse:
     return response
 
 
+def number_in(request: web.Request, name: str) -> int | None:
+    """Return a number of the query; None if it is missing or made up."""
+    value = request.query.get(name, "")
+    return int(value) if re.fullmatch(r"[0-9]{1,15}", value) else None
+
+
 async def history_page(request: web.Request) -> web.Response:
     """Show a subscriber's history, newest first."""
     services, key = request.app[SERVICES], request.match_info["key"]
@@ -3882,11 +4114,16 @@ async def history_page(request: web.Request) -> web.Response:
     openid, expires_at = owner
     if time.time() > expires_at:
         return error_page(services, 410)
-    before = request.query.get("before", "")
-    below = int(before) if re.fullmatch(r"[0-9]{1,15}", before) else 2**62
-    turns = await services.store.turns_of(openid, below, HISTORY_COUNT)
-    older = f"?before={turns[-1].id}" if len(turns) == HISTORY_COUNT else ""
-    return html_response(render_history(services.texts, turns, older))
+    only, below = number_in(request, "only"), number_in(request, "before")
+    if only is not None:
+        turns = await services.store.turns_of(openid, only + 1, 1)
+        turns = [turn for turn in turns if turn.id == only]
+    else:
+        below = 2**62 if below is None else below
+        turns = await services.store.turns_of(openid, below, HISTORY_COUNT + 1)
+    older = f"?before={turns[HISTORY_COUNT - 1].id}" if turns[HISTORY_COUNT:] else ""
+    page = (services.texts, turns[:HISTORY_COUNT], older, only is None)
+    return html_response(await asyncio.to_thread(render_history, *page))
 
 
 async def health(request: web.Request) -> web.Response:
@@ -3899,7 +4136,7 @@ async def health(request: web.Request) -> web.Response:
 
 
 async def probe_stream(request: web.Request) -> web.StreamResponse:
-    """Send two events half a second apart, by which `check` sees a proxy that buffers."""
+    """Send two events half a second apart: `check` sees if a proxy buffers."""
     response = web.StreamResponse(headers={"X-Accel-Buffering": "no"})
     response.content_type = "text/event-stream"
     await response.prepare(request)
@@ -3907,6 +4144,13 @@ async def probe_stream(request: web.Request) -> web.StreamResponse:
     await asyncio.sleep(0.5)
     await response.write(sse_event({"event": 2}))
     return response
+
+
+def is_our_fault(record: logging.LogRecord) -> bool:
+    """Say whether a line of aiohttp's tells more than that a stranger sent no HTTP."""
+    error = record.exc_info[1] if record.exc_info else None
+    not_http = (aiohttp.http_exceptions.HttpProcessingError, web.RequestPayloadError)
+    return not isinstance(error, not_http)
 
 
 async def hide_server(request: web.Request, response: web.StreamResponse) -> None:
@@ -3920,7 +4164,7 @@ async def hide_server(request: web.Request, response: web.StreamResponse) -> Non
 
 
 def socks_connector(name: str, proxy: str) -> aiohttp.BaseConnector:
-    """Return a connector through a socks proxy; raise ConfigError without the package."""
+    """Return a connector through a socks proxy; ConfigError without the package."""
     try:
         import aiohttp_socks
     except ImportError:
@@ -3936,7 +4180,7 @@ async def open_chat(
 ) -> AsyncIterator[tuple[dict[str, ChatClient], Pictures]]:
     """Open the connections to the chat APIs: one client session, no cap on connections.
 
-    The number of calls is bounded by `at_once`; a socks proxy needs a session of its own.
+    `at_once` bounds the number of calls; a socks proxy needs a session of its own.
     """
     async with contextlib.AsyncExitStack() as stack:
         timeout = aiohttp.ClientTimeout(total=None, connect=15, sock_connect=10)
@@ -3966,7 +4210,9 @@ def make_cipher(config: Config) -> Cipher | None:
     try:
         return Cipher(wechat.token, wechat.app_id, wechat.aes_key)
     except ImportError:
-        raise ConfigError("wechat.aes_key: safe mode needs: pip install cryptography") from None
+        raise ConfigError(
+            "wechat.aes_key: safe mode needs: pip install cryptography"
+        ) from None
 
 
 def make_blocked(config: Config) -> BlockedWords:
@@ -3985,7 +4231,14 @@ async def open_services(config: Config) -> AsyncIterator[Services]:
     store = await open_store(config.database.path)
     try:
         async with open_chat(config) as chat:
-            services = Services(config, store, *chat, Answers(config), make_cipher(config), make_blocked(config))
+            services = Services(
+                config,
+                store,
+                *chat,
+                Answers(config),
+                make_cipher(config),
+                make_blocked(config),
+            )
             try:
                 yield services
             finally:
@@ -4017,18 +4270,21 @@ def make_app(services: Services) -> web.Application:
 
 
 def sd_notify(state: str, *descriptors: int) -> None:
-    """Tell systemd a state, with file descriptors to keep (sd_notify(3)), if it is there."""
+    """Tell systemd a state, and which descriptors to keep (sd_notify(3))."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
     address = "\0" + address[1:] if address.startswith("@") else address
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
+    with (
+        contextlib.suppress(OSError),
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out,
+    ):
         out.connect(address)
         socket.send_fds(out, [state.encode()], descriptors)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return the listening socket: the one systemd kept from the process before, or a new.
+    """Return the listening socket: one that systemd kept, or a new one.
 
     It is kept across restarts, since a proxy that meets nobody answers WeChat 502 at
     once, and WeChat then burns its attempts within a second.
@@ -4043,7 +4299,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         new = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
-        raise OSError(f"cannot listen on {host} port {port}: {os.strerror(error.errno)}") from None
+        raise OSError(
+            f"cannot listen on {host} port {port}: {os.strerror(error.errno)}"
+        ) from None
     sd_notify("FDSTORE=1\nFDNAME=listen", new.fileno())
     return new
 
@@ -4109,6 +4367,7 @@ def set_up_log() -> None:
     handler.setFormatter(JournalFormatter("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("aiohttp").setLevel(logging.WARNING)
+    logging.getLogger("aiohttp.server").addFilter(is_our_fault)
 
 
 async def run_server(config: Config) -> None:
@@ -4134,7 +4393,7 @@ async def run_server(config: Config) -> None:
 # 13. The owner's commands
 #
 # `check` tries each thing that usually goes wrong, one line each, and says how to mend
-# it. `stats` reads the database and says who asked how much. Neither creates a database.
+# it. `stats` says who asked how much. Neither creates a database.
 # ---------------------------------------------------------------------------
 
 MARKS = {"ok": ("✓", "32"), "warn": ("!", "33"), "fail": ("✗", "31")}
@@ -4214,7 +4473,9 @@ class Doctor:
                 self.say("ok", "port", f"{port} is free; wxgpt is not running")
                 return True
             except OSError as error:
-                self.say("fail", "port", str(error), "change server.host or server.port")
+                self.say(
+                    "fail", "port", str(error), "change server.host or server.port"
+                )
         return False
 
     async def check_clock(self, http: aiohttp.ClientSession) -> None:
@@ -4272,7 +4533,9 @@ class Doctor:
             async with asyncio.timeout(10):
                 context = ssl.create_default_context()
                 port = url.port or 443
-                _, writer = await asyncio.open_connection(url.hostname, port, ssl=context)
+                _, writer = await asyncio.open_connection(
+                    url.hostname, port, ssl=context
+                )
             certificate = writer.get_extra_info("peercert")
             writer.close()
         except (OSError, TimeoutError) as error:
@@ -4327,6 +4590,7 @@ class Doctor:
 async def run_check(config: Config) -> int:
     """Check everything in order; return the exit status."""
     doctor = Doctor(config)
+    log.setLevel(logging.CRITICAL)  # findings only
     doctor.say("ok", "settings", f"assistants {', '.join(config.assistants)}")
     doctor.check_database()
     timeout = aiohttp.ClientTimeout(total=15)
@@ -4342,16 +4606,20 @@ async def run_check(config: Config) -> int:
         if is_free:  # serve for the next questions only
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             database = DatabaseSettings(path=f"{folder}/check.db")
-            await stack.enter_async_context(open_server(replace(config, database=database)))
+            await stack.enter_async_context(
+                open_server(replace(config, database=database))
+            )
         await doctor.check_verification(http)
         await doctor.check_stream(http)
     wechat = config.wechat
-    print(CONSOLE.format(
-        url=config.public_url + config.server.path,
-        token=wechat.token,
-        aes_key=wechat.aes_key or "随机生成即可",
-        mode="安全模式" if wechat.aes_key else "明文模式",
-    ))
+    print(
+        CONSOLE.format(
+            url=config.public_url + config.server.path,
+            token=wechat.token,
+            aes_key=wechat.aes_key or "随机生成即可",
+            mode="安全模式" if wechat.aes_key else "明文模式",
+        )
+    )
     return 1 if doctor.failures else 0
 
 
@@ -4377,7 +4645,9 @@ def summarise(rows: list[sqlite3.Row]) -> dict[str, object]:
 def gather_stats(config: Config, days: float, is_full: bool) -> dict[str, object]:
     """Return the figures of the last days, by day and by subscriber."""
     path = pathlib.Path(config.database.path).absolute()
-    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as db:
+    with contextlib.closing(
+        sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
+    ) as db:
         db.row_factory = sqlite3.Row
         query = """
             SELECT openid, created_at, state, tokens_in, tokens_out, seconds, delivered
@@ -4402,7 +4672,9 @@ def gather_stats(config: Config, days: float, is_full: bool) -> dict[str, object
 
 def print_stats(stats: dict[str, typing.Any]) -> None:
     """Print the figures as tables for people."""
-    head = "questions failures tokens_in tokens_out median p95".split() + [*DELIVERED]
+    head = ["questions", "failures", "tokens_in", "tokens_out", "median", "p95"] + [
+        *DELIVERED
+    ]
     for title, key in (("days", "day"), ("subscribers", "openid")):
         print(f"{key:<30}" + "".join(f"{name:>11}" for name in head))
         for row in stats[title]:
@@ -4462,7 +4734,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"wxgpt {VERSION}")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--config", metavar="FILE", default="wxgpt.toml", help="settings")
+    common.add_argument(
+        "--config", metavar="FILE", default="wxgpt.toml", help="settings"
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("serve", parents=[common], help="serve (the default)")
     text = "test each thing that usually goes wrong, and say how to mend it"
@@ -4480,7 +4754,14 @@ def main() -> int:
     words = sys.argv[1:]
     if words[:1] == ["demo"]:
         return demo_command(words[1:])
-    if not words or words[0] not in ("serve", "check", "stats", "--version", "-h", "--help"):
+    if not words or words[0] not in (
+        "serve",
+        "check",
+        "stats",
+        "--version",
+        "-h",
+        "--help",
+    ):
         words.insert(0, "serve")
     arguments = make_parser().parse_args(words)
     try:

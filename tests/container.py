@@ -13,6 +13,7 @@ own. It works on machines whose own first process is not systemd, too.
 import asyncio
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import json
 import os
@@ -44,6 +45,7 @@ MOUNT_CGROUPS = (
     ' mount -t cgroup2 cgroup2 /sys/fs/cgroup && exec "$@"'
 )
 OWN_CGROUPS = ("unshare", "-m", "-C", "sh", "-c", MOUNT_CGROUPS, "sh")
+NAMESPACES = ("-m", "-u", "-i", "-n", "-p", "-C")  # all but the users
 BUILD_SECONDS = 900
 BOOT_SECONDS = 60
 COMMAND_SECONDS = 30
@@ -57,29 +59,35 @@ def obstacle() -> str:
     if missing := [name for name in PROGRAMS if not shutil.which(name)]:
         return f"not installed: {', '.join(missing)}"
     tried = subprocess.run(
-        [*OWN_CGROUPS, "true"], stderr=subprocess.PIPE, text=True, timeout=COMMAND_SECONDS
+        [*OWN_CGROUPS, "true"],
+        check=False,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=COMMAND_SECONDS,
     )
     return f"no own control groups: {tried.stderr.strip()}" if tried.returncode else ""
 
 
 @contextlib.contextmanager
 def debian_root() -> Iterator[Path]:
-    """Give a folder with Debian and the server's packages; build it if there is none."""
+    """Give a folder with Debian and the server's packages, built if there is none."""
     kept = os.environ.get("WXGPT_ROOTFS")
     made = contextlib.nullcontext(kept) if kept else tempfile.TemporaryDirectory()
     recipe = PACKAGES.encode() + (PROJECT / "requirements.txt").read_bytes()
     with made as folder:
         root = Path(folder, f"{SUITE}-{hashlib.sha256(recipe).hexdigest()[:12]}")
-        if not root.exists():
-            build_root(unfinished := root.with_suffix(".new"))
-            unfinished.rename(root)
-        yield root
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with root.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # systemd-nspawn boots a folder but once
+            if not root.exists():
+                build_root(unfinished := root.with_suffix(".new"))
+                unfinished.rename(root)
+            yield root
 
 
 def build_root(root: Path) -> None:
     """Install Debian, then what the server needs as the README does it."""
     shutil.rmtree(root, ignore_errors=True)  # of a build that was broken off
-    root.parent.mkdir(parents=True, exist_ok=True)
     debian = ["mmdebstrap", "--variant=minbase", f"--include={PACKAGES}", SUITE]
     build([*debian, str(root)])
     for place in FILES.values():
@@ -104,8 +112,10 @@ def download_wheels(root: Path, folder: Path) -> None:
 
 
 def build(command: list[str]) -> str:
-    """Run a step of the build; return its output, or raise with what it complained of."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)
+    """Run a step of the build; return its output, or raise with its complaint."""
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=BUILD_SECONDS
+    )
     if done.returncode:
         raise RuntimeError(f"{command[0]} failed: {done.stderr[-2000:]}")
     return done.stdout
@@ -117,20 +127,19 @@ def boot(root: Path) -> Iterator["Container"]:
     with tempfile.TemporaryDirectory() as folder:
         settings = Path(folder, "etc")
         settings.mkdir(mode=0o700)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as news:
-            news.bind(address := f"{folder}/notify")
-            news.settimeout(BOOT_SECONDS)
-            nspawn = start_nspawn(root, settings, address, Path(folder, "console"))
-            try:
-                yield Container(read_leader(news), settings)
-            finally:
-                power_off(nspawn)
+        nspawn, news = start_nspawn(root, settings, Path(folder))
+        try:
+            with news:  # not longer: when nobody reads, systemd-nspawn stands still
+                leader = read_leader(news)
+            yield Container(leader, settings)
+        finally:
+            power_off(nspawn)
 
 
 def start_nspawn(
-    root: Path, settings: Path, address: str, console: Path
-) -> subprocess.Popen[bytes]:
-    """Start the container; it tells the socket at the address how it gets on."""
+    root: Path, settings: Path, folder: Path
+) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start the container; give also the socket that hears how it gets on."""
     binds = [f"--bind-ro={PROJECT / name}:/{to}" for name, to in FILES.items()]
     command = [
         *(*OWN_CGROUPS, "systemd-nspawn", "--boot", f"--directory={root}"),
@@ -138,15 +147,18 @@ def start_nspawn(
         *("--register=no", "--keep-unit", "--console=read-only"),
         *(*binds, f"--bind-ro={settings}:/{SETTINGS}"),
     ]
-    environment = os.environ | {"NOTIFY_SOCKET": address}
-    with console.open("wb") as output:
-        return subprocess.Popen(
+    news = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    news.bind(address := str(folder / "notify"))
+    news.settimeout(BOOT_SECONDS)
+    with (folder / "console").open("wb") as console:
+        nspawn = subprocess.Popen(
             command,
-            env=environment,
+            env=os.environ | {"NOTIFY_SOCKET": address},
             stdin=subprocess.DEVNULL,
-            stdout=output,
+            stdout=console,
             stderr=subprocess.STDOUT,
         )
+    return nspawn, news
 
 
 def read_leader(news: socket.socket) -> int:
@@ -161,14 +173,20 @@ def read_leader(news: socket.socket) -> int:
 
 
 def power_off(nspawn: subprocess.Popen[bytes]) -> None:
-    """Shut the container down; the second signal ends it at once."""
-    for _ in range(2):
-        nspawn.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            nspawn.wait(COMMAND_SECONDS)
-            return
-    nspawn.kill()
-    nspawn.wait()
+    """Shut the container down in order; by force when that takes too long."""
+    nspawn.terminate()
+    try:
+        nspawn.wait(COMMAND_SECONDS)
+    except subprocess.TimeoutExpired:
+        end_children(nspawn.pid, signal.SIGKILL)  # systemd, and all others with it
+        nspawn.kill()
+        nspawn.wait()
+
+
+def end_children(pid: int, number: int) -> None:
+    """Send a signal to a process's children."""
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        os.kill(int(child), number)
 
 
 class Container:
@@ -177,7 +195,7 @@ class Container:
     def __init__(self, leader: int, settings: Path) -> None:
         self.leader = leader  # its first process, as this machine counts
         self.settings = settings / "wxgpt.toml"
-        self.enter = ("nsenter", f"--target={leader}", *"-m -u -i -n -p -C".split())
+        self.enter = ("nsenter", f"--target={leader}", *NAMESPACES)
 
     def path(self, name: str) -> Path:
         """Return where a file of the container can be reached from here."""
@@ -185,7 +203,7 @@ class Container:
 
     @contextlib.contextmanager
     def network(self) -> Iterator[None]:
-        """Open the sockets of this thread on the container's loopback, inside the block."""
+        """Open this thread's sockets on the container's loopback, inside the block."""
         with open("/proc/thread-self/ns/net") as ours:
             with open(f"/proc/{self.leader}/ns/net") as theirs:
                 set_network(theirs.fileno())
@@ -214,7 +232,6 @@ class Container:
             *("--output=json", f"--unit={name}"),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
-            start_new_session=True,  # a group of nsenter and the child it waits for
         )
         unit = Unit(self, name)
         reader = asyncio.create_task(unit.read_journal(journal.stdout))
@@ -222,7 +239,8 @@ class Container:
             yield unit
         finally:
             await unit.clean()
-            os.killpg(journal.pid, signal.SIGTERM)
+            # Not nsenter: a child that nobody waits for would delay the power-off.
+            end_children(journal.pid, signal.SIGTERM)
             await journal.wait()
             await reader
 
@@ -268,8 +286,9 @@ class Unit:
     async def read_journal(self, stream: asyncio.StreamReader) -> None:
         """Keep the journal's entries."""
         async for line in stream:
-            self.journal.append(json.loads(line))
-            self.news.set()
+            if line.endswith(b"\n"):  # half of one is left when journalctl is ended
+                self.journal.append(json.loads(line))
+                self.news.set()
 
     async def says(self, words: str, since: int = 0) -> dict[str, str]:
         """Wait until an entry has these words; return it."""

@@ -15,7 +15,8 @@ import pytest
 
 import conftest
 from conftest import ANN, BOB, Process, merged, toml
-from fake_openai import Script
+from fake_openai import Script, says
+from test_parts import LONG
 
 ATTEMPT = 3.0  # seconds; a write waits two for a lock
 POLITE = "服务器这会儿有点忙"
@@ -157,14 +158,18 @@ async def test_a_full_disk_costs_a_polite_word(disk, small, upstream):
     assert await process.end() == 0
 
 
-async def test_on_a_full_disk_what_needs_no_storing_works(disk, small):
-    """Help, pages and the health check are answered."""
+async def test_on_a_full_disk_what_needs_no_storing_works(disk, small, upstream):
+    """Help, later parts, pages and the health check are answered."""
     server, process = small
-    seen = await server.ask("有链接吗\n```\n有\n```")
+    upstream.will(says(LONG))
+    seen = await server.ask("写长文")
     disk.fill(process)
     assert "/stop 结束对话" in (await server.ask("/help")).text
+    assert (await server.wechat.tap(ANN, seen.taps[0])).text.startswith("第")
+    status, page = await server.get(seen.links[0][1])
+    assert status == 200 and "第59句" in page
     assert await server.get(server.url + "/healthz") == (200, '{"status": "ok"}')
-    assert not seen.faulty and process.process.returncode is None
+    assert process.process.returncode is None
 
 
 async def test_an_answer_survives_a_disk_that_fills_up_meanwhile(disk, small, upstream):

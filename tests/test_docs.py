@@ -78,8 +78,9 @@ def headings(name: str) -> list[int]:
 
 def settings_table(name: str) -> list[tuple[str, str]]:
     """Return setting and default of each row of a README's settings table."""
-    rows = re.findall(r"(?m)^\| `([\w.]+)` \| (.+?) \| .+ \|$", read(name))
-    assert len(rows) == len(re.findall(r"(?m)^\| `[a-z]", read(name)))
+    section = next(s for s in read(name).split("\n## ") if "| `public_url` |" in s)
+    rows = re.findall(r"(?m)^\| `([\w.]+)` \| (.+?) \| .+ \|$", section)
+    assert len(rows) == section.count("\n| `")
     return rows
 
 
