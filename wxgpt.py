@@ -1074,14 +1074,28 @@ def finished_sentences(markdown: str, room: int, opener: str = "") -> int:
     return end if plain_text(markdown[:end], opener) else 0
 
 
-IGNORED = re.compile(r"[\s\u200b-\u200f\u2060\ufeff\u00ad*_~]")
+# White space, what has no width, and markup that a chat or page does not show.
+IGNORED = re.compile(
+    r"[\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
+    r"\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e0fff*_~`\\]"
+)
+
+
+def melts(before: str, after: str) -> bool:
+    """Say whether a character changes what is before it: accents, Hangul, kana marks."""
+    if after < "\u0300" or "\u3400" <= after <= "\u9fff":
+        return False
+    first = unicodedata.normalize("NFKD", after)[0]
+    apart = [unicodedata.normalize("NFKC", text) for text in (before, after)]
+    joined = unicodedata.normalize("NFKC", before + after)
+    return unicodedata.combining(first) > 0 or joined != "".join(apart)
 
 
 def clusters(text: str) -> Iterator[tuple[int, str]]:
     """Yield each character with its accents: the offset, and the compared form."""
     begin = 0
     for end in range(1, len(text) + 1):
-        if end == len(text) or not unicodedata.combining(text[end]):
+        if end == len(text) or not melts(text[begin:end], text[end]):
             form = unicodedata.normalize("NFKC", text[begin:end]).casefold()
             yield begin, IGNORED.sub("", form)
             begin = end
@@ -1125,18 +1139,18 @@ class WordGuard:
 
     def feed(self, delta: str, is_end: bool = False) -> tuple[str, bool]:
         """Return what may be shown now, and whether a blocked word came."""
-        self.held += delta
+        self.held += ILLEGAL.sub("", delta)  # nobody will see it between two letters
         if self.words is None:
             shown, self.held = self.held, ""
             return shown, False
         forms = list(clusters(self.held))
         if self.words.search("".join(form for _, form in forms)):
             return "", True
-        keep, most = 0, self.longest - 1  # the last cluster may still get an accent
-        while keep < len(forms) and (most > 0 or keep == 0):
+        keep, most = 1, self.longest - 1  # the last one may get an accent: not counted
+        while keep < len(forms) and most > 0:
             keep += 1
             most -= len(forms[-keep][1])
-        at = len(self.held) if is_end or not keep else forms[-keep][0]
+        at = len(self.held) if is_end or not forms else forms[-keep][0]
         shown, self.held = self.held[:at], self.held[at:]
         return shown, False
 
@@ -1696,8 +1710,7 @@ class Store:
         """Delete the exchanges before a time, from the files too."""
         async with self.transaction():
             gone = "DELETE FROM turn WHERE created_at < :at AND state <> 'open' RETURNING 1"
-            if not await self.rows(gone, at=at):
-                return
+            count = len(await self.rows(gone, at=at))
             await self.rows("DELETE FROM reply WHERE created < :at", at=at)
             await self.rows(
                 "DELETE FROM session WHERE ended_at < :at OR last_at < :at"
@@ -1705,6 +1718,7 @@ class Store:
                 at=at,
             )
         await self.write("PRAGMA wal_checkpoint(TRUNCATE)")
+        log.info("%d exchanges older than keep_days deleted", count)
 
 
 PRAGMAS = ("busy_timeout = 2000", "journal_mode = WAL", "synchronous = NORMAL")
@@ -3556,10 +3570,10 @@ footer p{margin:0;padding-top:.8rem;border-top:1px solid var(--line)}
 # page's content in place of this one's, without a jump.
 SCRIPT = """
 const say=document.body.dataset;
-const read=async address=>{const page=await fetch(address);
-if(page.status>499)throw page.status;
-const text=await page.text();
-return new DOMParser().parseFromString(text,'text/html').querySelector('main')};
+const read=async address=>{const page=await fetch(address),text=await page.text();
+const from=text.indexOf('<main>'),to=text.indexOf('</main>');
+if(page.status>499||from<0)throw page.status;
+return new DOMParser().parseFromString(text.slice(from,to),'text/html').body.firstChild};
 const furnish=part=>{for(const box of part.querySelectorAll('.code')){
 const button=document.createElement('button'),code=box.querySelector('code');
 button.textContent=say.copy;button.onclick=async()=>{
@@ -4289,11 +4303,15 @@ def listen(host: str, port: int) -> socket.socket:
     It is kept across restarts, since a proxy that meets nobody answers WeChat 502 at
     once, and WeChat then burns its attempts within a second.
     """
-    if os.environ.get("LISTEN_PID") == str(os.getpid()):
+    is_kept = os.environ.get("LISTEN_PID") == str(os.getpid())
+    if is_kept and os.environ.get("LISTEN_FDNAMES") == "listen":
         kept = socket.socket(fileno=SD_FIRST_DESCRIPTOR)
-        if kept.getsockname()[1] == port:
+        wanted = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        if kept.getsockname()[:2] in [address[:2] for *_, address in wanted]:
             return kept
-        kept.close()  # the settings have changed
+        # The settings have changed. systemd's copy listens on until it is shut down.
+        kept.shutdown(socket.SHUT_RDWR)
+        kept.close()
         sd_notify("FDSTOREREMOVE=1\nFDNAME=listen")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -4704,6 +4722,12 @@ def stats_command(config: Config, days: float, is_full: bool, as_json: bool) -> 
     return 0
 
 
+def complain(error: Exception) -> None:
+    """Print the one line that ends the process, as an error in the journal."""
+    priority = "<3>" if "JOURNAL_STREAM" in os.environ else ""
+    print(f"{priority}wxgpt: {error}", file=sys.stderr)
+
+
 def serve_command(config: Config) -> int:
     """Run the server; return the exit status."""
     set_up_log()
@@ -4712,7 +4736,7 @@ def serve_command(config: Config) -> int:
     try:
         asyncio.run(run_server(config))
     except (StoreError, OSError) as error:
-        print(f"wxgpt: {error}", file=sys.stderr)
+        complain(error)
         return 1
     return 0
 
@@ -4773,7 +4797,7 @@ def main() -> int:
             return stats_command(config, arguments.days, arguments.full, arguments.json)
         return serve_command(config)
     except ConfigError as error:
-        print(f"wxgpt: {error}", file=sys.stderr)
+        complain(error)
         return 2
 
 

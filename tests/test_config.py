@@ -190,7 +190,6 @@ def load(tmp_path):
 @pytest.fixture(scope="module")
 def endings(tmp_path_factory):
     """Run the command with each refused file, some at a time; return how it ended."""
-
     folder = tmp_path_factory.mktemp("config")
     for name in AT_THE_SHELL:
         (folder / name).mkdir()
@@ -260,10 +259,12 @@ def test_the_version_is_printed():
 
 
 def test_help_names_the_commands_and_the_file():
-    """--help tells what can be run, and ends well."""
-    ended = run("--help")
-    assert ended.returncode == 0
-    assert all(word in ended.stdout for word in ("serve", "demo", "--config"))
+    """--help tells what can be run, behind a command how; both end well."""
+    ended, serve = run("--help"), run("serve", "--help")
+    assert ended.returncode == serve.returncode == 0
+    commands = ("serve", "check", "stats", "demo", "--version")
+    assert [word for word in commands if word not in ended.stdout] == []
+    assert "--config" in serve.stdout
 
 
 def test_an_unknown_command_is_refused():

@@ -34,9 +34,7 @@ FINAL = {
     "no permission": (lambda m: m.fail(403, times=None), SETUP),
     "no model": (lambda m: m.fail(404, code="model_not_found", times=None), SETUP),
     "bad request": (lambda m: m.fail(422, times=None), SETUP),
-    "no money": (
-        lambda m: m.fail(429, code="insufficient_quota", times=None), SETUP
-    ),
+    "no money": (lambda m: m.fail(429, code="insufficient_quota", times=None), SETUP),
     "too long": (lambda m: m.context_overflow(times=None), LONG),
     "wait too long": (lambda m: m.rate_limit(retry_after=300, times=None), BUSY),
 }

@@ -1,0 +1,655 @@
+"""Pages in a real Chromium: what people see, with and without script, and how fast.
+
+Needs Chromium (CHROMIUM, default /usr/bin/chromium), the package playwright, and for
+the accessibility runs axe-core (see AXE). Without them a test is skipped; with
+WXGPT_REQUIRE_BROWSER=1 it fails instead. Whatever a test is about: no page may log an
+error, break its policy or ask another host (see `browse`).
+"""
+
+import asyncio
+import contextlib
+import os
+import pathlib
+import re
+import subprocess
+import tempfile
+import time
+
+import pytest
+
+import wxgpt
+from conftest import ANN, BOB, ROOT
+from fake_openai import Script
+
+try:
+    from playwright.async_api import async_playwright, expect
+except ImportError:
+    async_playwright = None
+else:
+    expect.set_options(timeout=20_000)
+
+CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+ARGUMENTS = "--headless=new --remote-debugging-port=0 --no-sandbox --disable-gpu"
+ARGUMENTS += " --disable-quic --no-first-run --disable-background-networking"
+ARGUMENTS += " --disable-component-update --disable-sync --disable-dev-shm-usage"
+CACHE = pathlib.Path(tempfile.gettempdir()) / "wxgpt-axe"  # npm install --prefix
+AXE = "node_modules/axe-core/axe.min.js"
+REFUSED = "Failed to load resource"  # Chromium's line for any status of 400 and above
+# Runs before a page's own script: what breaks the policy is told as an error.
+WATCH = """document.addEventListener('securitypolicyviolation', event =>
+console.error(`policy: ${event.violatedDirective} ${event.blockedURI}`))"""
+
+CODE = "def double(x):\n    return x * 2  # " + "很长的注释" * 30 + "\n"
+TABLE = "\n".join(
+    ["| |" + "列名|" * 12, "|-|" + "-:|" * 12, "|行|" + "一二三四五六|" * 12]
+)
+RICH = f"""## 小标题
+
+见[文档](https://e.com/doc)，还有![一只猫](https://e.com/cat.png)与公式 \\(a_1 * b * c\\)。
+
+```python
+{CODE}```
+
+{TABLE}
+
+#### 更小的标题
+
+> ~~旧的~~ **新的**，{"https://e.com/" + "x" * 200}
+"""
+LONG = "第一段很普通。\n\n" + RICH + "\n" + "长长的一段话，说个没完。" * 30
+
+
+def need(condition, what):
+    """Skip the test without what it needs, or fail it where that was promised."""
+    if not condition:
+        is_promised = os.environ.get("WXGPT_REQUIRE_BROWSER") == "1"
+        (pytest.fail if is_promised else pytest.skip)(f"{what} is not there")
+
+
+class Browse:
+    """One browser; opens pages as phones show them, and keeps what went wrong."""
+
+    def __init__(self, browser):
+        self.browser = browser
+        self.troubles, self.hosts = [], set()
+        self.excused = "nothing"  # what a trouble may contain in this test
+
+    async def open(self, url, init="", **options):
+        """Open a page in a context of its own."""
+        size = {"width": 390, "height": 780}
+        context = await self.browser.new_context(**{"viewport": size} | options)
+        await context.add_init_script(WATCH + ";" + init)
+        page = await context.new_page()
+        self.watch(page)
+        await page.goto(url)
+        return page
+
+    def watch(self, page):
+        """Note errors, dialogs and hosts of a page."""
+        page.on("console", lambda line: self.note(line.type, line.text))
+        page.on("pageerror", lambda error: self.note("error", str(error)))
+        page.on("dialog", lambda dialog: self.note("error", dialog.message))
+        page.on("request", lambda request: self.hosts.add(request.url.split(":")[1]))
+
+    def note(self, kind, text):
+        """Keep an error that is not excused."""
+        if kind == "error" and self.excused not in text:
+            self.troubles.append(text)
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    """Chromium as a process, for all tests of this file: starting it takes a second."""
+    need(os.access(CHROMIUM, os.X_OK), CHROMIUM)
+    need(async_playwright, "the package playwright")
+    profile = f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"
+    command = [CHROMIUM, *ARGUMENTS.split(), profile, "about:blank"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while "DevTools listening on " not in (line := process.stderr.readline()):
+        assert line, "Chromium ended at once"
+    yield line.split()[-1]
+    process.terminate()
+    process.communicate()
+
+
+@pytest.fixture
+async def browse(chromium):
+    """Open pages; none of them may err, break its policy or ask another host."""
+    async with async_playwright() as tools:
+        browse = Browse(await tools.chromium.connect_over_cdp(chromium))
+        yield browse
+        for context in browse.browser.contexts[1:]:
+            await context.close()
+    assert browse.troubles == [] and browse.hosts <= {"//127.0.0.1"}
+
+
+@pytest.fixture
+async def server(serve):
+    """wxgpt that lets no attempt time out, with an open session of Ann's."""
+    server = await serve(wechat={"mute_guard": 0})
+    await server.ask("/chatgpt")
+    return server
+
+
+@pytest.fixture
+def gate():
+    """Hold a model until a test lets it go on."""
+    return asyncio.Event()
+
+
+async def page_of(server, upstream, script, question="给安看的"):
+    """Ask; return the address of the answer's page, linked by the reply or not."""
+    upstream.will(script)
+    await server.ask(question)
+    [turn] = await server.services.store.turns_of(ANN, 2**62, 1)
+    return f"{server.url}/a/{turn.link_key}"
+
+
+async def history_of(server, openid=ANN):
+    """Return the address of a subscriber's history."""
+    return server.at((await server.ask("/history", openid)).links[0][1])
+
+
+async def all_pages(server, upstream, gate):
+    """Return the address of a page of every kind."""
+    pages = {"finished": await page_of(server, upstream, RICH)}
+    pages["typeset"] = await page_of(server, upstream, "`码`\n# 题\n\n### 小题\n\n字")
+    upstream.will(Script("", status=401))
+    pages["failed"] = await page_of(server, upstream, Script("", status=401))
+    await page_of(server, upstream, LONG, "说来话长" * 40 + "x" * 200)
+    pages["410"] = await history_of(server)
+    pages["history"] = await history_of(server)
+    pages["empty"] = await history_of(server, BOB)
+    pages["404"] = server.url + "/a/nothing"
+    pages["live"] = await page_of(server, upstream, Script(["字" * 60 + "x" * 99, gate]))
+    return pages
+
+
+# A live answer
+
+
+async def test_an_answer_grows_and_ends_typeset_in_its_place(
+    browse, server, upstream, gate
+):
+    """No reload and no jump: the page stays where its reader has scrolled to."""
+    text = "第一段。\n\n" + "下一段很长。\n\n" * 40
+    script = Script([text, gate, "\n\n**完**\n\n" + "结尾。\n\n" * 40])
+    page = await browse.open(await page_of(server, upstream, script))
+    await expect(page.locator(".live")).to_contain_text("下一段很长。")
+    await expect(page.locator(".asking")).to_have_text("正在写… ")
+    where = "[scrollY, document.querySelector('.answer').getBoundingClientRect().top]"
+    await page.evaluate("scrollTo(0, 300); window.stays = true")
+    before = await page.evaluate(where)
+    gate.set()
+    await expect(page.locator(".answer strong")).to_have_text("完")
+    await expect(page.locator(".live, .asking")).to_have_count(0)
+    assert await page.evaluate(where) == before and before[0] == 300
+    assert await page.evaluate("window.stays")
+
+
+async def test_text_comes_while_it_is_written(browse, server, upstream):
+    """Each piece is shown before the next is there."""
+    gates = [asyncio.Event(), asyncio.Event()]
+    script = Script(["一。", gates[0], "二。", gates[1], "三。"])
+    page = await browse.open(await page_of(server, upstream, script))
+    await expect(page.locator(".live")).to_have_text("一。")
+    gates[0].set()
+    await expect(page.locator(".live")).to_have_text("一。二。")
+    gates[1].set()
+    await expect(page.locator(".answer p")).to_have_text("一。二。三。")
+
+
+async def test_a_sign_of_life_counts_the_seconds(browse, server, upstream, gate):
+    """Before the first token; a screen reader hears the words, not every second."""
+    page = await browse.open(await page_of(server, upstream, Script([gate, "好了。"])))
+    note = page.locator(".asking")
+    await expect(note).to_have_text(re.compile(r"正在想… \d+ 秒"))
+    await expect(note).to_have_text(re.compile(r"正在想… [2-9]\d* 秒"))
+    await expect(page.get_by_role("status")).to_have_text("正在想…")
+    gate.set()
+    await expect(page.locator(".answer")).to_have_text("好了。")
+
+
+async def test_a_reload_in_mid_stream_goes_on(browse, server, upstream, gate):
+    """What was there is there again, once."""
+    script = Script(["前半句。", gate, "后半句。"])
+    page = await browse.open(await page_of(server, upstream, script))
+    await expect(page.locator(".live")).to_have_text("前半句。")
+    await page.reload()
+    await expect(page.locator(".live")).to_have_text("前半句。")
+    gate.set()
+    await expect(page.locator(".answer p")).to_have_text("前半句。后半句。")
+
+
+async def test_viewers_who_come_early_and_late_see_the_same(
+    browse, server, upstream, gate
+):
+    """Whoever opens the page, and whenever, ends with the whole answer."""
+    url = await page_of(server, upstream, Script([gate, "前半句。", gate, "后半句。"]))
+    early = await browse.open(url)
+    await expect(early.locator(".asking")).to_contain_text("正在想")
+    late = await browse.open(url)
+    gate.set()
+    after = await browse.open(url)
+    for page in (early, late, after):
+        await expect(page.locator(".answer p")).to_have_text("前半句。后半句。")
+
+
+async def test_a_restart_in_mid_stream_starts_the_answer_over(
+    browse, spawn, upstream, gate
+):
+    """The new process writes it anew; the page takes back what it had, and ends whole."""
+    server, process = await spawn(wechat={"mute_guard": 0})
+    await server.ask("/chatgpt")
+    upstream.will(Script(["旧的一半", gate]), Script(["新的", gate, "整个。"]))
+    seen = await server.ask("给安看的")
+    page = await browse.open(server.at(seen.links[0][1]))
+    await expect(page.locator(".live")).to_have_text("旧的一半")
+    browse.excused = "ERR_"  # the connection is gone for a while
+    await process.kill()
+    await process.start()
+    await expect(page.locator(".live")).to_have_text("新的")
+    gate.set()
+    await expect(page.locator(".answer p")).to_have_text("新的整个。")
+
+
+class Relay:
+    """A connection in between, to be cut."""
+
+    def __init__(self, port):
+        self.port, self.heard, self.writers = port, b"", []
+
+    async def join(self, reader, writer):
+        """Carry one connection."""
+        back, forth = await asyncio.open_connection("127.0.0.1", self.port)
+        self.writers += [writer, forth]
+        await asyncio.gather(self.carry(reader, forth), self.carry(back, writer, False))
+
+    async def carry(self, reader, writer, is_asking=True):
+        """Carry one direction; keep what the browser asked."""
+        with contextlib.suppress(ConnectionError):
+            while piece := await reader.read(65536):
+                self.heard += piece * is_asking
+                writer.write(piece)
+        writer.close()
+
+    def cut(self):
+        """Lose all connections."""
+        for writer in self.writers:
+            writer.transport.abort()
+
+
+async def test_a_lost_connection_resumes_where_it_was(browse, server, upstream, gate):
+    """By Last-Event-ID: nothing is missing, nothing comes twice."""
+    script = Script(["前半句。", gate, "后半句。"])
+    url = await page_of(server, upstream, script)
+    relay = Relay(server.port)
+    async with await asyncio.start_server(relay.join, "127.0.0.1", 0) as between:
+        port = between.sockets[0].getsockname()[1]
+        page = await browse.open(url.replace(str(server.port), str(port)))
+        await expect(page.locator(".live")).to_have_text("前半句。")
+        await expect(page.locator(".asking")).to_contain_text("正在写")
+        browse.excused = "ERR_"
+        relay.cut()
+        gate.set()
+        await expect(page.locator(".answer p")).to_have_text("前半句。后半句。")
+        relay.cut()
+    assert b"last-event-id: 0:4" in relay.heard.lower()
+
+
+async def test_a_stream_that_is_refused_is_asked_for_again(
+    browse, server, upstream, gate
+):
+    """A proxy that meets nobody answers 502, after which EventSource gives up."""
+    url = await page_of(server, upstream, Script(["前半句。", gate, "后半句。"]))
+    page = await browse.open("about:blank")
+    browse.excused = REFUSED
+    failing = [502, 502]
+
+    async def refuse(route):
+        if failing:
+            await route.fulfill(status=failing.pop())
+        else:
+            await route.continue_()
+
+    await page.route("**/events", refuse)
+    await page.goto(url)
+    gate.set()
+    await expect(page.locator(".answer p")).to_have_text("前半句。后半句。")
+
+
+async def test_without_script_the_page_refreshes_itself(browse, server, upstream, gate):
+    """It shows what is written so far, and ends with the whole answer."""
+    url = await page_of(server, upstream, Script(["前半句。", gate, "**后半句。**"]))
+    page = await browse.open(url, java_script_enabled=False)
+    await expect(page.locator(".live")).to_have_text("前半句。")
+    gate.set()
+    await expect(page.locator(".answer strong")).to_have_text("后半句。")
+
+
+async def test_a_failed_answer_says_so_and_how_to_ask_again(
+    browse, server, upstream, gate
+):
+    """In the place where the answer would have been, without a reload."""
+    script = Script([gate], status=401)
+    page = await browse.open(await page_of(server, upstream, script))
+    await expect(page.locator(".asking")).to_contain_text("正在想")
+    gate.set()
+    failed = page.locator(".failed")
+    await expect(failed).to_contain_text("模型服务需要管理员处理一下")
+    await expect(failed).to_contain_text("回到公众号点「重试」，或再发一次问题。")
+    await expect(page.locator(".answer, .asking, .failed a")).to_have_count(0)
+
+
+async def test_an_answer_that_broke_off_keeps_what_was_written(
+    browse, server, upstream, gate
+):
+    """With a word about what happened below it."""
+    broken = Script(["写了**一半**。" * 300, gate], ending="eof")
+    page = await browse.open(await page_of(server, upstream, broken))
+    await expect(page.locator(".live")).to_contain_text("一半")
+    gate.set()
+    await expect(page.locator(".failed")).to_contain_text("回答中断了")
+    await expect(page.locator(".answer strong").first).to_have_text("一半")
+
+
+# A finished answer
+
+
+async def test_the_finished_page_says_who_wrote_it_and_when(browse, server, upstream):
+    """Question, answer, model and time; AI notice; no way to the history."""
+    page = await browse.open(await page_of(server, upstream, RICH, "问 & 答"))
+    await expect(page.get_by_role("main").locator("h1")).to_have_text("问 & 答")
+    await expect(page.locator(".note")).to_have_text(
+        re.compile(r"gpt-6-luna · \d{4}-\d\d-\d\d \d\d:\d\d")
+    )
+    await expect(page.get_by_role("contentinfo")).to_contain_text("AI 生成")
+    await expect(page.locator("a[href*='/h/']")).to_have_count(0)
+
+
+async def test_links_and_pictures_open_apart_and_tell_nothing(browse, server, upstream):
+    """A picture is a link; loading it would tell a stranger who reads."""
+    page = await browse.open(await page_of(server, upstream, RICH))
+    for words, address in (("文档", "doc"), ("一只猫", "cat.png")):
+        link = page.get_by_role("link", name=words)
+        await expect(link).to_have_attribute("href", f"https://e.com/{address}")
+        await expect(link).to_have_attribute("rel", "noopener noreferrer nofollow")
+        await expect(link).to_have_attribute("target", "_blank")
+    await expect(page.locator("img")).to_have_count(0)
+
+
+async def test_a_formula_is_shown_as_it_was_written(browse, server, upstream):
+    """As source, with no mark of it taken for Markdown."""
+    page = await browse.open(await page_of(server, upstream, RICH))
+    await expect(page.locator("p code").first).to_have_text(r"\(a_1 * b * c\)")
+
+
+async def test_the_copy_button_copies(browse, server, upstream):
+    """The code and nothing but the code; the button says that it did."""
+    page = await browse.open(await page_of(server, upstream, RICH))
+    await page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    await page.get_by_role("button", name="复制").click()
+    await expect(page.get_by_role("button")).to_have_text("已复制")
+    assert await page.evaluate("navigator.clipboard.readText()") == CODE
+    await expect(page.get_by_role("button")).to_have_text("复制")
+
+
+async def test_the_copy_button_copies_in_an_old_browser(browse, server, upstream):
+    """On a page without TLS, too: there is no navigator.clipboard."""
+    old = "Object.defineProperty(navigator, 'clipboard', {value: undefined});"
+    old += "document.addEventListener('copy', () => {copied = String(getSelection())})"
+    url = await page_of(server, upstream, RICH)
+    page = await browse.open(url, "var copied = '';" + old)
+    await page.get_by_role("button", name="复制").click()
+    await expect(page.get_by_role("button")).to_have_text("已复制")
+    assert (await page.evaluate("copied")).strip() == CODE.strip()
+
+
+async def test_the_keyboard_reaches_what_scrolls_and_folds(browse, server, upstream):
+    """Code and tables take the focus and scroll; a folded answer opens by Enter."""
+    await page_of(server, upstream, LONG)
+    page = await browse.open(await history_of(server))
+    await page.keyboard.press("Tab")
+    await expect(page.locator("summary")).to_be_focused()
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_role("group", name="表格")).to_be_visible()
+    await page.keyboard.press("Tab")
+    await expect(page.locator(".answer a").first).to_be_focused()
+    code = page.get_by_role("group", name="代码")
+    await code.focus()
+    await page.keyboard.press("ArrowRight")
+    await expect(code).not_to_have_js_property("scrollLeft", 0)
+
+
+# All pages
+
+
+async def test_a_dark_phone_gets_dark_pages(browse, server, upstream):
+    """Paper, ink and question have other colours."""
+    url = await page_of(server, upstream, RICH)
+    colours = """['body', '.question', '.code', 'th'].map(name => {
+        const style = getComputedStyle(document.querySelector(name));
+        return [style.backgroundColor, style.color]})"""
+    light = await (await browse.open(url, color_scheme="light")).evaluate(colours)
+    dark = await (await browse.open(url, color_scheme="dark")).evaluate(colours)
+    for (paper, ink), (dark_paper, dark_ink) in zip(light, dark, strict=True):
+        assert paper != dark_paper and ink != dark_ink
+
+
+async def test_no_page_scrolls_sideways(browse, server, upstream, gate):
+    """At 320 px, and with fonts twice as large; what is wide scrolls in its own box."""
+    browse.excused = REFUSED
+    page = await browse.open("about:blank", viewport={"width": 320, "height": 600})
+    for kind, url in (await all_pages(server, upstream, gate)).items():
+        await page.goto(url)
+        if kind == "history":
+            await page.locator("summary").first.click()
+            await expect(page.locator(".scroll")).to_have_count(1)
+        for size in ("100%", "200%"):
+            await page.evaluate(f"document.documentElement.style.fontSize = '{size}'")
+            assert await page.evaluate(WIDTHS) == [320, []], (kind, size)
+    gate.set()
+
+
+# The width of a page, and what is cut off by its own box without a way to scroll there.
+WIDTHS = """[document.documentElement.scrollWidth,
+    [...document.querySelectorAll('main *, footer *')].filter(box =>
+        box.scrollWidth > box.clientWidth + 1 && box.clientWidth
+        && getComputedStyle(box).display != 'inline'
+        && !box.closest('pre, .scroll, summary')).map(box => box.outerHTML)]"""
+
+
+async def test_wide_tables_and_code_scroll_in_their_box(browse, server, upstream):
+    """They are wider than the phone, and the page is not."""
+    page = await browse.open(await page_of(server, upstream, RICH))
+    for box in (".scroll", "pre"):
+        wide = "box => [box.scrollWidth > 2 * box.clientWidth, box.clientWidth < 390]"
+        assert await page.locator(box).evaluate(wide) == [True, True]
+    await expect(page.locator("td").nth(2)).to_have_css("text-align", "right")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_axe_finds_nothing_on_any_page(browse, server, upstream, gate, scheme):
+    """All of its rules, best practice included."""
+    places = [pathlib.Path(os.environ.get("WXGPT_AXE", "nowhere"))]
+    places += [place / AXE for place in (ROOT, ROOT.parent, CACHE)]
+    need(found := [place for place in places if place.is_file()], "axe-core")
+    browse.excused = REFUSED
+    axe = found[0].read_text("utf-8")
+    page = await browse.open("about:blank", init=axe, color_scheme=scheme)
+    for kind, url in (await all_pages(server, upstream, gate)).items():
+        await page.goto(url)
+        if kind == "history":
+            await page.locator("summary").first.click()
+            await expect(page.locator(".scroll")).to_have_count(1)
+        found = await page.evaluate("axe.run().then(result => result.violations)")
+        told = [(fault["id"], fault["nodes"][0]["html"]) for fault in found]
+        assert told == [], kind
+    gate.set()
+
+
+# Hostile content
+
+EVIL = (
+    "<script>alert(1)</script><img src=x onerror=alert(2)><svg onload=alert(3)>"
+    "<style>*{display:none}</style><base href=//evil.example><!-- </textarea></main>"
+)
+HOSTILE = f"""{EVIL}
+
+[点](javascript:alert(4)) [点](JaVa&#x0A;Script:alert(5)) <javascript:alert(6)>
+[点](data:text/html,<script>alert(7)</script>) ![x](https://evil.example/x.png)
+![x](javascript:alert(8)) [点](https://e.com/"onclick="alert(9))
+
+```"><script>alert(10)</script>
+</code></pre><script>alert(11)</script>
+```
+
+| <i>a</i> | b" onfocus="alert(12) |
+|:--|-:|
+| </td></table><script>alert(13)</script> | 2 |
+
+\u202e反着写的字\u202d和\u2066没关上的
+
+</article></main></body> 最后一句
+"""
+
+
+async def test_hostile_content_is_text(browse, server, upstream, gate):
+    """Live, finished and in the history; nothing runs, nothing is loaded."""
+    script = Script([HOSTILE, gate, "完"])
+    page = await browse.open(await page_of(server, upstream, script, EVIL))
+    await expect(page.locator(".live")).to_contain_text("最后一句")
+    gate.set()
+    await expect(page.locator(".answer table")).to_be_visible()
+    await is_harmless(page)
+    await page.goto(await history_of(server))
+    await page.locator("summary").click()
+    await expect(page.locator(".answer table")).to_be_visible()
+    await is_harmless(page)
+
+
+async def is_harmless(page):
+    """Check that hostile content is where it belongs, as text."""
+    await expect(page.locator(".question")).to_contain_text("<script>alert(1)</script>")
+    answer = page.locator("main .answer")
+    for words in ("<script>alert(1)</script>", "<script>alert(11)</script>", "最后一句"):
+        await expect(answer).to_contain_text(words)
+    await expect(page.locator("body > footer")).to_contain_text("AI 生成")
+    await expect(page.locator("script")).to_have_count(1)
+    inside = "main :is(img, svg, style, base, script, i, [onclick], [onfocus], [style])"
+    await expect(page.locator(inside)).to_have_count(0)
+    addresses = "links => links.map(link => new URL(link.href).protocol)"
+    protocols = await page.locator("a").evaluate_all(addresses)
+    assert set(protocols) <= {"https:", "http:"}
+
+
+@pytest.mark.parametrize("piece", ["x" * 100_000, "[" * 50_000, "字\u202e" * 20_000])
+async def test_what_is_beyond_measure_stays_readable(
+    browse, server, upstream, gate, piece
+):
+    """100 KB without a space, brackets without end: whole, and no wider than a phone."""
+    script = Script([piece, gate, "\n\n```\n码\n```\n完"])
+    page = await browse.open(await page_of(server, upstream, script))
+    await expect(page.locator(".live")).to_have_text(piece)
+    assert await page.evaluate("document.documentElement.scrollWidth") == 390
+    gate.set()
+    await expect(page.locator("main > article > .note")).to_be_visible()
+    text = await page.evaluate("document.querySelector('.answer').textContent")
+    assert piece in text.replace("\n", "") and text.strip().endswith("完")
+    assert await page.evaluate("document.documentElement.scrollWidth") == 390
+
+
+# History
+
+TURNS = """
+    WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :count)
+    INSERT INTO turn (session_id, openid, msg_key, link_key, question, answer, state,
+        created_at) SELECT (SELECT max(id) FROM session WHERE openid = :o), :o,
+        'msg ' || i, 'link' || i, '问题' || i, '答**案**' || i, 'done',
+        :at + i * 60 FROM n
+"""
+
+
+async def test_the_history_is_readable_at_a_glance(browse, server, upstream):
+    """Days as headings, newest first; a long answer folded; a failed one marked."""
+    await page_of(server, upstream, LONG, "头一个")
+    store = server.services.store
+    await store.write("UPDATE turn SET created_at = created_at - 86400 * 2")
+    await page_of(server, upstream, Script("", status=401), "没成的")
+    page = await browse.open(await history_of(server))
+    await expect(page.locator(".note").first).to_contain_text("只给自己看")
+    days = await page.locator("h2").all_text_contents()
+    assert len(days) == 2 and days == sorted(days, reverse=True)
+    await expect(page.locator(".question")).to_have_text(["没成的", "头一个"])
+    await expect(page.locator("article").first.locator(".failed")).to_be_visible()
+    await expect(page.locator("article").last.locator(".failed")).to_have_count(0)
+    await expect(page.locator("summary")).to_contain_text("第一段很普通。 小标题 见文档")
+    await expect(page.locator("details .answer")).to_be_hidden()
+
+
+async def test_a_folded_answer_is_typeset_when_it_is_opened(browse, server, upstream):
+    """In its place, with copy buttons; nothing is fetched before."""
+    await page_of(server, upstream, LONG)
+    page = await browse.open(await history_of(server))
+    await page.locator("summary").click()
+    await expect(page.locator("details table")).to_be_visible()
+    await expect(page.get_by_role("button", name="复制")).to_have_count(1)
+    await expect(page.locator("details .typeset, .plain")).to_have_count(0)
+
+
+async def test_a_folded_answer_opens_without_script(browse, server, upstream):
+    """As it was written, with a link to where it is typeset."""
+    await page_of(server, upstream, LONG)
+    url = await history_of(server)
+    page = await browse.open(url, java_script_enabled=False)
+    await page.locator("summary").click()
+    await expect(page.locator("details .answer")).to_contain_text("## 小标题")
+    await page.locator(".typeset").click()
+    await expect(page.locator(".answer table")).to_be_visible()
+    await expect(page.locator("details")).to_have_count(0)
+
+
+async def test_older_exchanges_are_behind_a_link(browse, server):
+    """Fifty on the first page, the rest behind it."""
+    await server.services.store.write(TURNS, count=51, o=ANN, at=time.time())
+    page = await browse.open(await history_of(server))
+    await expect(page.locator("article")).to_have_count(50)
+    await page.get_by_role("link", name="更早的记录").click()
+    await expect(page.locator(".question")).to_have_text(["问题1"])
+    await expect(page.get_by_role("link", name="更早的记录")).to_have_count(0)
+
+
+async def test_an_answer_being_written_leads_to_its_page(
+    browse, server, upstream, gate
+):
+    """The history does not grow by itself."""
+    await page_of(server, upstream, Script(["写着。", gate, "完"]))
+    page = await browse.open(await history_of(server))
+    await page.get_by_role("link", name="正在写").click()
+    await expect(page.locator(".live")).to_have_text("写着。")
+    gate.set()
+    await expect(page.locator(".answer p")).to_have_text("写着。完")
+
+
+# Size and speed, without a browser
+
+
+async def test_a_page_weighs_less_than_15_kb(server, upstream, gate):
+    """Style and script included, for want of content."""
+    live = await page_of(server, upstream, Script([gate, "完"]), "问")
+    for url in (live, await history_of(server, BOB), server.url + "/a/nothing"):
+        _, text = await server.get(url)
+        assert len(text.encode()) < 15_000
+    gate.set()
+
+
+async def test_the_history_is_found_by_its_index(server):
+    """No table is read through and nothing is sorted, however many exchanges there are."""
+    store, queries = server.services.store, []
+    await store.db.set_trace_callback(queries.append)
+    await store.turns_of(ANN, 2**62, 50)
+    await store.db.set_trace_callback(None)
+    [query] = [query for query in queries if "FROM turn" in query]
+    plan = [row[-1] for row in await store.rows(f"EXPLAIN QUERY PLAN {query}")]
+    assert any("turn USING INDEX turn_by_openid" in step for step in plan)
+    assert [step for step in plan if "SCAN" in step or "TEMP B-TREE" in step] == []
