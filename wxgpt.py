@@ -58,6 +58,7 @@ import functools
 import hashlib
 import hmac
 import html
+import importlib.util
 import json
 import logging
 import os
@@ -422,7 +423,8 @@ def read_table(kind: type, table: object, name: str) -> typing.Any:
     for key in table:
         if key not in known:
             names = ", ".join(known)
-            raise ConfigError(f"{dot}{key}: unknown setting, accepted are {names}")
+            shown = key if key.isprintable() else repr(key)  # the error is one line
+            raise ConfigError(f"{dot}{shown}: unknown setting, accepted are {names}")
     values = {}
     for key, entry in known.items():
         if dataclasses.is_dataclass(entry.type):
@@ -504,6 +506,10 @@ def check_values(config: Config) -> None:
         demand(one.api_key.strip(), f"{where}.api_key", "", "the key of the API")
         is_proxy = re.match(r"(https?|socks[45]h?)://|$", one.proxy)
         demand(is_proxy, f"{where}.proxy", "***", "an http, https or socks URL")
+        has_socks = importlib.util.find_spec("aiohttp_socks")
+        is_usable = has_socks or not one.proxy.startswith("socks")
+        wanted = "http(s), or socks after: pip install aiohttp-socks"
+        demand(is_usable, f"{where}.proxy", "***", wanted)
         for key in {"model", "messages", "stream"} & set(one.extra):
             demand(
                 False, f"{where}.extra.{key}", one.extra[key], "anything but this key"
@@ -986,6 +992,7 @@ def without_code(markdown: str, opener: str) -> str:
 
 
 SENTENCE_END = re.compile(r"[。！？!?…]+[”’」』）)】*_`]*\s*|\.(?=\s)\s*|\n+")
+HEADING_BEFORE = re.compile(r"(?m)^ {0,3}#{1,6} [^\n]*\s*\Z")
 PARAGRAPH_END = re.compile(r"\n[ \t]*\n+")
 # A cut inside one of these would tear it: links, emphasis, code, addresses; also what
 # is opened on the last line and not closed yet.
@@ -1027,7 +1034,8 @@ def nearest_cut(markdown: str, most: int, opener: str) -> int:
     best = last_end(PARAGRAPH_END, text, most * 3 // 5, most, whole)
     best = best or last_end(SENTENCE_END, text, most // 3, most, whole)
     if best:
-        return best
+        heading = HEADING_BEFORE.search(text[:best])  # stays with what it heads
+        return heading.start() if heading and heading.start() > most // 3 else best
     for begin, end in whole:
         if 0 < begin < most < end:
             return begin
@@ -1805,7 +1813,7 @@ class EventDecoder:
         lines = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
         self.rest = lines.pop()
         for line in lines:
-            if line.startswith(b"data:"):
+            if line.startswith(b"data:") or line == b"data":
                 self.data.append(line[6:] if line[5:6] == b" " else line[5:])
                 self.size += len(line)
             elif not line:
@@ -2075,7 +2083,8 @@ class ChatClient:
             self.learn(error, left_out)
             raise
         except TimeoutError:
-            raise ChatError("slow", "time limit", True) from None
+            is_left = asyncio.get_running_loop().time() < end  # to ask again
+            raise ChatError("slow", "time limit", is_left) from None
         except aiohttp.ClientConnectorError as error:
             raise ChatError("unreachable", str(error), True) from None
         except (aiohttp.ClientError, ConnectionError) as error:
@@ -3111,9 +3120,10 @@ async def resume_session(visit: Visit) -> Found | None:
 
 async def answer_tap(visit: Visit, text: str) -> Found | None:
     """Return what answers a tap, which may be typed, too; None when it is none now."""
-    words = folded(text)
-    if match := re.fullmatch(r"(继续|重试)\s*([0-9]{1,9})?", words):
-        if match[1] == "重试":
+    words, again = folded(text), folded(visit.texts.word_retry)
+    pattern = rf"(继续|{re.escape(again)})\s*([0-9]{{1,9}})?"
+    if match := re.fullmatch(pattern, words):
+        if match[1] == again:
             return await retry(visit, match[2])
         if match[2]:
             return await continue_part(visit, int(match[2]))
@@ -3671,7 +3681,7 @@ def mend_tokens(tokens: list[Token], above: int) -> None:
 
     So a screen reader's outline has no holes, whatever a model writes.
     """
-    level = above
+    level = max(above, 1)
     for index, token in enumerate(tokens):
         if token.type == "heading_open":
             level = min(above + int(token.tag[1]), level + 1, 6)
@@ -3969,7 +3979,7 @@ async def read_push(request: web.Request) -> Message | web.Response:
         return web.Response(status=403)
     try:
         body = await asyncio.wait_for(request.read(), BODY_SECONDS)
-    except TimeoutError:
+    except (TimeoutError, ConnectionResetError):  # stalled, or hung up in the middle
         return cut_line(request)
     except web.RequestPayloadError:
         body = b""  # torn or badly packed: nothing that can be read
@@ -4177,14 +4187,10 @@ async def hide_server(request: web.Request, response: web.StreamResponse) -> Non
 # ---------------------------------------------------------------------------
 
 
-def socks_connector(name: str, proxy: str) -> aiohttp.BaseConnector:
-    """Return a connector through a socks proxy; ConfigError without the package."""
-    try:
-        import aiohttp_socks
-    except ImportError:
-        raise ConfigError(
-            f"assistants.{name}.proxy: a socks proxy needs: pip install aiohttp-socks"
-        ) from None
+def socks_connector(proxy: str) -> aiohttp.BaseConnector:
+    """Return a connector through a socks proxy."""
+    import aiohttp_socks  # optional; its lack was found when the settings were read
+
     return aiohttp_socks.ProxyConnector.from_url(proxy, limit=0)
 
 
@@ -4207,7 +4213,7 @@ async def open_chat(
         for name, assistant in config.assistants.items():
             http = plain
             if assistant.proxy.startswith("socks"):
-                connector = socks_connector(name, assistant.proxy)
+                connector = socks_connector(assistant.proxy)
                 http = await stack.enter_async_context(
                     aiohttp.ClientSession(connector=connector, timeout=timeout)
                 )
@@ -4420,7 +4426,7 @@ CLOCK_SECONDS = 60
 CERTIFICATE_DAYS = 14
 SLOW_STREAM_SECONDS = 0.3  # of the half second between the two events of PROBE_PATH
 CONSOLE = """
-在微信公众平台填写（设置与开发 → 基本配置 → 服务器配置）：
+在微信开发者平台填写（我的业务 → 公众号 → 消息推送）：
   URL               {url}
   Token             {token}
   EncodingAESKey    {aes_key}
@@ -4754,6 +4760,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     parser = argparse.ArgumentParser(
         prog="wxgpt.py",
+        usage="wxgpt.py [COMMAND] [--config FILE] [-h] [--version]",
         description="Subscribers of a WeChat Official Account talk with a chat model.",
     )
     parser.add_argument("--version", action="version", version=f"wxgpt {VERSION}")

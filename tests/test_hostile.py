@@ -115,7 +115,7 @@ def rows(path):
     st.fixed_dictionaries({}, optional=dict.fromkeys(signed(), ANY_TEXT)), st.binary()
 )
 async def test_nothing_unsigned_gets_in(server, settings, query, body):
-    """Any signature, timestamp and nonce that do not fit: 403, and nothing is stored."""
+    """Any signature, timestamp and nonce that do not fit: 403, nothing stored."""
     before = rows(settings["database"]["path"])
     url = f"{server.url}/wechat"
     async with server.http.post(url, params=query, data=body) as response:
