@@ -191,10 +191,10 @@ class Texts:
     failed_unreachable: str = "暂时连不上模型。{tap}"
     failed_busy: str = "模型这会儿太忙。{tap}"
     failed_setup: str = "模型服务需要管理员处理一下，请稍后再来。{tap}"
-    failed_refused: str = "模型不愿回答这个问题，换个说法试试吧。"
-    failed_long: str = "这段对话太长，模型放不下了。发 /clear 换个话题，或把问题缩短。"
-    failed_blind: str = "这个模型看不懂图片，请用文字描述一下。"
-    failed_picture: str = "图片没能取到，请重新发一次图再问。"
+    failed_refused: str = "模型不愿回答这个问题，换个说法试试吧。{tap}"
+    failed_long: str = "这段对话太长，模型放不下了。发 /clear 换个话题，或把问题缩短。{tap}"
+    failed_blind: str = "这个模型看不懂图片，请用文字描述一下。{tap}"
+    failed_picture: str = "图片没能取到，请重新发一次图再问。{tap}"
     failed_empty: str = "模型什么也没写出来。{tap}"
     failed_broken: str = "回答中断了。{tap}"
     failed_trouble: str = "服务器这会儿有点忙，请过一会儿再发一次。"
@@ -437,7 +437,8 @@ def read_table(kind: type, table: object, name: str) -> typing.Any:
 def read_assistants(table: object, environ: typing.Mapping[str, str]) -> dict:
     """Return the assistants by name, `chatgpt` filled up from the environment."""
     if not isinstance(table, dict) or not all_are(dict)(table.values()):
-        raise ConfigError(f"assistants: found {table!r}, accepted is a table of tables")
+        # Without what was found: a key may stand in a wrong place.
+        raise ConfigError("assistants: found no tables, accepted is a table of tables")
     if "chatgpt" not in table and not environ.get("OPENAI_API_KEY"):
         raise ConfigError("assistants.chatgpt: found nothing, accepted is a table")
     given = {"api_key": "OPENAI_API_KEY", "base_url": "OPENAI_BASE_URL"}
@@ -450,9 +451,11 @@ def read_assistants(table: object, environ: typing.Mapping[str, str]) -> dict:
 
 
 def placeholders(text: str) -> set[str]:
-    """Return the names in braces; raise ValueError for a broken one."""
+    """Return what stands in braces, format and all; raise ValueError if broken."""
+    pieces = [p[1:] for p in string.Formatter().parse(text) if p[1] is not None]
     return {
-        name for _, name, _, _ in string.Formatter().parse(text) if name is not None
+        name + (f"!{how}" if how else "") + (f":{form}" if form else "")
+        for name, form, how in pieces
     }
 
 
@@ -2870,10 +2873,11 @@ async def ask_model(services: Services, answer: Answer, messages: list[dict]) ->
             again = error.passing or len(fewer) < len(messages)
             if not again or answer.is_sent or pause is None:
                 raise
+            pause *= random.uniform(0.75, 1)
+            pause = pause if error.after is None else error.after
+            if services.answers.loop.time() + pause > end:
+                raise
             log.warning("%s asked again after %s", answer.turn.name, error)
-            pause = (
-                pause * random.uniform(0.75, 1) if error.after is None else error.after
-            )
             messages = fewer
         answer.restart()
         await asyncio.sleep(pause)
@@ -3868,10 +3872,10 @@ PROBE_PATH = "/healthz/stream"
 FOLLOW_SECONDS = 0.1  # a live page is told of new text so often at most
 
 
-@functools.lru_cache(maxsize=1)
-def warn_of_clock(minute: int) -> None:
-    """Warn that a clock is off, once a minute: the cache remembers the minute."""
-    log.warning("our clock and WeChat's timestamps are more than ten minutes apart")
+@functools.lru_cache(maxsize=8)
+def warn_once(words: str, minute: int) -> None:
+    """Warn once a minute: the cache remembers the words and the minute."""
+    log.warning("%s", words)
 
 
 def is_fresh(services: Services, timestamp: str) -> bool:
@@ -3886,7 +3890,8 @@ def is_fresh(services: Services, timestamp: str) -> bool:
         return True
     if at < newest - SIGNATURE_SECONDS:
         return False
-    warn_of_clock(int(time.monotonic() // 60))
+    words = "our clock and WeChat's timestamps are more than ten minutes apart"
+    warn_once(words, int(time.monotonic() // 60))
     return True
 
 
@@ -3917,7 +3922,8 @@ async def verify_url(request: web.Request) -> web.Response:
     """Answer the console's verification with the echostr."""
     services = request.app[SERVICES]
     if not await is_from_wechat(services, request):
-        log.warning("verification with a wrong signature: is the token the same?")
+        words = "verification with a wrong signature: is the token the same?"
+        warn_once(words, int(time.monotonic() // 60))
         return web.Response(status=403)
     log.info("verified by WeChat's console")
     return web.Response(text=request.query.get("echostr", ""))

@@ -34,9 +34,9 @@ from fake_openai import FakeOpenAI, Script, fails, says, split  # noqa: E402
 from wechat import Seen, WeChat  # noqa: E402
 
 ATTEMPT = 0.8  # seconds
-# A delivery is remembered for four times three attempts, an upstream's connection is
-# kept for 15 seconds; then nothing is left to do.
-PAUSE = max(4 * 3 * ATTEMPT, 15) + 3
+# A delivery is remembered for four times three attempts; an upstream's connection is
+# kept for 15 seconds, and aiohttp looks every 15; then nothing is left to do.
+PAUSE = max(4 * 3 * ATTEMPT, 30) + 2
 TRAFFIC = 60 - PAUSE - 5  # seconds of each minute; the rest lets questions end
 SPARE_FILES, SPARE_MEMORY = 3, 6.0  # MiB, beside a tenth
 # The loop, SQLite, and the executor that renders pages, which fills up by and by.

@@ -50,7 +50,17 @@ VARIANTS = [
     "한국",
     unicodedata.normalize("NFD", "한국"),
 ]
-HARMLESS = ["坏的词", "词坏", "bad. word", "cafe", "caf", "#", "不许说的", "也是注释", "한"]
+HARMLESS = [
+    "坏的词",
+    "词坏",
+    "bad. word",
+    "cafe",
+    "caf",
+    "#",
+    "不许说的",
+    "也是注释",
+    "한",
+]
 
 
 @pytest.fixture
@@ -332,7 +342,9 @@ async def test_a_vanished_list_stays_in_force(server, words_file, upstream, capl
     assert (await server.ask("新词")).text == REFUSED
 
 
-async def test_a_list_that_becomes_unreadable_stays_in_force(server, words_file, caplog):
+async def test_a_list_that_becomes_unreadable_stays_in_force(
+    server, words_file, caplog
+):
     """Bytes of another encoding do not empty it."""
     words_file.write_bytes("新词".encode("gb18030"))
     os.utime(words_file, (1000, 1000))

@@ -22,7 +22,12 @@ KINDS = {
     "voice with words": VOICE | {"MsgType": "voice", "Recognition": "你好"},
     "video": {"MediaId": "id", "ThumbMediaId": "thumb"},
     "shortvideo": {"MediaId": "id", "ThumbMediaId": "thumb"},
-    "location": {"Location_X": 23.13, "Location_Y": 113.26, "Scale": 20, "Label": "广州"},
+    "location": {
+        "Location_X": 23.13,
+        "Location_Y": 113.26,
+        "Scale": 20,
+        "Label": "广州",
+    },
     "link": {"Title": "题", "Description": "述", "Url": "https://example.com/"},
     "file": {"Title": "a.pdf", "FileKey": "k", "FileMd5": "m", "FileTotalLen": 7},
     "hologram": {"Depth": 3},  # does not exist yet
@@ -97,7 +102,9 @@ def line_of(caplog, push):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_other_kinds_in_a_session_bring_a_polite_word(server, upstream, caplog, kind):
+async def test_other_kinds_in_a_session_bring_a_polite_word(
+    server, upstream, caplog, kind
+):
     """No call is made, and the owner sees that there was a reply."""
     await server.ask("/chatgpt")
     push = push_of(server, kind)
@@ -223,7 +230,9 @@ async def test_following_brings_a_welcome_with_taps(server, caplog):
 @pytest.mark.parametrize("key", [None, "", "qrscene_123123"])
 async def test_following_by_a_code_is_following(server, key):
     """A scene in EventKey changes nothing."""
-    seen = await server.wechat.deliver(server.wechat.event(ANN, "subscribe", EventKey=key))
+    seen = await server.wechat.deliver(
+        server.wechat.event(ANN, "subscribe", EventKey=key)
+    )
     assert seen.text.startswith("欢迎关注")
 
 
@@ -266,7 +275,7 @@ async def test_a_repeated_event_is_one(server, stored):
     first = await server.wechat.deliver(push)
     again = await server.wechat.deliver(push)
     assert again.body == first.body and first.text
-    assert stored().count("INSERT INTO \"reply\"") == 1
+    assert stored().count('INSERT INTO "reply"') == 1
 
 
 async def test_a_repeated_event_is_one_after_a_kill_too(spawn):
@@ -303,7 +312,7 @@ async def test_copies_of_an_event_at_once_are_one(server, stored):
     """Twenty requests, one welcome."""
     bodies = await server.wechat.copies(server.wechat.event(ANN, "subscribe"), 20)
     assert len(set(bodies)) == 1 and b"CDATA" in bodies[0]
-    assert stored().count("INSERT INTO \"reply\"") == 1
+    assert stored().count('INSERT INTO "reply"') == 1
 
 
 async def test_a_job_id_is_no_message_id(server, caplog):
@@ -408,7 +417,9 @@ async def test_auto_open_begins_anew_after_a_session_ran_out(serve, settings, up
     assert "旧问题" not in str(upstream.requests[1].messages)
 
 
-async def test_messages_and_events_of_one_second_are_answered_in_order(server, upstream):
+async def test_messages_and_events_of_one_second_are_answered_in_order(
+    server, upstream
+):
     """A subscriber who follows and writes at once gets both answers."""
     gate = asyncio.Event()
     upstream.will(Script([gate, "好。"]))

@@ -303,7 +303,9 @@ async def test_a_denied_subscriber_gets_silence(open_for, upstream, database):
     """To text, commands, taps, pictures and following; nothing of them is stored."""
     server = await open_for(deny=[BOB])
     url = "http://mmbiz.qpic.cn/x"
-    pushes = [server.wechat.text(BOB, text) for text in ("/chatgpt 你好", "/help", "继续1")]
+    pushes = [
+        server.wechat.text(BOB, text) for text in ("/chatgpt 你好", "/help", "继续1")
+    ]
     pushes += [server.wechat.image(BOB, url), server.wechat.event(BOB, "subscribe")]
     for push in pushes:
         assert (await server.wechat.deliver(push)).body == b"success"

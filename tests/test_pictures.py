@@ -24,7 +24,7 @@ MAGIC = {
     "image/webp": b"RIFF\x10\x00\x00\x00WEBP",
 }
 PNG = MAGIC["image/png"] + b"a picture"
-NOT_FETCHED = "图片没能取到，请重新发一次图再问。"
+NOT_FETCHED = "图片没能取到，请重新发一次图再问。重试"
 BLIND = "Invalid content type. image_url is only supported by certain models."
 
 
@@ -293,7 +293,8 @@ async def test_the_same_words_about_another_picture_are_a_new_question(
     upstream.will(Script([gate, "一只猫。"]))
     for name in ("cat", "dog"):
         seen = await send(server, host.url(name))
-        assert await server.wechat.attempt(server.wechat.text(ANN, seen.taps[0].content)) is None
+        push = server.wechat.text(ANN, seen.taps[0].content)
+        assert await server.wechat.attempt(push) is None
     gate.set()
     await upstream.arrival("描述这张图", 2)
     assert pictures_of(upstream.requests[1]) == [("image/png", PNG + b"dog")]
@@ -375,7 +376,9 @@ async def test_what_is_no_picture_of_an_allowed_host_is_politely_refused(
 async def test_a_redirect_to_another_port_is_not_followed(server, upstream, host):
     """What listens there is not for subscribers: nobody connects to it."""
     reached = []
-    inner = await asyncio.start_server(lambda *line: reached.append(line), "127.0.0.1", 0)
+    inner = await asyncio.start_server(
+        lambda *line: reached.append(line), "127.0.0.1", 0
+    )
     async with inner:
         port = inner.sockets[0].getsockname()[1]
         host.elsewhere = f"http://127.0.0.1:{port}/admin"
@@ -404,7 +407,9 @@ async def test_whatever_breaks_the_question_ends(
     assert states[0] == ("failed", "trouble")
 
 
-async def test_a_host_that_hangs_is_given_up(server, upstream, host, caplog, monkeypatch):
+async def test_a_host_that_hangs_is_given_up(
+    server, upstream, host, caplog, monkeypatch
+):
     """The subscriber is told after a while, not left waiting."""
     monkeypatch.setattr(wxgpt, "PICTURE_TIMEOUT", UNIT / 3)
     await send(server, host.url("held"))
@@ -456,7 +461,9 @@ async def test_a_retry_of_the_longest_question_is_not_too_long(serve, upstream, 
     assert (await server.ask("重试")).text.startswith("你好！关于「一二三四五」")
 
 
-async def test_a_retry_after_the_model_failed_brings_the_picture(server, upstream, host):
+async def test_a_retry_after_the_model_failed_brings_the_picture(
+    server, upstream, host
+):
     """The tap under a failure of the upstream, too."""
     await send(server, host.url("png"))
     upstream.will(fails(401))
@@ -469,7 +476,8 @@ async def test_a_model_that_cannot_see_says_so(server, upstream, host, caplog):
     """A 400 that names image_url is no mystery to the subscriber."""
     await send(server, host.url("png"))
     upstream.will(fails(400, message=BLIND))
-    assert (await server.ask("这是什么？")).text == "这个模型看不懂图片，请用文字描述一下。"
+    seen = await server.ask("这是什么？")
+    assert seen.text.startswith("这个模型看不懂图片，请用文字描述一下。")
     assert "failed: blind" in caplog.text and BLIND not in caplog.text
     assert len(upstream.requests) == 1
 

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from wechatpy.crypto import WeChatCrypto
 
 import wxgpt
-from conftest import ANN, ROOT, TOKEN, UNIT, merged, platform, toml
+from conftest import ANN, ROOT, TOKEN, merged, platform, toml
 from fake_openai import Script, says
 from wechat import ACCOUNT, Crypt, WeChat, parse_xml, render_xml, sign
 
@@ -183,9 +183,10 @@ def test_a_reply_is_sealed_as_the_vectors_are(cipher, vector):
     """What wxgpt seals is laid out the same, under a right signature."""
     body = (vector.message or "hello").encode()
     envelope = parse_xml(cipher.seal(body, 1714112445))
-    plain, app_id = inside(vector.aes_key, envelope["Encrypt"]), vector.app_id.encode()
-    pad = plain[-1]
-    assert plain[16:] == len(body).to_bytes(4, "big") + body + app_id + bytes([pad]) * pad
+    plain = inside(vector.aes_key, envelope["Encrypt"])
+    pad = bytes([plain[-1]]) * plain[-1]
+    length = len(body).to_bytes(4, "big")
+    assert plain[16:] == length + body + vector.app_id.encode() + pad
     stamp = ("1714112445", envelope["Nonce"], envelope["Encrypt"])
     assert envelope["MsgSignature"] == sign(vector.token, *stamp)
 
@@ -399,7 +400,7 @@ async def test_a_stale_push_is_refused(serve, stored, caplog, mode):
 @pytest.mark.parametrize("mode", [{}, SAFE], ids=["plain", "safe"])
 async def test_a_clock_of_ours_that_is_off_refuses_nobody(serve, caplog, mode):
     """Pushes of another day that agree among themselves are taken; one warning."""
-    wxgpt.warn_of_clock.cache_clear()
+    wxgpt.warn_once.cache_clear()
     served, then = await serve(wechat=mode), int(time.time()) + 86400
     async with platform(served.port, **mode) as server:
         for seconds in range(3):
@@ -514,8 +515,9 @@ async def test_werobot_and_wxgpt_understand_each_other(server, upstream):
     await server.ask("/chatgpt")
     upstream.will(says("三点半。"))
     push = server.wechat.text(ANN, "几点了？😀").xml.decode()
-    envelope = parse_xml((await post_envelope(server, peer.encrypt_message(push))).encode())
-    signed = [envelope[tag] for tag in ("TimeStamp", "Nonce", "MsgSignature", "Encrypt")]
+    sealed = await post_envelope(server, peer.encrypt_message(push))
+    envelope, tags = parse_xml(sealed.encode()), ("TimeStamp", "Nonce", "MsgSignature")
+    signed = [envelope[tag] for tag in (*tags, "Encrypt")]
     reply = parse_xml(peer.decrypt_message(*signed))
     assert reply["Content"].startswith("三点半。") and reply["ToUserName"] == ANN
     assert upstream.requests[0].question == "几点了？😀"
@@ -557,13 +559,17 @@ async def test_wechatpy_reads_plain_replies(serve, upstream):
         ({"aes_key": "A" * 43}, "found 'only aes_key'"),
     ],
 )
-def test_half_a_safe_mode_ends_the_start_with_one_line(tmp_path, settings, wechat, words):
+def test_half_a_safe_mode_ends_the_start_with_one_line(
+    tmp_path, settings, wechat, words
+):
     """The line names the setting and what is accepted, never the key; exit 2."""
     path = tmp_path / "wxgpt.toml"
     path.write_text(toml(merged(settings, {"wechat": wechat})), "utf-8")
     command = [sys.executable, str(ROOT / "wxgpt.py"), "--config", str(path)]
     environ = os.environ | {"PYTHONUTF8": "1"}
-    ended = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=60)
+    ended = subprocess.run(
+        command, capture_output=True, text=True, env=environ, timeout=60
+    )
     assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
     assert "wechat.aes_key" in ended.stderr and words in ended.stderr
     assert "A" * 40 not in ended.stderr
