@@ -1093,7 +1093,7 @@ IGNORED = re.compile(
 
 
 def melts(before: str, after: str) -> bool:
-    """Say whether a character changes what is before it: accents, Hangul, kana marks."""
+    """Say whether a character changes the one before: accents, Hangul, kana marks."""
     if after < "\u0300" or "\u3400" <= after <= "\u9fff":
         return False
     first = unicodedata.normalize("NFKD", after)[0]
@@ -3585,9 +3585,9 @@ footer p{margin:0;padding-top:.8rem;border-top:1px solid var(--line)}
 SCRIPT = """
 const say=document.body.dataset;
 const read=async address=>{const page=await fetch(address),text=await page.text();
-const from=text.indexOf('<main>'),to=text.indexOf('</main>');
+const from=text.indexOf('<main>'),part=text.slice(from,text.indexOf('</main>'));
 if(page.status>499||from<0)throw page.status;
-return new DOMParser().parseFromString(text.slice(from,to),'text/html').body.firstChild};
+return new DOMParser().parseFromString(part,'text/html').body.firstChild};
 const furnish=part=>{for(const box of part.querySelectorAll('.code')){
 const button=document.createElement('button'),code=box.querySelector('code');
 button.textContent=say.copy;button.onclick=async()=>{
@@ -3656,7 +3656,9 @@ def element(tag: str, words: str, kind: str = "") -> str:
     return f"<{tag}{attribute}>{html.escape(words)}</{tag.split()[0]}>"
 
 
-def make_page(texts: Texts, title: str, body: str, head: str = "") -> Page:
+def make_page(
+    texts: Texts, title: str, body: str, head: str = "", is_by_ai: bool = True
+) -> Page:
     """Return a page around a body that is already HTML; `head` is more for the head."""
     nonce = secrets.token_urlsafe(12)
     names = ("copy", "copied", "writing", "seconds")
@@ -3668,7 +3670,7 @@ def make_page(texts: Texts, title: str, body: str, head: str = "") -> Page:
         style=STYLE,
         script=SCRIPT,
         body=body,
-        notice=f"<footer>{element('p', texts.page_notice)}</footer>",
+        notice=f"<footer>{element('p', texts.page_notice)}</footer>" * is_by_ai,
         refresh=head,
     )
     return Page(text, POLICY.format(nonce=nonce))
@@ -3715,10 +3717,10 @@ class AnswerRenderer(RendererHTML):
     def fence(self, tokens: list[Token], index: int, *_: object) -> str:
         code = element("code", tokens[index].content)
         language = element("span", tokens[index].info.strip()[:20])
-        label = f'tabindex="0" role="group" aria-label="{html.escape(self.texts.page_code)}"'
+        name = html.escape(self.texts.page_code)
         return (
             f'<div class="code"><div class="bar">{language}</div>'
-            f"<pre {label}>{code}</pre></div>\n"
+            f'<pre tabindex="0" role="group" aria-label="{name}">{code}</pre></div>\n'
         )
 
     def table_open(self, *_: object) -> str:
@@ -3757,7 +3759,7 @@ def clock(seconds: float, form: str = "%Y-%m-%d %H:%M") -> str:
 
 
 def plain_words(text: str) -> str:
-    """Return a reply's words without its links; the one it ends with goes altogether."""
+    """Return a reply's words without its links; one at the end goes altogether."""
     return re.sub(r"<[^>]*>", "", re.sub(r"<a [^>]*>[^<]*</a>\s*$", "", text)).strip()
 
 
@@ -3799,17 +3801,19 @@ def render_live(texts: Texts, turn: Turn, text: str, seconds: float) -> Page:
 
 
 def glance(markdown: str) -> str:
-    """Return how a long answer begins, in one line without marks; cheaper than parsing."""
+    """Return how a long answer begins, in one line without marks and unparsed."""
     marks = r"(?m)^\s*(?:[#>*+-]+ |```.*|~~~.*)|[*`|]+|!?\[(?=[^]]*\]\()|\]\([^)\s]*\)"
-    return excerpt(re.sub(marks, "", markdown[:FOLD_CHARS]), 80)
+    words = re.split(r"\n(?:```|~~~|\|)", markdown[:FOLD_CHARS].strip())[0]
+    return excerpt(re.sub(marks, "", words), 80)
 
 
 def render_folded(texts: Texts, turn: Turn) -> str:
-    """Return a long answer under its beginning: as it was written, and where it is typeset.
+    """Return a long answer under its beginning, with a link to where it is typeset.
 
     Fifty of them cost too much to typeset for a page on which few are opened.
     """
-    link = f'<a class="typeset" href="?only={turn.id}">{html.escape(texts.word_typeset)}</a>'
+    words = html.escape(texts.word_typeset)
+    link = f'<a class="typeset" href="?only={turn.id}">{words}</a>'
     text = element("div", turn.answer, "plain answer")
     begin = element("summary", glance(turn.answer))
     return f"<details>{begin}{text}<p>{link}</p></details>"
@@ -3850,7 +3854,8 @@ def render_history(texts: Texts, turns: list[Turn], older: str, folds: bool) -> 
 def render_error(texts: Texts, words: str) -> Page:
     """Return the page of a link that shows nothing."""
     head, _, rest = words.partition("。")
-    return make_page(texts, head, element("h1", head) + element("p", rest))
+    body = element("h1", head) + element("p", rest)
+    return make_page(texts, head, body, is_by_ai=False)
 
 
 def sse_event(data: dict, event: str = "", number: str = "") -> bytes:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How fast and how small wxgpt is, beside a handler that keeps nothing.
 
-    python tests/bench.py [--quick] [--json FILE] [--only NAME ...]
+    python tests/bench.py [--quick] [--json FILE] [--only NAME ...] [--server WXGPT]
 
 The limit is `serve_bare`: aiohttp, xmltodict, one streamed call that the attempts of a
 message share, and nothing else. Both servers run in turn as a process of their own;
@@ -43,6 +43,7 @@ from lean import Delivered, deliver, fetch, get  # noqa: E402
 
 ROOT = HERE.parent
 SETTLE = 0.5  # seconds after the last reply, so that storing is counted too
+IN_A_ROW = 5  # questions of one subscriber, each with those before as its context
 TURNS, SESSION_TURNS = 100, 4  # of a subscriber, of a session, in a filled database
 CONFIG = """
 public_url = "http://127.0.0.1:{port}"
@@ -195,9 +196,13 @@ async def running(
 class Bench:
     """One run: its folder, its upstream, and the rows of its table."""
 
-    def __init__(self, folder: pathlib.Path, upstream: Server, is_quick: bool) -> None:
-        self.folder, self.upstream, self.is_quick = folder, upstream, is_quick
+    def __init__(
+        self, folder: pathlib.Path, upstream: Server, program: pathlib.Path, is_quick: bool
+    ) -> None:
+        self.folder, self.upstream = folder, upstream
+        self.program, self.is_quick = program, is_quick
         self.base_url = f"http://127.0.0.1:{upstream.port}/v1"
+        self.schema = program.with_name("schema.sql").read_text("utf-8")
         self.rows: list[dict[str, Any]] = []
         self.number = 0  # of the newest question
 
@@ -206,7 +211,7 @@ class Bench:
         port, path = free_port(), self.folder / "wxgpt.toml"
         values = {"port": port, "token": lean.TOKEN, "path": database}
         path.write_text(CONFIG.format(base_url=self.base_url, **values), "utf-8")
-        return running(self.folder, port, ROOT / "wxgpt.py", "--config", path)
+        return running(self.folder, port, self.program, "--config", path)
 
     def bare(self) -> Any:
         """Run the bare handler."""
@@ -219,7 +224,7 @@ class Bench:
         if name == "bare":
             return self.bare()
         database = self.folder / f"{secrets.token_hex(4)}.db"
-        fill(database, subscribers, 0)
+        fill(self.schema, database, subscribers, 0)
         return self.wxgpt(database)
 
     async def report(self) -> dict[str, Any]:
@@ -298,12 +303,11 @@ SELECT printf('oBench%022d %d', i, 10000000000000000 + i), printf('oBench%022d',
 """
 
 
-def fill(path: pathlib.Path, subscribers: int, exchanges: int) -> None:
+def fill(schema: str, path: pathlib.Path, subscribers: int, exchanges: int) -> None:
     """Make a database with exchanges, in which each subscriber has an open session.
 
     With exchanges, there are as many subscribers as have a hundred each.
     """
-    schema = (ROOT / "schema.sql").read_text("utf-8")
     count = exchanges // TURNS or subscribers
     values = {"now": int(time.time()), "subscribers": count, "each": SESSION_TURNS}
     values["answer"] = lean.SHORT * 3
@@ -384,11 +388,12 @@ async def measure_waiting(bench: Bench) -> None:
 async def keep_asking(
     bench: Bench, server: Server, lanes: int, messages: int
 ) -> list[Delivered]:
-    """Let subscribers ask one question after another."""
+    """Let subscribers ask one question after another, a few each."""
     seen = []
 
-    async def lane(subscriber: int) -> None:
-        for _ in range(messages // lanes):
+    async def lane(number: int) -> None:
+        for count in range(messages // lanes):
+            subscriber = number + lanes * (count // IN_A_ROW)
             seen.append(await bench.ask(server, subscriber, "short", 0))
 
     await asyncio.gather(*map(lane, range(lanes)))
@@ -397,8 +402,8 @@ async def keep_asking(
 
 async def ask_fast(bench: Bench, name: str, lanes: int, messages: int) -> dict:
     """Ask as fast as answers come; return the figures."""
-    async with bench.server(name, lanes) as server:
-        await keep_asking(bench, server, lanes, lanes)  # warm
+    async with bench.server(name, messages) as server:
+        await keep_asking(bench, server, lanes, 2 * lanes)  # warm
         cpu, began = server.cpu(), time.monotonic()
         seen = await keep_asking(bench, server, lanes, messages)
         seconds = time.monotonic() - began
@@ -413,7 +418,7 @@ async def ask_fast(bench: Bench, name: str, lanes: int, messages: int) -> dict:
 
 
 async def measure_short(bench: Bench) -> None:
-    """Measure short answers, fifty at a time; the sessions hold six or so each."""
+    """Measure short answers, fifty at a time."""
     rounds, messages = (1, 250) if bench.is_quick else (5, 1000)
     runs: dict[str, list[dict[str, float]]] = {"wxgpt": [], "bare": []}
     for name in ("wxgpt", "bare") * rounds:
@@ -433,14 +438,17 @@ async def view(server: Server, body: bytes | None) -> int:
     return (events or b"").count(b"\n\n")
 
 
-async def write_long(bench: Bench, name: str, count: int, viewers: int) -> dict:
+async def write_long(
+    bench: Bench, name: str, count: int, viewers: int
+) -> dict[str, float]:
     """Let long answers be written, the first of them watched; return the figures."""
+    share = 0.2 if bench.is_quick else 1.0  # of the 20 KB
     async with bench.server(name, count) as server:
         await bench.report()
         cpu = server.cpu()
 
         async def read(number: int) -> int:
-            seen = await bench.ask(server, number, "long", 0)
+            seen = await bench.ask(server, number, "long", share)
             return await view(server, seen.body) if number < viewers else 0
 
         events = await asyncio.gather(*map(read, range(count)))
@@ -451,7 +459,8 @@ async def write_long(bench: Bench, name: str, count: int, viewers: int) -> dict:
             ended |= report["ended"]
         await settle(server)
         cpu, peak = server.cpu() - cpu, server.memory()
-    return {"cpu": cpu, "peak": peak, "events": sum(events), "tokens": report["tokens"]}
+    tokens = int(share * report["tokens"])
+    return {"cpu": cpu, "peak": peak, "events": sum(events), "tokens": tokens}
 
 
 async def measure_long(bench: Bench) -> None:
@@ -481,7 +490,7 @@ async def timed(work: Coroutine) -> tuple[float, Any]:
 
 def run_stats(bench: Bench) -> float:
     """Return the seconds that `stats` takes."""
-    command = [sys.executable, ROOT / "wxgpt.py", "stats", "--json", "--config"]
+    command = [sys.executable, bench.program, "stats", "--json", "--config"]
     began = time.monotonic()
     path = bench.folder / "wxgpt.toml"
     subprocess.run([*command, path], check=True, stdout=subprocess.DEVNULL)
@@ -524,7 +533,7 @@ async def measure_stored(bench: Bench) -> None:
     databases = {size: bench.folder / f"stored-{size}.db" for size in sizes}
     runs: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
     for size, database in databases.items():
-        await asyncio.to_thread(fill, database, 0, size)
+        await asyncio.to_thread(fill, bench.schema, database, 0, size)
     for size in sizes * rounds:
         runs[size].append(await use_stored(bench, databases[size]))
     for size in sizes:
@@ -558,7 +567,7 @@ def environment_size() -> float:
 async def rest(bench: Bench, name: str, seconds: float) -> dict[str, float]:
     """Let a server do nothing; return the figures."""
     starts = []
-    for _ in range(1 if bench.is_quick else 4):
+    for _ in range(0 if bench.is_quick else 4):
         async with bench.server(name, 1) as server:
             starts.append(server.start_seconds)
     async with bench.server(name, 1) as server:
@@ -598,7 +607,7 @@ async def run_bench(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         folder, port = pathlib.Path(name), free_port()
         command = (__file__, "--role", "upstream", "--port", port)
         async with running(folder, port, *command) as upstream:
-            bench = Bench(folder, upstream, arguments.quick)
+            bench = Bench(folder, upstream, arguments.server, arguments.quick)
             for title in arguments.only or MEASURES:
                 await MEASURES[title](bench)
     return bench.rows
@@ -610,6 +619,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="see that it works")
     parser.add_argument("--json", metavar="FILE", help="write the rows there, too")
     parser.add_argument("--only", nargs="+", choices=MEASURES, metavar="NAME")
+    parser.add_argument(
+        "--server", type=pathlib.Path, default=ROOT / "wxgpt.py", help="the wxgpt.py"
+    )
     parser.add_argument("--role", help=argparse.SUPPRESS)  # of the other processes
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--upstream", help=argparse.SUPPRESS)

@@ -3,7 +3,7 @@
 The platform (`deliver`, `watch`) and the upstream (`serve_upstream`) speak just enough
 HTTP over bare sockets: a twentieth of what a simulator made for tests costs. A question
 says how it is to be answered: "q17 short 3.5 …" is number 17 of a run, answered with a
-short text after 3.5 seconds. Both ends tell time by the machine's monotonic clock.
+short text after 3.5 seconds; "long 0.2" asks for a fifth of 20 KB. Both ends tell time by the machine's monotonic clock.
 """
 
 import asyncio
@@ -65,6 +65,16 @@ def long_text() -> str:
     return (MARKDOWN * copies).encode()[:LONG_BYTES].decode("utf-8", "ignore")
 
 
+@dataclass(slots=True)
+class Stream:
+    """A long answer under way."""
+
+    name: str  # of the question
+    began: float
+    count: int  # tokens in all
+    sent: int = 0
+
+
 class Upstream:
     """What the chat API did: calls, when each answer's last byte left, its streams."""
 
@@ -73,7 +83,7 @@ class Upstream:
         self.ended: dict[str, float] = {}
         self.short = tokens_of(SHORT)
         self.long = tokens_of(long_text())
-        self.streams: dict[UpstreamLine, tuple[str, float, int]] = {}  # begun, sent
+        self.streams: dict[UpstreamLine, Stream] = {}
 
     def report(self) -> bytes:
         """Return what was seen since the last report, as JSON."""
@@ -89,7 +99,8 @@ class Upstream:
         loop = asyncio.get_running_loop()
         if kind == "long":
             line.write(HEAD + event({"role": "assistant", "content": ""}))
-            self.streams[line] = (name, loop.time(), 0)
+            count = int(float(seconds) * len(self.long))
+            self.streams[line] = Stream(name, loop.time(), count)
             return
         # The first token after its delay, the others in three writes more.
         pieces, size = tokens_of(f"{name}。") + self.short, len(self.short) // 3
@@ -113,13 +124,13 @@ class Upstream:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(TICK)
-            for line, (name, began, sent) in list(self.streams.items()):
-                due = min(len(self.long), int((loop.time() - began) / TICK))
-                self.streams[line] = (name, began, due)
-                line.write(b"".join(self.long[sent:due]))
-                if due == len(self.long):
+            for line, stream in list(self.streams.items()):
+                due = min(stream.count, int((loop.time() - stream.began) / TICK))
+                line.write(b"".join(self.long[stream.sent : due]))
+                stream.sent = due
+                if due == stream.count:
                     del self.streams[line]
-                    self.finish(line, TAIL, name)
+                    self.finish(line, TAIL, stream.name)
 
 
 class UpstreamLine(asyncio.Protocol):

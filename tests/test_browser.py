@@ -17,7 +17,6 @@ import time
 
 import pytest
 
-import wxgpt
 from conftest import ANN, BOB, ROOT
 from fake_openai import Script
 
@@ -31,7 +30,8 @@ else:
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 ARGUMENTS = "--headless=new --remote-debugging-port=0 --no-sandbox --disable-gpu"
 ARGUMENTS += " --disable-quic --no-first-run --disable-background-networking"
-ARGUMENTS += " --hide-scrollbars --disable-component-update --disable-sync --disable-dev-shm-usage"
+ARGUMENTS += " --hide-scrollbars --disable-component-update"
+ARGUMENTS += " --disable-sync --disable-dev-shm-usage"
 CACHE = pathlib.Path(tempfile.gettempdir()) / "wxgpt-axe"  # npm install --prefix
 AXE = "node_modules/axe-core/axe.min.js"
 REFUSED = "Failed to load resource"  # Chromium's line for any status of 400 and above
@@ -240,7 +240,7 @@ async def test_viewers_who_come_early_and_late_see_the_same(
 async def test_a_restart_in_mid_stream_starts_the_answer_over(
     browse, spawn, upstream, gate
 ):
-    """The new process writes it anew; the page takes back what it had, and ends whole."""
+    """The new process writes it anew; the page takes back what it had."""
     server, process = await spawn(wechat={"mute_guard": 0})
     await server.ask("/chatgpt")
     upstream.will(Script(["旧的一半", gate]), Script(["新的", gate, "整个。"]))
@@ -393,7 +393,7 @@ async def test_the_copy_button_copies(browse, server, upstream):
 async def test_the_copy_button_copies_in_an_old_browser(browse, server, upstream):
     """On a page without TLS, too: there is no navigator.clipboard."""
     old = "Object.defineProperty(navigator, 'clipboard', {value: undefined});"
-    old += "document.addEventListener('copy', () => {window.copied = String(getSelection())})"
+    old += "document.addEventListener('copy', () => {window.copied = `${getSelection()}`})"
     url = await page_of(server, upstream, RICH)
     page = await browse.open(url, old)
     await page.get_by_role("button", name="复制").click()
@@ -544,7 +544,7 @@ async def is_harmless(page):
 async def test_what_is_beyond_measure_stays_readable(
     browse, server, upstream, gate, piece
 ):
-    """100 KB without a space, brackets without end: whole, and no wider than a phone."""
+    """100 KB without a space, brackets without end: whole, as wide as a phone."""
     script = Script([piece, gate, "\n\n```\n码\n```\n完"])
     page = await browse.open(await page_of(server, upstream, script))
     await expect(page.locator(".asking")).to_contain_text("正在写")
@@ -640,7 +640,7 @@ async def test_a_page_weighs_less_than_15_kb(server, upstream, gate):
 
 
 async def test_the_history_is_found_by_its_index(server):
-    """No table is read through and nothing is sorted, however many exchanges there are."""
+    """No table is read through and nothing is sorted, whatever is in there."""
     store, queries = server.services.store, []
     await store.db.set_trace_callback(queries.append)
     await store.turns_of(ANN, 2**62, 50)
