@@ -1183,10 +1183,10 @@ def excerpt(text: str, length: int = 12) -> str:
 # 4. Store
 #
 # SQLite behind one aiosqlite connection in autocommit. A hop to its thread costs ten
-# times the statement, so a step is one statement where it can be; triggers in
-# schema.sql keep what always goes along. Every write takes the lock: all coroutines
-# share the connection, and a stranger's statement inside a transaction would be lost
-# with it.
+# times the statement, so a step is one statement where it can be, triggers in
+# schema.sql keep what always goes along, and all that waits hops together. A
+# transaction is one job of the thread: nobody's statement gets between, and nobody's
+# cancellation leaves it open.
 # ---------------------------------------------------------------------------
 
 SCHEMA = pathlib.Path(__file__).with_name("schema.sql")
@@ -1304,47 +1304,91 @@ def split_statements(script: str) -> Iterator[str]:
         yield statement
 
 
+Statement = tuple[str, dict[str, object]]
+
+
+def run_job(db: sqlite3.Connection, job: list[Statement]) -> list[list]:
+    """Run one statement, or several as a transaction; return the rows of each."""
+    if len(job) == 1:
+        return [db.execute(*job[0]).fetchall()]
+    try:
+        db.execute("BEGIN IMMEDIATE")
+        rows = [db.execute(*statement).fetchall() for statement in job]
+        db.execute("COMMIT")
+        return rows
+    finally:
+        if db.in_transaction:  # it failed; a full disk may have ended it already
+            db.execute("ROLLBACK")
+
+
+def run_jobs(db: sqlite3.Connection, jobs: list[list[Statement]]) -> list:
+    """Run jobs in their order; return the rows or the error of each.
+
+    Ends with an error, which may have waited long for a lock: the others learn theirs.
+    """
+    results: list = []
+    for job in jobs:
+        try:
+            results.append(run_job(db, job))
+        except (sqlite3.Error, ValueError, OverflowError) as error:
+            return [*results, error]
+    return results
+
+
 class Store:
     """All that outlives the process. `open_store` opens it; `close` ends its thread.
 
-    Coroutines may use it at the same time; writes queue for the lock.
+    Coroutines may use it at the same time; their statements run in the order given.
     """
 
     def __init__(self, db: aiosqlite.Connection) -> None:
         self.db = db
-        self.lock = asyncio.Lock()
+        self.waiting: list[tuple[list[Statement], asyncio.Future]] = []  # to be run
+        self.hop: asyncio.Future | None = None  # the thread is at work
         self.newest_push = 0  # newest timestamp of a signed push, seconds
         self.saved_push = 0  # the one in the database, up to a minute older
         self.secret = b""  # keys the hashes under which questions are counted
 
+    async def run(self, job: list[Statement]) -> list[list]:
+        """Run one statement, or several as a transaction; return the rows of each."""
+        result: asyncio.Future = asyncio.get_running_loop().create_future()
+        self.waiting.append((job, result))
+        if self.hop is None:
+            self.start_hop()
+        return await result
+
+    def start_hop(self) -> None:
+        """Let the thread run all that waits.
+
+        Together, by aiosqlite's inner call: a hop for each statement took as much
+        processor time as all else that wxgpt adds to a bare handler (docs/benchmark.md).
+        """
+        batch, self.waiting = self.waiting, []
+        jobs = [job for job, _ in batch]
+        work = self.db._execute(run_jobs, self.db._conn, jobs)
+        self.hop = asyncio.ensure_future(work)
+        self.hop.add_done_callback(functools.partial(self.end_hop, batch))
+
+    def end_hop(self, batch: list, hop: asyncio.Future) -> None:
+        """Hand out what the thread brought; send it what waits meanwhile."""
+        error = asyncio.CancelledError() if hop.cancelled() else hop.exception()
+        results = [error] * len(batch) if error else hop.result()
+        for (_, result), found in zip(batch, results):
+            if result.done():  # cancelled; its statements were run all the same
+                continue
+            if isinstance(found, BaseException):
+                result.set_exception(found)
+            else:
+                result.set_result(found)
+        self.waiting[:0] = batch[len(results) :]
+        self.hop = None
+        if self.waiting:
+            self.start_hop()
+
     async def rows(self, query: str, **values: object) -> list:
-        """Return all rows of a query; one hop, and no cursor stays open."""
-        return list(await self.db.execute_fetchall(query, values))
-
-    async def write(self, query: str, **values: object) -> list:
-        """Run one statement that writes; return what it returns."""
-        async with self.lock:
-            return await self.rows(query, **values)
-
-    @contextlib.asynccontextmanager
-    async def transaction(self) -> AsyncIterator[None]:
-        """Hold the lock, make the statements inside one; a failure undoes them."""
-        async with self.lock:
-            is_whole = False
-            try:
-                await self.rows("BEGIN IMMEDIATE")
-                yield
-                await self.rows("COMMIT")
-                is_whole = True
-            finally:
-                # Also on cancellation: left open, it would swallow all later writes.
-                if not is_whole:
-                    await asyncio.shield(self.roll_back())
-
-    async def roll_back(self) -> None:
-        """Undo the open transaction, if there is one."""
-        with contextlib.suppress(sqlite3.OperationalError):
-            await self.rows("ROLLBACK")
+        """Return all rows of a statement; no cursor stays open."""
+        [rows] = await self.run([(query, values)])
+        return rows
 
     async def migrate(self) -> None:
         """Run the new steps of schema.sql; raise StoreError for a newer database."""
@@ -1354,16 +1398,16 @@ class Store:
             known = f"this wxgpt knows up to {len(steps)}: install a newer one"
             raise StoreError(f"the database is of version {version}, {known}")
         for number, step in enumerate(steps[version:], version + 1):
-            async with self.transaction():
-                for statement in split_statements(step):
-                    await self.rows(statement)
-                await self.rows(f"PRAGMA user_version = {number}")
+            statements = [*split_statements(step), f"PRAGMA user_version = {number}"]
+            await self.run([(statement, {}) for statement in statements])
         [(newest, secret)] = await self.rows("SELECT newest_push, secret FROM platform")
         self.newest_push = self.saved_push = newest
         self.secret = secret
 
     async def close(self) -> None:
         """End the connection and its thread, without which the process lives on."""
+        while self.hop:
+            await asyncio.wait({self.hop})
         await self.db.close()
 
     # Messages and replies
@@ -1373,7 +1417,7 @@ class Store:
         self.newest_push = max(self.newest_push, timestamp)
         if self.newest_push >= self.saved_push + 60:
             self.saved_push = self.newest_push
-            await self.write("UPDATE platform SET newest_push = :at", at=timestamp)
+            await self.rows("UPDATE platform SET newest_push = :at", at=timestamp)
 
     async def recall(self, key: str, openid: str, now: float) -> Memory:
         """Return what is stored around a message, in one hop."""
@@ -1415,47 +1459,39 @@ class Store:
         """
         values = {name: getattr(reply, name) for name in ("key", "openid", "content")}
         values |= {n: getattr(reply, n) for n in ("created", "turn_id", "delivered")}
-        if not (reply.offered or reply.sent or reply.read):
-            await self.write(insert, unread=unread, **values)
-            return
-        async with self.transaction():
-            await self.rows(insert, unread=unread, **values)
-            await self.save_parts(reply)
+        values |= {"unread": unread}
+        await self.run([(insert, values), *self.part_statements(reply)])
 
-    async def save_parts(self, reply: Reply) -> None:
-        """Store what a reply says about parts, inside its transaction."""
+    def part_statements(self, reply: Reply) -> Iterator[Statement]:
+        """Yield what stores what a reply says about parts, in its transaction."""
         for part in filter(None, (reply.sent, reply.offered)):
-            await self.rows(
-                "INSERT OR IGNORE INTO part"
-                " (openid, number, turn_id, start, generation, offered_at)"
-                " VALUES (:openid, :number, :turn, :start, :generation, :at)",
-                openid=reply.openid,
-                number=part.number,
-                turn=part.turn_id,
-                start=part.start,
-                generation=part.generation,
-                at=reply.created,
-            )
+            insert = """
+                INSERT OR IGNORE INTO part
+                    (openid, number, turn_id, start, generation, offered_at)
+                VALUES (:openid, :number, :turn_id, :start, :generation, :at)
+            """
+            values = {"openid": reply.openid, "number": part.number, "start": part.start}
+            values |= {"turn_id": part.turn_id, "generation": part.generation}
+            yield insert, values | {"at": reply.created}
         if reply.sent:
-            await self.rows(
-                "UPDATE part SET reply = :reply, stop = :stop"
-                " WHERE openid = :openid AND number = :number AND reply IS NULL",
-                reply=reply.content,
-                stop=reply.stop,
-                openid=reply.openid,
-                number=reply.sent.number,
-            )
-            await self.rows(
-                "UPDATE turn SET unread = NULL, replied = 1,"
-                " delivered = coalesce(delivered, 'part') WHERE id = :id",
-                id=reply.sent.turn_id,
-            )
-        await self.rows("UPDATE turn SET unread = NULL WHERE id = :id", id=reply.read)
+            update = """
+                UPDATE part SET reply = :reply, stop = :stop
+                WHERE openid = :openid AND number = :number AND reply IS NULL
+            """
+            values = {"openid": reply.openid, "number": reply.sent.number}
+            yield update, values | {"reply": reply.content, "stop": reply.stop}
+            update = """
+                UPDATE turn SET unread = NULL, replied = 1,
+                    delivered = coalesce(delivered, 'part') WHERE id = :id
+            """
+            yield update, {"id": reply.sent.turn_id}
+        if reply.read:
+            yield "UPDATE turn SET unread = NULL WHERE id = :id", {"id": reply.read}
 
     async def mark_delivered(self, turn_id: int, how: str | None) -> None:
         """Correct how an answer was delivered: another attempt took it, or none."""
         query = "UPDATE turn SET delivered = :how WHERE id = :id"
-        await self.write(query, how=how, id=turn_id)
+        await self.rows(query, how=how, id=turn_id)
 
     async def mark_read(self, turn_id: int) -> None:
         """Note that an answer was read on its page; a full disk costs only that."""
@@ -1464,7 +1500,7 @@ class Store:
             WHERE id = :id
         """
         with contextlib.suppress(sqlite3.OperationalError):
-            await self.write(query, id=turn_id)
+            await self.rows(query, id=turn_id)
 
     # Sessions
 
@@ -1474,7 +1510,7 @@ class Store:
             INSERT INTO session (openid, assistant, opened_at, last_at)
             VALUES (:openid, :assistant, :now, :now) RETURNING id
         """
-        [(number,)] = await self.write(
+        [(number,)] = await self.rows(
             query, openid=openid, assistant=assistant, now=now
         )
         return Session(number, openid, assistant, now)
@@ -1482,13 +1518,13 @@ class Store:
     async def end_session(self, session_id: int, now: float, text: str | None) -> None:
         """End a session, with the text that found it run out."""
         query = "UPDATE session SET ended_at = :now, lapsed_text = :text WHERE id = :id"
-        await self.write(query, now=now, text=text, id=session_id)
+        await self.rows(query, now=now, text=text, id=session_id)
 
     async def touch_session(self, session_id: int, now: float) -> None:
         """Let the idle time count from now; a full disk costs only that."""
         query = "UPDATE session SET last_at = :now WHERE id = :id"
         with contextlib.suppress(sqlite3.OperationalError):
-            await self.write(query, now=now, id=session_id)
+            await self.rows(query, now=now, id=session_id)
 
     async def lapsed_session(self, openid: str, since: float) -> Session | None:
         """Return the newest session if it ran out and a text waits in it."""
@@ -1506,12 +1542,12 @@ class Store:
             UPDATE session SET ended_at = NULL, lapsed_text = NULL, last_at = :now
             WHERE id = :id
         """
-        await self.write(query, now=now, id=session_id)
+        await self.rows(query, now=now, id=session_id)
 
     async def add_picture(self, openid: str, url: str, now: float) -> None:
         """Keep a picture for the next question; a trigger drops those beyond four."""
         query = "INSERT INTO picture (openid, url, created_at) VALUES (:o, :url, :now)"
-        await self.write(query, o=openid, url=url, now=now)
+        await self.rows(query, o=openid, url=url, now=now)
 
     # Turns
 
@@ -1541,7 +1577,7 @@ class Store:
             "counted_as": self.counted_as(turn.openid),
             "most_of_all": most_of_all,
         }
-        rows = await self.write(query, **columns)
+        rows = await self.rows(query, **columns)
         return replace(turn, id=rows[0][0]) if rows else None
 
     def counted_as(self, openid: str) -> str:
@@ -1557,7 +1593,7 @@ class Store:
 
     async def count_asking(self, turn_id: int) -> None:
         """Count that a stored question now goes to the model, before it does."""
-        await self.write("UPDATE turn SET asked = asked + 1 WHERE id = :id", id=turn_id)
+        await self.rows("UPDATE turn SET asked = asked + 1 WHERE id = :id", id=turn_id)
 
     async def save_texts(self, texts: list[tuple[str, int, int]]) -> None:
         """Store what is written so far: text, generation, turn."""
@@ -1565,9 +1601,8 @@ class Store:
             UPDATE turn SET answer = :text, generation = :generation
             WHERE id = :id AND state = 'open'
         """
-        async with self.transaction():
-            for text, generation, number in texts:
-                await self.rows(query, text=text, generation=generation, id=number)
+        names = ("text", "generation", "id")
+        await self.run([(query, dict(zip(names, values))) for values in texts])
 
     async def finish_turn(self, turn_id: int, columns: dict[str, object]) -> None:
         """Store the end of an answer: its columns by name, in one statement."""
@@ -1579,7 +1614,7 @@ class Store:
                 pictures = iif(:state IN ('failed', 'broken'), pictures, NULL)
             WHERE id = :id
         """
-        await self.write(query, id=turn_id, **columns)
+        await self.rows(query, id=turn_id, **columns)
 
     async def history(self, turn: Turn, chars: int) -> list[tuple[str, str]]:
         """Return whole exchanges before a turn, oldest first, within `chars`."""
@@ -1673,7 +1708,7 @@ class Store:
             INSERT INTO history_link (key, openid, created_at, expires_at)
             VALUES (:key, :openid, :now, :at)
         """
-        await self.write(query, key=key, openid=openid, now=time.time(), at=expires_at)
+        await self.rows(query, key=key, openid=openid, now=time.time(), at=expires_at)
         return key
 
     async def history_owner(self, key: str) -> tuple[str, float] | None:
@@ -1684,7 +1719,7 @@ class Store:
     async def ask_forget(self, openid: str, now: float) -> None:
         """Note that a subscriber asked for deletion and has yet to confirm it."""
         query = "REPLACE INTO forget_request (openid, asked_at) VALUES (:openid, :at)"
-        await self.write(query, openid=openid, at=now)
+        await self.rows(query, openid=openid, at=now)
 
     async def forget_asked_at(self, openid: str) -> float:
         """Return when a subscriber asked for deletion, in Unix seconds; 0: never."""
@@ -1696,16 +1731,15 @@ class Store:
         """Delete all that is stored about a subscriber, from the files too."""
         tables = ["session", "turn", "part", "reply", "picture", "history_link"]
         tables += ["forget_request"]
-        async with self.transaction():
-            for table in tables:
-                await self.rows(f"DELETE FROM {table} WHERE openid = :o", o=openid)
+        values = {"o": openid}
+        await self.run([(f"DELETE FROM {t} WHERE openid = :o", values) for t in tables])
         # secure_delete overwrites in the file; the WAL holds old pages until truncated.
-        await self.write("PRAGMA wal_checkpoint(TRUNCATE)")
+        await self.rows("PRAGMA wal_checkpoint(TRUNCATE)")
 
     async def prune(self, now: float, link_seconds: float, keep_days: float) -> None:
         """Delete what has served its time: replies, links, counts, old exchanges."""
         query = "DELETE FROM quota WHERE day < :day"
-        await self.write(query, day=beijing_day(now))
+        await self.rows(query, day=beijing_day(now))
         for table, column, seconds in (
             ("reply", "created", REPLY_HOURS * 3600),
             ("history_link", "expires_at", link_seconds),
@@ -1713,22 +1747,21 @@ class Store:
             ("picture", "created_at", PICTURE_SECONDS),
         ):
             query = f"DELETE FROM {table} WHERE {column} < :at"
-            await self.write(query, at=now - seconds)
+            await self.rows(query, at=now - seconds)
         if keep_days:
             await self.delete_before(now - keep_days * 86400)
 
     async def delete_before(self, at: float) -> None:
         """Delete the exchanges before a time, from the files too."""
-        async with self.transaction():
-            gone = "DELETE FROM turn WHERE created_at < :at AND state <> 'open' RETURNING 1"
-            count = len(await self.rows(gone, at=at))
-            await self.rows("DELETE FROM reply WHERE created < :at", at=at)
-            await self.rows(
-                "DELETE FROM session WHERE ended_at < :at OR last_at < :at"
-                " AND NOT EXISTS (SELECT 1 FROM turn WHERE session_id = session.id)",
-                at=at,
-            )
-        await self.write("PRAGMA wal_checkpoint(TRUNCATE)")
+        queries = (
+            "DELETE FROM turn WHERE created_at < :at AND state <> 'open' RETURNING 1",
+            "DELETE FROM reply WHERE created < :at",
+            "DELETE FROM session WHERE (ended_at < :at OR last_at < :at)"
+            " AND NOT EXISTS (SELECT 1 FROM turn WHERE session_id = session.id)",
+        )
+        gone, *_ = await self.run([(query, {"at": at}) for query in queries])
+        count = len(gone)
+        await self.rows("PRAGMA wal_checkpoint(TRUNCATE)")
         log.info("%d exchanges older than keep_days deleted", count)
 
 

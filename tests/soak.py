@@ -248,7 +248,9 @@ def verdict(samples: list[Sample], process: Process, status: int) -> int:
     return 1 if wrong else 0
 
 
-async def soak(minutes: int, subscribers: int, folder: pathlib.Path) -> int:
+async def soak(
+    minutes: int, subscribers: int, folder: pathlib.Path, log: pathlib.Path | None
+) -> int:
     """Start everything, measure, stop; return the exit status."""
     port, limitless = free_port(), aiohttp.TCPConnector(limit=0, force_close=True)
     process = Process(folder / "wxgpt.toml", port)
@@ -270,6 +272,8 @@ async def soak(minutes: int, subscribers: int, folder: pathlib.Path) -> int:
             for task in living:
                 task.cancel()
             status = await process.end()
+            if log:
+                log.write_text("".join(process.log), "utf-8")
         for counted in (traffic.did, +traffic.faults):
             print(", ".join(f"{count} {name}" for name, count in counted.most_common()))
         return verdict(samples, process, status)
@@ -280,13 +284,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=int, default=10)
     parser.add_argument("--subscribers", type=int, default=50)
+    parser.add_argument("--log", type=pathlib.Path, help="where to keep the server's log")
     arguments = parser.parse_args()
     # The fake upstream's streams break on purpose.
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder:
-        return asyncio.run(
-            soak(arguments.minutes, arguments.subscribers, pathlib.Path(folder))
-        )
+        options = (arguments.minutes, arguments.subscribers, pathlib.Path(folder))
+        return asyncio.run(soak(*options, arguments.log))
 
 
 if __name__ == "__main__":

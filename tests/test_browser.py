@@ -393,7 +393,8 @@ async def test_the_copy_button_copies(browse, server, upstream):
 async def test_the_copy_button_copies_in_an_old_browser(browse, server, upstream):
     """On a page without TLS, too: there is no navigator.clipboard."""
     old = "Object.defineProperty(navigator, 'clipboard', {value: undefined});"
-    old += "document.addEventListener('copy', () => {window.copied = `${getSelection()}`})"
+    old += "document.addEventListener("
+    old += "'copy', () => {window.copied = `${getSelection()}`})"
     url = await page_of(server, upstream, RICH)
     page = await browse.open(url, old)
     await page.get_by_role("button", name="复制").click()
@@ -571,7 +572,7 @@ async def test_the_history_is_readable_at_a_glance(browse, server, upstream):
     """Days as headings, newest first; a long answer folded; a failed one marked."""
     await page_of(server, upstream, LONG, "头一个")
     store = server.services.store
-    await store.write("UPDATE turn SET created_at = created_at - 86400 * 2")
+    await store.rows("UPDATE turn SET created_at = created_at - 86400 * 2")
     await page_of(server, upstream, Script("", status=401), "没成的")
     page = await browse.open(await history_of(server))
     await expect(page.locator(".note").first).to_contain_text("只给自己看")
@@ -608,7 +609,7 @@ async def test_a_folded_answer_opens_without_script(browse, server, upstream):
 
 async def test_older_exchanges_are_behind_a_link(browse, server):
     """Fifty on the first page, the rest behind it."""
-    await server.services.store.write(TURNS, count=51, o=ANN, at=time.time())
+    await server.services.store.rows(TURNS, count=51, o=ANN, at=time.time())
     page = await browse.open(await history_of(server))
     await expect(page.locator("article")).to_have_count(50)
     await page.get_by_role("link", name="更早的记录").click()
