@@ -71,6 +71,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import statistics
 import string
 import sys
 import tempfile
@@ -792,6 +793,10 @@ def formula(state: StateInline, silent: bool) -> bool:
     return True
 
 
+# Lines that begin with a letter and have nothing that Markdown reads: most short answers.
+UNMARKED_LINE = r"[^\W\d_](?:[^\n\r\0\\`*_\[\]<&$~|]*[^\s\0\\`*_\[\]<&$~|])?"
+UNMARKED = re.compile(rf"(?:{UNMARKED_LINE}\n{{1,2}})*{UNMARKED_LINE}")
+
 MARKDOWN.inline.ruler.at("emphasis", emphasis)
 MARKDOWN.inline.ruler.before("escape", "formula", formula)
 
@@ -944,6 +949,8 @@ def plain_text(markdown: str, opener: str = "") -> str:
 
     `opener` puts a slice back into the fence or table that is open where it begins.
     """
+    if not opener and UNMARKED.fullmatch(markdown):
+        return markdown  # parsing it took a tenth of a short message's processor time
     if indent := len(opener) - len(opener.lstrip()):  # a fence inside a list
         markdown = re.sub(rf"(?m)^[ \t]{{1,{indent}}}", "", markdown)
         opener = opener.lstrip()
@@ -1137,8 +1144,9 @@ class BlockedWords:
 
     def are_in(self, text: str) -> bool:
         """Say whether a text has one of the words."""
-        form = "".join(form for _, form in clusters(text))
-        return bool(self.words and self.words.search(form))
+        if self.words is None:
+            return False
+        return bool(self.words.search("".join(form for _, form in clusters(text))))
 
 
 class WordGuard:
@@ -1150,10 +1158,9 @@ class WordGuard:
 
     def feed(self, delta: str, is_end: bool = False) -> tuple[str, bool]:
         """Return what may be shown now, and whether a blocked word came."""
-        self.held += ILLEGAL.sub("", delta)  # nobody will see it between two letters
         if self.words is None:
-            shown, self.held = self.held, ""
-            return shown, False
+            return delta, False
+        self.held += ILLEGAL.sub("", delta)  # nobody will see it between two letters
         forms = list(clusters(self.held))
         if self.words.search("".join(form for _, form in forms)):
             return "", True
@@ -2058,13 +2065,20 @@ class Deadline:
         self.end = end  # loop's clock
         first = asyncio.get_running_loop().time() + settings.first_token_timeout
         self.timeout = asyncio.timeout_at(min(end, first))
+        self.moved_at = 0.0  # loop's clock; a timer for every token is not set for free
 
     def note(self, delta: object) -> None:
-        """Let the idle time begin again if a delta has text, or hidden reasoning."""
+        """Let the idle time begin again if a delta has text, or hidden reasoning.
+
+        It lasts up to a tenth longer, so that the timer is seldom moved.
+        """
         names = ("content", "refusal", "reasoning_content", "reasoning")
-        if isinstance(delta, dict) and any(delta.get(name) for name in names):
-            now = asyncio.get_running_loop().time()
-            self.timeout.reschedule(min(self.end, now + self.idle))
+        now = asyncio.get_running_loop().time()
+        if now - self.moved_at < 0.1 * self.idle or not isinstance(delta, dict):
+            return
+        if any(delta.get(name) for name in names):
+            self.moved_at = now
+            self.timeout.reschedule(min(self.end, now + 1.1 * self.idle))
 
 
 class ChatClient:
@@ -2148,21 +2162,21 @@ class ChatClient:
                 yield item
             return
         thoughts = ThoughtFilter()
-        events = read_stream(response)
         reason, usage, model = "", {}, self.settings.model
-        async for event in events:
-            if event is None:
-                reason = "stop"
-                break
-            choice = first_choice(event)
-            deadline.note(choice.get("delta"))
-            usage = event.get("usage") or usage
-            model = event.get("model") or model
-            if text := thoughts.feed(visible_text(choice.get("delta"))):
-                yield text
-            if reason := str(choice.get("finish_reason") or ""):
-                usage = await read_usage(events) or usage
-                break
+        async with contextlib.aclosing(read_stream(response)) as events:
+            async for event in events:
+                if event is None:
+                    reason = "stop"
+                    break
+                choice = first_choice(event)
+                deadline.note(choice.get("delta"))
+                usage = event.get("usage") or usage
+                model = event.get("model") or model
+                if text := thoughts.feed(visible_text(choice.get("delta"))):
+                    yield text
+                if reason := str(choice.get("finish_reason") or ""):
+                    usage = await read_usage(events) or usage
+                    break
         if not reason:
             raise ChatError("broken", "the stream ended without an end", True)
         if text := thoughts.flush():
@@ -3500,7 +3514,7 @@ async def reply_to(services: Services, attempt: Attempt) -> Reply | None:
     if delivery.reply is None:
         decide(services, delivery, attempt.number + delivery.earlier)
     if delivery.stored:
-        left = over - wechat.margin / 4 - answers.loop.time()
+        left = over - wechat.margin / 2 - answers.loop.time()
         await asyncio.wait({delivery.stored}, timeout=max(0, left))
     return delivery.reply
 
@@ -4022,7 +4036,8 @@ async def read_push(request: web.Request) -> Message | web.Response:
     if not services.cipher and not await is_from_wechat(services, request):
         return web.Response(status=403)
     try:
-        body = await asyncio.wait_for(request.read(), BODY_SECONDS)
+        async with asyncio.timeout(BODY_SECONDS):
+            body = await request.read()
     except (TimeoutError, ConnectionResetError):  # stalled, or hung up in the middle
         return cut_line(request)
     except web.RequestPayloadError:
@@ -4464,6 +4479,7 @@ async def run_server(config: Config) -> None:
 # it. `stats` says who asked how much. Neither creates a database.
 # ---------------------------------------------------------------------------
 
+ITSELF = "this machine may not reach itself from outside: try a phone"
 MARKS = {"ok": ("✓", "32"), "warn": ("!", "33"), "fail": ("✗", "31")}
 DISK_BYTES = 200 * 1024 * 1024
 CLOCK_SECONDS = 60
@@ -4606,14 +4622,20 @@ class Doctor:
                 )
             certificate = writer.get_extra_info("peercert")
             writer.close()
-        except (OSError, TimeoutError) as error:
-            mend = "use the full chain (fullchain.pem) and a name the certificate has"
-            self.say("fail", "certificate", str(error) or "no answer", mend)
+        except ssl.SSLError as error:
+            found = getattr(error, "verify_message", "") or str(error)
+            mend = "renew it, with the full chain (fullchain.pem) and this host's name"
+            self.say("fail", "certificate", found, mend)
+            return
+        except OSError as error:
+            found = str(error) or "no answer"
+            self.say("warn", "certificate", found, ITSELF)
             return
         until = ssl.cert_time_to_seconds(certificate["notAfter"])
         days = (until - time.time()) / 86400
-        grade = "ok" if days > CERTIFICATE_DAYS else "warn"
-        self.say(grade, "certificate", f"good for {days:.0f} days")
+        is_long = days > CERTIFICATE_DAYS
+        grade, mend = ("ok", "") if is_long else ("warn", "see that it is renewed")
+        self.say(grade, "certificate", f"good for {days:.0f} days", mend)
 
     async def check_verification(self, http: aiohttp.ClientSession) -> None:
         """Ask what WeChat's console asks, through the public URL."""
@@ -4626,12 +4648,14 @@ class Doctor:
             query = {"signature": signature, "timestamp": stamp, "nonce": nonce}
             kind = "right signature" if status == 200 else "wrong signature"
             what = f"verification with a {kind} at {path}"
-            try:
-                async with http.get(path, params=query | {"echostr": echo}) as response:
+            query["echostr"] = echo
+            try:  # WeChat follows no redirect
+                async with http.get(
+                    path, params=query, allow_redirects=False
+                ) as response:
                     text, found = await response.text(), response.status
-            except (aiohttp.ClientError, OSError) as error:
-                mend = "this machine may not reach itself from outside: try a phone"
-                self.say("warn", what, type(error).__name__, mend)
+            except (aiohttp.ClientError, OSError, UnicodeError) as error:
+                self.say("warn", what, type(error).__name__, ITSELF)
                 return
             if found == status and (status == 403 or text == echo):
                 self.say("ok", what, f"status {found}")
@@ -4648,7 +4672,10 @@ class Doctor:
                     times.append(time.monotonic())
         except (aiohttp.ClientError, OSError):
             return  # said before
-        if len(times) > 1 and times[-1] - times[0] > SLOW_STREAM_SECONDS:
+        if response.status != 200:
+            mend = "the proxy must pass /a/, /h/ and /healthz to wxgpt, too"
+            self.say("fail", "live pages", f"status {response.status}", mend)
+        elif len(times) > 1 and times[-1] - times[0] > SLOW_STREAM_SECONDS:
             self.say("ok", "live pages", "events come through as they are written")
         else:
             mend = "switch the proxy's buffering off for /a/ (see docs)"
@@ -4704,8 +4731,8 @@ def summarise(rows: list[sqlite3.Row]) -> dict[str, object]:
         "failures": sum(row["state"] in bad for row in rows),
         "tokens_in": sum(row["tokens_in"] or 0 for row in rows),
         "tokens_out": sum(row["tokens_out"] or 0 for row in rows),
-        "median_seconds": seconds[len(seconds) // 2] if seconds else None,
-        "p95_seconds": seconds[int(len(seconds) * 0.95)] if seconds else None,
+        "median_seconds": statistics.median(seconds) if seconds else None,
+        "p95_seconds": seconds[-(-95 * len(seconds) // 100) - 1] if seconds else None,
         "delivered": {way: ways[way] for way in DELIVERED},
     }
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 import aiohttp
+
 from wechat import WeChat
 
 WXGPT = Path(__file__).parents[1] / "wxgpt.py"

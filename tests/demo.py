@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Self
 
 import aiohttp
+
 from child import Child, ChildError, is_healthy, read_platform
 from fake_openai import FakeOpenAI, Script, fails, says
 from terminal import DIM, Lines, Screen, talk

@@ -29,6 +29,7 @@ HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import aiohttp  # noqa: E402
+
 from conftest import TOKEN, Process, free_port, toml  # noqa: E402
 from fake_openai import FakeOpenAI, Script, fails, says, split  # noqa: E402
 from wechat import Seen, WeChat  # noqa: E402

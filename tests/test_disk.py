@@ -14,7 +14,7 @@ import sys
 import pytest
 
 import conftest
-from conftest import ANN, BOB, Process, merged, toml
+from conftest import ANN, BOB, Process, toml
 from fake_openai import Script, says
 from test_parts import LONG
 

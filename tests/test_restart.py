@@ -7,7 +7,7 @@ import pytest
 
 from conftest import ANN, UNIT
 from fake_openai import Script, says
-from test_parts import LONG, words
+from test_parts import LONG
 
 
 async def crash(process):

@@ -11,8 +11,17 @@ import pytest
 from aiohttp import web
 
 from fake_openai import FakeOpenAI, Script, Thought, fails, says
-from wechat import FAULT, BadReply, Crypt, Push, Seen, WeChat
-from wechat import parse_tap, parse_xml, sign
+from wechat import (
+    FAULT,
+    BadReply,
+    Crypt,
+    Push,
+    Seen,
+    WeChat,
+    parse_tap,
+    parse_xml,
+    sign,
+)
 
 ANNA = "oQx7Zt1BvK9mHdLr3PwYc8SgNf20"
 TOKEN = "a-token"

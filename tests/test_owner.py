@@ -1,0 +1,540 @@
+"""What the owner runs at a shell: `check` and `stats`, as processes of their own."""
+
+import asyncio
+import contextlib
+import datetime
+import ipaddress
+import json
+import os
+import pathlib
+import pty
+import re
+import socket
+import sqlite3
+import ssl
+import subprocess
+import sys
+import time
+
+import pytest
+from aiohttp import ClientSession, web
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from conftest import ANN, BOB, ROOT, TOKEN, free_port, merged, toml
+from fake_openai import Script, Thought, fails, says
+
+PORT_LINE = "✗ public_url: port "
+DAY = 86400
+
+
+async def run(path, *words, env=None, prefix=()):
+    """Run a command of the owner's; return exit status, stdout and stderr."""
+    command = [*prefix, sys.executable, str(ROOT / "wxgpt.py"), *words]
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        "--config",
+        str(path),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        cwd=path.parent,
+        env=os.environ | (env or {}),
+    )
+    out, err = await asyncio.wait_for(process.communicate(), 60)
+    assert b"Traceback" not in out + err
+    return process.returncode, out.decode(), err.decode()
+
+
+def bad(text):
+    """Return the findings that are not good, but for the port's that loopback has."""
+    lines = [line for line in text.splitlines() if line[:1] in "!✗" and line]
+    return [line for line in lines if not line.startswith(PORT_LINE)]
+
+
+@pytest.fixture
+def check(settings, tmp_path):
+    """Run `check` with a server address of its own; gives status and output."""
+
+    async def start(env=None, prefix=(), **changes):
+        port, path = free_port(), tmp_path / "check.toml"
+        own = {
+            "public_url": f"http://127.0.0.1:{port}",
+            "server": {"port": port},
+            "wechat": {"attempt_timeout": 5},
+        }
+        path.write_text(toml(merged(merged(settings, own), changes)), "utf-8")
+        status, out, err = await run(path, "check", env=env, prefix=prefix)
+        assert err == ""
+        return status, out
+
+    return start
+
+
+async def assert_found(checking, *lines, status=1):
+    """Let a check find these lines and no other, each with how to mend it."""
+    code, out = await checking
+    found = bad(out)
+    assert len(found) == len(lines), out
+    for line, pattern in zip(found, lines, strict=True):
+        assert re.search(pattern, line), out
+        assert " → " in line
+    assert code == status
+
+
+@contextlib.asynccontextmanager
+async def serving(handler, port=0, tls=None):
+    """Serve every request with one handler on loopback; gives the port."""
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", handler)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", port, ssl_context=tls).start()
+    try:
+        yield runner.addresses[0][1]
+    finally:
+        await runner.cleanup()
+
+
+def proxy_to(port, missing=None):
+    """Make a proxy that reads a whole response before it passes it on."""
+
+    async def handler(request):
+        if missing and request.path.startswith(missing):
+            return web.Response(status=404, text="not here")
+        url = f"http://127.0.0.1:{port}{request.raw_path}"
+        async with ClientSession() as http, http.get(url) as response:
+            return web.Response(status=response.status, body=await response.read())
+
+    return handler
+
+
+# check
+
+
+async def test_all_is_good(check, upstream, settings):
+    """Each thing has its line; only WeChat's port is missing on loopback."""
+    status, out = await check()
+    assert bad(out) == []
+    whats = ["settings", "database", "port", "clock", "assistant chatgpt"]
+    whats += ["verification with a right", "verification with a wrong", "live pages"]
+    assert all(f"✓ {what}" in out for what in whats)
+    assert status == 1 and out.count(PORT_LINE) == 1
+    assert len(upstream.requests) == 1
+
+
+async def test_it_works_while_the_server_runs(spawn, tmp_path):
+    """The server that holds the port is known, and asked."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    await spawn(server={"port": port}, public_url=url, wechat={"attempt_timeout": 5})
+    status, out, err = await run(tmp_path / "wxgpt.toml", "check")
+    assert bad(out) == [] and err == "" and status == 1
+    assert f"✓ port: {port}, wxgpt is serving on it" in out
+    assert re.search(r"✓ database: .*test\.db, \d+\.\d MB, ", out)
+    assert "✓ live pages" in out
+
+
+async def test_it_creates_no_database(check, settings):
+    """A check before the first start leaves nothing behind."""
+    _, out = await check()
+    path = pathlib.Path(settings["database"]["path"])
+    assert f"{path} will be created at the first start" in out
+    assert [file.name for file in path.parent.iterdir()] == ["check.toml"]
+
+
+async def test_it_ends_with_what_the_console_wants(check, settings):
+    """The values are those of the settings, ready to be typed."""
+    _, out = await check(public_url="https://127.0.0.1:9")
+    assert re.search(r"URL +https://127\.0\.0\.1:9/wechat\n", out)
+    assert re.search(rf"Token +{TOKEN}\n", out)
+    assert re.search(r"EncodingAESKey +随机生成即可\n", out)
+    assert "明文模式" in out and "个人订阅号不能用" in out
+    assert "sk-verySecret" not in out
+
+
+async def test_in_safe_mode_it_ends_with_the_key(check):
+    """The key and the mode are those of the settings, and verification passes."""
+    safe = {"attempt_timeout": 5, "app_id": "wx0123456789abcdef", "aes_key": "k" * 43}
+    _, out = await check(wechat=safe)
+    assert bad(out) == []
+    assert re.search(r"EncodingAESKey +k{43}\n", out) and "安全模式" in out
+
+
+@pytest.mark.parametrize(
+    "script, line",
+    [
+        (fails(401), r"✗ assistant chatgpt: setup: .*api_key"),
+        (fails(429, code="insufficient_quota"), r"✗ assistant chatgpt: .*balance"),
+        (Script([Thought("嗯……"), Thought("好")]), r"✗ .* without a word → .*extra"),
+    ],
+    ids=["wrong key", "no balance", "thinking only"],
+)
+async def test_what_is_wrong_with_the_model_is_said(check, upstream, script, line):
+    """A refusal and an empty answer are failures."""
+    upstream.will(script)
+    await assert_found(check(), line)
+
+
+async def test_a_slow_first_token_is_a_warning(check, upstream):
+    """It says that thinking may be the reason."""
+    upstream.will(says("好", after=0.9))
+    slow = check(wechat={"attempt_timeout": 1})
+    await assert_found(slow, r"^! assistant .*first token after .* s → .*thinking")
+
+
+async def test_an_upstream_that_is_down_is_said(check):
+    """The clock cannot be read from it, and the model cannot be asked."""
+    down = {"chatgpt": {"base_url": f"http://127.0.0.1:{free_port()}/v1"}}
+    status, out = await check(assistants=down)
+    assert [line[:9] for line in bad(out)] == ["! clock: ", "✗ assista"]
+    assert "unreachable" in bad(out)[1] and "base_url, proxy and DNS" in bad(out)[1]
+    assert status == 1
+
+
+async def test_each_assistant_is_asked(check, upstream, settings):
+    """A broken one does not hide the others."""
+    broken = {"base_url": upstream.base_url, "api_key": "sk-x", "model": "none"}
+    upstream.will("好", fails(404))
+    checking = check(assistants={"broken": broken})
+    await assert_found(checking, r"✗ assistant broken: setup: .*model")
+
+
+async def test_a_clock_that_is_off_is_said(check):
+    """The upstream's Date header is what counts."""
+
+    async def late(request):
+        message = {"message": {"content": "好"}, "finish_reason": "stop"}
+        date = "Wed, 01 Jan 2020 00:00:00 GMT"
+        return web.json_response({"choices": [message]}, headers={"Date": date})
+
+    async with serving(late) as port:
+        off = {"chatgpt": {"base_url": f"http://127.0.0.1:{port}/v1"}}
+        line = r"✗ clock: \d{9} s off the upstream's → set up NTP"
+        await assert_found(check(assistants=off), line)
+
+
+async def test_a_database_folder_that_is_missing_is_said(check, tmp_path):
+    """It is not made, either."""
+    path = tmp_path / "none" / "wxgpt.db"
+    checking = check(database={"path": str(path)})
+    await assert_found(checking, r"✗ database: .*No such file .*must be writable")
+    assert not path.parent.exists()
+
+
+async def test_a_database_folder_that_cannot_be_written_is_said(check, tmp_path):
+    """For root, too, once it has no more power than others."""
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0o500)
+    prefix = []
+    if os.geteuid() == 0:
+        prefix = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+        if subprocess.run([*prefix, "true"], capture_output=True).returncode:
+            pytest.skip("setpriv cannot drop a capability here")
+    checking = check(prefix=prefix, database={"path": str(folder / "wxgpt.db")})
+    await assert_found(checking, r"✗ database: .*denied.*service's user")
+
+
+async def test_a_file_that_is_no_database_is_said(check, tmp_path):
+    """It is left as it is."""
+    path = tmp_path / "notes.db"
+    path.write_text("Not a database at all. " * 100)
+    checking = check(database={"path": str(path)})
+    await assert_found(checking, r"✗ database: .*not a database")
+    assert path.read_text().startswith("Not a database")
+
+
+async def test_a_port_that_another_web_server_holds_is_said(check):
+    """It answers, but it is not wxgpt, and neither is what WeChat would meet."""
+
+    async def hello(request):
+        return web.Response(text="hello")
+
+    async with serving(hello) as port:
+        url = f"http://127.0.0.1:{port}"
+        lines = [r"✗ port: .* not as wxgpt → .*server\.port"]
+        lines += [r"✗ verification .* 200, not wxgpt's answer"] * 3
+        lines += ["✗ live pages: events come all at once"]
+        await assert_found(check(server={"port": port}, public_url=url), *lines)
+
+
+async def test_a_port_that_another_program_holds_is_said(check):
+    """One that hangs up without a word of HTTP."""
+    with socket.create_server(("127.0.0.1", 0), backlog=1) as holder:
+        port = holder.getsockname()[1]
+        holder.settimeout(30)
+        hanging_up = asyncio.to_thread(lambda: holder.accept()[0].close())
+        url = f"http://127.0.0.1:{free_port()}"
+        checking = check(server={"port": port}, public_url=url)
+        lines = [rf"✗ port: cannot listen on .* {port}.*Address already in use"]
+        lines += [r"! verification .*try a phone"]
+        await asyncio.gather(assert_found(checking, *lines), hanging_up)
+
+
+async def test_a_public_url_that_is_not_reached_is_a_warning(check):
+    """Many machines cannot reach themselves from outside."""
+    url = f"http://127.0.0.1:{free_port()}"
+    await assert_found(check(public_url=url), r"^! verification .*reach itself")
+
+
+async def test_a_public_url_without_a_port_is_as_wechat_wants_it(check):
+    """Nothing is left to fail, so the exit status is 0: a warning is none."""
+    status, out = await check(public_url="http://wx.invalid")
+    assert "✓ public_url: http://wx.invalid\n" in out
+    assert [line[:15] for line in bad(out)] == ["! verification "] and status == 0
+
+
+async def test_a_proxy_that_buffers_is_said(check):
+    """WeChat's requests pass, the live page would not live."""
+    port = free_port()
+    async with serving(proxy_to(port)) as front:
+        url = f"http://127.0.0.1:{front}"
+        line = r"✗ live pages: events come all at once → .*buffering"
+        await assert_found(check(server={"port": port}, public_url=url), line)
+
+
+async def test_a_proxy_that_does_not_know_the_path_is_said(check):
+    """Each of the three requests got something else than wxgpt's answer."""
+    port = free_port()
+    async with serving(proxy_to(port, "/wechat")) as front:
+        url = f"http://127.0.0.1:{front}"
+        lines = [r"✗ verification .* status 404, not .* → the proxy must pass"] * 3
+        lines += ["✗ live pages: events"]
+        await assert_found(check(server={"port": port}, public_url=url), *lines)
+
+
+async def test_a_proxy_that_knows_only_wechats_path_is_said(check):
+    """Pages would be missing."""
+    port = free_port()
+    async with serving(proxy_to(port, "/healthz")) as front:
+        url = f"http://127.0.0.1:{front}"
+        line = r"✗ live pages: status 404 → the proxy must pass /a/"
+        await assert_found(check(server={"port": port}, public_url=url), line)
+
+
+async def test_a_redirect_is_no_answer(check):
+    """WeChat follows none."""
+
+    async def redirect(request):
+        raise web.HTTPMovedPermanently("/elsewhere")
+
+    async with serving(redirect) as front:
+        status, out = await check(public_url=f"http://127.0.0.1:{front}")
+    assert out.count("status 301, not wxgpt's answer") == 3 and status == 1
+
+
+# check: certificates
+
+
+def certificate(folder, days, issuer=None):
+    """Make a certificate for loopback; return its file and (name, key) to sign with."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    text = "wxgpt test authority" if issuer is None else "127.0.0.1"
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+    signer = issuer or (name, key)
+    now = datetime.datetime.now(datetime.UTC)
+    host = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    made = (
+        x509.CertificateBuilder(signer[0], name, key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=60))
+        .not_valid_after(now + datetime.timedelta(days=days, hours=1))
+        .add_extension(x509.BasicConstraints(issuer is None, None), critical=True)
+        .add_extension(host, critical=False)
+        .sign(signer[1], hashes.SHA256())
+    )
+    path = folder / f"{text.split()[0]}.pem"
+    private = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    path.write_bytes(made.public_bytes(serialization.Encoding.PEM) + private)
+    return path, (name, key)
+
+
+@pytest.mark.parametrize(
+    "days, is_known, line",
+    [
+        (90, True, "✓ certificate: good for 90 days\n"),
+        (5, True, "! certificate: good for 5 days → see that it is renewed\n"),
+        (-3, True, "✗ certificate: certificate has expired → renew it"),
+        (90, False, "✗ certificate: unable to get local issuer certificate → "),
+    ],
+    ids=["good", "about to expire", "expired", "unknown issuer"],
+)
+async def test_the_certificate_is_looked_at(check, tmp_path, days, is_known, line):
+    """Its chain must lead to a known authority, and it must not be at its end."""
+    folder = tmp_path / "tls"
+    folder.mkdir()
+    root, issuer = certificate(folder, 365)
+    path, _ = certificate(folder, days, issuer)
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(path)
+    port = free_port()
+    async with serving(proxy_to(port), tls=tls) as front:
+        url = f"https://127.0.0.1:{front}"
+        env = {"SSL_CERT_FILE": str(root)} if is_known else {}
+        _, out = await check(env=env, server={"port": port}, public_url=url)
+    assert line in out
+    assert ("✓ verification" in out) == (is_known and days > 0)
+
+
+async def test_an_https_address_that_is_not_reached_is_a_warning(check):
+    """Only a certificate that was seen can be wrong."""
+    checking = check(public_url=f"https://127.0.0.1:{free_port()}")
+    await assert_found(checking, r"^! certificate: .*phone", r"^! verification .*phone")
+
+
+# check: colour
+
+
+async def test_marks_have_colour_on_a_terminal_only(check, tmp_path):
+    """A pipe gets none."""
+    _, out = await check(public_url="http://wx.invalid")
+    assert "\033" not in out
+    parent, child = pty.openpty()
+    command = [sys.executable, ROOT / "wxgpt.py", "check", "--config"]
+    command.append(tmp_path / "check.toml")
+    process = await asyncio.create_subprocess_exec(*command, stdout=child, stderr=child)
+    os.close(child)
+    seen = bytearray()
+    with contextlib.suppress(OSError):  # EIO: the terminal's other end is closed
+        while piece := await asyncio.to_thread(os.read, parent, 4096):
+            seen += piece
+    os.close(parent)
+    assert await process.wait() == 0
+    assert "\033[32m✓\033[0m settings" in seen.decode()
+
+
+# stats
+
+NOW = time.time()
+# openid, age in days, state, tokens in and out, seconds, delivered
+ROWS = [
+    (ANN, 0, "done", 100, 10, 1.0, "1"),
+    (ANN, 0, "done", 100, 10, 2.0, "1"),
+    (ANN, 0, "done", 100, 10, 7.0, "2"),
+    (ANN, 1, "done", 100, 10, 12.0, "3"),
+    (ANN, 1, "failed", None, None, 15.0, None),
+    (BOB, 1, "done", 200, 99, 40.0, "part"),
+    (BOB, 1, "cut", 200, 99, 60.0, "page"),
+    (BOB, 1, "broken", None, None, None, None),
+    (BOB, 30, "done", 999, 999, 1.0, "1"),
+]
+
+
+@pytest.fixture
+async def database(spawn, settings, tmp_path):
+    """A database with known rows; each was asked, then made what ROWS says."""
+    server, process = await spawn(wechat={"attempt_timeout": 5})
+    for openid in (ANN, BOB):
+        await server.ask("/chatgpt", openid)
+    for number, row in enumerate(ROWS):
+        await server.ask(f"问题 {number}", row[0])
+    await process.end()
+    path = settings["database"]["path"]
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        for number, (_, age, *values) in enumerate(ROWS, 1):
+            query = """UPDATE turn SET created_at = ?, state = ?, tokens_in = ?,
+                tokens_out = ?, seconds = ?, delivered = ? WHERE id = ?"""
+            db.execute(query, (NOW - age * DAY, *values, number))
+    return path
+
+
+@pytest.fixture
+def stats(database, tmp_path):
+    """Run `stats`; gives its output."""
+
+    async def start(*words):
+        status, out, err = await run(tmp_path / "wxgpt.toml", "stats", *words)
+        assert (status, err) == (0, "")
+        return out
+
+    return start
+
+
+def ways(**counts):
+    """Return how answers were delivered, with the ways that nobody took."""
+    names = {f"n{number}": str(number) for number in (1, 2, 3)}
+    none = dict.fromkeys(["1", "2", "3", "part", "page", "lost"], 0)
+    return none | {names.get(name, name): count for name, count in counts.items()}
+
+
+async def test_stats_count_by_day_and_by_subscriber(stats):
+    """Failures, tokens, seconds and ways of delivery are those of the rows."""
+    found = json.loads(await stats("--json"))
+    assert [day["questions"] for day in found["days"]] == [5, 3]
+    assert found["subscribers"] == [
+        {
+            "openid": ANN[:8] + "…",
+            "questions": 5,
+            "failures": 1,
+            "tokens_in": 400,
+            "tokens_out": 40,
+            "median_seconds": 7.0,
+            "p95_seconds": 15.0,
+            "delivered": ways(n1=2, n2=1, n3=1),
+        },
+        {
+            "openid": BOB[:8] + "…",
+            "questions": 3,
+            "failures": 1,
+            "tokens_in": 400,
+            "tokens_out": 198,
+            "median_seconds": 50.0,
+            "p95_seconds": 60.0,
+            "delivered": ways(part=1, page=1),
+        },
+    ]
+    total = found["total"]
+    assert total["questions"] == 8 and total["tokens_in"] == 800
+    assert total["delivered"] == ways(n1=2, n2=1, n3=1, part=1, page=1)
+
+
+async def test_stats_go_as_far_back_as_asked(stats):
+    """Whole openids are shown only with --full, so that one can be denied."""
+    found = json.loads(await stats("--days", "60", "--full", "--json"))
+    assert [who["openid"] for who in found["subscribers"]] == [ANN, BOB]
+    assert [day["questions"] for day in found["days"]] == [1, 5, 3]
+
+
+async def test_stats_are_tables_for_people(stats):
+    """A row a day, a row a subscriber, and what is to be said of reply_margin."""
+    out = await stats()
+    assert re.search(rf"{ANN[:8]}… +5 +1 +400 +40 +7\.0 s +15\.0 s +2 +1 +1 +0", out)
+    assert ANN not in out and "\033" not in out
+    today = datetime.datetime.fromtimestamp(NOW, datetime.timezone(
+        datetime.timedelta(hours=8)
+    )).strftime("%Y-%m-%d")
+    assert re.search(rf"{today} +3 +0 +300 +30 +2\.0 s +7\.0 s", out)
+    assert out.endswith("reply_margin 0.8 s fits; 0 of 8 replies met a line that was gone\n")
+    assert ANN in await stats("--full")
+
+
+async def test_stats_say_when_reply_margin_is_too_small(stats, database):
+    """A reply that came too late for its line is a reason to raise it."""
+    with contextlib.closing(sqlite3.connect(database)) as db, db:
+        db.execute("UPDATE turn SET delivered = 'lost' WHERE id = 3")
+    out = await stats()
+    assert "reply_margin 0.8 s is too small: raise it; 1 of 8 replies" in out
+
+
+async def test_stats_work_while_the_server_runs(spawn, tmp_path):
+    """What was asked a moment ago is counted."""
+    server, _ = await spawn(wechat={"attempt_timeout": 5})
+    await server.ask("/chatgpt 你好")
+    _, out, _ = await run(tmp_path / "wxgpt.toml", "stats", "--json")
+    total = json.loads(out)["total"]
+    assert total["questions"] == 1 and total["delivered"] == ways(n1=1)
+
+
+async def test_stats_without_a_database_are_one_line(settings, tmp_path):
+    """It names the file, creates none, and ends with status 1."""
+    path = tmp_path / "wxgpt.toml"
+    path.write_text(toml(settings), "utf-8")
+    status, out, err = await run(path, "stats")
+    assert (status, out) == (1, "")
+    assert re.fullmatch(r"wxgpt: database .*test\.db: unable to open .*\n", err)
+    assert [file.name for file in tmp_path.iterdir()] == ["wxgpt.toml"]
