@@ -16,6 +16,7 @@ CREATE TABLE session (
 ) STRICT;
 CREATE UNIQUE INDEX session_open ON session (openid) WHERE ended_at IS NULL;
 CREATE INDEX session_by_openid ON session (openid, id);
+CREATE INDEX session_by_time ON session (opened_at);
 CREATE TRIGGER session_opened BEFORE INSERT ON session BEGIN
     UPDATE session SET ended_at = NEW.opened_at
     WHERE openid = NEW.openid AND ended_at IS NULL;
@@ -54,10 +55,10 @@ CREATE INDEX turn_by_time ON turn (created_at);
 CREATE INDEX turn_open ON turn (id) WHERE state = 'open';
 CREATE INDEX turn_open_by_session ON turn (session_id) WHERE state = 'open';
 CREATE INDEX turn_unread ON turn (openid, id) WHERE unread IS NOT NULL;
-CREATE INDEX turn_unreplied ON turn (openid, id) WHERE replied = 0;
 
 CREATE TRIGGER turn_asked AFTER INSERT ON turn BEGIN
-    UPDATE session SET last_at = NEW.created_at WHERE id = NEW.session_id;
+    UPDATE session SET last_at = NEW.created_at, lapsed_text = NULL
+    WHERE id = NEW.session_id;
 END;
 CREATE TRIGGER turn_counted AFTER INSERT ON turn WHEN NEW.day IS NOT NULL BEGIN
     INSERT INTO quota (day, who, questions) VALUES (NEW.day, NEW.counted_as, 1),
@@ -103,14 +104,13 @@ CREATE TABLE part (
     offered_at REAL NOT NULL,
     PRIMARY KEY (openid, number)
 ) STRICT, WITHOUT ROWID;
-CREATE INDEX part_by_turn ON part (turn_id);
-CREATE INDEX part_unsent ON part (openid, number) WHERE reply IS NULL;
+CREATE INDEX part_by_turn ON part (turn_id, number);
 
 -- The decided reply of each message key, for copies that come later.
 CREATE TABLE reply (
     key TEXT PRIMARY KEY,
     openid TEXT NOT NULL,
-    content TEXT NOT NULL,          -- '': WeChat was told "success"
+    content TEXT NOT NULL,
     created INTEGER NOT NULL,       -- CreateTime in the reply's XML
     turn_id INTEGER,                -- the question it answers, NULL for anything else
     delivered TEXT,                 -- attempt that took text of the answer, NULL: none did

@@ -19,8 +19,9 @@ what is written so far, a tap for the rest, and a link to a page that goes on li
 
 The path of a message, always upwards in this file:
 
-    receive_message -> is_signed -> parse_message -> reply_to -> render_text_reply
-                                                        |  waits for
+    receive_message -> read_push: is_signed, parse_message
+                    -> take_attempt -> reply_to -> render_text_reply
+                                           |  waits for
     in the message's task:   write_answer -> a command, a part, or accept_question
     in the question's task:  converse -> chat_messages -> ChatClient.stream
                              -> Answer.append -> Store.finish_turn
@@ -116,6 +117,7 @@ HOLD_SECONDS = 3.0  # an attempt that ran over is held so long, then its line is
 REPLY_HOURS = 24  # a later copy of a message gets the very same reply for so long
 GRACE_SECONDS = 4.0  # what running answers get at a shutdown
 RESUME_SECONDS = 600  # questions older than that are not asked again after a crash
+GENERATIONS = 10  # more writings of an answer than one process begins
 ASKINGS = 3  # processes that may take one question to the upstream: once, twice again
 RETRY_PAUSES = (0.5, 1.0)  # seconds before a question is asked again
 RETRY_AFTER_SECONDS = 120  # an upstream that asks for a longer wait is not asked again
@@ -132,6 +134,7 @@ PICTURE_TIMEOUT = 20  # seconds to fetch one
 REPEAT_SECONDS = 60  # the same question again within this time joins the first
 RECENT_SECONDS = 3600  # 继续 outside a session looks back so far
 FORGET_SECONDS = 300  # 确认删除 counts for so long
+CHECK_BYTES = 64 * 1024 * 1024  # a larger database is not read through at each start
 BACKLOG = 1024  # connections that wait while the process is replaced
 SD_FIRST_DESCRIPTOR = 3  # sd_listen_fds(3)
 BEIJING = datetime.timezone(datetime.timedelta(hours=8))
@@ -173,7 +176,7 @@ class Texts:
     queued: str = (
         "「{question}」排在前一个问题后面，答完就轮到它。\n稍后点 {tap}｜{page}"
     )
-    unread: str = "「{question}」也答好了：{tap}"
+    unread: str = "「{question}」有结果了：{tap}"
     anew: str = "（上次没能写完，这是重新写的回答）"
     no_more: str = "这个回答已经全部发给你了。"
     no_part: str = "没有找到「继续{number}」，它可能已被删除。"
@@ -193,7 +196,9 @@ class Texts:
     failed_busy: str = "模型这会儿太忙。{tap}"
     failed_setup: str = "模型服务需要管理员处理一下，请稍后再来。{tap}"
     failed_refused: str = "模型不愿回答这个问题，换个说法试试吧。{tap}"
-    failed_long: str = "这段对话太长，模型放不下了。发 /clear 换个话题，或把问题缩短。{tap}"
+    failed_long: str = (
+        "这段对话太长，模型放不下了。发 /clear 换个话题，或把问题缩短。{tap}"
+    )
     failed_blind: str = "这个模型看不懂图片，请用文字描述一下。{tap}"
     failed_picture: str = "图片没能取到，请重新发一次图再问。{tap}"
     failed_empty: str = "模型什么也没写出来。{tap}"
@@ -793,7 +798,7 @@ def formula(state: StateInline, silent: bool) -> bool:
     return True
 
 
-# Lines that begin with a letter and have nothing that Markdown reads: most short answers.
+# Lines that begin with a letter, without anything that Markdown reads: most answers.
 UNMARKED_LINE = r"[^\W\d_](?:[^\n\r\0\\`*_\[\]<&$~|]*[^\s\0\\`*_\[\]<&$~|])?"
 UNMARKED = re.compile(rf"(?:{UNMARKED_LINE}\n{{1,2}})*{UNMARKED_LINE}")
 
@@ -1074,7 +1079,10 @@ def cut_markdown(markdown: str, room: int, opener: str = "") -> int:
     empty, step = cut, 1  # markup alone would be an empty part
     while cut < len(markdown) and not plain_text(markdown[:cut], opener):
         empty, cut, step = cut, min(len(markdown), cut + step), step * 2
-    shows = lambda end: bool(plain_text(markdown[:end], opener))
+
+    def shows(end: int) -> bool:
+        return bool(plain_text(markdown[:end], opener))
+
     return bisect.bisect_left(range(cut), True, lo=empty, key=shows)
 
 
@@ -1124,7 +1132,7 @@ class BlockedWords:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.changed: float | None = None  # the file's time when it was read
+        self.changed: int | None = None  # the file's time when it was read, ns
         self.words: re.Pattern | None = None
         self.longest = 0
 
@@ -1271,7 +1279,7 @@ class Reply:
 
     key: str
     openid: str
-    content: str  # '' is `success`
+    content: str  # '' is `success`, which is not stored
     created: int  # CreateTime
     turn_id: int | None = None  # the question whose own reply this is
     delivered: str | None = None  # the attempt, when it carries text of the answer
@@ -1352,6 +1360,7 @@ class Store:
         self.db = db
         self.waiting: list[tuple[list[Statement], asyncio.Future]] = []  # to be run
         self.hop: asyncio.Future | None = None  # the thread is at work
+        self.is_wal_behind = False  # it holds deleted text still
         self.newest_push = 0  # newest timestamp of a signed push, seconds
         self.saved_push = 0  # the one in the database, up to a minute older
         self.secret = b""  # keys the hashes under which questions are counted
@@ -1380,7 +1389,7 @@ class Store:
         """Hand out what the thread brought; send it what waits meanwhile."""
         error = asyncio.CancelledError() if hop.cancelled() else hop.exception()
         results = [error] * len(batch) if error else hop.result()
-        for (_, result), found in zip(batch, results):
+        for (_, result), found in zip(batch, results, strict=False):
             if result.done():  # cancelled; its statements were run all the same
                 continue
             if isinstance(found, BaseException):
@@ -1477,7 +1486,11 @@ class Store:
                     (openid, number, turn_id, start, generation, offered_at)
                 VALUES (:openid, :number, :turn_id, :start, :generation, :at)
             """
-            values = {"openid": reply.openid, "number": part.number, "start": part.start}
+            values = {
+                "openid": reply.openid,
+                "number": part.number,
+                "start": part.start,
+            }
             values |= {"turn_id": part.turn_id, "generation": part.generation}
             yield insert, values | {"at": reply.created}
         if reply.sent:
@@ -1501,13 +1514,12 @@ class Store:
         await self.rows(query, how=how, id=turn_id)
 
     async def mark_read(self, turn_id: int) -> None:
-        """Note that an answer was read on its page; a full disk costs only that."""
+        """Note that an answer was read on its page."""
         query = """
             UPDATE turn SET unread = NULL, delivered = coalesce(delivered, 'page')
             WHERE id = :id
         """
-        with contextlib.suppress(sqlite3.OperationalError):
-            await self.rows(query, id=turn_id)
+        await self.rows(query, id=turn_id)
 
     # Sessions
 
@@ -1534,10 +1546,11 @@ class Store:
             await self.rows(query, now=now, id=session_id)
 
     async def lapsed_session(self, openid: str, since: float) -> Session | None:
-        """Return the newest session if it ran out and a text waits in it."""
+        """Return the newest session if it ran out and its text was not asked yet."""
         query = """
             SELECT id, openid, assistant, last_at, 0, lapsed_text FROM session
-            WHERE openid = :openid AND ended_at > :since ORDER BY id DESC LIMIT 1
+            WHERE openid = :openid AND coalesce(ended_at, :since + 1) > :since
+            ORDER BY id DESC LIMIT 1
         """
         rows = await self.rows(query, openid=openid, since=since)
         session = Session(*rows[0]) if rows else None
@@ -1545,10 +1558,7 @@ class Store:
 
     async def reopen_session(self, session_id: int, now: float) -> None:
         """Open a lapsed session again, with its conversation."""
-        query = """
-            UPDATE session SET ended_at = NULL, lapsed_text = NULL, last_at = :now
-            WHERE id = :id
-        """
+        query = "UPDATE session SET ended_at = NULL, last_at = :now WHERE id = :id"
         await self.rows(query, now=now, id=session_id)
 
     async def add_picture(self, openid: str, url: str, now: float) -> None:
@@ -1609,7 +1619,7 @@ class Store:
             WHERE id = :id AND state = 'open'
         """
         names = ("text", "generation", "id")
-        await self.run([(query, dict(zip(names, values))) for values in texts])
+        await self.run([(query, dict(zip(names, v, strict=True))) for v in texts])
 
     async def finish_turn(self, turn_id: int, columns: dict[str, object]) -> None:
         """Store the end of an answer: its columns by name, in one statement."""
@@ -1652,10 +1662,10 @@ class Store:
         return next(iter(await self.turns("link_key = :key", key=link_key)), None)
 
     async def open_turns(self) -> tuple[list[Turn], set[int]]:
-        """Return the unfinished turns in order, and which of their sessions are open."""
+        """Return the unfinished turns in order, and which sessions of theirs are open."""
         turns = await self.turns("state = 'open' ORDER BY turn.id")
         query = """
-            SELECT DISTINCT session.id FROM turn JOIN session ON session.id = session_id
+            SELECT session_id FROM turn JOIN session ON session.id = session_id
             WHERE state = 'open' AND ended_at IS NULL
         """
         return turns, {number for (number,) in await self.rows(query)}
@@ -1697,8 +1707,12 @@ class Store:
         query = """
             SELECT turn.id FROM turn
             LEFT JOIN part ON turn_id = turn.id AND reply IS NULL
-            WHERE turn.openid = :openid AND (number IS NOT NULL OR replied = 0)
-              AND (state = 'open' OR length(answer) > coalesce(start, 0))
+            WHERE turn.openid = :openid
+              AND (replied = 0 OR number IS NOT NULL
+                   AND (state IN ('open', 'cut', 'blocked', 'ended')
+                        OR unread IS NOT NULL
+                        OR length(answer) >
+                           iif(part.generation = turn.generation, start, 0)))
               AND CASE WHEN :session IS NULL THEN created_at > :since
                        ELSE session_id = :session END
             ORDER BY turn.id LIMIT 1
@@ -1740,8 +1754,15 @@ class Store:
         tables += ["forget_request"]
         values = {"o": openid}
         await self.run([(f"DELETE FROM {t} WHERE openid = :o", values) for t in tables])
-        # secure_delete overwrites in the file; the WAL holds old pages until truncated.
-        await self.rows("PRAGMA wal_checkpoint(TRUNCATE)")
+        await self.truncate_wal()
+
+    async def truncate_wal(self) -> None:
+        """Take deleted text out of the WAL; a reader may prevent it for a while.
+
+        In the database itself secure_delete has overwritten it.
+        """
+        [(is_busy, *_)] = await self.rows("PRAGMA wal_checkpoint(TRUNCATE)")
+        self.is_wal_behind = bool(is_busy)
 
     async def prune(self, now: float, link_seconds: float, keep_days: float) -> None:
         """Delete what has served its time: replies, links, counts, old exchanges."""
@@ -1763,12 +1784,12 @@ class Store:
         queries = (
             "DELETE FROM turn WHERE created_at < :at AND state <> 'open' RETURNING 1",
             "DELETE FROM reply WHERE created < :at",
-            "DELETE FROM session WHERE (ended_at < :at OR last_at < :at)"
+            "DELETE FROM session WHERE opened_at < :at AND last_at < :at"
             " AND NOT EXISTS (SELECT 1 FROM turn WHERE session_id = session.id)",
         )
         gone, *_ = await self.run([(query, {"at": at}) for query in queries])
         count = len(gone)
-        await self.rows("PRAGMA wal_checkpoint(TRUNCATE)")
+        await self.truncate_wal()
         log.info("%d exchanges older than keep_days deleted", count)
 
 
@@ -1789,12 +1810,13 @@ async def open_store(path: str) -> Store:
         store = Store(await aiosqlite.connect(path, isolation_level=None))
         undo.push_async_callback(store.close)
         try:
-            # Before anything is written; some 0.2 s for 200,000 answers.
-            [(verdict,)] = await store.rows("PRAGMA quick_check(1)")
-            if verdict != "ok":
-                raise StoreError(
-                    f"database {path}: corrupt: {' '.join(verdict.split())}"
-                )
+            # Before anything is written. It reads the whole file, so a start with a
+            # million answers would take many seconds: a large one goes unchecked.
+            if os.path.getsize(path) <= CHECK_BYTES:
+                [(verdict,)] = await store.rows("PRAGMA quick_check(1)")
+                if verdict != "ok":
+                    words = " ".join(verdict.split())
+                    raise StoreError(f"database {path}: corrupt: {words}")
             for pragma in PRAGMAS:
                 await store.rows(f"PRAGMA {pragma}")
             await store.migrate()
@@ -2005,7 +2027,9 @@ def make_ending(reason: str, model: object, usage: object) -> Ending:
     usage = usage if isinstance(usage, dict) else {}
     tokens = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
     is_count = [isinstance(n, int) and 0 <= n < 2**31 for n in tokens]
-    given, taken = (n if fits else None for n, fits in zip(tokens, is_count))
+    given, taken = (
+        n if fits else None for n, fits in zip(tokens, is_count, strict=True)
+    )
     reason = reason if WORD.fullmatch(reason) else "odd"
     return Ending(reason, ILLEGAL.sub("", str(model)[:100]), given, taken)
 
@@ -2065,7 +2089,9 @@ class Deadline:
         self.end = end  # loop's clock
         first = asyncio.get_running_loop().time() + settings.first_token_timeout
         self.timeout = asyncio.timeout_at(min(end, first))
-        self.moved_at = 0.0  # loop's clock; a timer for every token is not set for free
+        self.moved_at = float(
+            "-inf"
+        )  # loop's clock; a timer for every token is not set for free
 
     def note(self, delta: object) -> None:
         """Let the idle time begin again if a delta has text, or hidden reasoning.
@@ -2206,7 +2232,10 @@ class Pictures:
         """
         try:
             parts = urllib.parse.urlsplit(url)
-            if parts.scheme not in ("http", "https") or parts.hostname not in self.hosts:
+            if (
+                parts.scheme not in ("http", "https")
+                or parts.hostname not in self.hosts
+            ):
                 raise ChatError("picture", "its host is not in picture_hosts")
             async with self.slots, asyncio.timeout(PICTURE_TIMEOUT):
                 body = await self.read(url)
@@ -2251,6 +2280,15 @@ class Subscriber:
         self.answers: list[typing.Any] = []  # unfinished Answers, the oldest first
         self.parts: int | None = None  # highest part number; None: not read yet
         self.unread: dict[int, tuple[int, str]] = {}  # part number: turn, question
+        # Numbers of the parts offered lately, by turn, generation and start.
+        self.offers: dict[tuple[int, int, int], int] = {}
+
+    def number_of(self, turn_id: int, generation: int, start: int) -> int:
+        """Return the number of a part: the one it was offered by before, or a new one."""
+        at = (turn_id, generation, start)
+        if at not in self.offers:
+            self.offers[at] = self.next_part()
+        return self.offers[at]
 
     def next_part(self) -> int:
         """Return a part number that was never used."""
@@ -2493,6 +2531,7 @@ class Answers:
     """
 
     def __init__(self, config: Config) -> None:
+        self.attempts = config.wechat.attempts
         self.attempt_timeout = config.wechat.attempt_timeout
         self.all_attempts = self.attempt_timeout * config.wechat.attempts
         self.guard = MuteGuard(config.wechat.mute_guard)
@@ -2514,7 +2553,7 @@ class Answers:
     def start(
         self, work: Awaitable[None], name: str, fail: Callable[[], None] = lambda: None
     ) -> asyncio.Task:
-        """Run work as a task; if it breaks, `fail` is called, so nobody waits for ever."""
+        """Run work as a task; if it breaks, `fail` is called, so nobody waits on."""
         task = self.loop.create_task(self.edge(work, name, fail))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -2562,7 +2601,8 @@ class Answers:
         self.waits.add(wait)
         try:
             async with wait:
-                await event.wait()
+                while not event.is_set():  # a restart may have cleared it
+                    await event.wait()
         except TimeoutError:
             pass
         finally:
@@ -2601,13 +2641,13 @@ class Answers:
     def is_last_chance(self, delivery: Delivery, attempt: int, arrived: float) -> bool:
         """Say whether WeChat will not ask again after this request."""
         late = self.all_attempts - 1.5 * self.attempt_timeout
-        attempts = round(self.all_attempts / self.attempt_timeout)
-        return attempt + delivery.earlier >= attempts or arrived - delivery.first > late
+        count = attempt + delivery.earlier
+        return count >= self.attempts or arrived - delivery.first > late
 
     # Answers
 
     def add_answer(self, answer: Answer) -> None:
-        """Queue an answer in its session; its turn comes at once if nobody is before."""
+        """Queue an answer in its session; it is its turn if nobody is before."""
         self.answers[answer.turn.id] = answer
         answer.subscriber.answers.append(answer)
         queue = self.queues.setdefault(answer.turn.session_id, collections.deque())
@@ -2730,8 +2770,13 @@ def find_assistant(text: str, names: typing.Iterable[str]) -> tuple[str, str] | 
     return None
 
 
-def refuse_command_names(config: Config) -> None:
-    """Raise ConfigError when an assistant is named like a command."""
+def check_commands(config: Config) -> None:
+    """Raise ConfigError for an assistant named like a command, or a reply too long."""
+    replies, names = config.replies, [*config.assistants, *COMMANDS]
+    for text in (replies.subscribe, replies.outside, *replies.keywords.values()):
+        size = size_of(with_taps(text, names))
+        wanted = f"at most {REPLY_BYTES} bytes with taps"
+        demand(size <= REPLY_BYTES, "replies", f"{size} bytes", wanted)
     for name in config.assistants:
         is_free = folded(name) not in COMMANDS
         demand(is_free, f"assistants.{name}", name, "a name that is no command's")
@@ -2812,6 +2857,7 @@ async def forget_all(visit: Visit) -> None:
     await visit.services.store.forget(visit.openid)
     subscriber.parts = 0
     subscriber.unread.clear()
+    subscriber.offers.clear()
 
 
 async def confirm_forget(visit: Visit) -> str | None:
@@ -3014,12 +3060,19 @@ def start_writing(services: Services, answer: Answer) -> None:
     answer.task = services.answers.start(work, answer.turn.name, fail)
 
 
+async def end_resumed(services: Services, answer: Answer) -> None:
+    """Store the end of an answer that is not taken up again."""
+    await store_end(services, answer, None)
+    services.answers.remove_answer(answer)
+
+
 async def resume_answers(services: Services) -> None:
     """Take up the questions that the process before this one left unfinished."""
     now = time.time()
     turns, open_sessions = await services.store.open_turns()
     for turn in turns:
-        generation = turn.generation + 1 if turn.asked else 0
+        # The process before may have begun more writings than it stored.
+        generation = turn.generation + GENERATIONS if turn.asked else 0
         answer = Answer(turn, services.answers.subscriber(turn.openid), generation)
         if turn.asked >= ASKINGS or now - turn.created_at > RESUME_SECONDS:
             answer.generation, answer.text = turn.generation, turn.answer
@@ -3029,8 +3082,9 @@ async def resume_answers(services: Services) -> None:
         if answer.is_open:
             start_writing(services, answer)
             log.info("%s resumed, asked %d times before", turn.name, turn.asked)
-        else:
-            await store_end(services, answer, None)
+        else:  # beside the start, which a full disk must not stop
+            services.answers.answers[turn.id] = answer
+            services.answers.start(end_resumed(services, answer), turn.name)
 
 
 # Finding out what answers a message
@@ -3053,7 +3107,8 @@ async def continue_turn(visit: Visit, turn_id: int) -> Reading:
     """Return the unsent part of a turn, numbered now if it was not offered before."""
     part = await visit.services.store.unsent_part(turn_id)
     if part is None:
-        part = Part(visit.delivery.subscriber.next_part(), turn_id, 0, 0)
+        number = visit.delivery.subscriber.number_of(turn_id, 0, 0)
+        part = Part(number, turn_id, 0, 0)
     return await reading_of(visit, turn_id, part)
 
 
@@ -3090,13 +3145,15 @@ async def accept_question(
     services, subscriber, now = visit.services, visit.delivery.subscriber, time.time()
     for answer in subscriber.answers:
         is_same = words_of(visit.texts, answer.turn) == question
+        is_same = is_same and answer.turn.session_id == session.id
         # With a picture that came since, the same words are a new question.
         if is_same and answer.age < REPEAT_SECONDS and visit.pictures == "[]":
             return await continue_turn(visit, answer.turn.id)
     if refusal := refuse_question(visit, question):
+        await services.store.touch_session(session.id, now)
         return refusal
-    if pictures is None and visit.pictures != "[]":
-        pictures = visit.pictures
+    pictures = visit.pictures if pictures is None else pictures
+    pictures = None if pictures == "[]" else pictures
     if pictures:
         question = visit.texts.word_picture * len(json.loads(pictures)) + question
     turn = await services.store.add_turn(
@@ -3152,18 +3209,18 @@ async def retry(visit: Visit, number: str | None) -> Found | None:
         turn = await store.turn(part.turn_id) if part else None
     else:
         turn = await store.newest_failed(visit.openid, time.time() - RECENT_SECONDS)
-    if turn is None:
+    if turn is None or turn.assistant not in visit.services.config.assistants:
         return visit.texts.no_retry if number else None
     session = visit.session or await open_session(visit, turn.assistant)
     words = words_of(visit.texts, turn)
-    return await accept_question(visit, session, words, turn.pictures)
+    return await accept_question(visit, session, words, turn.pictures or "[]")
 
 
 async def resume_session(visit: Visit) -> Found | None:
     """Open the session that ran out again, and ask the text that came too late."""
     store, since = visit.services.store, time.time() - LAPSE_SECONDS
     session = await store.lapsed_session(visit.openid, since)
-    if session is None:
+    if session is None or session.assistant not in visit.services.config.assistants:
         return None
     await store.reopen_session(session.id, time.time())
     return await accept_question(visit, session, session.lapsed_text)
@@ -3181,7 +3238,7 @@ async def answer_tap(visit: Visit, text: str) -> Found | None:
         return await continue_oldest(visit)
     if words == folded(visit.texts.word_forget):
         return await confirm_forget(visit)
-    if words == folded(visit.texts.word_resume) and visit.session is None:
+    if words == folded(visit.texts.word_resume):
         return await resume_session(visit)
     return None
 
@@ -3234,7 +3291,8 @@ async def answer_outside(visit: Visit, text: str) -> Found:
 async def answer_text(visit: Visit) -> Found:
     """Return what answers a text: a command, a part, a question, or nothing."""
     text, session = visit.delivery.message.content.strip(), visit.session
-    if opened := find_assistant(text, visit.services.config.assistants):
+    names = () if find_command(text) else visit.services.config.assistants
+    if opened := find_assistant(text, names):
         return await open_and_ask(visit, *opened)
     found = await answer_command(visit, text)
     if found is None and session:
@@ -3273,7 +3331,7 @@ async def find_answer(visit: Visit) -> Found:
 
 
 async def join_turn(visit: Visit, turn_id: int) -> Reading:
-    """Return a reading of the turn that this message asked in an earlier process."""
+    """Return a reading of the turn that this message asked longer ago."""
     delivery, reading = visit.delivery, await reading_of(visit, turn_id)
     delivery.is_own, delivery.earlier = True, 1
     delivery.first = min(delivery.first, reading.answer.asked_at)
@@ -3288,6 +3346,8 @@ async def write_answer(services: Services, delivery: Delivery) -> None:
         memory = await services.store.recall(message.key, message.openid, now)
         subscriber.remember(memory)
         session, lapsed = memory.session, None
+        if session and session.assistant not in services.config.assistants:
+            session = None  # it was taken out of the settings
         idle = now - session.last_at if session else 0
         if session and not session.is_busy and idle > services.config.session.ttl:
             session, lapsed = None, session
@@ -3349,11 +3409,17 @@ def word_of_patience(services: Services, answer: Answer, number: int) -> str:
     )
 
 
-def draft_ending(services: Services, reading: Reading, number: int, head: str) -> Draft:
+def draft_ending(
+    services: Services, reading: Reading, subscriber: Subscriber, head: str
+) -> Draft:
     """Return the reply with all that is left of an ended answer, of any size."""
     answer, begin, stop = reading.answer, reading.begin, len(reading.answer.text)
     text = plain_text(answer.text[begin:], open_block(answer.text, begin))
-    words = ending_words(services.texts, answer.state, answer.reason, number)
+    words, part = ending_words(services.texts, answer.state, answer.reason, 0), None
+    if "msgmenucontent" in words:  # the retry finds the question by a part's number
+        number = subscriber.number_of(answer.turn.id, answer.generation, stop)
+        words = ending_words(services.texts, answer.state, answer.reason, number)
+        part = Part(number, answer.turn.id, stop, answer.generation)
     if not text and not words:
         return Draft(services.texts.no_more, stop, True)
     shown = text and f"{head}{text}{services.config.replies.label_line}"
@@ -3361,9 +3427,7 @@ def draft_ending(services: Services, reading: Reading, number: int, head: str) -
     if text and is_typeset(answer.text):
         link = "\n" + services.page_link(answer.turn, services.texts.word_typeset)
         content += link if size_of(content + link) <= REPLY_BYTES else ""
-    # A tap for the retry finds the question by the number of a part.
-    part = Part(number, answer.turn.id, stop, answer.generation)
-    return Draft(content, stop, bool(text), part if "msgmenucontent" in words else None)
+    return Draft(content, stop, bool(text), part)
 
 
 def find_stop(answer: Answer, begin: int, room: int, is_full: bool) -> int:
@@ -3375,30 +3439,37 @@ def find_stop(answer: Answer, begin: int, room: int, is_full: bool) -> int:
     return begin + measure(answer.text[begin:], room, open_block(answer.text, begin))
 
 
-def draft_reply(services: Services, reading: Reading, number: int) -> Draft:
-    """Return the reply that shows an answer from where it is read.
+def tail_of(services: Services, turn: Turn, number: int) -> str:
+    """Return the lines under a part that has another one behind it."""
+    texts = services.texts
+    page = services.page_link(turn, texts.word_page)
+    more = texts.more.format(tap=continue_tap(number), page=page)
+    return f"{services.config.replies.label_line}\n\n{more}"
 
-    `number` is free for the next part; only an offered part uses it up.
-    """
-    answer, begin, texts = reading.answer, reading.begin, services.texts
+
+def draft_reply(services: Services, reading: Reading, subscriber: Subscriber) -> Draft:
+    """Return the reply that shows an answer from where it is read."""
+    answer, begin, turn = reading.answer, reading.begin, reading.answer.turn
     is_anew = reading.generation != answer.generation and reading.start > 0
-    head = texts.anew + "\n" if is_anew else ""
+    head = services.texts.anew + "\n" if is_anew else ""
     if not answer.is_open:
-        ended = draft_ending(services, reading, number, head)
+        ended = draft_ending(services, reading, subscriber, head)
         if size_of(ended.content) <= REPLY_BYTES:
             return ended
-    page = services.page_link(answer.turn, texts.word_page)
-    more = texts.more.format(tap=continue_tap(number), page=page)
-    tail = f"{services.config.replies.label_line}\n\n{more}"
+    longest = tail_of(services, turn, (subscriber.parts or 0) + 1)
     is_full = not answer.is_open or answer.is_full(begin)
-    stop = find_stop(answer, begin, REPLY_BYTES - size_of(head + tail), is_full)
-    part = Part(number, answer.turn.id, stop, answer.generation)
+    stop = find_stop(answer, begin, REPLY_BYTES - size_of(head + longest), is_full)
+    if stop == begin and reading.part:
+        words = word_of_patience(services, answer, reading.part.number)
+        return Draft(words, begin, False, reading.part, early=True)
+    number = subscriber.number_of(turn.id, answer.generation, stop)
+    part = Part(number, turn.id, stop, answer.generation)
     if stop == begin:
-        part = reading.part or part
-        words = word_of_patience(services, answer, part.number)
+        words = word_of_patience(services, answer, number)
         return Draft(words, begin, False, part, early=True)
     text = plain_text(answer.text[begin:stop], open_block(answer.text, begin))
-    return Draft(head + text + tail, stop, True, part, early=not is_full)
+    text = head + text + tail_of(services, turn, number)
+    return Draft(text, stop, True, part, early=not is_full)
 
 
 def mention_unread(
@@ -3430,9 +3501,7 @@ def compose(services: Services, delivery: Delivery, attempt: int) -> Reply:
         text = services.texts.trouble if delivery.fixed is None else delivery.fixed
         content, read = mention_unread(services, delivery, text)
         return replace(reply, content=content, read=read)
-    draft = draft_reply(services, reading, (subscriber.parts or 0) + 1)
-    if draft.offered and draft.offered != reading.part:
-        subscriber.next_part()
+    draft = draft_reply(services, reading, subscriber)
     content, read = mention_unread(services, delivery, draft.content)
     is_own, has_ended = delivery.is_own, not reading.answer.is_open
     return replace(
@@ -3448,16 +3517,23 @@ def compose(services: Services, delivery: Delivery, attempt: int) -> Reply:
     )
 
 
+async def store_reply(services: Services, delivery: Delivery) -> None:
+    """Store a decided reply, unless its subscriber was forgotten meanwhile."""
+    if delivery.keep:
+        await services.store.save_reply(delivery.reply)
+
+
 def decide(services: Services, delivery: Delivery, attempt: int) -> None:
     """Fix the reply of a message for all its copies, and begin to store it."""
     reply = delivery.reply = compose(services, delivery, attempt)
     delivery.decided.set()
+    delivery.ready.set()  # open copies wait for this one
     if delivery.reading:
         delivery.reading.note_sent(reply)
     if reply.read is not None:
         delivery.subscriber.has_read(reply.read)
     if reply.content and delivery.keep:
-        work = services.store.save_reply(reply)
+        work = store_reply(services, delivery)
         delivery.stored = services.answers.start(work, delivery.message.name)
 
 
@@ -3499,7 +3575,10 @@ async def reply_to(services: Services, attempt: Attempt) -> Reply | None:
     """
     answers, wechat = services.answers, services.config.wechat
     delivery, over = attempt.delivery, attempt.arrived + wechat.attempt_timeout
-    if not await answers.wait_for(delivery.ready, over - wechat.margin):
+    is_ready = delivery.reply or await answers.wait_for(
+        delivery.ready, over - wechat.margin
+    )
+    if not is_ready:
         last = answers.is_last_chance(delivery, attempt.number, attempt.arrived)
         # Charged now: a burst of waits charged when WeChat hangs up would all pass.
         if not last and answers.guard.charge(answers.loop.time()):
@@ -3546,6 +3625,8 @@ async def keep_saving(services: Services) -> None:
         news = [a for a, state in running.items() if saved.get(a.turn.id) != state]
         await store_text_so_far(services, news)
         saved = {a.turn.id: state for a, state in running.items()}
+        if services.store.is_wal_behind:
+            await services.store.truncate_wal()
 
 
 async def keep_pruning(services: Services) -> None:
@@ -4020,7 +4101,7 @@ async def answer_attempt(request: web.Request, attempt: Attempt) -> web.StreamRe
         if isinstance(gone, asyncio.CancelledError):
             raise
         return web.Response()
-    await note_delivery(services, attempt, True)
+    services.answers.start(note_delivery(services, attempt, True), attempt.name)
     log.info(
         "%s %s after %.1f s",
         attempt.name,
@@ -4464,6 +4545,9 @@ async def run_server(config: Config) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    # The database's thread asks a busy loop for the interpreter at every statement; with
+    # the usual 5 ms, of 1,000 waiting the slowest hundredth got its reply 2 s later.
+    sys.setswitchinterval(0.0005)
     async with open_server(config) as (_, port):
         log.info("serving on %s port %d", config.server.host, port)
         sd_notify("READY=1")
@@ -4649,7 +4733,7 @@ class Doctor:
             kind = "right signature" if status == 200 else "wrong signature"
             what = f"verification with a {kind} at {path}"
             query["echostr"] = echo
-            try:  # WeChat follows no redirect
+            try:  # a redirect is no answer to WeChat
                 async with http.get(
                     path, params=query, allow_redirects=False
                 ) as response:
@@ -4868,7 +4952,7 @@ def main() -> int:
     arguments = make_parser().parse_args(words)
     try:
         config = load_config(arguments.config, os.environ)
-        refuse_command_names(config)
+        check_commands(config)
         if arguments.command == "check":
             return asyncio.run(run_check(config))
         if arguments.command == "stats":
@@ -4877,6 +4961,11 @@ def main() -> int:
     except ConfigError as error:
         complain(error)
         return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # as in `check | head`; what is left goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 The platform (`deliver`, `watch`) and the upstream (`serve_upstream`) speak just enough
 HTTP over bare sockets: a twentieth of what a simulator made for tests costs. A question
 says how it is to be answered: "q17 short 3.5 …" is number 17 of a run, answered with a
-short text after 3.5 seconds; "long 0.2" asks for a fifth of 20 KB. Both ends tell time by the machine's monotonic clock.
+short text after 3.5 seconds; "long 0.2" asks for a fifth of 20 KB. Both ends tell time
+by the machine's monotonic clock.
 """
 
 import asyncio

@@ -110,6 +110,13 @@ def proxy_to(port, missing=None):
     return handler
 
 
+def hang_up(listener):
+    """Close every connection at once, until the listener is shut down."""
+    with contextlib.suppress(OSError):
+        while True:
+            listener.accept()[0].close()
+
+
 # check
 
 
@@ -263,13 +270,16 @@ async def test_a_port_that_another_program_holds_is_said(check):
     """One that hangs up without a word of HTTP."""
     with socket.create_server(("127.0.0.1", 0), backlog=1) as holder:
         port = holder.getsockname()[1]
-        holder.settimeout(30)
-        hanging_up = asyncio.to_thread(lambda: holder.accept()[0].close())
+        hanging_up = asyncio.create_task(asyncio.to_thread(hang_up, holder))
         url = f"http://127.0.0.1:{free_port()}"
         checking = check(server={"port": port}, public_url=url)
         lines = [rf"✗ port: cannot listen on .* {port}.*Address already in use"]
         lines += [r"! verification .*try a phone"]
-        await asyncio.gather(assert_found(checking, *lines), hanging_up)
+        try:
+            await assert_found(checking, *lines)
+        finally:
+            holder.shutdown(socket.SHUT_RDWR)
+            await hanging_up
 
 
 async def test_a_public_url_that_is_not_reached_is_a_warning(check):
@@ -314,7 +324,7 @@ async def test_a_proxy_that_knows_only_wechats_path_is_said(check):
 
 
 async def test_a_redirect_is_no_answer(check):
-    """WeChat follows none."""
+    """The console wants the echo itself."""
 
     async def redirect(request):
         raise web.HTTPMovedPermanently("/elsewhere")
@@ -322,6 +332,32 @@ async def test_a_redirect_is_no_answer(check):
     async with serving(redirect) as front:
         status, out = await check(public_url=f"http://127.0.0.1:{front}")
     assert out.count("status 301, not wxgpt's answer") == 3 and status == 1
+
+
+async def test_settings_that_cannot_be_used_are_one_line(settings, tmp_path):
+    """Nothing is tried with them."""
+    path = tmp_path / "wxgpt.toml"
+    path.write_text(toml(merged(settings, {"wechat": {"token": "?"}})), "utf-8")
+    for word in ("check", "stats"):
+        status, out, err = await run(path, word)
+        assert (status, out) == (2, "")
+        assert re.fullmatch(r"wxgpt: .*wechat\.token.*\n", err)
+
+
+async def test_a_closed_pipe_ends_it_quietly(check, tmp_path):
+    """As in `check | head -1`."""
+    await check(public_url="http://wx.invalid")
+    command = [sys.executable, ROOT / "wxgpt.py", "check", "--config"]
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        tmp_path / "check.toml",
+        stdout=(pipe := os.pipe())[1],
+        stderr=asyncio.subprocess.PIPE,
+    )
+    for end in pipe:
+        os.close(end)
+    _, err = await process.communicate()
+    assert (process.returncode, err) == (1, b"")
 
 
 # check: certificates
@@ -334,7 +370,9 @@ def certificate(folder, days, issuer=None):
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
     signer = issuer or (name, key)
     now = datetime.datetime.now(datetime.UTC)
-    host = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    host = x509.SubjectAlternativeName(
+        [x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    )
     made = (
         x509.CertificateBuilder(signer[0], name, key.public_key())
         .serial_number(x509.random_serial_number())
@@ -410,6 +448,7 @@ async def test_marks_have_colour_on_a_terminal_only(check, tmp_path):
 
 # stats
 
+BEIJING = datetime.timezone(datetime.timedelta(hours=8))
 NOW = time.time()
 # openid, age in days, state, tokens in and out, seconds, delivered
 ROWS = [
@@ -505,11 +544,11 @@ async def test_stats_are_tables_for_people(stats):
     out = await stats()
     assert re.search(rf"{ANN[:8]}… +5 +1 +400 +40 +7\.0 s +15\.0 s +2 +1 +1 +0", out)
     assert ANN not in out and "\033" not in out
-    today = datetime.datetime.fromtimestamp(NOW, datetime.timezone(
-        datetime.timedelta(hours=8)
-    )).strftime("%Y-%m-%d")
+    today = datetime.datetime.fromtimestamp(NOW, BEIJING).strftime("%Y-%m-%d")
     assert re.search(rf"{today} +3 +0 +300 +30 +2\.0 s +7\.0 s", out)
-    assert out.endswith("reply_margin 0.8 s fits; 0 of 8 replies met a line that was gone\n")
+    assert out.endswith(
+        "reply_margin 0.8 s fits; 0 of 8 replies met a line that was gone\n"
+    )
     assert ANN in await stats("--full")
 
 

@@ -174,7 +174,7 @@ async def test_an_unread_answer_is_named_once(server, upstream):
     gate.set()
     await upstream.requests[0].over.wait()
     seen = await server.ask("第二个问题")
-    assert seen.text.endswith("「宇宙的答案」也答好了：继续1")
+    assert seen.text.endswith("「宇宙的答案」有结果了：继续1")
     assert "宇宙" not in (await server.ask("第三个问题")).text
     assert (await server.wechat.tap(ANN, seen.taps[-1])).text.startswith("四十二。")
 

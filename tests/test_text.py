@@ -8,6 +8,9 @@ from hypothesis import strategies as st
 
 from wechat import show
 from wxgpt import (
+    MARKDOWN,
+    UNMARKED,
+    PlainText,
     cut_markdown,
     excerpt,
     finished_sentences,
@@ -328,3 +331,11 @@ def test_a_tap_survives_being_decoded_twice(words, content, sent):
     [tap] = show(tap_link(words, content), b"").taps
     assert (tap.label, tap.content) == (words, sent)
     assert tap.menu_id
+
+
+@settings(max_examples=300)
+@given(st.text(alphabet="ab 你好，。！!()（）“”-=+#>:.\n\n1\u3000\u00a0/é\u0301", max_size=20))
+def test_text_without_marks_comes_out_as_the_parser_would_have_it(text):
+    """What is not parsed for want of anything to parse loses and gains nothing."""
+    if UNMARKED.fullmatch(text):
+        assert plain_text(text) == PlainText().write(MARKDOWN.parse(text))

@@ -1,0 +1,123 @@
+"""How SQLite goes about each statement that wxgpt really sends: by an index, unsorted.
+
+The statements are taken from the connection while the Store is used; EXPLAIN QUERY PLAN
+then says whether a table that grows would be read from end to end, or rows be sorted.
+"""
+
+import re
+import time
+
+import pytest
+
+import wxgpt
+
+ANN = "oAnn7Zt1BvK9mHdLr3PwYc8SgNf2"
+GROWING = ("session", "turn", "reply", "part", "quota")
+NOW = time.time()
+
+
+@pytest.fixture
+async def store(tmp_path):
+    """A new database with one question."""
+    store = await wxgpt.open_store(str(tmp_path / "test.db"))
+    await store.start_session(ANN, "chatgpt", NOW)
+    await store.add_turn(question(0), 100, 2000)
+    yield store
+    await store.close()
+
+
+def question(number=1, asked=1):
+    """Return a question that is not stored yet."""
+    return wxgpt.Turn(
+        id=0,
+        session_id=1,
+        openid=ANN,
+        msg_key=f"{ANN} {number}",
+        link_key=f"link{number}",
+        question="今天吃什么？",
+        pictures=None,
+        created_at=NOW,
+        asked=asked,
+        assistant="chatgpt",
+    )
+
+
+def reply(**values):
+    """Return a decided reply."""
+    return wxgpt.Reply(f"{ANN} 1", ANN, "饺子", int(NOW), **values)
+
+
+END = {"answer": "饺子", "generation": 0, "state": "done", "reason": None}
+END |= {"finished_at": NOW, "model": "m", "tokens_in": 1, "tokens_out": 1}
+END |= {"seconds": 1.0, "first_seconds": 0.5}
+PART = wxgpt.Part(1, 1, 0, 0)
+
+CALLS = {
+    "recall": lambda s: s.recall(f"{ANN} 1", ANN, NOW),
+    "save_reply": lambda s: s.save_reply(reply(turn_id=1, delivered="1")),
+    "save_reply with parts": lambda s: s.save_reply(
+        reply(turn_id=1, offered=wxgpt.Part(2, 1, 5, 0), sent=PART, stop=5, read=1)
+    ),
+    "mark_delivered": lambda s: s.mark_delivered(1, "2"),
+    "mark_read": lambda s: s.mark_read(1),
+    "start_session": lambda s: s.start_session(ANN, "chatgpt", NOW),
+    "end_session": lambda s: s.end_session(1, NOW, None),
+    "touch_session": lambda s: s.touch_session(1, NOW),
+    "lapsed_session": lambda s: s.lapsed_session(ANN, NOW - 60),
+    "add_turn": lambda s: s.add_turn(question(), 100, 2000),
+    "questions_of_day": lambda s: s.questions_of_day(ANN, NOW),
+    "count_asking": lambda s: s.count_asking(1),
+    "save_texts": lambda s: s.save_texts([("饺", 0, 1), ("面", 0, 2)]),
+    "finish_turn": lambda s: s.finish_turn(1, END),
+    "history": lambda s: s.history(question(), 12000),
+    "turn": lambda s: s.turn(1),
+    "turn_by_link": lambda s: s.turn_by_link("link1"),
+    "open_turns": lambda s: s.open_turns(),
+    "newest_failed": lambda s: s.newest_failed(ANN, NOW - 60),
+    "turns_of": lambda s: s.turns_of(ANN, 2**62, 51),
+    "part": lambda s: s.part(ANN, 1),
+    "unsent_part": lambda s: s.unsent_part(1),
+    "oldest_unsent": lambda s: s.oldest_unsent(ANN, 1, NOW - 60),
+    "oldest_unsent outside": lambda s: s.oldest_unsent(ANN, None, NOW - 60),
+    "add_history_link": lambda s: s.add_history_link(ANN, NOW + 60),
+    "history_owner": lambda s: s.history_owner("key"),
+    "forget": lambda s: s.forget(ANN),
+    "prune": lambda s: s.prune(NOW, 3600, 30),
+}
+
+
+async def statements_of(store, call):
+    """Return the statements that a call sends, with its values in them."""
+    sent = []
+    await store.db.set_trace_callback(sent.append)
+    await call(store)
+    await store.db.set_trace_callback(None)
+    verbs = r"\s*(SELECT|INSERT|REPLACE|UPDATE|DELETE)\b"
+    return [query for query in sent if re.match(verbs, query)]
+
+
+def faults(plan):
+    """Return the steps of a plan that take longer the more is stored."""
+    scans = rf"SCAN ({'|'.join(GROWING)}|missed|open)\b(?! USING (COVERING )?INDEX)"
+    return [step for step in plan if re.match(scans, step) or "TEMP B-TREE" in step]
+
+
+@pytest.mark.parametrize("name", CALLS)
+async def test_no_statement_reads_a_table_from_end_to_end_or_sorts(store, name):
+    """Each statement finds its rows by an index and in the order it wants them."""
+    sent = await statements_of(store, CALLS[name])
+    assert sent
+    for query in sent:
+        plan = [row[-1] for row in await store.rows(f"EXPLAIN QUERY PLAN {query}")]
+        assert not faults(plan), (query, plan)
+
+
+async def test_whole_indexes_are_read_for_unfinished_turns_alone(store):
+    """An index is read from end to end only if it holds no more than what goes on."""
+    found = {}
+    for name, call in CALLS.items():
+        for query in await statements_of(store, call):
+            plan = [row[-1] for row in await store.rows(f"EXPLAIN QUERY PLAN {query}")]
+            found |= {s: name for s in plan if re.match("SCAN .* USING", s)}
+    unfinished = ("turn_open", "turn_open_by_session")
+    assert set(found) <= {f"SCAN turn USING INDEX {name}" for name in unfinished}
