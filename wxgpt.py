@@ -1377,7 +1377,8 @@ class Store:
         """Let the thread run all that waits.
 
         Together, by aiosqlite's inner call: a hop for each statement took as much
-        processor time as all else that wxgpt adds to a bare handler (docs/benchmark.md).
+        processor time as all else that wxgpt adds to a bare handler, see
+        docs/benchmark.md.
         """
         batch, self.waiting = self.waiting, []
         jobs = [job for job, _ in batch]
@@ -1662,7 +1663,7 @@ class Store:
         return next(iter(await self.turns("link_key = :key", key=link_key)), None)
 
     async def open_turns(self) -> tuple[list[Turn], set[int]]:
-        """Return the unfinished turns in order, and which sessions of theirs are open."""
+        """Return the unfinished turns in order, and their sessions that are open."""
         turns = await self.turns("state = 'open' ORDER BY turn.id")
         query = """
             SELECT session_id FROM turn JOIN session ON session.id = session_id
@@ -1812,11 +1813,11 @@ async def open_store(path: str) -> Store:
         try:
             # Before anything is written. It reads the whole file, so a start with a
             # million answers would take many seconds: a large one goes unchecked.
-            if os.path.getsize(path) <= CHECK_BYTES:
-                [(verdict,)] = await store.rows("PRAGMA quick_check(1)")
-                if verdict != "ok":
-                    words = " ".join(verdict.split())
-                    raise StoreError(f"database {path}: corrupt: {words}")
+            is_small = os.path.getsize(path) <= CHECK_BYTES
+            check = await store.rows("PRAGMA quick_check(1)") if is_small else []
+            if check not in ([], [("ok",)]):
+                words = " ".join(check[0][0].split())
+                raise StoreError(f"database {path}: corrupt: {words}")
             for pragma in PRAGMAS:
                 await store.rows(f"PRAGMA {pragma}")
             await store.migrate()
@@ -2284,7 +2285,7 @@ class Subscriber:
         self.offers: dict[tuple[int, int, int], int] = {}
 
     def number_of(self, turn_id: int, generation: int, start: int) -> int:
-        """Return the number of a part: the one it was offered by before, or a new one."""
+        """Return the number a part was offered by before, or a new one."""
         at = (turn_id, generation, start)
         if at not in self.offers:
             self.offers[at] = self.next_part()

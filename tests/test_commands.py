@@ -447,3 +447,27 @@ async def test_a_new_session_does_not_wait_for_the_old(impatient, upstream):
     assert (await impatient.ask("乙问")).text.startswith("乙答")
     assert upstream.requests[1].messages == talk("乙问")
     gate.set()
+
+
+async def test_an_assistant_named_like_the_beginning_of_a_command_leaves_it(
+    serve, upstream
+):
+    """/clear clears although /c opens an assistant."""
+    server = await serve(
+        assistants={"c": {"base_url": upstream.base_url, "api_key": "k"}}
+    )
+    await server.ask("/chatgpt")
+    assert (await server.ask("/clear")).text.startswith("好，换个话题")
+    assert not upstream.requests
+
+
+async def test_a_late_text_that_is_refused_can_still_be_asked(serve, upstream):
+    """接着问 keeps its text until it is accepted: it never becomes a question itself."""
+    limits = {"question_chars": 8}
+    server = await serve(session={"ttl": 1}, limits=limits)
+    await server.ask("/chatgpt")
+    await asyncio.sleep(1.2)
+    await server.ask("这是一个明显太长了的问题啊")
+    first, second = await server.ask("接着问"), await server.ask("接着问")
+    assert first.text == second.text and first.text.startswith("问题太长了")
+    assert not upstream.requests

@@ -326,3 +326,47 @@ async def test_forget_in_mid_answer_ends_the_call(server, upstream):
     await server.ask("确认删除")
     await asyncio.wait_for(upstream.requests[0].over.wait(), 10)
     assert upstream.requests[0].outcome == "cut by client"
+
+
+async def test_continue_after_patience_brings_the_failure(serve, upstream):
+    """An answer that failed after the word of patience is told by 继续, without a call."""
+    server = await serve(assistants={"chatgpt": {"timeout": UNIT * 4}})
+    await server.ask("/chatgpt")
+    upstream.will(Script([asyncio.Event()]))
+    assert (await server.ask("慢问题")).text.startswith("还在想")
+    await asyncio.wait_for(upstream.requests[0].over.wait(), 20)
+    assert (await server.ask("继续")).text.startswith("模型太久没有回应。")
+    assert len(upstream.requests) == 1
+
+
+async def test_a_copy_of_an_early_reply_gets_it_at_once(serve, upstream):
+    """What was decided is not waited for again, though the model still writes."""
+    server = await serve(wechat={"mute_guard": 0, "attempt_timeout": 4})
+    await server.ask("/chatgpt")
+    gate = asyncio.Event()
+    upstream.will(Script([gate, "好。"]))
+    push = server.wechat.text(ANN, "慢问题")
+    first = await server.wechat.attempt(push, 10)
+    assert (await server.wechat.attempt(push, 1)).body == first.body
+    gate.set()
+
+
+async def test_two_taps_at_once_offer_the_same_next_part(server, upstream):
+    """A part has one number, whoever offers it."""
+    gate = asyncio.Event()
+    upstream.will(Script([LONG[:1500], gate, LONG[1500:]]))
+    first = await server.ask("写长文")
+    taps = [asyncio.create_task(server.wechat.tap(ANN, first.taps[0])) for _ in "二次"]
+    gate.set()
+    one, other = await asyncio.gather(*taps)
+    assert one.taps == other.taps and words(one) == words(other)
+
+
+async def test_the_same_question_in_a_new_session_is_another(server, upstream):
+    """After /clear it is asked again: the old answer belongs to the old conversation."""
+    gate = asyncio.Event()
+    upstream.will(Script([gate, "旧的。"]), says("新的。"))
+    await server.ask("天为什么蓝")
+    await server.ask("/clear")
+    assert (await server.ask("天为什么蓝")).text.startswith("新的。")
+    gate.set()
