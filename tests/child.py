@@ -35,11 +35,13 @@ class ChildError(Exception):
 class Child:
     """wxgpt as a process of its own; whoever starts it must stop it."""
 
-    def __init__(self, folder: Path, base_url: str, show_log: bool) -> None:
+    def __init__(
+        self, folder: Path, base_url: str, show_log: bool, is_safe: bool
+    ) -> None:
         self.config = folder / "wxgpt.toml"
         self._log = None if show_log else folder / "wxgpt.log"  # None: our stderr
         self._process: asyncio.subprocess.Process | None = None
-        self.config.write_text(render_settings(folder, base_url), "utf-8")
+        self.config.write_text(render_settings(folder, base_url, is_safe), "utf-8")
 
     async def start(self) -> None:
         """Start the process and wait until it answers, or raise ChildError."""
@@ -94,19 +96,21 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def render_settings(folder: Path, base_url: str) -> str:
+def render_settings(folder: Path, base_url: str, is_safe: bool) -> str:
     """Return the settings; without a base URL the environment says whom to ask."""
+    safe = {"app_id": "wx0123456789demo00", "aes_key": secrets.token_hex(22)[:43]}
     port, model = free_port(), os.environ.get("OPENAI_MODEL")
     fake = {"base_url": base_url, "api_key": "sk-demo", "model": "demo"}
     tables = {
         "server": {"port": port},
-        "wechat": {"token": secrets.token_hex(16)},
+        "wechat": {"token": secrets.token_hex(16), "picture_hosts": ["127.0.0.1"]}
+        | (safe if is_safe else {}),
         "assistants.chatgpt": fake if base_url else {"model": model} if model else {},
         "database": {"path": str(folder / "wxgpt.db")},
     }
     lines = [f'public_url = "http://127.0.0.1:{port}"']
     for name, table in tables.items():
-        # What JSON calls a string or a number, TOML does too.
+        # What JSON calls a string, a number or a list, TOML does too.
         lines += [f"[{name}]", *(f"{k} = {json.dumps(v)}" for k, v in table.items())]
     return "\n".join(lines) + "\n"
 

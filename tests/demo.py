@@ -26,6 +26,7 @@ import aiohttp
 
 from child import Child, ChildError, is_healthy, read_platform
 from fake_openai import FakeOpenAI, Script, fails, says
+from picture_host import PictureHost
 from terminal import DIM, Lines, Screen, talk
 from wechat import ANCHOR, Seen, Tap, WeChat, parse_tap
 
@@ -50,6 +51,7 @@ HELP = """\
 /wait       等后台的回复都到
 /open N     打开网页 N，看它写完
 /restart    kill -9 服务器再启动，回答到一半时也行
+/image FILE 发一张图片
 /follow     关注公众号　/unfollow 取消关注
 /quit       离开；演示启动的服务器和数据什么也不留下
 假模型：问题里写「7 秒」或「7s」就想 7 秒，写「长」答一篇长文，写「失败」出错"""
@@ -123,12 +125,14 @@ class Phone:
     async def __aenter__(self) -> Self:
         # A late viewer gets all the text so far in one line.
         self._http = aiohttp.ClientSession(read_bufsize=2**22)
+        self._pictures = await PictureHost().__aenter__()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         for task in self._under_way:
             task.cancel()
         await asyncio.gather(*self._under_way, return_exceptions=True)
+        await self._pictures.__aexit__()
         await self._http.close()
 
     async def write(self, line: str, name: str = "") -> None:
@@ -145,6 +149,16 @@ class Phone:
         task = asyncio.create_task(self.write(line, f"「{line[:12]}」"))
         self._under_way.add(task)
         await asyncio.wait([task], timeout=HEAD_START_SECONDS)
+
+    async def send_picture(self, path: Path) -> None:
+        """Send a picture that lies in a file."""
+        try:
+            url = self._pictures.add(path)
+        except OSError as error:
+            return self._screen.line(f"  （{path}: {error.strerror}）", DIM)
+        await self._deliver(
+            lambda wechat: wechat.deliver(wechat.image(self._openid, url))
+        )
 
     async def notify(self, event: str) -> None:
         """Let WeChat tell the server of an event."""
@@ -253,6 +267,8 @@ async def take(line: str, phone: Phone, screen: Screen, server: Child | None) ->
             await phone.notify("subscribe")
         case ["/unfollow"]:
             await phone.notify("unsubscribe")
+        case ["/image", *words] if words:
+            await phone.send_picture(Path(" ".join(words)))
         case ["/restart"]:
             await restart(server, screen)
         case ["/open", number] if number.isdecimal():
@@ -284,7 +300,7 @@ async def open_server(
         answer = functools.partial(play, speed=options.speed, seconds=options.seconds)
         base_url = (await stack.enter_async_context(FakeOpenAI(answer))).base_url
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="wxgpt-demo-"))
-    server = Child(Path(folder), base_url, options.log)
+    server = Child(Path(folder), base_url, options.log, options.safe)
     stack.push_async_callback(server.stop)
     await server.start()
     return server
@@ -329,6 +345,7 @@ def parse_options() -> argparse.Namespace:
     add("--openid", default="oDemo0friend0of0wxgpt0000000", help="who is chatting")
     add("--speed", type=float, default=60, help="fake model's tokens a second (60)")
     add("--seconds", type=float, default=1, help="seconds to its first token (1)")
+    add("--safe", action="store_true", help="in safe mode: pushes are encrypted")
     add("--log", action="store_true", help="show the server's log on stderr")
     return parser.parse_args()
 

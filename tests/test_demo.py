@@ -64,6 +64,20 @@ async def test_answers_come_with_the_attempt_that_they_are_ready_for(start: Star
     assert re.search(r"网页 1 · http://127.0.0.1:\d+/h/\S+\n  网页 1 · 状态 200", slow)
 
 
+async def test_pictures_and_events_go_through_safe_mode(start: Start):
+    """A file becomes a picture that can be asked about; following brings the welcome."""
+    demo = await start("--safe", "--seconds", "0.1")
+    picture = f"/image {ROOT / 'docs' / 'live.png'}"
+    said = await talk(
+        demo, *("/chatgpt", picture, "1", "/image no.png", "/follow", "/unfollow")
+    )
+    *_, kept, asked, missing, followed, left = said.split("> ")
+    assert "图收到了，想问什么？" in kept and "描述这张图 [1]" in kept
+    assert "| 关于「描述这张图」" in asked
+    assert "（no.png: No such file or directory）" in missing
+    assert "| 欢迎关注！" in followed and "（公众号没有回复）" in left
+
+
 async def test_a_number_taps_and_the_page_is_seen_to_its_end(start: Start):
     """Typing 1 taps the first link, and a piped run waits for the whole page."""
     demo = await start("--speed", "5000", "--seconds", "0.1")
