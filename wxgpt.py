@@ -4546,8 +4546,8 @@ async def run_server(config: Config) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    # The database's thread asks a busy loop for the interpreter at every statement; with
-    # the usual 5 ms, of 1,000 waiting the slowest hundredth got its reply 2 s later.
+    # The database's thread asks a busy loop for the interpreter at every statement;
+    # with the usual 5 ms the slowest of 1,000 waiting got its reply 2 s later.
     sys.setswitchinterval(0.0005)
     async with open_server(config) as (_, port):
         log.info("serving on %s port %d", config.server.host, port)
