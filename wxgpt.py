@@ -3052,7 +3052,7 @@ def start_writing(services: Services, answer: Answer) -> None:
 
     def fail() -> None:
         if answer.is_open:
-            answer.finish("broken" if answer.text else "failed", "trouble")
+            answer.finish(failed_state(answer, "trouble"), "trouble")
             services.answers.start(store_end(services, answer, None), answer.turn.name)
         services.answers.remove_answer(answer)
 
@@ -3627,7 +3627,8 @@ async def keep_saving(services: Services) -> None:
         await store_text_so_far(services, news)
         saved = {a.turn.id: state for a, state in running.items()}
         if services.store.is_wal_behind:
-            await services.store.truncate_wal()
+            with contextlib.suppress(sqlite3.Error):  # next time; saving must go on
+                await services.store.truncate_wal()
 
 
 async def keep_pruning(services: Services) -> None:

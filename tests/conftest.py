@@ -12,6 +12,7 @@ import pathlib
 import re
 import signal
 import socket
+import sqlite3
 import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -126,6 +127,29 @@ async def platform(port: int, **options: Any) -> AsyncIterator[Server]:
         aiohttp.ClientSession() as server.http,
     ):
         yield server
+
+
+@pytest.fixture
+def stored(settings: dict[str, Any]) -> Callable[[], str]:
+    """Return all that the database holds, as text."""
+
+    def stored() -> str:
+        with contextlib.closing(sqlite3.connect(settings["database"]["path"])) as db:
+            return "\n".join(db.iterdump())
+
+    return stored
+
+
+@pytest.fixture
+def database(settings: dict[str, Any]) -> Callable[..., list]:
+    """Run a statement in the database, as an owner could."""
+
+    def run(statement: str, *values: object) -> list:
+        path = settings["database"]["path"]
+        with contextlib.closing(sqlite3.connect(path, timeout=10)) as db, db:
+            return db.execute(statement, values).fetchall()
+
+    return run
 
 
 @pytest.fixture

@@ -74,17 +74,6 @@ async def server(serve, caplog):
     return await serve()
 
 
-@pytest.fixture
-def stored(settings):
-    """Return all that the database holds, as text."""
-
-    def stored():
-        with contextlib.closing(sqlite3.connect(settings["database"]["path"])) as db:
-            return "\n".join(db.iterdump())
-
-    return stored
-
-
 def push_of(server, kind):
     """Return a push of a kind, its type the first word of the name."""
     return server.wechat.raw(ANN, kind.split()[0], **KINDS[kind])

@@ -4,10 +4,8 @@ Also what an owner may offer: several assistants.
 """
 
 import asyncio
-import contextlib
 import datetime
 import pathlib
-import sqlite3
 
 import pytest
 
@@ -33,18 +31,6 @@ async def open_for(serve):
         return server
 
     return start
-
-
-@pytest.fixture
-def database(settings):
-    """Run a statement in the database, as an owner could."""
-
-    def run(statement, *values):
-        path = settings["database"]["path"]
-        with contextlib.closing(sqlite3.connect(path, timeout=10)) as db, db:
-            return db.execute(statement, values).fetchall()
-
-    return run
 
 
 @pytest.fixture

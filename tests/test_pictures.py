@@ -5,9 +5,7 @@ A small host of pictures on loopback plays WeChat's; a path says what it answers
 
 import asyncio
 import base64
-import contextlib
 import logging
-import sqlite3
 
 import pytest
 from aiohttp import web
@@ -97,29 +95,6 @@ async def server(serve):
     server = await serve(wechat=HOSTS)
     await server.ask("/chatgpt")
     return server
-
-
-@pytest.fixture
-def database(settings):
-    """Run a statement in the database, as an owner could."""
-
-    def run(statement, *values):
-        path = settings["database"]["path"]
-        with contextlib.closing(sqlite3.connect(path, timeout=10)) as db, db:
-            return db.execute(statement, values).fetchall()
-
-    return run
-
-
-@pytest.fixture
-def stored(settings):
-    """Return all that the database holds, as text."""
-
-    def stored():
-        with contextlib.closing(sqlite3.connect(settings["database"]["path"])) as db:
-            return "\n".join(db.iterdump())
-
-    return stored
 
 
 async def send(server, url, openid=ANN):

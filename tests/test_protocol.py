@@ -55,17 +55,6 @@ async def server(serve):
     return await serve()
 
 
-@pytest.fixture
-def stored(settings):
-    """Return all that the database holds, as text."""
-
-    def stored():
-        with contextlib.closing(sqlite3.connect(settings["database"]["path"])) as db:
-            return "\n".join(db.iterdump())
-
-    return stored
-
-
 # Verification
 
 

@@ -223,17 +223,6 @@ async def server(open_safe):
     return await open_safe()
 
 
-@pytest.fixture
-def stored(settings):
-    """Return all that the database holds, as text."""
-
-    def stored():
-        with contextlib.closing(sqlite3.connect(settings["database"]["path"])) as db:
-            return "\n".join(db.iterdump())
-
-    return stored
-
-
 async def post_sealed(server, encrypted):
     """Post a rightly signed envelope around any text."""
     stamp = {"timestamp": str(int(time.time())), "nonce": "415670741"}
