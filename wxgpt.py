@@ -60,6 +60,7 @@ import hashlib
 import hmac
 import html
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -1336,18 +1337,33 @@ def run_job(db: sqlite3.Connection, job: list[Statement]) -> list[list]:
             db.execute("ROLLBACK")
 
 
-def run_jobs(db: sqlite3.Connection, jobs: list[list[Statement]]) -> list:
-    """Run jobs in their order; return the rows or the error of each.
-
-    Ends with an error, which may have waited long for a lock: the others learn theirs.
-    """
+def run_each(db: sqlite3.Connection, jobs: list[list[Statement]]) -> list:
+    """Run jobs in their order; return the rows or the error of each."""
     results: list = []
     for job in jobs:
         try:
             results.append(run_job(db, job))
         except (sqlite3.Error, ValueError, OverflowError) as error:
-            return [*results, error]
+            results.append(error)
     return results
+
+
+def run_jobs(db: sqlite3.Connection, jobs: list[list[Statement]]) -> list:
+    """Run jobs with one commit, since that costs more than a statement.
+
+    If one fails, nothing was done, and each runs for itself; unless another process
+    holds the lock: waiting for it once was long enough for all.
+    """
+    if len(jobs) == 1:
+        return run_each(db, jobs)
+    try:
+        rows = iter(run_job(db, [statement for job in jobs for statement in job]))
+    except sqlite3.OperationalError as error:
+        is_locked = getattr(error, "sqlite_errorname", "").startswith("SQLITE_BUSY")
+        return [error] * len(jobs) if is_locked else run_each(db, jobs)
+    except (sqlite3.Error, ValueError, OverflowError):
+        return run_each(db, jobs)
+    return [list(itertools.islice(rows, len(job))) for job in jobs]
 
 
 class Store:
@@ -1365,13 +1381,16 @@ class Store:
         self.saved_push = 0  # the one in the database, up to a minute older
         self.secret = b""  # keys the hashes under which questions are counted
 
-    async def run(self, job: list[Statement]) -> list[list]:
-        """Run one statement, or several as a transaction; return the rows of each."""
-        result: asyncio.Future = asyncio.get_running_loop().create_future()
+    def run(self, job: list[Statement]) -> asyncio.Future[list[list]]:
+        """Run one statement, or several as a transaction; the rows of each come later.
+
+        They are run even if nobody waits for that any more.
+        """
+        result = asyncio.get_running_loop().create_future()
         self.waiting.append((job, result))
         if self.hop is None:
             self.start_hop()
-        return await result
+        return result
 
     def start_hop(self) -> None:
         """Let the thread run all that waits.
@@ -1390,14 +1409,13 @@ class Store:
         """Hand out what the thread brought; send it what waits meanwhile."""
         error = asyncio.CancelledError() if hop.cancelled() else hop.exception()
         results = [error] * len(batch) if error else hop.result()
-        for (_, result), found in zip(batch, results, strict=False):
+        for (_, result), found in zip(batch, results, strict=True):
             if result.done():  # cancelled; its statements were run all the same
                 continue
             if isinstance(found, BaseException):
                 result.set_exception(found)
             else:
                 result.set_result(found)
-        self.waiting[:0] = batch[len(results) :]
         self.hop = None
         if self.waiting:
             self.start_hop()
@@ -1466,7 +1484,7 @@ class Store:
             pictures=row[13],
         )
 
-    async def save_reply(self, reply: Reply) -> None:
+    def save_reply(self, reply: Reply) -> asyncio.Future:
         """Store a decided reply, and what it says about parts, as one."""
         unread = reply.offered.number if reply.offered and reply.early else None
         insert = """
@@ -1477,7 +1495,7 @@ class Store:
         values = {name: getattr(reply, name) for name in ("key", "openid", "content")}
         values |= {n: getattr(reply, n) for n in ("created", "turn_id", "delivered")}
         values |= {"unread": unread}
-        await self.run([(insert, values), *self.part_statements(reply)])
+        return self.run([(insert, values), *self.part_statements(reply)])
 
     def part_statements(self, reply: Reply) -> Iterator[Statement]:
         """Yield what stores what a reply says about parts, in its transaction."""
@@ -1870,28 +1888,25 @@ class EventDecoder:
         self.limit = limit
         self.after_cr = False  # a LF that comes next belongs to the CR before
 
-    def feed(self, chunk: bytes) -> Iterator[str]:
-        """Yield the payloads that are complete with this chunk; raise ChatError."""
+    def feed(self, chunk: bytes) -> list[str]:
+        """Return the payloads that are complete with this chunk; raise ChatError."""
         if self.after_cr and chunk[:1] == b"\n":
             chunk = chunk[1:]
         text = self.rest + chunk
         self.after_cr = text.endswith(b"\r")
         lines = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
         self.rest = lines.pop()
+        payloads = []
         for line in lines:
             if line.startswith(b"data:") or line == b"data":
                 self.data.append(line[6:] if line[5:6] == b" " else line[5:])
                 self.size += len(line)
-            elif not line:
-                yield from self.flush()
+            elif not line and self.data:
+                payloads.append(b"\n".join(self.data).decode("utf-8", "replace"))
+                self.data, self.size = [], 0
         if len(self.rest) + self.size > self.limit:
             raise ChatError("broken", "an event of the stream is longer than 1 MiB")
-
-    def flush(self) -> Iterator[str]:
-        """Yield the payload read so far; some servers omit the last blank line."""
-        if self.data:
-            yield b"\n".join(self.data).decode("utf-8", "replace")
-            self.data, self.size = [], 0
+        return payloads
 
 
 class ThoughtFilter:
@@ -2013,14 +2028,10 @@ def visible_text(part: object) -> str:
     return text if isinstance(text, str) else ""
 
 
-async def read_stream(response: aiohttp.ClientResponse) -> AsyncIterator[dict | None]:
-    """Yield the events of a stream, None for [DONE]; raise ChatError."""
-    decoder = EventDecoder()
-    async for chunk in response.content.iter_any():
-        for payload in decoder.feed(chunk):
-            yield None if payload.strip() == "[DONE]" else read_event(payload)
-    for payload in decoder.flush():
-        yield None if payload.strip() == "[DONE]" else read_event(payload)
+def is_alive(delta: object) -> bool:
+    """Say whether a delta has text, or hidden reasoning: the model is at work."""
+    names = ("content", "refusal", "reasoning_content", "reasoning")
+    return isinstance(delta, dict) and any(delta.get(name) for name in names)
 
 
 def make_ending(reason: str, model: object, usage: object) -> Ending:
@@ -2033,6 +2044,52 @@ def make_ending(reason: str, model: object, usage: object) -> Ending:
     )
     reason = reason if WORD.fullmatch(reason) else "odd"
     return Ending(reason, ILLEGAL.sub("", str(model)[:100]), given, taken)
+
+
+class Completion:
+    """What a stream has said so far; fed with its bytes in any pieces."""
+
+    def __init__(self, model: str) -> None:
+        self.decoder = EventDecoder()
+        self.thoughts = ThoughtFilter()
+        self.reason = ""  # why the text ended, once it has
+        self.usage: object = {}
+        self.model: object = model
+        self.is_alive = False  # the newest piece had text or hidden reasoning
+        self.is_over = False  # nothing more is to come
+        self.error: ChatError | None = None  # raised when the text before is shown
+
+    def feed(self, chunk: bytes) -> str:
+        """Return the visible text of a piece; what is wrong in it is in `error`."""
+        texts: list[str] = []
+        self.is_alive = False
+        try:
+            for payload in self.decoder.feed(chunk):
+                texts.append(self.read(payload))
+        except ChatError as error:
+            self.error = error
+        return "".join(texts)
+
+    def read(self, payload: str) -> str:
+        """Return the visible text of an event; behind the reason only usage counts."""
+        if payload.strip() == "[DONE]":
+            self.reason, self.is_over = self.reason or "stop", True
+        if self.is_over:
+            return ""
+        event = read_event(payload)
+        self.usage = event.get("usage") or self.usage
+        if self.reason:
+            return ""
+        self.model = event.get("model") or self.model
+        choice = first_choice(event)
+        delta = choice.get("delta")
+        self.is_alive = self.is_alive or is_alive(delta)
+        self.reason = str(choice.get("finish_reason") or "")
+        return self.thoughts.feed(visible_text(delta))
+
+    def ending(self) -> Ending:
+        """Return how it ended."""
+        return make_ending(self.reason, self.model, self.usage)
 
 
 async def read_body(response: aiohttp.ClientResponse, limit: int) -> str:
@@ -2071,15 +2128,14 @@ async def read_unstreamed(
     yield make_ending(reason, event.get("model"), event.get("usage"))
 
 
-async def read_usage(events: AsyncIterator[dict | None]) -> dict:
-    """Return the usage behind a finish_reason; it gets two seconds to come."""
-    usage: dict = {}
-    broken = (TimeoutError, aiohttp.ClientError, ConnectionError, ChatError)
-    with contextlib.suppress(*broken):
+async def read_usage(content: aiohttp.StreamReader, completion: Completion) -> None:
+    """Read the usage behind a finish_reason; it gets two seconds to come."""
+    with contextlib.suppress(TimeoutError, aiohttp.ClientError, ConnectionError):
         async with asyncio.timeout(2):
-            while event := await anext(events, None):  # None: [DONE], or the end
-                usage = event.get("usage") or usage
-    return usage
+            while not (completion.is_over or completion.error):
+                chunk = await content.readany()
+                completion.feed(chunk)
+                completion.is_over = completion.is_over or not chunk
 
 
 class Deadline:
@@ -2090,20 +2146,15 @@ class Deadline:
         self.end = end  # loop's clock
         first = asyncio.get_running_loop().time() + settings.first_token_timeout
         self.timeout = asyncio.timeout_at(min(end, first))
-        self.moved_at = float(
-            "-inf"
-        )  # loop's clock; a timer for every token is not set for free
+        self.moved_at = -1e9  # loop's clock; a timer for every token costs too much
 
-    def note(self, delta: object) -> None:
-        """Let the idle time begin again if a delta has text, or hidden reasoning.
+    def extend(self) -> None:
+        """Let the idle time begin again: the model is at work.
 
         It lasts up to a tenth longer, so that the timer is seldom moved.
         """
-        names = ("content", "refusal", "reasoning_content", "reasoning")
         now = asyncio.get_running_loop().time()
-        if now - self.moved_at < 0.1 * self.idle or not isinstance(delta, dict):
-            return
-        if any(delta.get(name) for name in names):
+        if now - self.moved_at >= 0.1 * self.idle:
             self.moved_at = now
             self.timeout.reschedule(min(self.end, now + 1.1 * self.idle))
 
@@ -2188,27 +2239,23 @@ class ChatClient:
             async for item in read_unstreamed(response):
                 yield item
             return
-        thoughts = ThoughtFilter()
-        reason, usage, model = "", {}, self.settings.model
-        async with contextlib.aclosing(read_stream(response)) as events:
-            async for event in events:
-                if event is None:
-                    reason = "stop"
-                    break
-                choice = first_choice(event)
-                deadline.note(choice.get("delta"))
-                usage = event.get("usage") or usage
-                model = event.get("model") or model
-                if text := thoughts.feed(visible_text(choice.get("delta"))):
-                    yield text
-                if reason := str(choice.get("finish_reason") or ""):
-                    usage = await read_usage(events) or usage
-                    break
-        if not reason:
+        completion, chunk = Completion(self.settings.model), b"\n"
+        while chunk and not completion.reason:
+            chunk = await response.content.readany()
+            # Some servers omit the blank line behind the last event.
+            text = completion.feed(chunk or b"\n\n")
+            if completion.is_alive:
+                deadline.extend()
+            if text:
+                yield text
+            if completion.error and not completion.reason:
+                raise completion.error
+        if not completion.reason:
             raise ChatError("broken", "the stream ended without an end", True)
-        if text := thoughts.flush():
+        await read_usage(response.content, completion)
+        if text := completion.thoughts.flush():
             yield text
-        yield make_ending(reason, model, usage)
+        yield completion.ending()
 
 
 MAGIC = {
@@ -2472,7 +2519,7 @@ class Delivery:
         self.ready = asyncio.Event()  # the reply can be decided
         self.reply: Reply | None = None  # as decided
         self.decided = asyncio.Event()
-        self.stored: asyncio.Task | None = None  # storing the decided reply
+        self.stored: asyncio.Future | None = None  # storing the decided reply
         self.delivered: str | None = None  # newest attempt that took it, or lost
 
     def arrive(self, now: float, half_attempt: float) -> int:
@@ -2763,6 +2810,8 @@ def find_assistant(text: str, names: typing.Iterable[str]) -> tuple[str, str] | 
     `/chatgpt 问题` and `/chatgpt问题` are the same; of two names the longer one counts.
     """
     text = text.strip()
+    if not folded(text[:1]).startswith("/"):
+        return None
     for name in sorted(names, key=len, reverse=True):
         wanted = "/" + folded(name)
         for end in range(1, min(len(text), 2 * len(wanted)) + 1):
@@ -3518,10 +3567,10 @@ def compose(services: Services, delivery: Delivery, attempt: int) -> Reply:
     )
 
 
-async def store_reply(services: Services, delivery: Delivery) -> None:
-    """Store a decided reply, unless its subscriber was forgotten meanwhile."""
-    if delivery.keep:
-        await services.store.save_reply(delivery.reply)
+def note_stored(delivery: Delivery, stored: asyncio.Future) -> None:
+    """Log a reply that could not be stored."""
+    if error := stored.exception():
+        log.error("%s reply not stored: %s", delivery.message.name, error)
 
 
 def decide(services: Services, delivery: Delivery, attempt: int) -> None:
@@ -3534,8 +3583,8 @@ def decide(services: Services, delivery: Delivery, attempt: int) -> None:
     if reply.read is not None:
         delivery.subscriber.has_read(reply.read)
     if reply.content and delivery.keep:
-        work = store_reply(services, delivery)
-        delivery.stored = services.answers.start(work, delivery.message.name)
+        delivery.stored = services.store.save_reply(reply)
+        delivery.stored.add_done_callback(functools.partial(note_stored, delivery))
 
 
 # What a request does
@@ -3599,7 +3648,7 @@ async def reply_to(services: Services, attempt: Attempt) -> Reply | None:
     return delivery.reply
 
 
-async def note_delivery(services: Services, attempt: Attempt, is_taken: bool) -> None:
+def note_delivery(services: Services, attempt: Attempt, is_taken: bool) -> None:
     """Correct how an answer was delivered: the newest line that took it counts.
 
     The reply was stored as delivered by the attempt that decided it.
@@ -3614,7 +3663,8 @@ async def note_delivery(services: Services, attempt: Attempt, is_taken: bool) ->
     elif before == number:
         delivery.delivered = "lost"
     if delivery.delivered not in (None, before):
-        await services.store.mark_delivered(reply.turn_id, delivery.delivered)
+        work = services.store.mark_delivered(reply.turn_id, delivery.delivered)
+        services.answers.start(work, attempt.name)
 
 
 async def keep_saving(services: Services) -> None:
@@ -4099,11 +4149,11 @@ async def answer_attempt(request: web.Request, attempt: Attempt) -> web.StreamRe
     except (asyncio.CancelledError, ConnectionResetError) as gone:
         seconds = loop.time() - attempt.arrived
         log.info("%s WeChat hung up after %.1f s", attempt.name, seconds)
-        services.answers.start(note_delivery(services, attempt, False), attempt.name)
+        note_delivery(services, attempt, False)
         if isinstance(gone, asyncio.CancelledError):
             raise
         return web.Response()
-    services.answers.start(note_delivery(services, attempt, True), attempt.name)
+    note_delivery(services, attempt, True)
     log.info(
         "%s %s after %.1f s",
         attempt.name,
