@@ -4568,10 +4568,14 @@ class JournalFormatter(logging.Formatter):
 
     PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 
+    def __init__(self, is_journal: bool) -> None:
+        super().__init__("%(message)s")
+        self.is_journal = is_journal
+
     def format(self, record: logging.LogRecord) -> str:
         """Return the record's lines, each with a priority under journald."""
         text = super().format(record)
-        if "JOURNAL_STREAM" not in os.environ:
+        if not self.is_journal:
             return f"{time.strftime('%H:%M:%S')} {record.levelname.lower()} {text}"
         priority = self.PRIORITIES.get(record.levelname, 5)
         return "\n".join(f"<{priority}>{line}" for line in text.split("\n"))
@@ -4580,7 +4584,10 @@ class JournalFormatter(logging.Formatter):
 def set_up_log() -> None:
     """Send the log to stderr."""
     handler = logging.StreamHandler()
-    handler.setFormatter(JournalFormatter("%(message)s"))
+    handler.setFormatter(JournalFormatter("JOURNAL_STREAM" in os.environ))
+    # What no line shows is not looked up (Logging HOWTO, Optimization).
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("aiohttp").setLevel(logging.WARNING)
     logging.getLogger("aiohttp.server").addFilter(is_our_fault)
