@@ -160,11 +160,12 @@ class Server:
 
 @contextlib.asynccontextmanager
 async def running(
-    folder: pathlib.Path, port: int, *command: object
+    folder: pathlib.Path, port: int, *command: object, modules: object = ""
 ) -> AsyncIterator[Server]:
     """Run a Python program until the block ends, from the moment it says READY."""
     at, loop = folder / f"ready-{port}", asyncio.get_running_loop()
     environ = {k: v for k, v in os.environ.items() if not k.startswith("LISTEN_")}
+    environ |= {"NOTIFY_SOCKET": str(at), "PYTHONPATH": str(modules)}
     with (
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notes,
         open(folder / "log", "ab") as log,
@@ -176,7 +177,7 @@ async def running(
             sys.executable,
             *map(str, command),
             stderr=log,
-            env=environ | {"NOTIFY_SOCKET": str(at)},
+            env=environ,
         )
         try:
             async with asyncio.timeout(120):
@@ -216,7 +217,8 @@ class Bench:
         port, path = free_port(), self.folder / "wxgpt.toml"
         values = {"port": port, "token": lean.TOKEN, "path": database}
         path.write_text(CONFIG.format(base_url=self.base_url, **values), "utf-8")
-        return running(self.folder, port, self.program, "--config", path)
+        command = ("-P", "-m", self.program.stem, "--config", path)  # as the unit does
+        return running(self.folder, port, *command, modules=self.program.parent)
 
     def bare(self) -> Any:
         """Run the bare handler."""
