@@ -2997,11 +2997,12 @@ async def write_text(
     return ending
 
 
-def shortened(messages: list[dict]) -> list[dict]:
-    """Return messages without the older half of the conversation."""
+def shortened(messages: list[dict], is_last: bool) -> list[dict]:
+    """Return messages without the older half of the conversation, at last all of it."""
     head = [m for m in messages if m["role"] == "system"]
     rest = messages[len(head) :]
-    return head + rest[(len(rest) // 4 + 1) * 2 :] if len(rest) > 2 else messages
+    begin = len(rest) if is_last else (len(rest) // 4 + 1) * 2
+    return head + rest[min(begin, len(rest) - 1) :]
 
 
 async def ask_model(services: Services, answer: Answer, messages: list[dict]) -> Ending:
@@ -3013,9 +3014,12 @@ async def ask_model(services: Services, answer: Answer, messages: list[dict]) ->
             guard = WordGuard(services.blocked)
             return await write_text(answer, guard, client.stream(messages, end))
         except ChatError as error:
-            fewer = shortened(messages) if error.kind == "long" else messages
-            again = error.passing or len(fewer) < len(messages)
-            if not again or answer.is_sent or pause is None:
+            is_last, fewer = pause == RETRY_PAUSES[-1], messages
+            if error.kind == "long":
+                fewer = shortened(messages, is_last)
+            if len(fewer) < len(messages):
+                error.passing, error.after = True, 0.0
+            if not error.passing or answer.is_sent or pause is None:
                 raise
             pause *= random.uniform(0.75, 1)
             pause = pause if error.after is None else error.after

@@ -16,6 +16,7 @@ import zlib
 
 import pytest
 
+import wxgpt
 from conftest import ANN, BOB
 from fake_openai import Script
 
@@ -448,6 +449,18 @@ async def test_a_long_conversation_is_asked_again_without_its_oldest(
     assert len(short) < len(long) and short[1:] == long[len(long) - len(short) + 1 :]
     assert short[-1]["content"] == QUESTION and "甲问" not in str(short)
     assert len(upstream.requests) == 5 and len(told(caplog)) == 1
+
+
+async def test_at_last_a_question_is_asked_alone(server, upstream, monkeypatch):
+    """The model may hold less than a quarter; no pause is made to ask with less."""
+    for number in range(8):
+        await server.ask(f"第 {number} 问")
+    monkeypatch.setattr(wxgpt, "RETRY_PAUSES", (2 * PATIENCE, 3 * PATIENCE))
+    upstream.will(*[FINAL["OpenAI long"][0]] * 2, "这次好了。")
+    assert (await server.ask(QUESTION)).text == "这次好了。" + LABEL
+    system, alone = upstream.requests[-1].messages
+    assert system["role"] == "system" and alone["content"] == QUESTION
+    assert len(upstream.requests) == 8 + CALLS
 
 
 async def test_a_conversation_that_stays_too_long_is_told(server, upstream):
