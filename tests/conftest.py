@@ -237,8 +237,8 @@ async def spawn(
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(**changes: Any) -> tuple[Server, Process]:
-            port, path = free_port(), tmp_path / "wxgpt.toml"
-            changes = merged({"server": {"port": port}}, changes)
+            changes = merged({"server": {"port": free_port()}}, changes)
+            port, path = changes["server"]["port"], tmp_path / "wxgpt.toml"
             path.write_text(toml(merged(settings, changes)), "utf-8")
             process = Process(path, port)
             await process.start()
