@@ -187,6 +187,8 @@ class Wiretap:
     def __init__(self, port: int) -> None:
         self.peer_port, self.port = port, 0
         self.requests: list[dict[str, Any]] = []  # their JSON, in the order they came
+        self.writers: list[asyncio.StreamWriter] = []
+        self.connections: list[asyncio.Task] = []
 
     @property
     def base_url(self) -> str:
@@ -200,20 +202,18 @@ class Wiretap:
 
     async def __aexit__(self, *_: object) -> None:
         self.listener.close()
+        for writer in self.writers:
+            writer.close()
+        await asyncio.gather(*self.connections)
 
     async def connect(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        """Serve one connection until either side hangs up."""
-        near = await asyncio.open_connection("127.0.0.1", self.peer_port)
-        ways = self.hand_on(reader, near[1]), self.hand_back(near[0], writer)
-        tasks = [asyncio.create_task(way) for way in ways]
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        near[1].close()
-        writer.close()
+        """Serve one connection; when one side hangs up, so does the other."""
+        self.connections.append(asyncio.current_task())
+        answers, asks = await asyncio.open_connection("127.0.0.1", self.peer_port)
+        self.writers += [writer, asks]
+        await asyncio.gather(self.hand_on(reader, asks), hand_back(answers, writer))
 
     async def hand_on(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -228,12 +228,13 @@ class Wiretap:
                     self.requests.append(json.loads(body))
                 writer.write(head + body)
                 await writer.drain()
+        writer.close()
 
-    async def hand_back(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        """Hand responses back as they come."""
-        with contextlib.suppress(ConnectionError):
-            while chunk := await reader.read(65536):
-                writer.write(chunk)
-                await writer.drain()
+
+async def hand_back(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Hand responses back as they come."""
+    with contextlib.suppress(ConnectionError):
+        while chunk := await reader.read(65536):
+            writer.write(chunk)
+            await writer.drain()
+    writer.close()

@@ -4,14 +4,17 @@ Run by `pytest -m peers` alone. The environments of both are made on the first r
 kept; nothing is asked of what a model says or how fast it is.
 """
 
+import html
+import itertools
 import json
 import re
 
 import pytest
 
 from conftest import ANN, free_port
-from peers import KEY, Wiretap, litellm_proxy
+from peers import KEY, Wiretap, litellm_proxy, small_model
 from test_owner import bad, run
+from test_pages import events_of
 from test_upstream import BUSY, LABEL, LONG, SETUP
 
 pytestmark = pytest.mark.peers
@@ -42,6 +45,17 @@ FAILURES = {
     "unknown": (SETUP, 1, "error .* setup: status 40[04] "),
 }
 
+QUESTIONS = [
+    "What is the capital of France?",
+    "What can I eat there?",
+    "How do I say thank you?",
+]
+STORY = "Tell me a long story about a fox."
+ENOUGH = 600  # tokens of a story, more than one reply holds
+# Asked for in the request itself; llama.cpp's server has min_tokens beside max_tokens.
+BRIEF = {"max_tokens": 60}
+LENGTHY = {"max_tokens": ENOUGH, "min_tokens": ENOUGH}
+
 
 @pytest.fixture(scope="session")
 def litellm(tmp_path_factory):
@@ -65,6 +79,33 @@ async def talk(spawn, gateway):
     assistants = {name: known | {"model": name} for name in names}
     assistants["stranger"] |= {"model": "chatgpt", "api_key": STRANGER}
     return await reachable(spawn, wechat=lasting(ATTEMPT), assistants=assistants)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    """A model that really writes, under llama.cpp's server."""
+    with small_model(tmp_path_factory.mktemp("llama")) as peer:
+        yield peer
+
+
+@pytest.fixture
+async def model(llama):
+    """The way to the small model, on which requests are kept."""
+    async with Wiretap(llama.port) as wiretap:
+        yield wiretap
+
+
+@pytest.fixture
+def meet(spawn, model):
+    """Start wxgpt before the small model, with attempts of so many seconds."""
+    known = {"base_url": model.base_url, "api_key": "any", "model": "smollm2"}
+    known |= {"system_prompt": "You are a friendly assistant."}
+
+    async def start(seconds, **talkers):
+        assistants = {name: known | {"extra": talkers[name]} for name in talkers}
+        return await reachable(spawn, wechat=lasting(seconds), assistants=assistants)
+
+    return start
 
 
 def lasting(seconds):
@@ -154,3 +195,77 @@ async def test_check_judges_every_model_of_the_gateway(talk):
     assert good == ["chatgpt", "essay", "window"] and "✓ clock" in out
     assert re.findall(r"✗ assistant (\w+):", out) == [*FAILURES]
     assert len(bad(out)) == len(FAILURES) and status == 1 and err == ""
+
+
+# A small model under llama.cpp's server
+
+
+def letters(text):
+    """Return the letters a model wrote, without what wxgpt and Markdown put around."""
+    return "".join(re.findall("[A-Za-z]", re.sub("「.*?」|（AI 生成）", "", text)))
+
+
+async def test_three_questions_to_a_model_are_one_conversation(meet, model, database):
+    """Each answer is shown once with its label, and known to the next question."""
+    server, _ = await meet(ATTEMPT, chatgpt=BRIEF)
+    assert "由 AI 生成" in (await server.ask("/chatgpt")).text
+    seen = [await server.ask(question) for question in QUESTIONS]
+    assert [one.text.count("（AI 生成）") for one in seen] == [1, 1, 1]
+    stored = [answer for (answer,) in database("SELECT answer FROM turn ORDER BY id")]
+    assert all(map(letters, stored))
+    assert [letters(one.text) for one in seen] == [*map(letters, stored)]
+    said = [*itertools.chain(*zip(QUESTIONS, stored))]
+    for number, asked in enumerate(model.requests):
+        heard = [message["content"] for message in asked["messages"]]
+        assert heard == ["You are a friendly assistant.", *said[: 2 * number + 1]]
+    assert len(model.requests) == 3
+
+
+async def test_a_story_is_read_on_while_the_model_writes(meet, model, database):
+    """Longer than a reply and than three attempts: 继续 brings all of it, once."""
+    server, process = await meet(0.4, chatgpt=LENGTHY)
+    seen = await server.ask(f"/chatgpt {STORY}")
+    assert seen.taps[0].label.startswith("继续")
+    bubbles = await read_on(server, seen)
+    await process.says(" tokens ")
+    [(answer, state)] = database("SELECT answer, state FROM turn")
+    assert state in ("done", "cut") and len(answer) > ENOUGH
+    assert letters("".join(bubbles)) == letters(answer)
+    assert len(bubbles) > 1 and len(model.requests) == 1
+
+
+async def test_a_story_is_seen_on_its_page_as_it_is_written(meet, model, database):
+    """The page's events are the answer, piece by piece, and end with its state."""
+    server, process = await meet(0.3, chatgpt=LENGTHY)
+    [(_, link)] = (await server.ask(f"/chatgpt {STORY}")).links
+    async with server.http.get(f"{link}/events") as response:
+        *pieces, (name, _, end) = await events_of(response)
+    await process.says(" tokens ")
+    [(answer, state)] = database("SELECT answer, state FROM turn")
+    assert name == "done" and end == {"state": state} and state in ("done", "cut")
+    assert "".join(piece["text"] for _, _, piece in pieces) == answer
+    assert len(pieces) > 1 and len(model.requests) == 1
+
+
+async def test_a_chat_with_a_model_is_in_the_history(meet, database):
+    """The page shows every question and answer; after /stop nobody answers."""
+    server, _ = await meet(ATTEMPT, chatgpt=BRIEF)
+    for question in QUESTIONS[:2]:
+        await server.ask(f"/chatgpt {question}")
+    [(_, link)] = (await server.ask("/history")).links
+    status, page = await server.get(link)
+    shown = letters(html.unescape(re.sub("<[^>]*>", "", page)))
+    turns = [*itertools.chain(*database("SELECT question, answer FROM turn"))]
+    assert status == 200 and len(turns) == 4
+    assert [text for text in turns if letters(text) not in shown] == []
+    assert "结束" in (await server.ask("/stop")).text
+    assert (await server.ask("Are you there?")).text is None
+
+
+async def test_check_asks_the_model(meet, model):
+    """It says after how many seconds the first token came."""
+    _, process = await meet(ATTEMPT, chatgpt=BRIEF)
+    _, out, err = await run(process.path, "check")
+    assert re.search(r"✓ assistant chatgpt: smollm2, first token after [\d.]+ s\n", out)
+    assert "✓ verification with a right" in out and "✓ live pages" in out
+    assert bad(out) == [] and err == "" and len(model.requests) == 1
