@@ -2054,6 +2054,7 @@ class Completion:
         self.decoder = EventDecoder()
         self.thoughts = ThoughtFilter()
         self.reason = ""  # why the text ended, once it has
+        self.names_reasons = False  # the upstream has a field for it
         self.usage: object = {}
         self.model: object = model
         self.is_alive = False  # the newest piece had text or hidden reasoning
@@ -2074,7 +2075,9 @@ class Completion:
     def read(self, payload: str) -> str:
         """Return the visible text of an event; behind the reason only usage counts."""
         if payload.strip() == "[DONE]":
-            self.reason, self.is_over = self.reason or "stop", True
+            # llama.cpp's server ends an answer so when it turns to another.
+            missing = "length" if self.names_reasons else "stop"
+            self.reason, self.is_over = self.reason or missing, True
         if self.is_over:
             return ""
         event = read_event(payload)
@@ -2084,6 +2087,7 @@ class Completion:
         self.model = event.get("model") or self.model
         choice = first_choice(event)
         delta = choice.get("delta")
+        self.names_reasons |= "finish_reason" in choice
         self.is_alive = self.is_alive or is_alive(delta)
         self.reason = str(choice.get("finish_reason") or "")
         return self.thoughts.feed(visible_text(delta))

@@ -430,6 +430,24 @@ async def test_a_parameter_refused_again_and_again_is_no_loop(serve, upstream):
     assert len(upstream.requests) == 3
 
 
+# An end without a reason
+
+CUT = "\n\n（回答到了长度上限，可以问「接着说」）"
+UNNAMED, NAMED = {}, {"finish_reason": None}
+
+
+@pytest.mark.parametrize("choice, note", [(UNNAMED, ""), (NAMED, CUT)])
+async def test_an_answer_broken_off_with_done_is_not_whole(
+    server, upstream, choice, note
+):
+    """A server that names reasons and gives none at [DONE] was interrupted."""
+    delta = {"delta": {"content": "写到这里。"}} | choice
+    headers = {"Content-Type": "text/event-stream"}
+    upstream.will(Script(body=sse({"choices": [delta]}, "[DONE]"), headers=headers))
+    assert (await server.ask(QUESTION)).text == "写到这里。" + LABEL + note
+    assert len(upstream.requests) == 1
+
+
 # A conversation that is too long
 
 WORDINGS = ["OpenAI long", "Kimi long", "GLM long", "LiteLLM long", "vLLM long"]
