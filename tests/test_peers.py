@@ -4,6 +4,7 @@ Run by `pytest -m peers` alone. The environments of both are made on the first r
 kept; nothing is asked of what a model says or how fast it is.
 """
 
+import asyncio
 import html
 import itertools
 import json
@@ -11,7 +12,7 @@ import re
 
 import pytest
 
-from conftest import ANN, free_port
+from conftest import ANN, BOB, free_port
 from peers import KEY, Wiretap, litellm_proxy, small_model
 from test_owner import bad, run
 from test_pages import events_of
@@ -53,6 +54,7 @@ QUESTIONS = [
 STORY = "Tell me a long story about a fox."
 ENOUGH = 600  # tokens of a story, more than one reply holds
 # Asked for in the request itself; llama.cpp's server has min_tokens beside max_tokens.
+EXACT = {"max_tokens": 100, "min_tokens": 100}
 BRIEF = {"max_tokens": 60}
 LENGTHY = {"max_tokens": ENOUGH, "min_tokens": ENOUGH}
 
@@ -101,9 +103,10 @@ def meet(spawn, model):
     known = {"base_url": model.base_url, "api_key": "any", "model": "smollm2"}
     known |= {"system_prompt": "You are a friendly assistant."}
 
-    async def start(seconds, **talkers):
+    async def start(seconds, limits=None, **talkers):
         assistants = {name: known | {"extra": talkers[name]} for name in talkers}
-        return await reachable(spawn, wechat=lasting(seconds), assistants=assistants)
+        rest = {"assistants": assistants, "limits": limits or {}}
+        return await reachable(spawn, wechat=lasting(seconds), **rest)
 
     return start
 
@@ -122,6 +125,16 @@ async def reachable(spawn, **changes):
     return server, process
 
 
+async def stored_turns(process, database, count):
+    """Wait until so many answers have ended; return what is stored of each."""
+    line = -1
+    for _ in range(count):
+        await process.says(", tokens ", line + 1)
+        told = enumerate(process.log)
+        line = next(n for n, words in told if n > line and ", tokens " in words)
+    return database("SELECT answer, state FROM turn ORDER BY id")
+
+
 # LiteLLM's proxy
 
 
@@ -132,11 +145,11 @@ async def test_an_answer_comes_through_the_gateway(talk, gateway, database):
     assert seen.text == PLAIN.replace("*", "") + LABEL and seen.attempt == 1
     [asked] = gateway.requests
     assert asked["model"] == "chatgpt" and asked["stream"] is True
-    [(answer, *tokens)] = database("SELECT answer, tokens_in, tokens_out FROM turn")
-    assert answer == PLAIN and min(tokens) > 0
+    assert await stored_turns(process, database, 1) == [(PLAIN, "done")]
+    [tokens] = database("SELECT tokens_in, tokens_out FROM turn")
     _, told, _ = await run(process.path, "stats", "--json")
     total = json.loads(told)["total"]
-    assert [total["tokens_in"], total["tokens_out"]] == tokens
+    assert (total["tokens_in"], total["tokens_out"]) == tokens and min(tokens) > 0
 
 
 @pytest.mark.parametrize("name", FAILURES)
@@ -207,11 +220,11 @@ def letters(text):
 
 async def test_three_questions_to_a_model_are_one_conversation(meet, model, database):
     """Each answer is shown once with its label, and known to the next question."""
-    server, _ = await meet(ATTEMPT, chatgpt=BRIEF)
+    server, process = await meet(ATTEMPT, chatgpt=BRIEF)
     assert "由 AI 生成" in (await server.ask("/chatgpt")).text
     seen = [await server.ask(question) for question in QUESTIONS]
     assert [one.text.count("（AI 生成）") for one in seen] == [1, 1, 1]
-    stored = [answer for (answer,) in database("SELECT answer FROM turn ORDER BY id")]
+    stored = [answer for answer, _ in await stored_turns(process, database, 3)]
     assert all(map(letters, stored))
     assert [letters(one.text) for one in seen] == [*map(letters, stored)]
     said = [*itertools.chain(*zip(QUESTIONS, stored))]
@@ -227,8 +240,7 @@ async def test_a_story_is_read_on_while_the_model_writes(meet, model, database):
     seen = await server.ask(f"/chatgpt {STORY}")
     assert seen.taps[0].label.startswith("继续")
     bubbles = await read_on(server, seen)
-    await process.says(" tokens ")
-    [(answer, state)] = database("SELECT answer, state FROM turn")
+    [(answer, state)] = await stored_turns(process, database, 1)
     assert state in ("done", "cut") and len(answer) > ENOUGH
     assert letters("".join(bubbles)) == letters(answer)
     assert len(bubbles) > 1 and len(model.requests) == 1
@@ -240,8 +252,7 @@ async def test_a_story_is_seen_on_its_page_as_it_is_written(meet, model, databas
     [(_, link)] = (await server.ask(f"/chatgpt {STORY}")).links
     async with server.http.get(f"{link}/events") as response:
         *pieces, (name, _, end) = await events_of(response)
-    await process.says(" tokens ")
-    [(answer, state)] = database("SELECT answer, state FROM turn")
+    [(answer, state)] = await stored_turns(process, database, 1)
     assert name == "done" and end == {"state": state} and state in ("done", "cut")
     assert "".join(piece["text"] for _, _, piece in pieces) == answer
     assert len(pieces) > 1 and len(model.requests) == 1
@@ -249,17 +260,28 @@ async def test_a_story_is_seen_on_its_page_as_it_is_written(meet, model, databas
 
 async def test_a_chat_with_a_model_is_in_the_history(meet, database):
     """The page shows every question and answer; after /stop nobody answers."""
-    server, _ = await meet(ATTEMPT, chatgpt=BRIEF)
+    server, process = await meet(ATTEMPT, chatgpt=BRIEF)
     for question in QUESTIONS[:2]:
         await server.ask(f"/chatgpt {question}")
     [(_, link)] = (await server.ask("/history")).links
     status, page = await server.get(link)
     shown = letters(html.unescape(re.sub("<[^>]*>", "", page)))
-    turns = [*itertools.chain(*database("SELECT question, answer FROM turn"))]
-    assert status == 200 and len(turns) == 4
-    assert [text for text in turns if letters(text) not in shown] == []
+    answers = [answer for answer, _ in await stored_turns(process, database, 2)]
+    missing = [t for t in (*QUESTIONS[:2], *answers) if letters(t) not in shown]
+    assert status == 200 and missing == []
     assert "结束" in (await server.ask("/stop")).text
     assert (await server.ask("Are you there?")).text is None
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+async def test_no_half_of_an_answer_passes_for_the_whole(meet, database, at_once):
+    """The server breaks an answer off for the next question, unless that waits."""
+    server, process = await meet(ATTEMPT, limits={"at_once": at_once}, chatgpt=EXACT)
+    asking = [server.ask(f"/chatgpt {STORY}", who) for who in (ANN, BOB)]
+    seen = await asyncio.gather(*asking)
+    assert all("接着说" in one.text and letters(one.text) for one in seen)
+    turns = await stored_turns(process, database, 2)
+    assert [state for _, state in turns] == ["cut", "cut"]
 
 
 async def test_check_asks_the_model(meet, model):
