@@ -14,13 +14,14 @@ import signal
 import socket
 import sqlite3
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 import pytest
 
+import container as machine
 import wxgpt
 from fake_openai import FakeOpenAI
 from wechat import Seen, WeChat
@@ -28,6 +29,8 @@ from wechat import Seen, WeChat
 UNIT = float(os.environ.get("WXGPT_UNIT", "0.6"))
 TOKEN = "secretToken42"
 ROOT = pathlib.Path(__file__).parent.parent
+PORT = 8080  # in a container
+PATIENT = {"attempt_timeout": 30}  # a first attempt outlasts any restart
 ANN, BOB = "oAnn7Zt1BvK9mHdLr3PwYc8SgNf2", "oBob7Zt1BvK9mHdLr3PwYc8SgNf2"
 
 
@@ -246,3 +249,54 @@ async def spawn(
             return await stack.enter_async_context(platform(port)), process
 
         yield start
+
+
+@pytest.fixture(scope="session")
+def debian() -> Iterator[pathlib.Path]:
+    """A folder with Debian and the server's packages; skipped where none can boot."""
+    if reason := machine.obstacle():
+        pytest.skip(reason)
+    with machine.debian_root() as root:
+        yield root
+
+
+@pytest.fixture(scope="module")
+def container(debian: pathlib.Path) -> Iterator[machine.Container]:
+    """A booted Debian whose loopback is ours."""
+    with machine.boot(debian) as booted, booted.network():
+        yield booted
+
+
+@pytest.fixture
+async def install(
+    container: machine.Container, settings: dict[str, Any]
+) -> AsyncIterator[Callable[..., Any]]:
+    """Put settings in place; gives the platform and the unit, not yet started."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def put(**changes: Any) -> tuple[Server, machine.Unit]:
+            table = {"server": {"port": PORT}, "database": {"path": ""}}
+            table = merged(merged(settings, table), changes)
+            write_settings(container, table)
+            unit = await stack.enter_async_context(container.follow("wxgpt.service"))
+            return await stack.enter_async_context(platform(PORT, **PATIENT)), unit
+
+        yield put
+
+
+@pytest.fixture
+async def start(install: Callable[..., Any]) -> Callable[..., Any]:
+    """Start the unit as the README does; `await start(session={"ttl": 9})`."""
+
+    async def started(**changes: Any) -> tuple[Server, machine.Unit]:
+        server, unit = await install(**{"wechat": PATIENT} | changes)
+        assert await unit.systemctl("enable", "--runtime", "--now") == 0
+        return server, unit
+
+    return started
+
+
+def write_settings(container: machine.Container, table: dict[str, Any]) -> None:
+    """Write the settings where LoadCredential finds them, readable for root alone."""
+    container.settings.touch(0o600)
+    container.settings.write_text(toml(table), "utf-8")

@@ -5,9 +5,9 @@
             assert await unit.systemctl("start") == 0
 
 The root is made once for a list of packages; WXGPT_ROOTFS names the folder that keeps
-it, else it goes when the tests end. A container only reads it: /var, /run and /tmp are
-in memory, the server's files are those of this checkout, and it has a loopback of its
-own. It works on machines whose own first process is not systemd, too.
+it, else it goes when the tests end. A container only reads it: what it changes lies
+over it in memory, the server's files are those of this checkout, and it has a loopback
+of its own. It works on machines whose own first process is not systemd, too.
 """
 
 import asyncio
@@ -24,15 +24,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[1]
 SUITE = "bookworm"
-PACKAGES = "systemd,systemd-sysv,dbus,python3,python3-venv"
+BARE = "systemd,systemd-sysv,dbus"  # what every rented server has
+PACKAGES = f"{BARE},python3,python3-venv,ca-certificates,nginx,caddy"
 PROGRAMS = ("mmdebstrap", "systemd-nspawn", "unshare", "nsenter", "chroot")
 HOME, VENV = "opt/wxgpt", "/opt/wxgpt/.venv"
-SETTINGS = "etc/wxgpt"
+SETTINGS = Path("etc/wxgpt/wxgpt.toml")
 # What the container gets from the checkout, and where it lies there.
 FILES = {
     "wxgpt.py": f"{HOME}/wxgpt.py",
@@ -40,12 +41,16 @@ FILES = {
     "wxgpt.service": "etc/systemd/system/wxgpt.service",
 }
 # systemd-nspawn wants to see the second version of control groups, and nothing else.
-MOUNT_CGROUPS = (
-    "mount --make-rprivate / && { umount -R /sys/fs/cgroup || true; } &&"
-    ' mount -t cgroup2 cgroup2 /sys/fs/cgroup && exec "$@"'
-)
-OWN_CGROUPS = ("unshare", "-m", "-C", "sh", "-c", MOUNT_CGROUPS, "sh")
-NAMESPACES = ("-m", "-u", "-i", "-n", "-p", "-C")  # all but the users
+# $1 is the root; at $2/root the container finds it, to change as it likes, in memory.
+MOUNT = """
+    lower=$1 top=$2 && shift 2 && mount --make-rprivate / &&
+    { umount -R /sys/fs/cgroup || true; } && mount -t cgroup2 cgroup2 /sys/fs/cgroup &&
+    mount -t tmpfs tmpfs "$top" && mkdir "$top/new" "$top/work" "$top/root" &&
+    mount -t overlay -o "lowerdir=$lower,upperdir=$top/new,workdir=$top/work" \\
+        overlay "$top/root" && exec "$@"
+"""
+MOUNTED = ("unshare", "-m", "-C", "sh", "-c", MOUNT, "sh")
+NAMESPACES = ("-m", "-u", "-i", "-p", "-C")  # all but the users and the network
 BUILD_SECONDS = 900
 BOOT_SECONDS = 60
 COMMAND_SECONDS = 30
@@ -58,14 +63,15 @@ def obstacle() -> str:
         return "only root can boot a container"
     if missing := [name for name in PROGRAMS if not shutil.which(name)]:
         return f"not installed: {', '.join(missing)}"
-    tried = subprocess.run(
-        [*OWN_CGROUPS, "true"],
-        check=False,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=COMMAND_SECONDS,
-    )
-    return f"no own control groups: {tried.stderr.strip()}" if tried.returncode else ""
+    with tempfile.TemporaryDirectory() as root, tempfile.TemporaryDirectory() as top:
+        tried = subprocess.run(
+            [*MOUNTED, root, top, "true"],
+            check=False,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=COMMAND_SECONDS,
+        )
+    return f"cannot be mounted: {tried.stderr.strip()}" if tried.returncode else ""
 
 
 @contextlib.contextmanager
@@ -78,28 +84,32 @@ def debian_root() -> Iterator[Path]:
         root = Path(folder, f"{SUITE}-{hashlib.sha256(recipe).hexdigest()[:12]}")
         root.parent.mkdir(parents=True, exist_ok=True)
         with root.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # systemd-nspawn boots a folder but once
+            fcntl.flock(lock, fcntl.LOCK_EX)
             if not root.exists():
                 build_root(unfinished := root.with_suffix(".new"))
                 unfinished.rename(root)
-            yield root
+        yield root
 
 
 def build_root(root: Path) -> None:
     """Install Debian, then what the server needs as the README does it."""
     shutil.rmtree(root, ignore_errors=True)  # of a build that was broken off
-    debian = ["mmdebstrap", "--variant=minbase", f"--include={PACKAGES}", SUITE]
-    build([*debian, str(root)])
-    for place in FILES.values():
-        (root / place).parent.mkdir(parents=True, exist_ok=True)
-        (root / place).touch()
-    (root / SETTINGS).mkdir()
+    build_debian(root, PACKAGES)
+    (root / HOME).mkdir()
+    (root / SETTINGS.parent).mkdir()
     inside = ["chroot", str(root)]
+    build([*inside, "systemctl", "disable", "nginx", "caddy"])
     build([*inside, "python3", "-m", "venv", VENV])
     with tempfile.TemporaryDirectory(dir=root / HOME) as folder:
         download_wheels(root, Path(folder))
         wheels = [f"/{path.relative_to(root)}" for path in Path(folder).iterdir()]
         build([*inside, f"{VENV}/bin/pip", "install", "--no-index", *wheels])
+
+
+def build_debian(root: Path, packages: str) -> None:
+    """Install the smallest Debian and some packages."""
+    debian = ["mmdebstrap", "--variant=minbase", f"--include={packages}"]
+    build([*debian, SUITE, str(root)])
 
 
 def download_wheels(root: Path, folder: Path) -> None:
@@ -122,30 +132,28 @@ def build(command: list[str]) -> str:
 
 
 @contextlib.contextmanager
-def boot(root: Path) -> Iterator["Container"]:
+def boot(root: Path, files: Mapping[str, str] = FILES) -> Iterator["Container"]:
     """Boot the root; give the container once all its units have started."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = Path(folder, "etc")
-        settings.mkdir(mode=0o700)
-        nspawn, news = start_nspawn(root, settings, Path(folder))
+        nspawn, news = start_nspawn(root, files, Path(folder))
         try:
             with news:  # not longer: when nobody reads, systemd-nspawn stands still
                 leader = read_leader(news)
-            yield Container(leader, settings)
+            yield Container(leader)
         finally:
             power_off(nspawn)
 
 
 def start_nspawn(
-    root: Path, settings: Path, folder: Path
+    root: Path, files: Mapping[str, str], folder: Path
 ) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """Start the container; give also the socket that hears how it gets on."""
-    binds = [f"--bind-ro={PROJECT / name}:/{to}" for name, to in FILES.items()]
+    (top := folder / "top").mkdir()
     command = [
-        *(*OWN_CGROUPS, "systemd-nspawn", "--boot", f"--directory={root}"),
-        *("--volatile=state", "--private-network", "--notify-ready=yes"),
+        *(*MOUNTED, str(root), str(top), "systemd-nspawn", "--boot"),
+        *(f"--directory={top}/root", "--private-network", "--notify-ready=yes"),
         *("--register=no", "--keep-unit", "--console=read-only"),
-        *(*binds, f"--bind-ro={settings}:/{SETTINGS}"),
+        *(f"--bind-ro={PROJECT / name}:/{place}" for name, place in files.items()),
     ]
     news = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     news.bind(address := str(folder / "notify"))
@@ -192,10 +200,10 @@ def end_children(pid: int, number: int) -> None:
 class Container:
     """A booted container; `boot` ends it."""
 
-    def __init__(self, leader: int, settings: Path) -> None:
+    def __init__(self, leader: int) -> None:
         self.leader = leader  # its first process, as this machine counts
-        self.settings = settings / "wxgpt.toml"
-        self.enter = ("nsenter", f"--target={leader}", *NAMESPACES)
+        self.settings = self.path(SETTINGS)
+        self.enter = ("nsenter", f"--target={leader}", *NAMESPACES, "-n")
 
     def path(self, name: str) -> Path:
         """Return where a file of the container can be reached from here."""

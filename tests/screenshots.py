@@ -12,7 +12,10 @@ import tempfile
 
 from playwright.async_api import Browser, async_playwright
 
-sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parents[1])]
+sys.path[:0] = [
+    str(pathlib.Path(__file__).parent),
+    str(pathlib.Path(__file__).parents[1]),
+]
 
 import wxgpt
 from conftest import ANN, TOKEN, platform, toml
@@ -55,7 +58,9 @@ async def shoot(browser: Browser, url: str, path: pathlib.Path, dark: bool) -> N
     """Take one page as a phone shows it."""
     scheme = "dark" if dark else "light"
     size = {"width": 390, "height": 780}
-    page = await browser.new_page(color_scheme=scheme, viewport=size, device_scale_factor=2)
+    page = await browser.new_page(
+        color_scheme=scheme, viewport=size, device_scale_factor=2
+    )
     await page.goto(url)
     await asyncio.sleep(2)
     await page.screenshot(path=path)
@@ -72,7 +77,11 @@ async def main(folder: pathlib.Path) -> None:
             "server": {"port": 0},
             "wechat": {"token": TOKEN, "attempt_timeout": 0.5},
             "assistants": {
-                "chatgpt": {"base_url": fake.base_url, "api_key": "-", "model": "gpt-6-luna"}
+                "chatgpt": {
+                    "base_url": fake.base_url,
+                    "api_key": "-",
+                    "model": "gpt-6-luna",
+                }
             },
             "database": {"path": f"{state}/wxgpt.db"},
         }

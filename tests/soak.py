@@ -42,7 +42,9 @@ TRAFFIC = 60 - PAUSE - 5  # seconds of each minute; the rest lets questions end
 SPARE_FILES, SPARE_MEMORY = 3, 6.0  # MiB, beside a tenth
 # The loop, SQLite, and the executor that renders pages, which fills up by and by.
 MOST_THREADS = 2 + min(32, (os.cpu_count() or 1) + 4)
-LONG = "".join(f"第{n}句：春天来了，花都开了，鸟也叫了，人们去看风景。\n\n" for n in range(60))
+LONG = "".join(
+    f"第{n}句：春天来了，花都开了，鸟也叫了，人们去看风景。\n\n" for n in range(60)
+)
 FAULTS = ("eof", "cut", "bad json", "error", "reset", "hang")
 
 
@@ -166,7 +168,9 @@ class Traffic:
             await self.send(openid, command)
         seen = await self.send(openid, "/history")
         for _, link in seen.links:
-            async with self.http.get(self.url + "/" + link.split("/", 3)[3]) as response:
+            async with self.http.get(
+                self.url + "/" + link.split("/", 3)[3]
+            ) as response:
                 await response.read()
 
     async def do_forget(self, openid: str) -> None:
@@ -180,7 +184,9 @@ class Traffic:
         """Send what is not signed, not XML, not complete; knock and go."""
         for body in (b"<xml>", b"\xff" * 900, b"x" * 70_000, b"<xml><a/></xml>"):
             await self.wechat.post(body, timeout=5)
-        async with self.http.post(self.url + "/wechat?signature=1", data=b"<xml/>") as no:
+        async with self.http.post(
+            self.url + "/wechat?signature=1", data=b"<xml/>"
+        ) as no:
             assert no.status == 403
         host = self.url.removeprefix("http://").split(":")
         _, writer = await asyncio.open_connection(*host)
@@ -257,7 +263,9 @@ async def soak(
     process = Process(folder / "wxgpt.toml", port)
     async with (
         FakeOpenAI(script_for) as fake,
-        WeChat(f"http://127.0.0.1:{port}/wechat", TOKEN, attempt_timeout=ATTEMPT) as wechat,
+        WeChat(
+            f"http://127.0.0.1:{port}/wechat", TOKEN, attempt_timeout=ATTEMPT
+        ) as wechat,
         aiohttp.ClientSession(connector=limitless) as http,
     ):
         process.path.write_text(toml(settings(folder, port, fake.base_url)), "utf-8")
@@ -285,7 +293,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=int, default=10)
     parser.add_argument("--subscribers", type=int, default=50)
-    parser.add_argument("--log", type=pathlib.Path, help="where to keep the server's log")
+    parser.add_argument(
+        "--log", type=pathlib.Path, help="where to keep the server's log"
+    )
     arguments = parser.parse_args()
     # The fake upstream's streams break on purpose.
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)

@@ -42,7 +42,9 @@ async def test_the_last_attempt_brings_what_is_written_so_far(server, upstream):
     gate.set()
 
 
-async def test_a_question_still_thought_about_is_answered_with_patience(server, upstream):
+async def test_a_question_still_thought_about_is_answered_with_patience(
+    server, upstream
+):
     """Nothing is written at the deadline: the question is named, and the link given."""
     gate = asyncio.Event()
     upstream.will(Script([gate, "想好了。"]))
@@ -52,7 +54,9 @@ async def test_a_question_still_thought_about_is_answered_with_patience(server, 
     gate.set()
 
 
-async def test_an_answer_that_ends_after_the_last_attempt_is_on_its_page(server, upstream):
+async def test_an_answer_that_ends_after_the_last_attempt_is_on_its_page(
+    server, upstream
+):
     """The link of the last reply shows the whole answer when it is written."""
     gate = asyncio.Event()
     upstream.will(Script([gate, "**终于**写完了。"]))
@@ -136,7 +140,9 @@ async def test_a_quick_copy_does_not_count_as_an_attempt(server, upstream):
     assert (await server.wechat.attempt(push)).text.startswith("好。")
 
 
-async def test_an_answer_that_ends_between_attempts_waits_for_the_next(server, upstream):
+async def test_an_answer_that_ends_between_attempts_waits_for_the_next(
+    server, upstream
+):
     """Nobody waited when it ended; the retry gets it at once."""
     gate = asyncio.Event()
     upstream.will(Script([gate, "写好了。"]))

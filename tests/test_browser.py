@@ -163,7 +163,9 @@ async def all_pages(server, upstream, gate):
     pages["history"] = await history_of(server)
     pages["empty"] = await history_of(server, BOB)
     pages["404"] = server.url + "/a/nothing"
-    pages["live"] = await page_of(server, upstream, Script(["字" * 60 + "x" * 99, gate]))
+    pages["live"] = await page_of(
+        server, upstream, Script(["字" * 60 + "x" * 99, gate])
+    )
     return pages
 
 
@@ -530,7 +532,11 @@ async def is_harmless(page):
     """Check that hostile content is where it belongs, as text."""
     await expect(page.locator(".question")).to_contain_text("<script>alert(1)</script>")
     answer = page.locator("main .answer")
-    for words in ("<script>alert(1)</script>", "<script>alert(11)</script>", "最后一句"):
+    for words in (
+        "<script>alert(1)</script>",
+        "<script>alert(11)</script>",
+        "最后一句",
+    ):
         await expect(answer).to_contain_text(words)
     await expect(page.locator("body > footer")).to_contain_text("AI 生成")
     await expect(page.locator("script")).to_have_count(1)
@@ -581,7 +587,9 @@ async def test_the_history_is_readable_at_a_glance(browse, server, upstream):
     await expect(page.locator(".question")).to_have_text(["没成的", "头一个"])
     await expect(page.locator("article").first.locator(".failed")).to_be_visible()
     await expect(page.locator("article").last.locator(".failed")).to_have_count(0)
-    await expect(page.locator("summary")).to_contain_text("第一段很普通。 小标题 见文档")
+    await expect(page.locator("summary")).to_contain_text(
+        "第一段很普通。 小标题 见文档"
+    )
     await expect(page.locator("details .answer")).to_be_hidden()
 
 

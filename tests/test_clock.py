@@ -28,7 +28,9 @@ def shift(tmp_path, monkeypatch):
     def change(seconds: int) -> None:
         new = path.with_name("shift.new")
         new.write_text(f"{seconds:+d}")
-        new.rename(path)  # at once, since the server reads it at every look at its clock
+        new.rename(
+            path
+        )  # at once, since the server reads it at every look at its clock
 
     change(0)
     monkeypatch.setenv("LD_PRELOAD", LIBRARY)
@@ -99,7 +101,9 @@ async def test_attempts_are_answered_across_a_jump(running, shift, upstream, jum
 
 @with_faketime
 @jumps
-async def test_the_third_attempt_is_not_taken_for_another(running, shift, upstream, jump):
+async def test_the_third_attempt_is_not_taken_for_another(
+    running, shift, upstream, jump
+):
     """The loop's clock decides which chance is the last, so the jump ends no wait early."""
     server, process = running
     await asyncio.sleep(2 * ATTEMPT)  # right after a start CreateTime counts instead
@@ -149,7 +153,9 @@ async def test_a_repeated_question_joins_across_a_jump(running, shift, upstream,
 
 @with_faketime
 @jumps
-async def test_a_session_that_is_written_in_survives_the_jump(running, shift, upstream, jump):
+async def test_a_session_that_is_written_in_survives_the_jump(
+    running, shift, upstream, jump
+):
     """An unanswered question keeps its session open; the next one knows it."""
     server, process = running
     gate = asyncio.Event()
@@ -178,7 +184,9 @@ async def test_a_crash_and_a_jump_together_lose_nothing(running, shift, upstream
     shift(jump)
     await process.start()
     seen = await server.wechat.deliver(push)
-    expected = "服务器中途重启" if jump > 0 else "还是答了。"  # younger than ten minutes?
+    expected = (
+        "服务器中途重启" if jump > 0 else "还是答了。"
+    )  # younger than ten minutes?
     assert seen.text.startswith(expected)
 
 

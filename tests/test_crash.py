@@ -76,7 +76,9 @@ class Round:
     process: Process
     settings: dict
     lives: int = 0
-    stored: list[set[str]] = field(default_factory=list)  # ended by the end of each life
+    stored: list[set[str]] = field(
+        default_factory=list
+    )  # ended by the end of each life
     seen: list[tuple[Push, Seen]] = field(default_factory=list)
     questions: list[str] = field(default_factory=list)
 
@@ -103,7 +105,9 @@ class Round:
         folder.mkdir()
         for path in (self.database, self.database.with_name("round.db-wal")):
             shutil.copy(path, folder)  # read in a copy: reading recovers the file
-        ended = rows(folder / "round.db", "SELECT question FROM turn WHERE state != 'open'")
+        ended = rows(
+            folder / "round.db", "SELECT question FROM turn WHERE state != 'open'"
+        )
         self.stored.append({question for (question,) in ended})
 
     async def send(self, openid: str, text: str) -> Seen:
@@ -137,7 +141,9 @@ async def asks_one(round, openid):
 
 async def asks_with_the_command(round, openid):
     """Open the session with a slow question, and ask for help meanwhile."""
-    await asyncio.gather(round.ask(openid, "慢", "/chatgpt"), round.send(openid, "/help"))
+    await asyncio.gather(
+        round.ask(openid, "慢", "/chatgpt"), round.send(openid, "/help")
+    )
 
 
 async def asks_several(round, openid):
@@ -202,7 +208,10 @@ async def check_replies(round: Round) -> None:
     """Each message got a reply, and a later copy of it gets the very same."""
     for push, seen in round.seen:
         assert seen.text and not seen.faulty and "有点忙" not in seen.text, (push, seen)
-        assert (await round.wechat.post(push, timeout=20)).body == seen.body, (push, seen)
+        assert (await round.wechat.post(push, timeout=20)).body == seen.body, (
+            push,
+            seen,
+        )
 
 
 def check_store(round: Round) -> None:

@@ -20,9 +20,7 @@ from test_parts import LONG
 
 ATTEMPT = 3.0  # seconds; a write waits two for a lock
 POLITE = "服务器这会儿有点忙"
-BACKUP = (
-    "import sqlite3, sys; s, d = map(sqlite3.connect, sys.argv[1:]); s.backup(d)"
-)
+BACKUP = "import sqlite3, sys; s, d = map(sqlite3.connect, sys.argv[1:]); s.backup(d)"
 
 
 class FileLimit:
@@ -126,8 +124,12 @@ async def run(settings, tmp_path):
         path = tmp_path / "wxgpt.toml"
         path.write_text(toml(settings), "utf-8")
         process = await asyncio.create_subprocess_exec(
-            *prefix, sys.executable, str(conftest.ROOT / "wxgpt.py"),
-            "--config", str(path), stderr=asyncio.subprocess.PIPE,
+            *prefix,
+            sys.executable,
+            str(conftest.ROOT / "wxgpt.py"),
+            "--config",
+            str(path),
+            stderr=asyncio.subprocess.PIPE,
         )
         _, printed = await asyncio.wait_for(process.communicate(), 60)
         return process.returncode, printed.decode()
@@ -236,7 +238,9 @@ async def test_a_lock_shorter_than_the_patience_costs_nothing(start, database):
     assert rows(database, "SELECT question, state FROM turn") == [("锁一会儿", "done")]
 
 
-async def test_an_answer_that_ends_under_a_lock_is_stored_later(start, upstream, database):
+async def test_an_answer_that_ends_under_a_lock_is_stored_later(
+    start, upstream, database
+):
     """The end of an answer waits for the lock as long as it takes."""
     server, process = await start()
     gate = asyncio.Event()
@@ -258,7 +262,9 @@ def corrupt(path, how: str) -> bytes:
     """Make a database with some content, spoil it; return its bytes."""
     db = sqlite3.connect(path)
     db.executescript((conftest.ROOT / "schema.sql").read_text("utf-8"))
-    insert = "INSERT INTO session (openid, assistant, opened_at, last_at) VALUES (?,?,1,1)"
+    insert = (
+        "INSERT INTO session (openid, assistant, opened_at, last_at) VALUES (?,?,1,1)"
+    )
     db.executemany(insert, [(f"o{n}", "chatgpt" * 50) for n in range(200)])
     db.execute("PRAGMA user_version = 1")
     db.commit()
@@ -269,13 +275,17 @@ def corrupt(path, how: str) -> bytes:
         "no header": bytes(100) + good[100:],
         "cut off": good[: len(good) // 2],
         "no schema": good[:100] + b"\xff" * 8000 + good[8100:],
-        "torn pages": good[: len(good) // 2] + os.urandom(16384) + good[len(good) // 2 + 16384 :],
+        "torn pages": good[: len(good) // 2]
+        + os.urandom(16384)
+        + good[len(good) // 2 + 16384 :],
     }[how]
     open(path, "wb").write(bad)
     return bad
 
 
-@pytest.mark.parametrize("how", ["text", "no header", "cut off", "no schema", "torn pages"])
+@pytest.mark.parametrize(
+    "how", ["text", "no header", "cut off", "no schema", "torn pages"]
+)
 async def test_a_corrupt_database_is_left_alone(run, database, how):
     """One line, exit 1, the same bytes, so that the owner can rescue them."""
     before = corrupt(database, how)
@@ -292,7 +302,9 @@ def without_privilege() -> list[str]:
 
 @pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv")
 @pytest.mark.parametrize("target", ["file", "folder"])
-async def test_a_read_only_database_is_refused(run, settings, database, tmp_path, target):
+async def test_a_read_only_database_is_refused(
+    run, settings, database, tmp_path, target
+):
     """A file or folder that may not be written: one line, exit 1, the same bytes."""
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -329,7 +341,9 @@ def newer(tmp_path, monkeypatch):
     def install(*added: str) -> None:
         folder = tmp_path / "newer"
         shutil.copytree(
-            conftest.ROOT, folder, ignore=lambda _, names: {*names} - {"wxgpt.py", "schema.sql"}
+            conftest.ROOT,
+            folder,
+            ignore=lambda _, names: {*names} - {"wxgpt.py", "schema.sql"},
         )
         with (folder / "schema.sql").open("a", encoding="utf-8") as schema:
             for number, step in enumerate(added, steps() + 1):

@@ -147,7 +147,9 @@ async def test_any_other_text_is_a_new_question(server, upstream):
 
 async def test_a_fence_that_is_open_at_a_cut_goes_on(server, upstream):
     """Code in the next part keeps its lines as they are."""
-    code = "\n".join(f"    value_{n} = compute({n}) * 2  # *star* _x_" for n in range(90))
+    code = "\n".join(
+        f"    value_{n} = compute({n}) * 2  # *star* _x_" for n in range(90)
+    )
     upstream.will(says(f"看代码：\n\n```python\n{code}\n```\n\n完。"))
     seen, text = await server.ask("写代码"), ""
     while seen.taps:
@@ -199,7 +201,9 @@ async def test_retry_asks_the_same_question_again(server, upstream):
     upstream.will(says("这次好了。"))
     seen = await server.wechat.tap(ANN, failed.taps[-1])
     assert seen.text.startswith("这次好了。")
-    assert [m["content"] for m in upstream.requests[-1].messages[1:]] == ["会失败的问题"]
+    assert [m["content"] for m in upstream.requests[-1].messages[1:]] == [
+        "会失败的问题"
+    ]
 
 
 async def test_an_older_retry_asks_its_own_question(server, upstream):

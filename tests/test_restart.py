@@ -108,7 +108,11 @@ async def test_a_live_page_of_another_writing_is_reset(spawn, upstream):
     url = server.at(seen.links[0][1]) + "/events"
     async with server.http.get(url, headers=headers) as events:
         text = await events.text()
-    assert text.index("event: reset") < text.index("新的开头。") < text.index("event: done")
+    assert (
+        text.index("event: reset")
+        < text.index("新的开头。")
+        < text.index("event: done")
+    )
 
 
 async def test_sigterm_answers_a_last_chance_and_cuts_a_first(spawn, upstream):

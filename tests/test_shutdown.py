@@ -37,7 +37,9 @@ def subscriber(number: int) -> str:
 async def ask_all(server, upstream, script: Script):
     """Let many subscribers ask; give their pushes and the waiting requests."""
     upstream.will(*[script] * MANY)
-    pushes = [server.wechat.text(subscriber(n), f"/chatgpt 第{n}问") for n in range(MANY)]
+    pushes = [
+        server.wechat.text(subscriber(n), f"/chatgpt 第{n}问") for n in range(MANY)
+    ]
     waiting = [asyncio.create_task(server.wechat.attempt(push)) for push in pushes]
     await upstream.arrival("问", MANY)
     return pushes, waiting
@@ -55,7 +57,9 @@ async def test_two_hundred_waiting_questions_are_answered_by_the_next_process(
 ):
     """SIGTERM cuts the requests within ten seconds; every retry brings the answer."""
     server, process = busy
-    pushes, waiting = await ask_all(server, upstream, Script(["开了个头。", asyncio.Event()]))
+    pushes, waiting = await ask_all(
+        server, upstream, Script(["开了个头。", asyncio.Event()])
+    )
     assert await stop(process) < TEN_SECONDS
     assert await asyncio.gather(*waiting) == [None] * MANY
     await process.start()
@@ -88,7 +92,9 @@ async def read_page(http, url: str, opened: asyncio.Semaphore) -> str:
 async def test_two_hundred_live_pages_end(busy, upstream):
     """SIGTERM ends every stream in order, with what was written, and without `done`."""
     server, process = busy
-    _, waiting = await ask_all(server, upstream, Script(["写了这些。", asyncio.Event()]))
+    _, waiting = await ask_all(
+        server, upstream, Script(["写了这些。", asyncio.Event()])
+    )
     keys = await links(process)
     opened = asyncio.Semaphore(0)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
@@ -112,7 +118,9 @@ async def links(process) -> list[str]:
 async def test_waiting_requests_and_live_pages_together(busy, upstream):
     """Two hundred of each: still within ten seconds, still nothing lost."""
     server, process = busy
-    pushes, waiting = await ask_all(server, upstream, Script(["一半。", asyncio.Event()]))
+    pushes, waiting = await ask_all(
+        server, upstream, Script(["一半。", asyncio.Event()])
+    )
     opened, keys = asyncio.Semaphore(0), await links(process)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
         urls = [f"{server.url}/a/{key}/events" for key in keys]
@@ -132,7 +140,9 @@ async def test_two_hundred_last_chances_get_what_there_is(spawn, upstream):
     wechat = {"attempt_timeout": LONG_ATTEMPT, "attempts": 1}
     server, process = await spawn(wechat=wechat, limits={"at_once": 2 * MANY})
     server.wechat.attempt_timeout = LONG_ATTEMPT
-    _, waiting = await ask_all(server, upstream, Script(["到这里为止。", asyncio.Event()]))
+    _, waiting = await ask_all(
+        server, upstream, Script(["到这里为止。", asyncio.Event()])
+    )
     assert await stop(process) < TEN_SECONDS
     seen = await asyncio.gather(*waiting)
     assert all(one.text.startswith("到这里为止。") for one in seen)

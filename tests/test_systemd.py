@@ -4,67 +4,27 @@ The platform and the upstream run here and are moved to the container's loopback
 """
 
 import asyncio
-import contextlib
 import re
 import shutil
 import subprocess
 
 import pytest
 
-import container as machine
-from conftest import ANN, BOB, ROOT, TOKEN, merged, platform, toml
+from conftest import (
+    ANN,
+    BOB,
+    PATIENT,
+    PORT,
+    ROOT,
+    TOKEN,
+    merged,
+    platform,
+    write_settings,
+)
 from fake_openai import Script, says
 
-PORT = 8080
 STATE = "var/lib/private/wxgpt"
-PATIENT = {"attempt_timeout": 30}  # a first attempt outlasts any restart
 UNPRIVILEGED = 61184  # dynamic users begin there
-
-
-@pytest.fixture(scope="module")
-def container():
-    """A booted Debian whose loopback is ours; skipped where none can run."""
-    if reason := machine.obstacle():
-        pytest.skip(reason)
-    with (
-        machine.debian_root() as root,
-        machine.boot(root) as booted,
-        booted.network(),
-    ):
-        yield booted
-
-
-@pytest.fixture
-async def install(container, settings):
-    """Put settings in place; gives the platform and the unit, not yet started."""
-    async with contextlib.AsyncExitStack() as stack:
-
-        async def put(**changes):
-            table = {"server": {"port": PORT}, "database": {"path": ""}}
-            table = merged(merged(settings, table), changes)
-            write_settings(container, table)
-            unit = await stack.enter_async_context(container.follow("wxgpt.service"))
-            return await stack.enter_async_context(platform(PORT, **PATIENT)), unit
-
-        yield put
-
-
-@pytest.fixture
-async def start(install):
-    """Start the unit as the README does; `await start(session={"ttl": 9})`."""
-
-    async def started(**changes):
-        server, unit = await install(**{"wechat": PATIENT} | changes)
-        assert await unit.systemctl("enable", "--runtime", "--now") == 0
-        return server, unit
-
-    return started
-
-
-def write_settings(container, table):
-    """Write the settings where LoadCredential finds them, readable for root alone."""
-    container.settings.touch(0o600)
-    container.settings.write_text(toml(table), "utf-8")
 
 
 async def pid_of(unit):

@@ -334,7 +334,11 @@ def test_a_tap_survives_being_decoded_twice(words, content, sent):
 
 
 @settings(max_examples=300)
-@given(st.text(alphabet="ab 你好，。！!()（）“”-=+#>:.\n\n1\u3000\u00a0/é\u0301", max_size=20))
+@given(
+    st.text(
+        alphabet="ab 你好，。！!()（）“”-=+#>:.\n\n1\u3000\u00a0/é\u0301", max_size=20
+    )
+)
 def test_text_without_marks_comes_out_as_the_parser_would_have_it(text):
     """What is not parsed for want of anything to parse loses and gains nothing."""
     if UNMARKED.fullmatch(text):
