@@ -91,11 +91,12 @@ class Server:
     process: asyncio.subprocess.Process | None = None
     log: list[str] = field(default_factory=list)
     posted: dict[int, asyncio.Event] = field(default_factory=dict)
+    proxy: str = ""  # the URL of one in front
 
     @property
     def url(self) -> str:
-        """Return where it really listens."""
-        return f"http://127.0.0.1:{self.port}"
+        """Return where it is reached."""
+        return self.proxy or f"http://127.0.0.1:{self.port}"
 
     def at(self, url: str) -> str:
         """Return a link of a reply as it is reached in the test."""
@@ -121,13 +122,14 @@ class Server:
 
 
 @contextlib.asynccontextmanager
-async def platform(port: int, **options: Any) -> AsyncIterator[Server]:
-    """Point a platform at a port."""
-    server = Server(port, None, None)
+async def platform(port: int, proxy: str = "", **options: Any) -> AsyncIterator[Server]:
+    """Point a platform at a port, or at the URL of a proxy before it."""
+    server = Server(port, None, None, proxy=proxy)
     options = {"attempt_timeout": UNIT, "on_attempt": server.on_attempt} | options
+    connector = aiohttp.TCPConnector(**options.get("connection", {}))
     async with (
-        WeChat(f"http://127.0.0.1:{port}/wechat", TOKEN, **options) as server.wechat,
-        aiohttp.ClientSession() as server.http,
+        WeChat(f"{server.url}/wechat", TOKEN, **options) as server.wechat,
+        aiohttp.ClientSession(connector=connector) as server.http,
     ):
         yield server
 

@@ -20,12 +20,16 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+from aiohttp.abc import AbstractResolver
 
 PROJECT = Path(__file__).parents[1]
 SUITE = "bookworm"
@@ -51,6 +55,17 @@ MOUNT = """
 """
 MOUNTED = ("unshare", "-m", "-C", "sh", "-c", MOUNT, "sh")
 NAMESPACES = ("-m", "-u", "-i", "-p", "-C")  # all but the users and the network
+# The name of the text leads to the container's loopback, with a certificate where
+# Let's Encrypt's would lie; the container trusts it.
+NAME = "wx.example.com"
+PEM = f"/etc/letsencrypt/live/{NAME}"
+CERTIFY = f"""
+    mkdir -p {PEM} && cd {PEM} && openssl req -x509 -newkey rsa:2048 -nodes -days 60 \\
+        -subj /CN={NAME} -addext subjectAltName=DNS:{NAME} \\
+        -out fullchain.pem -keyout privkey.pem &&
+    chmod a+r privkey.pem && cp fullchain.pem /usr/local/share/ca-certificates/wx.crt &&
+    update-ca-certificates && echo "127.0.0.1 {NAME} localhost" >/etc/hosts
+"""
 BUILD_SECONDS = 900
 BOOT_SECONDS = 60
 COMMAND_SECONDS = 30
@@ -197,6 +212,20 @@ def end_children(pid: int, number: int) -> None:
         os.kill(int(child), number)
 
 
+class Here(AbstractResolver):
+    """Every name is the loopback's."""
+
+    async def resolve(
+        self, host: str, port: int = 0, family: int = 0
+    ) -> list[dict[str, Any]]:
+        """Return the one address."""
+        found = {"hostname": host, "host": "127.0.0.1", "port": port}
+        return [found | {"family": socket.AF_INET, "proto": 0, "flags": 0}]
+
+    async def close(self) -> None:
+        """Do nothing: nothing is open."""
+
+
 class Container:
     """A booted container; `boot` ends it."""
 
@@ -219,6 +248,17 @@ class Container:
                 yield
             finally:
                 set_network(ours.fileno())
+
+    async def certify(self) -> None:
+        """Give it the name of the text, and a certificate."""
+        status, output = await self.run("sh", "-c", CERTIFY)
+        if status:
+            raise RuntimeError(output)
+
+    def connection(self) -> dict[str, Any]:
+        """Return how to reach the name: options of aiohttp's connector."""
+        pem = self.path(f"{PEM[1:]}/fullchain.pem")
+        return {"ssl": ssl.create_default_context(cafile=pem), "resolver": Here()}
 
     async def run(self, *command: str) -> tuple[int, str]:
         """Run a command inside; return its exit status and what it wrote."""

@@ -5,8 +5,6 @@ import functools
 import json
 import operator
 import re
-import shutil
-import subprocess
 import tomllib
 from collections.abc import Iterator
 
@@ -185,24 +183,6 @@ def test_what_a_page_links_to_is_there(name):
     links = re.findall(r"\]\(([^)#:]+)\)|src=\"([^\":]+)\"", text)
     for link in map("".join, links):
         assert ((ROOT / name).parent / link).exists()
-
-
-@pytest.mark.parametrize("name", [README, "docs/deploy.md"])
-def test_nginx_takes_the_block(name, tmp_path):
-    """With files and ports of the test in place of the real ones."""
-    if not (nginx := shutil.which("nginx", path="/usr/sbin:/usr/bin:/bin")):
-        pytest.skip("no nginx here")
-    pem = tmp_path / "fullchain.pem", tmp_path / "privkey.pem"
-    command = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=x -out".split()
-    command += [pem[0], "-keyout", pem[1]]
-    subprocess.run(command, check=True, capture_output=True)
-    block = re.search(r"(?ms)^```nginx\n(.*?)^```$", read(name))[1]
-    block = re.sub(r"/etc/letsencrypt/live/[^/]+|/var/log/nginx", str(tmp_path), block)
-    block = re.sub(r"listen (\d+)", r"listen 127.0.0.1:1\g<1>1", block)
-    head = f"pid {tmp_path}/pid; error_log {tmp_path}/log; events {{}}\nhttp {{\n"
-    (tmp_path / "nginx.conf").write_text(f"{head}{block}}}\n")
-    command = [nginx, "-t", "-c", tmp_path / "nginx.conf"]
-    assert subprocess.run(command, capture_output=True).returncode == 0
 
 
 def test_the_example_settings_of_the_readme_can_be_loaded(tmp_path):

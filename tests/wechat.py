@@ -17,7 +17,7 @@ import random
 import re
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 from urllib.parse import parse_qs, unquote_plus
@@ -239,15 +239,18 @@ class WeChat:
         aes_key: str = "",
         refused_pause: float = 0.0,
         on_attempt: Watcher | None = None,
+        connection: Mapping[str, Any] | None = None,
     ) -> None:
         self.url, self.token, self.account = url, token, account
         self.attempt_timeout, self.attempts = attempt_timeout, attempts
         self._crypt = Crypt(token, app_id, aes_key) if aes_key else None
         self._refused_pause = refused_pause  # the platform itself makes none
         self._on_attempt = on_attempt
+        self._connection = connection or {}  # of TCPConnector: certificates, names
 
     async def __aenter__(self) -> Self:
-        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        options = {"limit": 0, "force_close": True} | self._connection
+        connector = aiohttp.TCPConnector(**options)
         self._http = aiohttp.ClientSession(connector=connector)
         return self
 
