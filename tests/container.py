@@ -233,6 +233,7 @@ class Container:
         self.leader = leader  # its first process, as this machine counts
         self.settings = self.path(SETTINGS)
         self.enter = ("nsenter", f"--target={leader}", *NAMESPACES, "-n")
+        self.enter_partly = self.enter  # with this machine's network; see `network`
 
     def path(self, name: str) -> Path:
         """Return where a file of the container can be reached from here."""
@@ -242,6 +243,8 @@ class Container:
     def network(self) -> Iterator[None]:
         """Open this thread's sockets on the container's loopback, inside the block."""
         with open("/proc/thread-self/ns/net") as ours:
+            network = f"--net=/proc/{os.getpid()}/fd/{ours.fileno()}"
+            self.enter_partly = (*self.enter[:-1], network)
             with open(f"/proc/{self.leader}/ns/net") as theirs:
                 set_network(theirs.fileno())
             try:

@@ -8,42 +8,15 @@ line is put in: Caddy's `tls`, because it would ask Let's Encrypt for a certific
 import asyncio
 import contextlib
 import re
-from dataclasses import dataclass
 
 import aiohttp
 import pytest
 
-from conftest import ANN, PATIENT, PORT, ROOT, UNIT, platform
-from container import NAME, PEM
+from conftest import ANN, PATIENT, PORT, UNIT, platform
 from fake_openai import Script, says
+from recipes import BLOCKS, commands
 
-CHECK = "cd .* check --config .*"
-
-
-@dataclass(frozen=True)
-class Block:
-    """A block of the text: of which file and language, for which file and unit."""
-
-    page: str
-    language: str
-    place: str
-    unit: str
-    url: str = f"https://{NAME}"
-
-    def text(self) -> str:
-        """Return it, with the one line that has to be put in."""
-        page = (ROOT / self.page).read_text("utf-8")
-        text = re.search(rf"(?ms)^```{self.language}\n(.*?)^```$", page)[1]
-        tls = f"{NAME} {{\n    tls {PEM}/fullchain.pem {PEM}/privkey.pem"
-        return text.replace(f"{NAME} {{", tls) if self.language == "caddy" else text
-
-
-NGINX = ("nginx", "etc/nginx/conf.d/wxgpt.conf", "nginx.service")
-BLOCKS = {
-    "nginx": Block("docs/deploy.md", *NGINX),
-    "nginx, README": Block("README.md", *NGINX, f"http://{NAME}"),
-    "caddy": Block("docs/deploy.md", "caddy", "etc/caddy/Caddyfile", "caddy.service"),
-}
+CHECK = next(line.text for line in commands("docs/deploy.md") if " check " in line.text)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +54,7 @@ async def serve_behind(proxy, start, connection):
 
 
 async def question_in_writing(server, upstream):
-    """Ask; return the task that waits while the model writes, and the rest is gone."""
+    """Ask; return the task that waits for an answer of which half is written."""
     await server.ask("/chatgpt")
     upstream.will(Script(["半句", asyncio.Event()]), says("下一个进程答的。"))
     waiting = asyncio.create_task(server.ask("正在写吗"))
@@ -110,8 +83,7 @@ async def test_a_push_is_served(serve_behind):
 async def test_check_finds_nothing_wrong(serve_behind, container):
     """All its lines have a ✓, those about certificate and event stream too."""
     await serve_behind(**PATIENT)
-    page = (ROOT / "docs/deploy.md").read_text("utf-8")
-    status, output = await container.run("sh", "-c", re.search(CHECK, page)[0])
+    status, output = await container.run("sh", "-c", CHECK)
     findings = output.partition("\n\n")[0].splitlines()
     assert (status, {line[0] for line in findings}) == (0, {"✓"})
     assert findings[-1] == "✓ live pages: events come through as they are written"

@@ -1,0 +1,376 @@
+"""Walks the text as a reader who has nothing else, and says how long that takes.
+
+    .venv/bin/python tests/walk.py                # README.zh-CN.md and docs/deploy.md
+    .venv/bin/python tests/walk.py README.md      # of both languages and pages, these
+
+Every line of the pages' shell blocks is run, in the text's order, or told with the
+reason why not. Each page has a small Debian of its own, fresh, without Python, in which
+systemd is booted first. It has no network but its loopback: only what calls `apt` or
+`pip` runs with this machine's, and with its certificates and its settings for pip. What
+a reader does by hand (the checkout, the editor, WeChat's console) is done between the
+commands and marked with a star. Ends with 1 where a reader would be stuck.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import container as machine
+from container import NAME, PEM, PROJECT, Container
+from fake_openai import FakeOpenAI
+from recipes import BLOCKS, Line, commands, read
+from wechat import WeChat
+
+PAGES = ("README.zh-CN.md", "docs/deploy.md")
+ANN, TOKEN = "oAnn7Zt1BvK9mHdLr3PwYc8SgNf2", "readersToken42"
+COMMAND_SECONDS = 600
+NEW = ("*.db*", "wxgpt.toml", ".git", ".venv", "__pycache__", ".*_cache", ".hypothesis")
+MACHINE = re.compile(r"PIP_|(?i:\w+_proxy$)|SSL_CERT_|REQUESTS_CA_BUNDLE$")
+SHELL = (
+    'trap : INT; cd "$1" && umask "$2"; eval "$3"; s=$?; { pwd; umask; } >"$4"; exit $s'
+)
+STATE = "run/reader"  # where the reader's shell stands, and its umask
+ONLINE = re.compile(r"\b(apt|pip)\b")
+TYPED = {" demo$": "/chatgpt\n天空为什么是蓝的？\n/quit\n", "apt": "y\n"}
+NOT_RUN = {
+    "certbot certonly": "asks Let's Encrypt for a certificate",
+    "pytest$": "the tests are for developers; `.ci/run` runs this line",
+}
+SHOWN = re.compile(r" (demo|check|stats)\b|journalctl")  # their output is printed
+
+
+class Stuck(Exception):
+    """A reader cannot go on; the message says at what."""
+
+
+def say(mark: str, text: str) -> None:
+    """Print a line of the report."""
+    print(f"{mark:>8}  {text}", flush=True)
+
+
+def show(output: str) -> None:
+    """Print what a command wrote, without what pip said before."""
+    before, installed, after = output.rpartition("Successfully installed")
+    output = after.partition("\n")[2] if installed else before + after
+    for line in output.rstrip().splitlines():
+        print(f"{'':>8}  | {line}", flush=True)
+
+
+class Reader:
+    """One reader at one server: a shell that keeps its folder, and a page to follow."""
+
+    def __init__(self, container: Container, page: str) -> None:
+        self.container, self.page = container, page
+        self.lines = commands(page)
+        self.done: list[Line] = []
+        self.folder, self.umask = "/root", "0022"
+        self.seconds = 0.0
+        self.hands: dict[str, Callable[[], None]] = {}  # a comment, and what it asks
+
+    async def follow(self, section: str, part: slice = slice(None)) -> None:
+        """Do what the lines of a section say."""
+        lines = [line for line in self.lines if line.section == section][part]
+        if not lines:
+            raise Stuck(f"{self.page} has no commands under {section}")
+        print(f"\n{self.page} · {section}", flush=True)
+        for line in lines:
+            self.done.append(line)
+            await self.obey(line.text)
+
+    async def obey(self, text: str) -> None:
+        """Run a line, or do by hand what it asks for."""
+        for pattern, reason in NOT_RUN.items():
+            if re.search(pattern, text):
+                return say("not run", f"{text}    ({reason})")
+        if text.startswith(("#", "editor ")):
+            say("*", text)
+            self.hands[text]()
+        else:
+            await self.run(text)
+
+    async def run(self, text: str) -> str:
+        """Run a command to its end; return what it wrote."""
+        async with self.running(text) as shell:
+            typed = next((t for p, t in TYPED.items() if re.search(p, text)), "")
+            output, _ = await shell.communicate(typed.encode())
+        output = output.decode()
+        if SHOWN.search(text) or shell.returncode:
+            show(output)
+        if shell.returncode:
+            raise Stuck(f"{text}: status {shell.returncode}")
+        return output
+
+    @contextlib.asynccontextmanager
+    async def running(self, text: str) -> AsyncIterator[asyncio.subprocess.Process]:
+        """Start a command where the one before left the shell; note how it ends."""
+        began = time.monotonic()
+        enter, settings = self.container.enter, {}
+        if ONLINE.search(text):
+            enter, settings = self.container.enter_partly, machine_settings()
+        arguments = (self.folder, self.umask, text, f"/{STATE}")
+        shell = await asyncio.create_subprocess_exec(
+            *(*enter, "bash", "-c", SHELL, "bash", *arguments),
+            env={"PATH": os.defpath + ":/usr/sbin:/sbin", "HOME": "/root"}
+            | {"LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"}
+            | settings,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        async with asyncio.timeout(COMMAND_SECONDS):
+            yield shell
+            await shell.wait()
+        state = self.container.path(STATE).read_text().split()
+        self.folder, self.umask = state
+        spent = time.monotonic() - began
+        self.seconds += spent
+        say(f"{spent:.1f} s", text)
+
+    @contextlib.asynccontextmanager
+    async def watching(self, text: str, words: str) -> AsyncIterator[list[str]]:
+        """Run a command that does not end; leave it with Ctrl-C at the block's end."""
+        say("started", text)
+        async with self.running(text) as shell:
+            output: list[str] = []
+            await read_until(shell.stdout, words, output)
+            yield output
+            interrupt(shell.pid)
+            output += (await shell.stdout.read()).decode().splitlines()
+        show("\n".join(output))
+
+    def take(self, text: str) -> str:
+        """Return a line of the page that is run otherwise than by `follow`."""
+        line = next((line for line in self.lines if line.text == text), None)
+        if line is None:
+            raise Stuck(f"{self.page} does not say: {text}")
+        self.done.append(line)
+        return text
+
+    async def run_inline(self, command: str) -> str:
+        """Run a command that the text's prose names."""
+        if f"`{command}`" not in read(self.page):
+            raise Stuck(f"{self.page} does not say: {command}")
+        return await self.run(command)
+
+    def put_checkout(self, folder: str) -> None:
+        """Put the files where the text wants them, over those that are there."""
+        say("*", f"the checkout is put into /{folder}")
+        place = self.container.path(folder)
+        ignored = shutil.ignore_patterns(*NEW)
+        shutil.copytree(PROJECT, place, ignore=ignored, dirs_exist_ok=True)
+
+    def edit(self, place: str, **values: str | int) -> None:
+        """Change settings in a file as an editor does."""
+        say("*", f"in /{place}: {', '.join(values)}")
+        path = self.container.path(place)
+        text = path.read_text("utf-8")
+        for name, value in values.items():
+            line = (
+                f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {value}"
+            )
+            text, count = re.subn(rf"(?m)^{name} = .*$", line, text, count=1)
+            if not count:
+                raise Stuck(f"/{place} has no line for {name}")
+        path.write_text(text, "utf-8")
+
+    async def be_served(self, url: str, question: str) -> None:
+        """Be WeChat: enter the URL in the console, follow, open a session and ask."""
+        connection = self.container.connection()
+        async with WeChat(f"{url}/wechat", TOKEN, connection=connection) as wechat:
+            if await wechat.verify("8765") != (200, "8765"):
+                raise Stuck(f"{url} is not verified")
+            say("*", f"WeChat's console verifies {url}/wechat")
+            for text in ("/chatgpt", question):
+                seen = await wechat.send(ANN, text)
+                if seen.attempt != 1 or seen.faulty:
+                    raise Stuck(f"{text} is not answered: {seen}")
+                shown = seen.text.partition("\n")[0]
+                say("*", f"pushed in {seen.seconds:.2f} s: {text} → {shown}")
+
+    def finish(self) -> None:
+        """Say what was left out; raise if that is a line of the text."""
+        if left := [line.text for line in self.lines if line not in self.done]:
+            raise Stuck(f"{self.page} has lines that nobody tried: {left}")
+        print(
+            f"\n{self.page}: every line; the commands took {self.seconds / 60:.1f} min"
+        )
+
+
+async def read_until(
+    stream: asyncio.StreamReader, words: str, output: list[str]
+) -> None:
+    """Read lines until one has these words."""
+    async for line in stream:
+        output.append(line.decode().rstrip())
+        if words in output[-1]:
+            return
+    raise Stuck("\n".join([*output[-5:], f"it never said: {words}"]))
+
+
+def interrupt(pid: int) -> None:
+    """Send what Ctrl-C sends to the last child of a row."""
+    while children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        pid = int(children[-1])
+    os.kill(pid, signal.SIGINT)
+
+
+def machine_settings() -> dict[str, str]:
+    """Return what this machine's pip and apt need to reach their registries."""
+    return {name: value for name, value in os.environ.items() if MACHINE.match(name)}
+
+
+def put_machine(container: Container) -> None:
+    """Put this machine's certificates and pip's settings where Debian has them."""
+    for name in ("usr/local/share/ca-certificates", "etc/pip.conf"):
+        theirs, ours = container.path(name), Path("/", name)
+        if ours.is_dir():
+            shutil.copytree(ours, theirs, dirs_exist_ok=True)
+        elif ours.exists():
+            shutil.copy(ours, theirs)
+
+
+async def walk_readme(reader: Reader, upstream: FakeOpenAI) -> None:
+    """The demo, a server started by hand, and the unit, all as the README says."""
+    url = f"http://{NAME}"
+    values = {"public_url": url, "token": TOKEN, "base_url": upstream.base_url}
+    values |= {
+        "host": "0.0.0.0",
+        "port": 80,
+    }  # its first way to let the port lead there
+    home = "root/wxgpt"
+    reader.hands[
+        "# set public_url, wechat.token and assistants.chatgpt.api_key, then"
+    ] = lambda: reader.edit(f"{home}/wxgpt.toml", api_key="sk-reader", **values)
+    sections = list(dict.fromkeys(line.section for line in reader.lines))
+    demo, quick, service, tests = sections
+    reader.put_checkout(home)
+    reader.folder = f"/{home}"
+    await reader.run_inline("apt update && apt install python3-venv ca-certificates")
+    await reader.follow(demo)
+    say("*", f"{NAME} leads here")
+    await reader.container.certify()
+    by_hand = reader.take(".venv/bin/python wxgpt.py --config wxgpt.toml")
+    await reader.follow(quick, slice(2))
+    async with reader.watching(by_hand, "serving on"):
+        await reader.be_served(url, "手动启动了吗？")
+    await reader.run_inline(".venv/bin/python wxgpt.py check")
+    say("*", "the checkout is moved to /opt/wxgpt")
+    await reader.container.run("mv", f"/{home}", "/opt/wxgpt")
+    reader.folder = "/opt/wxgpt"
+    await reader.follow(service, slice(4))
+    starts = [line.text for line in reader.lines if line.section == service][4]
+    async with reader.watching(reader.take(starts), "serving on"):
+        await reader.be_served(url, "天空为什么是蓝的？")
+    for command in ("check", "stats"):
+        line = f".venv/bin/python wxgpt.py {command} --config /etc/wxgpt/wxgpt.toml"
+        await reader.run(line)
+    await reader.follow(service, slice(5, None))
+    await reader.follow(tests)
+
+
+async def walk_deploy(reader: Reader, upstream: FakeOpenAI) -> None:
+    """All of docs/deploy.md, with nginx and then with Caddy."""
+    nginx, caddy = BLOCKS["nginx"], BLOCKS["caddy"]
+    values = {"public_url": nginx.url, "token": TOKEN, "base_url": upstream.base_url}
+    place = "etc/wxgpt/wxgpt.toml"
+    checkout = "# put the checkout at /opt/wxgpt, then"
+    files = "# put the new files into /opt/wxgpt, then"
+    reader.hands |= {
+        checkout: lambda: reader.put_checkout("opt/wxgpt"),
+        files: lambda: reader.put_checkout("opt/wxgpt"),
+        f"editor /{place}": lambda: reader.edit(place, api_key="sk-reader", **values),
+        "# put the block below into this file": lambda: None,
+        "# put the block below into this file, in place of what is there": lambda: None,
+    }
+    for block in (nginx, caddy):
+        path = reader.container.path(block.place)
+        reader.hands[f"editor /{block.place}"] = lambda path=path, block=block: print(
+            path.write_text(block.text()), end=""
+        )
+    await reader.follow("2. The program")
+    await reader.follow("3. The settings")
+    await reader.follow("4. The unit")
+    say("*", f"{NAME} leads here; a certificate of our own lies in {PEM}")
+    await reader.container.certify()
+    await reader.follow("nginx")
+    await reader.follow("6. Check")
+    await reader.be_served(nginx.url, "经过 nginx 吗？")
+    await reader.run("systemctl disable --now nginx")
+    await reader.follow("Caddy")
+    await reader.follow("6. Check")
+    await reader.be_served(caddy.url, "经过 Caddy 吗？")
+    await reader.follow("Backup and restore", slice(1))
+    await reader.be_served(caddy.url, "复制以后的问题")
+    await reader.follow("Upgrade")
+    await reader.be_served(caddy.url, "升级以后的问题")
+    await reader.follow("Backup and restore", slice(1, None))
+    await reader.be_served(caddy.url, "恢复以后的问题")
+    await reader.run(".venv/bin/python wxgpt.py stats --config /etc/wxgpt/wxgpt.toml")
+    asked = await reader.run(
+        "python3 -c \"import sqlite3; print(sqlite3.connect('/var/lib/wxgpt/wxgpt.db')"
+        ".execute('SELECT group_concat(question) FROM turn').fetchone()[0])\""
+    )
+    if asked.strip() != "经过 nginx 吗？,经过 Caddy 吗？,恢复以后的问题":
+        raise Stuck(f"restored is not what was copied: {asked}")
+    await reader.follow("Uninstall")
+    await reader.run(f"rm /{nginx.place} && systemctl disable --now caddy")
+    left = await reader.run(
+        "find / -xdev -name '*wxgpt*'; systemctl list-units '*wxgpt*'"
+    )
+    if "wxgpt" in left:
+        raise Stuck(f"left behind: {left}")
+
+
+async def walk(container: Container, page: str) -> None:
+    """Follow one page with a fake model behind the server."""
+    put_machine(container)
+    reader = Reader(container, page)
+    async with FakeOpenAI() as upstream:
+        way = walk_deploy if page == "docs/deploy.md" else walk_readme
+        await way(reader, upstream)
+    reader.finish()
+
+
+@contextlib.contextmanager
+def bare_debian() -> Iterator[Path]:
+    """Give a folder with a Debian as a provider installs it, but smaller."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.monotonic()
+        machine.build_debian(root := Path(folder, "root"), machine.BARE)
+        say(
+            f"{time.monotonic() - began:.1f} s", f"Debian {machine.SUITE} was installed"
+        )
+        yield root
+
+
+def main() -> int:
+    """Walk the pages; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("pages", nargs="*", default=PAGES, metavar="PAGE")
+    pages, began = parser.parse_args().pages, time.monotonic()
+    if reason := machine.obstacle():
+        print(f"cannot walk here: {reason}")
+        return 1
+    with bare_debian() as root:
+        for page in pages:
+            with machine.boot(root, files={}) as container, container.network():
+                try:
+                    asyncio.run(walk(container, page))
+                except Stuck as stuck:
+                    print(f"\nstuck: {stuck}")
+                    return 1
+    print(f"\n{(time.monotonic() - began) / 60:.1f} minutes in all")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
