@@ -14,6 +14,8 @@ commands and marked with a star. Ends with 1 where a reader would be stuck.
 import argparse
 import asyncio
 import contextlib
+import functools
+import json
 import os
 import re
 import shutil
@@ -27,7 +29,7 @@ from pathlib import Path
 import container as machine
 from container import NAME, PEM, PROJECT, Container
 from fake_openai import FakeOpenAI
-from recipes import BLOCKS, Line, commands, read
+from recipes import BLOCKS, Block, Line, commands, read
 from wechat import WeChat
 
 PAGES = ("README.zh-CN.md", "docs/deploy.md")
@@ -93,6 +95,8 @@ class Reader:
                 return say("not run", f"{text}    ({reason})")
         if text.startswith(("#", "editor ")):
             say("*", text)
+            if text not in self.hands:
+                raise Stuck(f"nobody here knows how to: {text}")
             self.hands[text]()
         else:
             await self.run(text)
@@ -126,9 +130,12 @@ class Reader:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )
-        async with asyncio.timeout(COMMAND_SECONDS):
-            yield shell
-            await shell.wait()
+        try:
+            async with asyncio.timeout(COMMAND_SECONDS):
+                yield shell
+                await shell.wait()
+        except TimeoutError:
+            raise Stuck(f"{text}: no end after {COMMAND_SECONDS} s") from None
         state = self.container.path(STATE).read_text().split()
         self.folder, self.umask = state
         spent = time.monotonic() - began
@@ -174,13 +181,15 @@ class Reader:
         path = self.container.path(place)
         text = path.read_text("utf-8")
         for name, value in values.items():
-            line = (
-                f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {value}"
-            )
+            line = f"{name} = {json.dumps(value)}"
             text, count = re.subn(rf"(?m)^{name} = .*$", line, text, count=1)
             if not count:
                 raise Stuck(f"/{place} has no line for {name}")
         path.write_text(text, "utf-8")
+
+    def put_block(self, block: Block) -> None:
+        """Paste a proxy's block."""
+        self.container.path(block.place).write_text(block.text(), "utf-8")
 
     async def be_served(self, url: str, question: str) -> None:
         """Be WeChat: enter the URL in the console, follow, open a session and ask."""
@@ -203,6 +212,10 @@ class Reader:
         print(
             f"\n{self.page}: every line; the commands took {self.seconds / 60:.1f} min"
         )
+
+
+def by_the_next_line() -> None:
+    """Do nothing yet."""
 
 
 async def read_until(
@@ -288,14 +301,12 @@ async def walk_deploy(reader: Reader, upstream: FakeOpenAI) -> None:
         checkout: lambda: reader.put_checkout("opt/wxgpt"),
         files: lambda: reader.put_checkout("opt/wxgpt"),
         f"editor /{place}": lambda: reader.edit(place, api_key="sk-reader", **values),
-        "# put the block below into this file": lambda: None,
-        "# put the block below into this file, in place of what is there": lambda: None,
+        "# put the block below into this file": by_the_next_line,
+        "# put the block below into this file, in place of what is there": by_the_next_line,
     }
     for block in (nginx, caddy):
-        path = reader.container.path(block.place)
-        reader.hands[f"editor /{block.place}"] = lambda path=path, block=block: print(
-            path.write_text(block.text()), end=""
-        )
+        paste = functools.partial(reader.put_block, block)
+        reader.hands[f"editor /{block.place}"] = paste
     await reader.follow("2. The program")
     await reader.follow("3. The settings")
     await reader.follow("4. The unit")
