@@ -121,10 +121,10 @@ def build_root(root: Path) -> None:
         build([*inside, f"{VENV}/bin/pip", "install", "--no-index", *wheels])
 
 
-def build_debian(root: Path, packages: str) -> None:
+def build_debian(root: Path, packages: str, suite: str = SUITE) -> None:
     """Install the smallest Debian and some packages."""
     debian = ["mmdebstrap", "--variant=minbase", f"--include={packages}"]
-    build([*debian, SUITE, str(root)])
+    build([*debian, suite, str(root)])
 
 
 def download_wheels(root: Path, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Walks the text as a reader who has nothing else, and says how long that takes.
 
     .venv/bin/python tests/walk.py                # README.zh-CN.md and docs/deploy.md
-    .venv/bin/python tests/walk.py README.md      # of both languages and pages, these
+    .venv/bin/python tests/walk.py README.md --suite trixie
 
 Every line of the pages' shell blocks is run, in the text's order, or told with the
 reason why not. Each page has a small Debian of its own, fresh, without Python, in which
@@ -352,14 +352,12 @@ async def walk(container: Container, page: str) -> None:
 
 
 @contextlib.contextmanager
-def bare_debian() -> Iterator[Path]:
+def bare_debian(suite: str) -> Iterator[Path]:
     """Give a folder with a Debian as a provider installs it, but smaller."""
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
-        machine.build_debian(root := Path(folder, "root"), machine.BARE)
-        say(
-            f"{time.monotonic() - began:.1f} s", f"Debian {machine.SUITE} was installed"
-        )
+        machine.build_debian(root := Path(folder, "root"), machine.BARE, suite)
+        say(f"{time.monotonic() - began:.1f} s", f"Debian {suite} was installed")
         yield root
 
 
@@ -367,12 +365,13 @@ def main() -> int:
     """Walk the pages; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("pages", nargs="*", default=PAGES, metavar="PAGE")
-    pages, began = parser.parse_args().pages, time.monotonic()
+    parser.add_argument("--suite", default=machine.SUITE, help="Debian's (%(default)s)")
+    options, began = parser.parse_args(), time.monotonic()
     if reason := machine.obstacle():
         print(f"cannot walk here: {reason}")
         return 1
-    with bare_debian() as root:
-        for page in pages:
+    with bare_debian(options.suite) as root:
+        for page in options.pages:
             with machine.boot(root, files={}) as container, container.network():
                 try:
                     asyncio.run(walk(container, page))
