@@ -50,6 +50,16 @@ NOT_RUN = {
 SHOWN = re.compile(r" (demo|check|stats)\b|journalctl")  # their output is printed
 
 
+OWN = "    (not in the text: the walk's own)"
+SETTINGS = "--config /etc/wxgpt/wxgpt.toml"
+LEFT = "find / -xdev -name '*wxgpt*'; systemctl list-units --all '*wxgpt*'"
+QUESTIONS = (
+    "python3 -c \"import sqlite3; db = sqlite3.connect('/var/lib/wxgpt/wxgpt.db');"
+    " print(*(q for q, in db.execute('SELECT question FROM turn ORDER BY id')),"
+    " sep='\\n')\""
+)
+
+
 class Stuck(Exception):
     """A reader cannot go on; the message says at what."""
 
@@ -83,7 +93,7 @@ class Reader:
         lines = [line for line in self.lines if line.section == section][part]
         if not lines:
             raise Stuck(f"{self.page} has no commands under {section}")
-        print(f"\n{self.page} · {section}", flush=True)
+        print(f"\n{self.page} · {section or 'the top'}", flush=True)
         for line in lines:
             self.done.append(line)
             await self.obey(line.text)
@@ -140,7 +150,7 @@ class Reader:
         self.folder, self.umask = state
         spent = time.monotonic() - began
         self.seconds += spent
-        say(f"{spent:.1f} s", text)
+        say(f"{spent:.1f} s", text + ("" if text in read(self.page) else OWN))
 
     @contextlib.asynccontextmanager
     async def watching(self, text: str, words: str) -> AsyncIterator[list[str]]:
@@ -168,7 +178,7 @@ class Reader:
             raise Stuck(f"{self.page} does not say: {command}")
         return await self.run(command)
 
-    def put_checkout(self, folder: str) -> None:
+    def put_checkout(self, folder: str = "opt/wxgpt") -> None:
         """Put the files where the text wants them, over those that are there."""
         say("*", f"the checkout is put into /{folder}")
         place = self.container.path(folder)
@@ -253,18 +263,14 @@ def put_machine(container: Container) -> None:
 
 async def walk_readme(reader: Reader, upstream: FakeOpenAI) -> None:
     """The demo, a server started by hand, and the unit, all as the README says."""
-    url = f"http://{NAME}"
+    demo, quick, service, tests = dict.fromkeys(line.section for line in reader.lines)
+    url, home = f"http://{NAME}", "root/wxgpt"
     values = {"public_url": url, "token": TOKEN, "base_url": upstream.base_url}
-    values |= {
-        "host": "0.0.0.0",
-        "port": 80,
-    }  # its first way to let the port lead there
-    home = "root/wxgpt"
-    reader.hands[
-        "# set public_url, wechat.token and assistants.chatgpt.api_key, then"
-    ] = lambda: reader.edit(f"{home}/wxgpt.toml", api_key="sk-reader", **values)
-    sections = list(dict.fromkeys(line.section for line in reader.lines))
-    demo, quick, service, tests = sections
+    values |= {"host": "0.0.0.0", "port": 80}  # its way without a proxy
+    fill_in = "# set public_url, wechat.token and assistants.chatgpt.api_key, then"
+    reader.hands[fill_in] = lambda: reader.edit(
+        f"{home}/wxgpt.toml", api_key="sk-reader", **values
+    )
     reader.put_checkout(home)
     reader.folder = f"/{home}"
     await reader.run_inline("apt update && apt install python3-venv ca-certificates")
@@ -284,61 +290,67 @@ async def walk_readme(reader: Reader, upstream: FakeOpenAI) -> None:
     async with reader.watching(reader.take(starts), "serving on"):
         await reader.be_served(url, "天空为什么是蓝的？")
     for command in ("check", "stats"):
-        line = f".venv/bin/python wxgpt.py {command} --config /etc/wxgpt/wxgpt.toml"
-        await reader.run(line)
+        await reader.run(f".venv/bin/python wxgpt.py {command} {SETTINGS}")
     await reader.follow(service, slice(5, None))
     await reader.follow(tests)
 
 
 async def walk_deploy(reader: Reader, upstream: FakeOpenAI) -> None:
     """All of docs/deploy.md, with nginx and then with Caddy."""
-    nginx, caddy = BLOCKS["nginx"], BLOCKS["caddy"]
-    values = {"public_url": nginx.url, "token": TOKEN, "base_url": upstream.base_url}
-    place = "etc/wxgpt/wxgpt.toml"
-    checkout = "# put the checkout at /opt/wxgpt, then"
-    files = "# put the new files into /opt/wxgpt, then"
-    reader.hands |= {
-        checkout: lambda: reader.put_checkout("opt/wxgpt"),
-        files: lambda: reader.put_checkout("opt/wxgpt"),
-        f"editor /{place}": lambda: reader.edit(place, api_key="sk-reader", **values),
-        "# put the block below into this file": by_the_next_line,
-        "# put the block below into this file, in place of what is there": by_the_next_line,
-    }
-    for block in (nginx, caddy):
-        paste = functools.partial(reader.put_block, block)
-        reader.hands[f"editor /{block.place}"] = paste
-    await reader.follow("2. The program")
-    await reader.follow("3. The settings")
-    await reader.follow("4. The unit")
+    learn_deploy(reader, upstream)
+    for section in ("2. The program", "3. The settings", "4. The unit"):
+        await reader.follow(section)
     say("*", f"{NAME} leads here; a certificate of our own lies in {PEM}")
     await reader.container.certify()
-    await reader.follow("nginx")
-    await reader.follow("6. Check")
-    await reader.be_served(nginx.url, "经过 nginx 吗？")
-    await reader.run("systemctl disable --now nginx")
-    await reader.follow("Caddy")
-    await reader.follow("6. Check")
-    await reader.be_served(caddy.url, "经过 Caddy 吗？")
-    await reader.follow("Backup and restore", slice(1))
-    await reader.be_served(caddy.url, "复制以后的问题")
-    await reader.follow("Upgrade")
-    await reader.be_served(caddy.url, "升级以后的问题")
-    await reader.follow("Backup and restore", slice(1, None))
-    await reader.be_served(caddy.url, "恢复以后的问题")
-    await reader.run(".venv/bin/python wxgpt.py stats --config /etc/wxgpt/wxgpt.toml")
-    asked = await reader.run(
-        "python3 -c \"import sqlite3; print(sqlite3.connect('/var/lib/wxgpt/wxgpt.db')"
-        ".execute('SELECT group_concat(question) FROM turn').fetchone()[0])\""
-    )
-    if asked.strip() != "经过 nginx 吗？,经过 Caddy 吗？,恢复以后的问题":
-        raise Stuck(f"restored is not what was copied: {asked}")
+    for proxy in ("nginx", "Caddy"):
+        await reader.follow(proxy)
+        await reader.follow("6. Check")
+        await reader.be_served(f"https://{NAME}", f"经过 {proxy} 吗？")
+        if proxy == "nginx":
+            await reader.run("systemctl disable --now nginx")  # Caddy wants its ports
+    await keep(reader)
     await reader.follow("Uninstall")
-    await reader.run(f"rm /{nginx.place} && systemctl disable --now caddy")
-    left = await reader.run(
-        "find / -xdev -name '*wxgpt*'; systemctl list-units '*wxgpt*'"
-    )
+    await reader.run("rm /etc/nginx/conf.d/wxgpt.conf && systemctl disable --now caddy")
+    left = await reader.run(LEFT)
     if "wxgpt" in left:
         raise Stuck(f"left behind: {left}")
+
+
+def learn_deploy(reader: Reader, upstream: FakeOpenAI) -> None:
+    """Tell the reader what the page wants done by hand, and how."""
+    place = "etc/wxgpt/wxgpt.toml"
+    values = {"public_url": f"https://{NAME}", "token": TOKEN, "api_key": "sk-reader"}
+    values |= {"base_url": upstream.base_url}
+    paste = "# put the block below into this file"
+    reader.hands |= {
+        "# put the checkout at /opt/wxgpt, then": reader.put_checkout,
+        "# put the new files into /opt/wxgpt, then": reader.put_checkout,
+        f"editor /{place}": lambda: reader.edit(place, **values),
+        paste: by_the_next_line,
+        f"{paste}, in place of what is there": by_the_next_line,
+    }
+    for block in (BLOCKS["nginx"], BLOCKS["caddy"]):
+        do = functools.partial(reader.put_block, block)
+        reader.hands[f"editor /{block.place}"] = do
+
+
+async def keep(reader: Reader) -> None:
+    """Copy the database, upgrade, restore the copy; see that it is what was copied."""
+    before = await reader.run(QUESTIONS)
+    await reader.follow("Backup and restore", slice(1))
+    copy = reader.container.path(f"{reader.folder[1:]}/wxgpt-copy.db")
+    if copy.stat().st_mode & 0o077:
+        raise Stuck("others may read the copy")
+    await reader.be_served(f"https://{NAME}", "复制以后的问题")
+    await reader.follow("Upgrade")
+    await reader.be_served(f"https://{NAME}", "升级以后的问题")
+    if await reader.run(QUESTIONS) != f"{before}复制以后的问题\n升级以后的问题\n":
+        raise Stuck("the upgrade lost something")
+    await reader.follow("Backup and restore", slice(1, None))
+    await reader.be_served(f"https://{NAME}", "恢复以后的问题")
+    if await reader.run(QUESTIONS) != f"{before}恢复以后的问题\n":
+        raise Stuck("what was restored is not what was copied")
+    await reader.run(f".venv/bin/python wxgpt.py stats {SETTINGS}")
 
 
 async def walk(container: Container, page: str) -> None:
