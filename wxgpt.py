@@ -2029,9 +2029,9 @@ def visible_text(part: object) -> str:
     return text if isinstance(text, str) else ""
 
 
-def is_alive(delta: object) -> bool:
-    """Say whether a delta has text, or hidden reasoning: the model is at work."""
-    names = ("content", "refusal", "reasoning_content", "reasoning")
+def is_thinking(delta: object) -> bool:
+    """Say whether a delta has hidden reasoning."""
+    names = ("reasoning_content", "reasoning")
     return isinstance(delta, dict) and any(delta.get(name) for name in names)
 
 
@@ -2086,11 +2086,11 @@ class Completion:
             return ""
         self.model = event.get("model") or self.model
         choice = first_choice(event)
-        delta = choice.get("delta")
+        text = visible_text(choice.get("delta"))
+        self.is_alive = self.is_alive or bool(text) or is_thinking(choice.get("delta"))
         self.names_reasons |= "finish_reason" in choice
-        self.is_alive = self.is_alive or is_alive(delta)
         self.reason = str(choice.get("finish_reason") or "")
-        return self.thoughts.feed(visible_text(delta))
+        return self.thoughts.feed(text)
 
     def ending(self) -> Ending:
         """Return how it ended."""
@@ -2257,7 +2257,8 @@ class ChatClient:
                 raise completion.error
         if not completion.reason:
             raise ChatError("broken", "the stream ended without an end", True)
-        await read_usage(response.content, completion)
+        if not completion.is_over:
+            await read_usage(response.content, completion)
         if text := completion.thoughts.flush():
             yield text
         yield completion.ending()
@@ -3550,22 +3551,19 @@ def mention_unread(
 
 def compose(services: Services, delivery: Delivery, attempt: int) -> Reply:
     """Return the reply that a message gets now."""
-    message, subscriber, reading = (
-        delivery.message,
-        delivery.subscriber,
-        delivery.reading,
-    )
-    reply = Reply(message.key, message.openid, "", int(time.time()))
+    message, reading, now = delivery.message, delivery.reading, int(time.time())
     if reading is None:
         text = services.texts.trouble if delivery.fixed is None else delivery.fixed
         content, read = mention_unread(services, delivery, text)
-        return replace(reply, content=content, read=read)
-    draft = draft_reply(services, reading, subscriber)
+        return Reply(message.key, message.openid, content, now, read=read)
+    draft = draft_reply(services, reading, delivery.subscriber)
     content, read = mention_unread(services, delivery, draft.content)
     is_own, has_ended = delivery.is_own, not reading.answer.is_open
-    return replace(
-        reply,
-        content=content,
+    return Reply(
+        message.key,
+        message.openid,
+        content,
+        now,
         turn_id=reading.answer.turn.id if is_own else None,
         delivered=str(attempt) if is_own and draft.carries else None,
         early=is_own and draft.early,
