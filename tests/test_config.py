@@ -69,6 +69,14 @@ REFUSED = {
         GOOD.replace("https://", ""),
         ["public_url", "'wx.example.com'", "https://"],
     ),
+    "URL whose port is none": (
+        GOOD.replace("wx.example.com", "wx.example.com:web"),
+        ["public_url", "example.com:web'", "https://"],
+    ),
+    "key of two lines": (
+        GOOD.replace(KEY, "two\\nlines"),
+        ["assistants.chatgpt.api_key", "blanks"],
+    ),
     "path without slash": (
         GOOD + '[server]\npath = "wechat"\n',
         ["server.path", "'wechat'", "/wechat"],
@@ -311,6 +319,17 @@ def test_the_environment_fills_what_the_file_leaves_out(load):
     chatgpt = load(URL + WECHAT, **environ).assistants["chatgpt"]
     assert chatgpt.api_key == "sk-env"
     assert chatgpt.base_url == "https://env.example/v1"
+
+
+@pytest.mark.parametrize(
+    "name, value, wanted",
+    [("OPENAI_BASE_URL", "api.example", "URL"), ("OPENAI_API_KEY", "sk 1", "blanks")],
+)
+def test_a_variable_that_cannot_be_used_is_named(load, name, value, wanted):
+    """The owner would look in vain for it in the file."""
+    environ = {"OPENAI_API_KEY": "sk-env", name: value}
+    with pytest.raises(wxgpt.ConfigError, match=f"^{name} in the env.*{wanted}"):
+        load(URL + WECHAT, **environ)
 
 
 def test_the_file_counts_more_than_the_environment(load):

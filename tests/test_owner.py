@@ -169,35 +169,180 @@ async def test_in_safe_mode_it_ends_with_the_key(check):
     assert re.search(r"EncodingAESKey +k{43}\n", out) and "安全模式" in out
 
 
-@pytest.mark.parametrize(
-    "script, line",
-    [
-        (fails(401), r"✗ assistant chatgpt: setup: .*api_key"),
-        (fails(429, code="insufficient_quota"), r"✗ assistant chatgpt: .*balance"),
-        (Script([Thought("嗯……"), Thought("好")]), r"✗ .* without a word → .*extra"),
-    ],
-    ids=["wrong key", "no balance", "thinking only"],
-)
+REFUSALS = {
+    "wrong key": (fails(401), "key: .* status 401 “Incorrect API .* → .*api_key"),
+    "no right": (fails(403), "key: .* status 403"),
+    "no balance": (fails(402), "balance: status 402 .* → top up"),
+    "no quota": (fails(429, code="insufficient_quota"), "balance: "),
+    "one country": (fails(403, message="Country not supported"), "country: .*proxy"),
+    "unknown model": (fails(404, code="model_not_found"), "model: .*chatgpt.model"),
+    "model in words": (fails(400, message="Model Not Exist"), "model: .*Not Exist"),
+    "gateway's words": (fails(503, message="对于模型 m 无可用渠道"), "model: .*渠道"),
+    "no such path": (
+        Script(status=404, body="<p>nginx</p>"),
+        "URL: .* “nginx” → .*/v1",
+    ),
+    "a redirect": (Script(status=302, body="<p>Moved</p>"), "URL: .*status 302"),
+    "too many": (fails(429), "limit: status 429"),
+    "bad request": (fails(400), "request: .* → .*chatgpt.extra"),
+    "overloaded": (fails(503), "provider: .* status 503"),
+    "a web page": (Script(ending="eof"), "stream: .* chat API"),
+    "thinking only": (Script([Thought("嗯……"), Thought("好")]), ".* without a word → "),
+}
+
+
+@pytest.mark.parametrize("script, line", REFUSALS.values(), ids=REFUSALS)
 async def test_what_is_wrong_with_the_model_is_said(check, upstream, script, line):
-    """A refusal and an empty answer are failures."""
+    """The line begins with what it is, has the upstream's words, and how to mend it."""
     upstream.will(script)
-    await assert_found(check(), line)
+    await assert_found(check(), f"✗ assistant chatgpt: {line}")
 
 
-async def test_a_slow_first_token_is_a_warning(check, upstream):
-    """It says that thinking may be the reason."""
-    upstream.will(says("好", after=0.9))
+async def test_the_key_is_not_shown(check, upstream):
+    """Even if the upstream repeats it."""
+    upstream.will(fails(401, message="No such key: sk-verySecret\x1b[31m"))
+    _, out = await check()
+    assert "“No such key: *** [31m”" in out
+
+
+async def test_a_refused_field_is_left_out_as_when_serving(check, upstream):
+    """The question is asked again without it."""
+    upstream.will(fails(400, code="unsupported_parameter", param="stream_options"))
+    _, out = await check()
+    assert bad(out) == [] and len(upstream.requests) == 2
+
+
+async def test_settings_of_the_environment_are_named(check, upstream, settings):
+    """The owner looks for a wrong key where it stands."""
+    upstream.will(fails(401))
+    del settings["assistants"]["chatgpt"]
+    env = {"OPENAI_API_KEY": "sk-x", "OPENAI_BASE_URL": upstream.base_url}
+    line = "✗ assistant chatgpt: key: .* → look at OPENAI_API_KEY in the environment"
+    await assert_found(check(env=env), line)
+
+
+THOUGHTS = Script([*(Thought("嗯") for _ in range(50)), "好"])
+
+
+@pytest.mark.parametrize(
+    "host, switch",
+    {
+        "api.openai.com": 'extra.reasoning_effort = "none"',
+        "api.deepseek.com": 'extra.thinking.type = "disabled"',
+        "api.moonshot.cn": 'extra.thinking.type = "disabled"',
+        "open.bigmodel.cn": 'extra.thinking.type = "disabled"',
+        "dashscope.aliyuncs.com": "extra.enable_thinking = false",
+        "ollama.example:11434": 'extra.reasoning_effort = "none"',
+        "gateway.example:4000": "`extra` (docs/models.md)",
+    }.items(),
+)
+async def test_hidden_thinking_is_a_warning(check, upstream, host, switch):
+    """It tells the switch of the provider that base_url names."""
+    upstream.will(THOUGHTS)
+    proxy = upstream.base_url.removesuffix("/v1")
+    known = {"chatgpt": {"base_url": f"http://{host}/v1", "proxy": proxy}}
+    line = f"! .* s, 51 tokens for 1 characters: .* thinking .*{re.escape(switch)}"
+    await assert_found(check(assistants=known), line)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        says("好", after=0.9),
+        Script([Thought("嗯"), 0.9, "好"]),
+        Script([Thought("嗯", "reasoning"), 0.9, "好"]),
+        Script(["<think>嗯", 0.9, "</think>好"]),
+    ],
+    ids=["slow", "reasoning_content", "reasoning", "tag"],
+)
+async def test_a_slow_first_word_is_a_warning(check, upstream, script):
+    """What counts is the first word that a subscriber can read."""
+    upstream.will(script)
     slow = check(wechat={"attempt_timeout": 1})
-    await assert_found(slow, r"^! assistant .*first token after .* s → .*thinking")
+    await assert_found(slow, r"! .*first word after .* s → switch thinking off")
+
+
+@contextlib.asynccontextmanager
+async def answering(raw):
+    """Answer raw bytes to whatever comes in on loopback; gives the port."""
+
+    async def answer(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(raw)
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        yield server.sockets[0].getsockname()[1]
+
+
+def another(settings, **changes):
+    """Return assistants with a second one that differs, so that one works."""
+    return settings["assistants"] | {"x": {"api_key": "sk-x", "model": "m"} | changes}
+
+
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        (
+            {"base_url": "http://api.invalid/v1"},
+            "name: api.invalid does not resolve → .*x.base_url",
+        ),
+        ({"proxy": "http://proxy.invalid:3128"}, "name: proxy.invalid .* → .*x.proxy"),
+        ({"proxy": "http://127.0.0.1:{free}"}, "proxy: .*refused → .*x.proxy"),
+        (
+            {"base_url": "http://127.0.0.1:{free}/v1"},
+            "connection: .*refused → look at assistants.x.base_url",
+        ),
+    ],
+    ids=["name", "proxy's name", "proxy", "port"],
+)
+async def test_the_step_that_fails_is_named(check, settings, change, line):
+    """The one setting to look at is that of the name or port which is wrong."""
+    change = {key: url.format(free=free_port()) for key, url in change.items()}
+    checking = check(assistants=another(settings, **change))
+    await assert_found(checking, f"✗ assistant x: {line}")
+
+
+@pytest.mark.parametrize(
+    "status, line",
+    [
+        ("407 Proxy Authentication Required", "proxy: it wants a user and a password"),
+        ("502 Bad Gateway", "proxy: it does not lead to api.invalid: status 502"),
+    ],
+)
+async def test_a_proxy_that_refuses_is_said(check, settings, status, line):
+    """The tunnel to the upstream was not made."""
+    raw = f"HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n".encode()
+    async with answering(raw) as port:
+        urls = {"base_url": "https://api.invalid/v1"}
+        urls["proxy"] = f"http://user:secret@127.0.0.1:{port}"
+        checking = check(assistants=another(settings, **urls))
+        await assert_found(checking, f"✗ assistant x: {line} → .*proxy")
+
+
+async def test_a_port_without_tls_is_said(check, settings, upstream):
+    """It was https:// where http:// is spoken."""
+    url = upstream.base_url.replace("http", "https")
+    line = r"✗ assistant x: TLS: .*speaks no TLS .* → look at .*x.base_url: http://"
+    await assert_found(check(assistants=another(settings, base_url=url)), line)
+
+
+async def test_the_clock_is_asked_through_the_proxy(check, upstream):
+    """As the questions are: the upstream may be reached in no other way."""
+    proxy = upstream.base_url.removesuffix("/v1")
+    hidden = {"chatgpt": {"base_url": "http://api.invalid/v1", "proxy": proxy}}
+    _, out = await check(assistants=hidden)
+    assert bad(out) == [] and "✓ clock: " in out
 
 
 async def test_an_upstream_that_is_down_is_said(check):
     """The clock cannot be read from it, and the model cannot be asked."""
     down = {"chatgpt": {"base_url": f"http://127.0.0.1:{free_port()}/v1"}}
-    status, out = await check(assistants=down)
-    assert [line[:9] for line in bad(out)] == ["! clock: ", "✗ assista"]
-    assert "unreachable" in bad(out)[1] and "base_url, proxy and DNS" in bad(out)[1]
-    assert status == 1
+    lines = [
+        "! clock: not compared",
+        "✗ .* connection: .* refused → .*chatgpt.base_url",
+    ]
+    await assert_found(check(assistants=down), *lines)
 
 
 async def test_each_assistant_is_asked(check, upstream, settings):
@@ -205,7 +350,7 @@ async def test_each_assistant_is_asked(check, upstream, settings):
     broken = {"base_url": upstream.base_url, "api_key": "sk-x", "model": "none"}
     upstream.will("好", fails(404))
     checking = check(assistants={"broken": broken})
-    await assert_found(checking, r"✗ assistant broken: setup: .*model")
+    await assert_found(checking, r"✗ assistant broken: .*model")
 
 
 async def test_a_clock_that_is_off_is_said(check):
@@ -218,7 +363,7 @@ async def test_a_clock_that_is_off_is_said(check):
 
     async with serving(late) as port:
         off = {"chatgpt": {"base_url": f"http://127.0.0.1:{port}/v1"}}
-        line = r"✗ clock: \d{9} s off the upstream's → set up NTP"
+        line = r"✗ clock: \d{9} s ahead of the upstream's → set up NTP"
         await assert_found(check(assistants=off), line)
 
 
@@ -241,6 +386,15 @@ async def test_a_database_folder_that_cannot_be_written_is_said(check, tmp_path)
             pytest.skip("setpriv cannot drop a capability here")
     checking = check(prefix=prefix, database={"path": str(folder / "wxgpt.db")})
     await assert_found(checking, r"✗ database: .*denied.*service's user")
+
+
+async def test_a_database_that_another_program_holds_is_said(check, tmp_path):
+    """It is to be let go, its rights are good."""
+    path = tmp_path / "held.db"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as holder:
+        holder.execute("BEGIN EXCLUSIVE")
+        line = r"✗ database: .*locked → another program"
+        await assert_found(check(database={"path": str(path)}), line)
 
 
 async def test_a_file_that_is_no_database_is_said(check, tmp_path):
@@ -285,7 +439,10 @@ async def test_a_port_that_another_program_holds_is_said(check):
 async def test_a_public_url_that_is_not_reached_is_a_warning(check):
     """Many machines cannot reach themselves from outside."""
     url = f"http://127.0.0.1:{free_port()}"
-    await assert_found(check(public_url=url), r"^! verification .*reach itself")
+    await assert_found(
+        check(public_url=url),
+        r"^! verification .*: Connection refused → .*reach itself",
+    )
 
 
 async def test_a_public_url_without_a_port_is_as_wechat_wants_it(check):
@@ -293,6 +450,34 @@ async def test_a_public_url_without_a_port_is_as_wechat_wants_it(check):
     status, out = await check(public_url="http://wx.invalid")
     assert "✓ public_url: http://wx.invalid\n" in out
     assert [line[:15] for line in bad(out)] == ["! verification "] and status == 0
+
+
+@pytest.mark.parametrize("host", ["192.168.1.5", "[::1]", "localhost", "raspberry"])
+async def test_an_address_that_is_not_public_is_said(check, host):
+    """WeChat's servers are not at home."""
+    url = f"http://{host}"
+    _, out = await check(public_url=url)
+    assert f"✗ public_url: {host.strip('[]')} is not public → WeChat needs" in out
+
+
+async def test_another_token_than_the_servers_is_said(spawn, check):
+    """The settings were changed, and the server still runs with the old ones."""
+    server, _ = await spawn()
+    changed = {"token": "anotherToken", "attempt_timeout": 5}
+    checking = check(
+        public_url=server.url, server={"port": server.port}, wechat=changed
+    )
+    lines = ["✗ verification .* 403, not .* same token. Restart it"] * 2
+    await assert_found(checking, *lines)
+
+
+async def test_a_proxy_that_meets_nobody_is_said(check):
+    """The proxy answers in wxgpt's place."""
+    async with answering(b"HTTP/1.0 502 Bad Gateway\r\n\r\n") as front:
+        url = f"http://127.0.0.1:{front}"
+        lines = ["✗ verification .* 502, not .* is wxgpt running"] * 3
+        lines += ["✗ live pages: status 502 → is wxgpt running"]
+        await assert_found(check(public_url=url), *lines)
 
 
 async def test_a_proxy_that_buffers_is_said(check):
@@ -392,6 +577,17 @@ def certificate(folder, days, issuer=None):
     return path, (name, key)
 
 
+def authority(tmp_path, days):
+    """Return a server's TLS with a certificate of so many days, and its issuer's file."""
+    folder = tmp_path / "tls"
+    folder.mkdir()
+    root, issuer = certificate(folder, 365)
+    path, _ = certificate(folder, days, issuer)
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(path)
+    return tls, root
+
+
 @pytest.mark.parametrize(
     "days, is_known, line",
     [
@@ -404,19 +600,35 @@ def certificate(folder, days, issuer=None):
 )
 async def test_the_certificate_is_looked_at(check, tmp_path, days, is_known, line):
     """Its chain must lead to a known authority, and it must not be at its end."""
-    folder = tmp_path / "tls"
-    folder.mkdir()
-    root, issuer = certificate(folder, 365)
-    path, _ = certificate(folder, days, issuer)
-    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    tls.load_cert_chain(path)
+    tls, root = authority(tmp_path, days)
     port = free_port()
     async with serving(proxy_to(port), tls=tls) as front:
         url = f"https://127.0.0.1:{front}"
         env = {"SSL_CERT_FILE": str(root)} if is_known else {}
         _, out = await check(env=env, server={"port": port}, public_url=url)
     assert line in out
-    assert ("✓ verification" in out) == (is_known and days > 0)
+    assert out.count("✓ verification") == 3 and "✗ live pages" in out
+
+
+@pytest.mark.parametrize(
+    "host, days, is_known, line",
+    [
+        ("127.0.0.1", -3, True, "certificate has expired → is the date here right"),
+        ("127.0.0.1", 90, False, "unable to get local issuer .* → .*SSL_CERT_FILE"),
+        ("localhost", 90, True, "mismatch.* → look at the host in assistants.x.base_"),
+    ],
+    ids=["expired", "unknown issuer", "wrong name"],
+)
+async def test_an_upstreams_certificate_is_looked_at(
+    check, settings, tmp_path, host, days, is_known, line
+):
+    """What is wrong with it is said, and who can mend it."""
+    tls, root = authority(tmp_path, days)
+    async with serving(proxy_to(0), tls=tls) as port:
+        urls = {"base_url": f"https://{host}:{port}/v1"}
+        env = {"SSL_CERT_FILE": str(root)} if is_known else {}
+        checking = check(env=env, assistants=another(settings, **urls))
+        await assert_found(checking, f"✗ assistant x: TLS: {host}: .*{line}")
 
 
 async def test_an_https_address_that_is_not_reached_is_a_warning(check):
