@@ -46,6 +46,11 @@ reply's worth of a long answer), delta (a piece of a streamed answer).
 Run `python wxgpt.py demo` to try it, `python wxgpt.py --config wxgpt.toml` to serve.
 """
 
+import signal
+
+if __name__ == "__main__":  # from here on Ctrl-C waits for `main`, which ends quietly
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+
 import argparse
 import asyncio
 import base64
@@ -71,7 +76,6 @@ import random
 import re
 import secrets
 import shutil
-import signal
 import socket
 import sqlite3
 import ssl
@@ -5203,7 +5207,7 @@ def serve_command(config: Config) -> int:
 
 
 def demo_command(arguments: list[str]) -> int:
-    """Run tests/demo.py in this process's place."""
+    """Run tests/demo.py in this process's place; it takes over the held Ctrl-C."""
     demo = pathlib.Path(__file__).with_name("tests") / "demo.py"
     if not demo.exists():
         print(f"wxgpt: {demo} is not there", file=sys.stderr)
@@ -5235,37 +5239,43 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+COMMAND_WORDS = ("serve", "check", "stats", "--version", "-h", "--help")
+
+
+def run_command(words: list[str]) -> int:
+    """Do what the words of a command line say; return the exit status."""
+    if not words or words[0] not in COMMAND_WORDS:
+        words = ["serve", *words]
+    arguments = make_parser().parse_args(words)
+    config = load_config(arguments.config, os.environ)
+    check_commands(config)
+    if arguments.command == "check":
+        return asyncio.run(run_check(config, os.environ))
+    if arguments.command == "stats":
+        return stats_command(config, arguments.days, arguments.full, arguments.json)
+    return serve_command(config)
+
+
 def main() -> int:
     """Run the command line; return the exit status."""
     words = sys.argv[1:]
     if words[:1] == ["demo"]:
         return demo_command(words[1:])
-    if not words or words[0] not in (
-        "serve",
-        "check",
-        "stats",
-        "--version",
-        "-h",
-        "--help",
-    ):
-        words.insert(0, "serve")
-    arguments = make_parser().parse_args(words)
     try:
-        config = load_config(arguments.config, os.environ)
-        check_commands(config)
-        if arguments.command == "check":
-            return asyncio.run(run_check(config, os.environ))
-        if arguments.command == "stats":
-            return stats_command(config, arguments.days, arguments.full, arguments.json)
-        return serve_command(config)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        with contextlib.ExitStack() as stack:
+            stack.callback(print, end="", flush=True)  # a closed pipe is met here
+            return run_command(words)
     except ConfigError as error:
         complain(error)
         return 2
     except KeyboardInterrupt:
-        return 130
+        return 128 + signal.SIGINT
     except BrokenPipeError:  # as in `check | head`; what is left goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    finally:  # Python's own end would complain of a Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

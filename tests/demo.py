@@ -8,6 +8,11 @@ it opens the fake model, the server and the phone, and closes them in reverse or
 whatever happens.
 """
 
+import signal
+
+if __name__ == "__main__":  # from here on Ctrl-C waits for `talk`, which ends quietly
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+
 import argparse
 import asyncio
 import contextlib
@@ -352,8 +357,10 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> int:
     """Run the command line; return the exit status."""
-    options = parse_options()
     try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(print, end="", flush=True)  # a closed pipe is met here
+            options = parse_options()
         talk(lambda screen, lines: demo(options, screen, lines))
     except BrokenPipeError:
         # Nobody reads on; what is left in the buffer must not complain at the exit.

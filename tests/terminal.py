@@ -154,6 +154,7 @@ def talk(make: Callable[[Screen, Lines], Coroutine[Any, Any, None]]) -> None:
     thread.start()
     try:
         begun.set()  # from here on there may be something to close
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # held while we started
         lines.serve(screen)
     finally:
         leaving.set()

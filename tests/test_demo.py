@@ -1,12 +1,16 @@
 """The demo lets somebody with no account and no key chat, and leaves nothing behind."""
 
 import asyncio
+import contextlib
+import fcntl
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+import termios
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -17,11 +21,14 @@ SECONDS = 40.0  # more than any of these takes; the demo's attempts are of real 
 Start = Callable[..., Awaitable[asyncio.subprocess.Process]]
 
 
+def clean() -> dict[str, str]:
+    """Return the environment without a key, with which it would ask a real model."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")}
+
+
 @pytest.fixture
 async def start(tmp_path: Path) -> Start:
     """Start the demo as its users do, its temporary folder inside the test's."""
-    # A key in the environment would make it ask a real model.
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")}
 
     async def start(*options: str) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
@@ -29,10 +36,77 @@ async def start(tmp_path: Path) -> Start:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env=clean | {"TMPDIR": str(tmp_path)},
+            env=clean() | {"TMPDIR": str(tmp_path)},
         )
 
     return start
+
+
+class Terminal:
+    """The demo in a terminal of its own, where Ctrl-C is a key."""
+
+    def __init__(self) -> None:
+        self.shown = ""
+        self._master, self._slave = pty.openpty()
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self, env: dict[str, str]) -> None:
+        """Start the demo."""
+        self._process = await asyncio.create_subprocess_exec(
+            *(sys.executable, str(ROOT / "wxgpt.py"), "demo", "--seconds", "0.1"),
+            **dict.fromkeys(("stdin", "stdout", "stderr"), self._slave),
+            env=env,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        os.close(self._slave)
+        self._reader = asyncio.StreamReader()
+        protocol = asyncio.StreamReaderProtocol(self._reader)
+        loop = asyncio.get_running_loop()
+        self._pipe, _ = await loop.connect_read_pipe(
+            lambda: protocol, open(self._master, "rb", 0, closefd=False)
+        )
+
+    async def shows(self, words: str, times: int = 1) -> str:
+        """Wait until it has shown these words so often; return all since the last call."""
+        async with asyncio.timeout(SECONDS):
+            while self.shown.count(words) < times:
+                piece = await self._reader.read(4096)
+                self.shown += piece.decode(errors="replace").replace("\r\n", "\n")
+        shown, self.shown = self.shown, ""
+        return shown
+
+    def types(self, keys: str) -> None:
+        """Press keys."""
+        os.write(self._master, keys.encode())
+
+    async def ends(self) -> tuple[int, str]:
+        """Wait for its end; return the exit status and what it still showed."""
+        with contextlib.suppress(OSError):  # EIO: nobody has the other end any more
+            await self.shows("\0")
+        return await self._process.wait(), self.shown
+
+    async def close(self) -> None:
+        """Kill it if it is still there."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
+        self._pipe.close()
+        os.close(self._master)
+
+
+@pytest.fixture
+async def terminal(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Terminal]]]:
+    """Start the demo in a terminal; changes are of its environment."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start(**changes: str) -> Terminal:
+            terminal = Terminal()
+            await terminal.start(clean() | {"TMPDIR": str(tmp_path)} | changes)
+            stack.push_async_callback(terminal.close)
+            return terminal
+
+        yield start
 
 
 async def talk(demo: asyncio.subprocess.Process, *lines: str) -> str:
@@ -94,6 +168,42 @@ async def test_a_killed_server_is_back_before_the_next_attempt(start: Start):
     said = await talk(await start(), "/chatgpt", "想 1 秒 &", "/restart", "/wait")
     assert "「想 1 秒」第 1 次请求" in said and "秒后服务器又在了" in said
     assert "关于「想 1 秒」" in said.split("/wait\n")[1]
+
+
+# What a terminal shows, imports with their times included, and how often by then.
+MOMENTS = {
+    "the command's imports": ("aiohttp.web\n", 1),
+    "a new interpreter": ("| encodings\n", 2),
+    "the demo's imports": ("aiohttp.web\n", 2),
+    "the server's start": ("正在启动", 1),
+    "the prompt": ("> ", 1),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+async def test_it_can_be_interrupted_at_any_moment(terminal, tmp_path: Path, moment):
+    """Ctrl-C ends it without a word, and nothing stays."""
+    demo = await terminal(PYTHONPROFILEIMPORTTIME="1")
+    await demo.shows(*MOMENTS[moment])
+    demo.types("\x03")
+    status, rest = await demo.ends()
+    words = [line for line in rest.splitlines() if "import time:" not in line]
+    assert "Traceback" not in rest and status == 128 + signal.SIGINT, words
+    assert servers_in(tmp_path) == [] and list(tmp_path.iterdir()) == []
+
+
+async def test_a_terminal_shows_one_line_that_ticks(terminal):
+    """The attempt's seconds change in place; four lines say what this is."""
+    demo = await terminal()
+    first = await demo.shows("> ")
+    assert first.split("正在启动")[0].count("\n") == 4
+    demo.types("/chatgpt 想 1 秒\n")
+    ticking = await demo.shows("已应答")
+    assert len(re.findall(r"\r\x1b\[K[^\n]*第 1 次请求 · \d\.\d 秒", ticking)) > 5
+    await demo.shows("> ")
+    demo.types("\x04")
+    status, rest = await demo.ends()
+    assert status == 0 and "Traceback" not in rest
 
 
 async def test_an_interrupted_demo_leaves_nothing_behind(start: Start, tmp_path: Path):

@@ -9,6 +9,7 @@ import os
 import pathlib
 import pty
 import re
+import signal
 import socket
 import sqlite3
 import ssl
@@ -529,20 +530,40 @@ async def test_settings_that_cannot_be_used_are_one_line(settings, tmp_path):
         assert re.fullmatch(r"wxgpt: .*wechat\.token.*\n", err)
 
 
-async def test_a_closed_pipe_ends_it_quietly(check, tmp_path):
-    """As in `check | head -1`."""
+@pytest.mark.parametrize("words", ["check", "stats", "stats --json", "check --help"])
+async def test_a_closed_pipe_ends_it_quietly(stats, check, tmp_path, words):
+    """As in `check | head -1`, also where the last line alone meets nobody."""
     await check(public_url="http://wx.invalid")
-    command = [sys.executable, ROOT / "wxgpt.py", "check", "--config"]
+    pipe = os.pipe()
+    os.close(pipe[0])
     process = await asyncio.create_subprocess_exec(
-        *command,
-        tmp_path / "check.toml",
-        stdout=(pipe := os.pipe())[1],
+        *(sys.executable, ROOT / "wxgpt.py", *words.split()),
+        *("--config", tmp_path / "check.toml"),
+        stdout=pipe[1],
         stderr=asyncio.subprocess.PIPE,
+        env=os.environ | {"PYTHONUNBUFFERED": ""},
     )
-    for end in pipe:
-        os.close(end)
+    os.close(pipe[1])
     _, err = await process.communicate()
     assert (process.returncode, err) == (1, b"")
+
+
+@pytest.mark.parametrize("moment", ["asyncio.events", "aiohttp.web", "markdown_it"])
+@pytest.mark.parametrize("words", ["serve", "check", "stats", "--help"])
+async def test_an_interrupted_start_ends_quietly(settings, tmp_path, words, moment):
+    """Ctrl-C while the modules are imported is heard as soon as it can be."""
+    path = tmp_path / "wxgpt.toml"
+    path.write_text(toml(settings), "utf-8")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-X", "importtime", ROOT / "wxgpt.py", words),
+        *("--config", path),
+        stderr=asyncio.subprocess.PIPE,
+    )
+    await process.stderr.readuntil(f" {moment}\n".encode())
+    process.send_signal(signal.SIGINT)
+    err = (await asyncio.wait_for(process.communicate(), 30))[1].decode()
+    assert [line for line in err.splitlines() if "import time:" not in line] == []
+    assert process.returncode == 128 + signal.SIGINT
 
 
 # check: certificates
