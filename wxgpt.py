@@ -5106,13 +5106,19 @@ async def run_check(config: Config, environ: typing.Mapping[str, str]) -> int:
     return 1 if doctor.failures else 0
 
 
-DELIVERED = ("1", "2", "3", "part", "page", "lost")
+DELIVERED = ("1", "2", "3", "part", "page", "lost", "none")
+LOST_SHARE = 0.01  # of the replies; fewer may be a bad line or a restart
+COLUMNS = ("questions", "failures", "tokens in", "tokens out", "median", "p95")
+WAYS = ("1st", "2nd", "3rd", "part", "page", "lost", "none")
+LEGEND = """\
+1st, 2nd, 3rd: which of WeChat's requests took the answer; part: 继续 fetched it; page:
+it was read there; lost: WeChat had hung up; none: it failed, or nobody fetched it."""
 
 
 def summarise(rows: list[sqlite3.Row]) -> dict[str, object]:
     """Return the figures of some exchanges."""
     seconds = sorted(row["seconds"] for row in rows if row["seconds"] is not None)
-    ways = collections.Counter(row["delivered"] for row in rows)
+    ways = collections.Counter(row["delivered"] or "none" for row in rows)
     bad = ("failed", "broken", "blocked")
     return {
         "questions": len(rows),
@@ -5125,8 +5131,8 @@ def summarise(rows: list[sqlite3.Row]) -> dict[str, object]:
     }
 
 
-def gather_stats(config: Config, days: float, is_full: bool) -> dict[str, object]:
-    """Return the figures of the last days, by day and by subscriber."""
+def gather_stats(config: Config, days: int, is_full: bool) -> dict[str, object]:
+    """Return the figures of the last Beijing days, 0: of all, by day and subscriber."""
     path = pathlib.Path(config.database.path).absolute()
     with contextlib.closing(
         sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
@@ -5136,7 +5142,9 @@ def gather_stats(config: Config, days: float, is_full: bool) -> dict[str, object
             SELECT openid, created_at, state, tokens_in, tokens_out, seconds, delivered
             FROM turn WHERE created_at > ? ORDER BY created_at
         """
-        rows = db.execute(query, (time.time() - days * 86400,)).fetchall()
+        today = datetime.datetime.now(BEIJING).replace(hour=0, minute=0, second=0)
+        since = today - datetime.timedelta(days=days - 1)
+        rows = db.execute(query, (since.timestamp() if days else 0,)).fetchall()
     by_day, by_openid = collections.defaultdict(list), collections.defaultdict(list)
     for row in rows:
         by_day[beijing_day(row["created_at"])].append(row)
@@ -5153,27 +5161,44 @@ def gather_stats(config: Config, days: float, is_full: bool) -> dict[str, object
     }
 
 
+def table_row(name: str, figures: dict[str, typing.Any]) -> list[str]:
+    """Return the cells of one row."""
+    cells = [name, *(str(figures[column.replace(" ", "_")]) for column in COLUMNS[:4])]
+    for key in ("median_seconds", "p95_seconds"):
+        cells.append("-" if figures[key] is None else f"{figures[key]:.1f} s")
+    return cells + [
+        str(count) if count else "-" for count in figures["delivered"].values()
+    ]
+
+
+def print_table(title: str, rows: list[dict], total: dict) -> None:
+    """Print a table with columns as wide as what is in them."""
+    table = [[title, *COLUMNS, *WAYS]]
+    table += [table_row(row[title], row) for row in rows]
+    table.append(table_row("all", total))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for name, *cells in table:
+        right = (c.rjust(width) for c, width in zip(cells, widths[1:], strict=True))
+        print(name.ljust(widths[0]), *right, sep="  ")
+    print()
+
+
 def print_stats(stats: dict[str, typing.Any]) -> None:
     """Print the figures as tables for people."""
-    head = ["questions", "failures", "tokens_in", "tokens_out", "median", "p95"] + [
-        *DELIVERED
-    ]
-    for title, key in (("days", "day"), ("subscribers", "openid")):
-        print(f"{key:<30}" + "".join(f"{name:>11}" for name in head))
-        for row in stats[title]:
-            numbers = [row[name] for name in head[:4]]
-            for name in ("median_seconds", "p95_seconds"):
-                numbers.append("-" if row[name] is None else f"{row[name]:.1f} s")
-            numbers += row["delivered"].values()
-            print(f"{row[key]:<30}" + "".join(f"{number:>11}" for number in numbers))
-        print()
-    lost, questions = stats["total"]["delivered"]["lost"], stats["total"]["questions"]
-    margin = f"reply_margin {stats['reply_margin']:g} s"
-    verdict = "fits" if not lost else "is too small: raise it"
-    print(f"{margin} {verdict}; {lost} of {questions} replies met a line that was gone")
+    total = stats["total"]
+    if not total["questions"]:
+        print("no questions in that time")
+        return
+    print_table("day", stats["days"], total)
+    print_table("openid", stats["subscribers"], total)
+    print(LEGEND)
+    lost, questions = total["delivered"]["lost"], total["questions"]
+    verdict = "fits" if lost <= LOST_SHARE * questions else "is too small: raise it"
+    margin = f"reply_margin {stats['reply_margin']:g} s {verdict}"
+    print(f"{margin}; {lost} of {questions} replies met a line that was gone")
 
 
-def stats_command(config: Config, days: float, is_full: bool, as_json: bool) -> int:
+def stats_command(config: Config, days: int, is_full: bool, as_json: bool) -> int:
     """Print who asked how much; return the exit status."""
     try:
         stats = gather_stats(config, days, is_full)
@@ -5227,12 +5252,13 @@ def make_parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--config", metavar="FILE", default="wxgpt.toml", help="settings"
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="wxgpt.py")
     commands.add_parser("serve", parents=[common], help="serve (the default)")
     text = "test each thing that usually goes wrong, and say how to mend it"
     commands.add_parser("check", parents=[common], help=text)
     stats = commands.add_parser("stats", parents=[common], help="who asked how much")
-    stats.add_argument("--days", type=float, default=7, help="how far back (7)")
+    text = "Beijing days, today included (7); 0: all"
+    stats.add_argument("--days", type=int, default=7, metavar="N", help=text)
     stats.add_argument("--full", action="store_true", help="whole openids")
     stats.add_argument("--json", action="store_true", help="for machines")
     commands.add_parser("demo", help="try it all with no account and no key")

@@ -730,7 +730,7 @@ def stats(database, tmp_path):
 def ways(**counts):
     """Return how answers were delivered, with the ways that nobody took."""
     names = {f"n{number}": str(number) for number in (1, 2, 3)}
-    none = dict.fromkeys(["1", "2", "3", "part", "page", "lost"], 0)
+    none = dict.fromkeys(["1", "2", "3", "part", "page", "lost", "none"], 0)
     return none | {names.get(name, name): count for name, count in counts.items()}
 
 
@@ -747,7 +747,7 @@ async def test_stats_count_by_day_and_by_subscriber(stats):
             "tokens_out": 40,
             "median_seconds": 7.0,
             "p95_seconds": 15.0,
-            "delivered": ways(n1=2, n2=1, n3=1),
+            "delivered": ways(n1=2, n2=1, n3=1, none=1),
         },
         {
             "openid": BOB[:8] + "…",
@@ -757,12 +757,12 @@ async def test_stats_count_by_day_and_by_subscriber(stats):
             "tokens_out": 198,
             "median_seconds": 50.0,
             "p95_seconds": 60.0,
-            "delivered": ways(part=1, page=1),
+            "delivered": ways(part=1, page=1, none=1),
         },
     ]
     total = found["total"]
     assert total["questions"] == 8 and total["tokens_in"] == 800
-    assert total["delivered"] == ways(n1=2, n2=1, n3=1, part=1, page=1)
+    assert total["delivered"] == ways(n1=2, n2=1, n3=1, part=1, page=1, none=2)
 
 
 async def test_stats_go_as_far_back_as_asked(stats):
@@ -770,12 +770,15 @@ async def test_stats_go_as_far_back_as_asked(stats):
     found = json.loads(await stats("--days", "60", "--full", "--json"))
     assert [who["openid"] for who in found["subscribers"]] == [ANN, BOB]
     assert [day["questions"] for day in found["days"]] == [1, 5, 3]
+    assert json.loads(await stats("--days", "0", "--full", "--json")) == found
+    today = json.loads(await stats("--days", "1", "--json"))
+    assert [day["questions"] for day in today["days"]] == [3]
 
 
 async def test_stats_are_tables_for_people(stats):
     """A row a day, a row a subscriber, and what is to be said of reply_margin."""
     out = await stats()
-    assert re.search(rf"{ANN[:8]}… +5 +1 +400 +40 +7\.0 s +15\.0 s +2 +1 +1 +0", out)
+    assert re.search(rf"{ANN[:8]}… +5 +1 +400 +40 +7\.0 s +15\.0 s +2 +1 +1 +-", out)
     assert ANN not in out and "\033" not in out
     today = datetime.datetime.fromtimestamp(NOW, BEIJING).strftime("%Y-%m-%d")
     assert re.search(rf"{today} +3 +0 +300 +30 +2\.0 s +7\.0 s", out)
@@ -783,6 +786,36 @@ async def test_stats_are_tables_for_people(stats):
         "reply_margin 0.8 s fits; 0 of 8 replies met a line that was gone\n"
     )
     assert ANN in await stats("--full")
+
+
+async def test_the_columns_of_stats_stand_under_their_names(stats):
+    """Cells end where the name of their column ends; the last row is the sum."""
+    days, subscribers, _ = (await stats("--full")).split("\n\n")
+    for table in (days, subscribers):
+        head, *rows = table.splitlines()
+        ends = [cell.end() for cell in re.finditer(r"\S+( \S+)*", head)][1:]
+        for row in rows:
+            assert [row[end - 1].isspace() for end in ends] == [False] * 13
+            assert [row[end : end + 1] in ("", " ") for end in ends] == [True] * 13
+        assert re.match("all +8 +2 +800 +238 ", rows[-1])
+
+
+async def test_stats_of_no_time_are_one_line(stats, database):
+    """Nobody needs a table without rows."""
+    with contextlib.closing(sqlite3.connect(database)) as db, db:
+        db.execute("UPDATE turn SET created_at = 0")
+    assert await stats() == "no questions in that time\n"
+    assert json.loads(await stats("--json"))["total"]["questions"] == 0
+
+
+async def test_the_figures_of_stats_are_documented(stats):
+    """Each key of the JSON has its row."""
+    found, text = (
+        json.loads(await stats("--json")),
+        (ROOT / "docs/stats.md").read_text(),
+    )
+    keys = [*found, *found["days"][0], *found["total"], *found["total"]["delivered"]]
+    assert [key for key in keys if f"`{key}`" not in text] == []
 
 
 async def test_stats_say_when_reply_margin_is_too_small(stats, database):
