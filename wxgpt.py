@@ -4777,6 +4777,13 @@ TROUBLES = (
     (r"^slow", "time: no word within {seconds:.0f} s", "{switch}"),
     (r"", "answer: {detail}", "try again later"),
 )
+# What is wrong with the public certificate, by OpenSSL's words.
+CERTIFICATES = (
+    ("expired", "renew it, and load it into the proxy"),
+    ("local issuer", "the proxy must send the full chain (fullchain.pem)"),
+    ("mismatch", "it must be for the host of public_url"),
+    ("", "WeChat takes only one of a public authority, as Let's Encrypt's"),
+)
 # What it means when something else than wxgpt answers, by the status.
 ANSWERS = (
     (r"3..", "give public_url as the address that answers by itself"),
@@ -4879,7 +4886,9 @@ class Doctor:
             free = shutil.disk_usage(folder).free
         except (OSError, sqlite3.Error) as error:
             mend = "run check as the service's user; database.path must be writable"
-            if "locked" in str(error):
+            if not folder.exists():
+                mend = "make that folder, or change database.path"
+            elif "locked" in str(error):
                 mend = "another program is writing to it: end that"
             words = getattr(error, "strerror", None) or error
             self.say("fail", "database", f"{path}: {words}", mend)
@@ -4905,9 +4914,8 @@ class Doctor:
                 self.say("ok", "port", f"{port} is free; wxgpt is not running")
                 return True
             except OSError as error:
-                self.say(
-                    "fail", "port", str(error), "change server.host or server.port"
-                )
+                mend = "end what holds it, or change server.host or server.port"
+                self.say("fail", "port", str(error), mend)
         return False
 
     async def check_clock(self, clients: typing.Iterable[ChatClient]) -> None:
@@ -5012,8 +5020,9 @@ class Doctor:
             certificate = writer.get_extra_info("peercert")
             writer.close()
         except ssl.SSLError as error:
-            mend = "renew it, with the full chain (fullchain.pem) and this host's name"
-            self.say("fail", "certificate", reason_of(error), mend)
+            found = reason_of(error)
+            mend = next(m for words, m in CERTIFICATES if words in found)
+            self.say("fail", "certificate", found, mend)
             return
         except OSError as error:
             self.say("warn", "certificate", reason_of(error), ITSELF)

@@ -163,7 +163,7 @@ def test_the_path_of_a_message_names_what_is_there():
 
 
 def test_the_recipes_for_models_can_be_loaded(tmp_path):
-    """All of them at once: each is an assistant of its own."""
+    """Each is an assistant of its own, and `check` knows its switch for thinking."""
     recipes = "\n".join(
         re.findall(r"(?ms)^```toml\n(.*?)^```$", read("docs/models.md"))
     )
@@ -172,6 +172,11 @@ def test_the_recipes_for_models_can_be_loaded(tmp_path):
     path.write_text(f"{head}\n{recipes}", "utf-8")
     found = wxgpt.load_config(path).assistants
     assert len(found) == recipes.count("[assistants.") == 7
+    thinking = [one for one in found.values() if one.extra]
+    switches = [wxgpt.switch_of(one).split("; or")[0] for one in thinking]
+    assert [tomllib.loads(line.partition(": ")[2]) for line in switches] == [
+        {"extra": one.extra} for one in thinking
+    ]
 
 
 @pytest.mark.parametrize(

@@ -372,7 +372,7 @@ async def test_a_database_folder_that_is_missing_is_said(check, tmp_path):
     """It is not made, either."""
     path = tmp_path / "none" / "wxgpt.db"
     checking = check(database={"path": str(path)})
-    await assert_found(checking, r"✗ database: .*No such file .*must be writable")
+    await assert_found(checking, r"✗ database: .*No such file .* make that folder")
     assert not path.parent.exists()
 
 
@@ -615,7 +615,11 @@ def authority(tmp_path, days):
         (90, True, "✓ certificate: good for 90 days\n"),
         (5, True, "! certificate: good for 5 days → see that it is renewed\n"),
         (-3, True, "✗ certificate: certificate has expired → renew it"),
-        (90, False, "✗ certificate: unable to get local issuer certificate → "),
+        (
+            90,
+            False,
+            "✗ certificate: unable to get local issuer certificate → the proxy must",
+        ),
     ],
     ids=["good", "about to expire", "expired", "unknown issuer"],
 )
