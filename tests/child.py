@@ -121,7 +121,9 @@ def read_platform(path: Path) -> tuple[str, Callable[..., WeChat]]:
         table = tomllib.loads(path.read_text("utf-8"))
         wechat, server = table["wechat"], table.get("server", {})
         token, port = wechat["token"], server.get("port", 8080)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise ChildError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ChildError(f"{path}: no settings to go by: {error!r}") from None
     host = server.get("host", "127.0.0.1")
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)

@@ -42,6 +42,8 @@ def fold(line: str, width: int) -> Iterator[str]:
         if row and columns(row + word) > width and word not in HANGING:
             yield row
             row = ""
+            if word == " ":
+                continue
         row += word
     yield row
 

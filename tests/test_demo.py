@@ -230,3 +230,28 @@ async def test_a_demo_that_nobody_reads_leaves_nothing_behind(
         await demo.communicate(b"/chatgpt\n/help\n")
     assert demo.returncode == 0
     assert servers_in(tmp_path) == [] and list(tmp_path.iterdir()) == []
+
+
+async def test_a_server_that_runs_can_be_asked(start: Start, spawn, tmp_path: Path):
+    """With its settings the demo is one more subscriber of it."""
+    await spawn(wechat={"attempt_timeout": 5})
+    demo = await start("--config", str(tmp_path / "wxgpt.toml"))
+    said = await talk(demo, "/chatgpt", "你好", "/restart")
+    assert "wxgpt.toml 运行着的服务器" in said and "| 你好！关于「你好」" in said
+    assert "（服务器不是演示启动的，不能重启）" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--config", "none.toml"], "demo: none.toml: No such file or directory\n"),
+        (["--config", str(ROOT / "wxgpt.example.toml")], "demo: no server answers at "),
+        (["--speed", "fast"], "argument --speed: invalid float value: 'fast'"),
+    ],
+)
+async def test_what_cannot_be_is_said_in_one_line(start: Start, options, words):
+    """Without a traceback."""
+    demo = await start(*options)
+    _, err = await demo.communicate()
+    assert demo.returncode in (1, 2) and words in err.decode()
+    assert "Traceback" not in err.decode()
