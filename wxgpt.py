@@ -5274,6 +5274,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+EXAMPLE_TOKEN = "replaceThisToken"  # of wxgpt.example.toml
 COMMAND_WORDS = ("serve", "check", "stats", "--version", "-h", "--help")
 
 
@@ -5283,6 +5284,9 @@ def run_command(words: list[str]) -> int:
         words = ["serve", *words]
     arguments = make_parser().parse_args(words)
     config = load_config(arguments.config, os.environ)
+    wanted = "one of your own: everybody knows this one"
+    is_own = config.wechat.token != EXAMPLE_TOKEN
+    demand(is_own, "wechat.token", EXAMPLE_TOKEN, wanted)
     check_commands(config)
     if arguments.command == "check":
         return asyncio.run(run_check(config, os.environ))

@@ -259,6 +259,14 @@ def test_a_file_that_is_not_utf_8_ends_the_start_with_one_line(tmp_path):
     assert len(ended.stderr.splitlines()) == 1 and "wxgpt.toml" in ended.stderr
 
 
+@pytest.mark.parametrize("command", ["serve", "check"])
+def test_the_examples_token_is_refused(command):
+    """Everybody knows it, and could post messages in anybody's name."""
+    ended = run(command, "--config", ROOT / "wxgpt.example.toml")
+    assert ended.returncode == 2 and "wechat.token" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
 def test_the_version_is_printed():
     """--version prints name and version, and ends well."""
     ended = run("--version")
