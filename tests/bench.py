@@ -373,6 +373,7 @@ async def wait_in_chat(
     added = [1000 * (d.ended - ended[d.name]) for d in answered if d.name in ended]
     return {
         "answered in chat|%": 100 * len(answered) / subscribers,
+        "left without any reply|%": 100 * sum(d.body is None for d in seen) / subscribers,
         "upstream calls per message|": sum(report["calls"].values()) / subscribers,
         "processor time per message|ms": 1000 * cpu / subscribers,
         "added delay, median|ms": quantile(added, 0.5),
@@ -384,7 +385,7 @@ async def wait_in_chat(
 
 async def measure_waiting(bench: Bench) -> None:
     """Measure 1 to 5,000 subscribers, the servers in turn."""
-    sizes = [(1, 2, 2, 1), (100, 2, 12, 1), (1000, 2, 12, 1), (5000, 10, 12, 1)]
+    sizes = [(1, 2, 2, 1), (100, 2, 12, 1), (1000, 2, 12, 3), (5000, 10, 12, 1)]
     if bench.is_quick:
         sizes = [(1, 1, 1, 1), (50, 1, 6, 1)]
     for subscribers, within, slowest, rounds in sizes:
@@ -523,11 +524,13 @@ async def use_stored(bench: Bench, database: pathlib.Path) -> dict[str, float]:
         await keep_asking(bench, server, 5, 25)
         await asyncio.sleep(1)  # pruning ends
         cpu, pages = server.cpu(), []
-        seen = await keep_asking(bench, server, 5, 100)
+        seen = []
+        for _ in range(1 if bench.is_quick else 4):
+            seen += await keep_asking(bench, server, 5, 100)
         await settle(server)
         cpu = server.cpu() - cpu
         before = server.cpu()
-        for _ in range(30):
+        for _ in range(30 if bench.is_quick else 100):
             pages.append(await timed(fetch(server.port, get(f"/h/{key}"))))
         assert all(body and "周末".encode() in body for _, body in pages)
         assert all(delivered.is_answered for delivered in seen)
@@ -545,9 +548,12 @@ async def use_stored(bench: Bench, database: pathlib.Path) -> dict[str, float]:
 
 
 async def measure_stored(bench: Bench) -> None:
-    """Measure databases of several sizes; beside them stands the smallest, not bare."""
+    """Measure databases of several sizes; beside them stands the smallest, not bare.
+
+    The best of three counts: what a neighbour takes from the machine only adds.
+    """
     sizes = (1000, 10_000) if bench.is_quick else (1000, 100_000, 1_000_000)
-    rounds = 1 if bench.is_quick else 2
+    rounds = 1 if bench.is_quick else 3
     databases = {size: bench.folder / f"stored-{size}.db" for size in sizes}
     runs: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
     for size, database in databases.items():
@@ -557,9 +563,7 @@ async def measure_stored(bench: Bench) -> None:
     for size in sizes:
         for key in runs[size][0]:
             name, _, unit = key.partition("|")
-            both = [
-                statistics.median(r[key] for r in runs[s]) for s in (size, sizes[0])
-            ]
+            both = [min(r[key] for r in runs[s]) for s in (size, sizes[0])]
             smallest = None if size == sizes[0] else both[1]
             bench.add(f"4. {size} stored", name, unit, both[0], smallest)
         databases[size].unlink()
