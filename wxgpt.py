@@ -123,6 +123,7 @@ SIGNATURE_SECONDS = 600  # how far a push's timestamp may be off
 HOLD_SECONDS = 3.0  # an attempt that ran over is held so long, then its line is cut
 REPLY_HOURS = 24  # a later copy of a message gets the very same reply for so long
 GRACE_SECONDS = 4.0  # what running answers get at a shutdown
+LINGER_SECONDS = 0.25  # of it; who was let in last sends its request meanwhile
 RESUME_SECONDS = 600  # questions older than that are not asked again after a crash
 GENERATIONS = 10  # more writings of an answer than one process begins
 ASKINGS = 3  # processes that may take one question to the upstream: once, twice again
@@ -4599,8 +4600,9 @@ async def open_server(config: Config) -> AsyncIterator[tuple[Services, int]]:
             start_upkeep(services)
             yield services, runner.addresses[0][1]
             await site.stop()
+            await asyncio.sleep(LINGER_SECONDS)
         finally:
-            answers.shut(answers.loop.time() + GRACE_SECONDS)
+            answers.shut(answers.loop.time() + GRACE_SECONDS - LINGER_SECONDS)
             await runner.cleanup()
 
 

@@ -163,6 +163,19 @@ async def test_a_second_sigterm_ends_at_once(busy, upstream):
     assert (await server.wechat.attempt(push)).text.startswith("下一个答的。")
 
 
+async def test_who_was_let_in_before_sigterm_is_answered(busy):
+    """A proxy would make a failure of a connection that ends before its request."""
+    server, process = busy
+    await server.ask("/help")
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    stopping = asyncio.create_task(stop(process))
+    await process.says("stopping")
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+    await reader.readuntil(b'{"status": "ok"}')
+    assert await stopping < TEN_SECONDS
+    writer.close()
+
+
 async def connect(server):
     """Open a connection that is kept alive, after one request on it."""
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
