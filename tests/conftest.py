@@ -26,6 +26,10 @@ import wxgpt
 from fake_openai import FakeOpenAI
 from wechat import Seen, WeChat
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As a shell's background job; what the tests start is to hear Ctrl-C all the same.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 UNIT = float(os.environ.get("WXGPT_UNIT", "0.6"))
 TOKEN = "secretToken42"
 ROOT = pathlib.Path(__file__).parent.parent

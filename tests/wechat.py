@@ -49,13 +49,13 @@ class Push:
 
     @property
     def openid(self) -> str:
-        """Return who sent it."""
-        return str(self.fields["FromUserName"])
+        """Return who sent it; empty in a push that does not say."""
+        return str(self.fields.get("FromUserName", ""))
 
     @property
     def account(self) -> str:
         """Return the account it was sent to."""
-        return str(self.fields["ToUserName"])
+        return str(self.fields.get("ToUserName", ""))
 
     @property
     def xml(self) -> bytes:
