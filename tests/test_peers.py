@@ -204,7 +204,7 @@ async def test_check_judges_every_model_of_the_gateway(talk):
     """Those that answer are good, after seconds; of the others each has its line."""
     _, process = talk
     status, out, err = await run(process.path, "check")
-    good = re.findall(r"✓ assistant (\w+): \w+, first token after [\d.]+ s\n", out)
+    good = re.findall(r"✓ assistant (\w+): \w+, first word after [\d.]+ s\n", out)
     assert good == ["chatgpt", "essay", "window"] and "✓ clock" in out
     assert re.findall(r"✗ assistant (\w+):", out) == [*FAILURES]
     assert len(bad(out)) == len(FAILURES) and status == 1 and err == ""
@@ -285,9 +285,9 @@ async def test_no_half_of_an_answer_passes_for_the_whole(meet, database, at_once
 
 
 async def test_check_asks_the_model(meet, model):
-    """It says after how many seconds the first token came."""
+    """It says after how many seconds the first word came."""
     _, process = await meet(ATTEMPT, chatgpt=BRIEF)
     _, out, err = await run(process.path, "check")
-    assert re.search(r"✓ assistant chatgpt: smollm2, first token after [\d.]+ s\n", out)
+    assert re.search(r"✓ assistant chatgpt: smollm2, first word after [\d.]+ s\n", out)
     assert "✓ verification with a right" in out and "✓ live pages" in out
     assert bad(out) == [] and err == "" and len(model.requests) == 1
