@@ -754,7 +754,8 @@ class Cipher:
         return (
             f"<xml><Encrypt><![CDATA[{sealed}]]></Encrypt>"
             f"<MsgSignature><![CDATA[{signature}]]></MsgSignature>"
-            f"<TimeStamp>{timestamp}</TimeStamp><Nonce><![CDATA[{nonce}]]></Nonce></xml>"
+            f"<TimeStamp>{timestamp}</TimeStamp>"
+            f"<Nonce><![CDATA[{nonce}]]></Nonce></xml>"
         ).encode()
 
 
@@ -1232,11 +1233,11 @@ def excerpt(text: str, length: int = 12) -> str:
 # ---------------------------------------------------------------------------
 # 4. Store
 #
-# SQLite behind one aiosqlite connection in autocommit. A hop to its thread costs ten
-# times the statement, so a step is one statement where it can be, triggers in
-# schema.sql keep what always goes along, and all that waits hops together. A
-# transaction is one job of the thread: nobody's statement gets between, and nobody's
-# cancellation leaves it open.
+# SQLite behind one aiosqlite connection. A hop to its thread costs ten times the
+# statement and a commit twice, so a step is one statement where it can be,
+# triggers in schema.sql keep what always goes along, and all that waits hops together
+# and shares one commit. A transaction is one job of the thread: nobody's statement gets
+# between, and nobody's cancellation leaves it open.
 # ---------------------------------------------------------------------------
 
 SCHEMA = pathlib.Path(__file__).with_name("schema.sql")

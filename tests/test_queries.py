@@ -4,7 +4,9 @@ The statements are taken from the connection while the Store is used; EXPLAIN QU
 then says whether a table that grows would be read from end to end, or rows be sorted.
 """
 
+import asyncio
 import re
+import sqlite3
 import time
 
 import pytest
@@ -121,3 +123,19 @@ async def test_whole_indexes_are_read_for_unfinished_turns_alone(store):
             found |= {s: name for s in plan if re.match("SCAN .* USING", s)}
     unfinished = ("turn_open", "turn_open_by_session")
     assert set(found) <= {f"SCAN turn USING INDEX {name}" for name in unfinished}
+
+
+async def test_a_statement_that_fails_costs_those_beside_it_nothing(store):
+    """What waits shares one commit; when that fails, each is run for itself."""
+    insert = "INSERT INTO forget_request VALUES (:who, :at)"
+    busy = store.run([("SELECT 1", {})])  # so the others wait, and go together
+    others = [
+        store.run([(insert, {"who": who, "at": at})])
+        for who, at in ((ANN, NOW), ("nobody", None), ("oBob", NOW))
+    ]
+    await busy
+    one, failed, two = await asyncio.gather(*others, return_exceptions=True)
+    assert (one, two) == ([[]], [[]]) and isinstance(failed, sqlite3.IntegrityError)
+    assert (
+        await store.forget_asked_at(ANN) == await store.forget_asked_at("oBob") == NOW
+    )
