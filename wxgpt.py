@@ -4595,7 +4595,8 @@ async def open_server(config: Config) -> AsyncIterator[tuple[Services, int]]:
         )
         await runner.setup()
         try:
-            site = web.SockSite(runner, listen(config.server.host, config.server.port))
+            listener = listen(config.server.host, config.server.port)
+            site = web.SockSite(runner, listener, backlog=BACKLOG)
             await resume_answers(services)  # before a retry can ask for one of them
             await site.start()
             start_upkeep(services)

@@ -63,11 +63,11 @@ async def question_in_writing(server, upstream):
 
 
 async def ask_until(server, task):
-    """Post twenty messages a second until a task is done; return what was seen."""
+    """Post a hundred messages a second until a task is done; return what was seen."""
     asked = []
     while not task.done():
         asked.append(asyncio.create_task(server.ask("/help", f"o{len(asked):027}")))
-        await asyncio.wait([task], timeout=0.05)
+        await asyncio.wait([task], timeout=0.01)
     return await asyncio.gather(*asked)
 
 
@@ -134,6 +134,16 @@ async def test_a_restart_refuses_nobody(serve_behind, upstream):
     assert {(s.attempt, len(s.attempts)) for s in held} == {(1, 1)}
     assert restart.result() == 0 and len(held) > 20
     assert [a.outcome for a in (await cut).attempts] == ["status 502", "answered"]
+
+
+async def test_an_idle_restart_refuses_nobody(serve_behind):
+    """No message is sent on a connection that the restart closes at that moment."""
+    server, unit = await serve_behind(**PATIENT)
+    for _ in range(5):
+        restart = asyncio.create_task(unit.systemctl("restart"))
+        held = await ask_until(server, restart)
+        assert {(s.attempt, len(s.attempts)) for s in held} == {(1, 1)}
+        assert restart.result() == 0 and len(held) > 5
 
 
 async def test_no_log_has_what_opens_a_page(serve_behind, upstream, proxy, container):

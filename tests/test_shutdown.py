@@ -178,10 +178,27 @@ async def test_who_was_let_in_before_sigterm_is_answered(busy):
 
 async def connect(server):
     """Open a connection that is kept alive, after one request on it."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    line = await asyncio.open_connection("127.0.0.1", server.port)
+    return await greet(*line)
+
+
+async def greet(reader, writer):
+    """Make one request on a connection, and give it back."""
     writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
     await reader.readuntil(b'{"status": "ok"}')
     return reader, writer
+
+
+async def test_hundreds_wait_at_the_socket(busy):
+    """They are connected while nobody takes them in: a proxy would not wait for that."""
+    server, process = busy
+    process.process.send_signal(signal.SIGSTOP)
+    made = [asyncio.open_connection("127.0.0.1", server.port) for _ in range(2 * MANY)]
+    async with asyncio.timeout(20):
+        lines = await asyncio.gather(*made)
+    process.process.send_signal(signal.SIGCONT)
+    for _, writer in await asyncio.gather(*(greet(*line) for line in lines)):
+        writer.close()
 
 
 async def test_kept_alive_connections_are_closed(busy):
