@@ -4582,6 +4582,14 @@ def start_upkeep(services: Services) -> None:
         services.answers.start(work, "upkeep")
 
 
+async def hear_out(server: web.Server) -> None:
+    """Leave those who were let in last, if any, a moment to send their request."""
+    for _ in range(2):  # turns of the loop, which letting somebody in takes
+        await asyncio.sleep(0)
+    if server.connections:
+        await asyncio.sleep(LINGER_SECONDS)
+
+
 @contextlib.asynccontextmanager
 async def open_server(config: Config) -> AsyncIterator[tuple[Services, int]]:
     """Serve inside the block; give the services and the port. Ends in order."""
@@ -4602,7 +4610,7 @@ async def open_server(config: Config) -> AsyncIterator[tuple[Services, int]]:
             start_upkeep(services)
             yield services, runner.addresses[0][1]
             await site.stop()
-            await asyncio.sleep(LINGER_SECONDS)
+            await hear_out(runner.server)
         finally:
             answers.shut(answers.loop.time() + GRACE_SECONDS - LINGER_SECONDS)
             await runner.cleanup()
