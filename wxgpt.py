@@ -162,25 +162,28 @@ class Texts:
         "你好，我是 {assistant}，直接发消息就能聊。"
         "{minutes} 分钟没有新消息，对话自动结束。\n"
         "/stop 结束　/clear 换个话题\n/history 记录　/help 用法\n\n"
-        "回答由 AI 生成。消息会发给模型服务商，并保存在本服务器；/forget 可以全部删除。"
+        "回答由 AI 生成。消息会发给模型服务商，也会保存在公众号的服务器上；"
+        "/forget 可以全部删除。"
     )
     still_open: str = "对话正开着，直接发消息就好。"
     cleared: str = "好，换个话题。之前的内容不再带入。"
-    stopped: str = "对话结束了。再聊发 {tap}"
+    stopped: str = "对话结束了。想再聊，发 {tap}"
     no_session: str = "现在没有对话。发 {tap} 开始。"
-    session_ended: str = "会话已结束，这个问题没有提问。"
-    session_lapsed: str = "会话已结束。{tap} 会带着刚才的话题回答「{question}」。"
-    history: str = "你的聊天记录（{minutes} 分钟内有效，只给自己看）：\n{page}"
+    session_ended: str = "会话已结束，这个问题没来得及问。"
+    session_lapsed: str = "会话已结束。点 {tap}，会带着之前的话题回答「{question}」。"
+    history: str = "你的聊天记录（{minutes} 分钟内有效，请不要转发）：\n{page}"
     help: str = (
         "{assistants}\n/stop 结束对话\n/clear 换个话题\n/history 聊天记录\n"
         "/forget 删除我的全部记录\n/help 用法\n\n回答很长或很慢时，回复「继续」接着看。"
     )
     help_assistant: str = "{tap} 和 {assistant} 聊天"
-    forget_ask: str = "将删除你的全部对话和链接，不能恢复。{minutes} 分钟内点 {tap}"
+    forget_ask: str = (
+        "会删除你的全部对话和链接，删了就找不回来。确定的话，{minutes} 分钟内点 {tap}"
+    )
     forgotten: str = "已全部删除。"
     forget_late: str = "已过时限，没有删除。需要的话请再发 /forget"
     more: str = "还有下文：{tap}｜{page}"
-    thinking: str = "还在想「{question}」，已 {seconds} 秒。\n稍等点 {tap}｜{page}"
+    thinking: str = "还在想「{question}」，已 {seconds} 秒。\n稍后点 {tap}｜{page}"
     queued: str = (
         "「{question}」排在前一个问题后面，答完就轮到它。\n稍后点 {tap}｜{page}"
     )
@@ -1356,6 +1359,9 @@ def split_statements(script: str) -> Iterator[str]:
 
 
 Statement = tuple[str, dict[str, object]]
+BUSY = "busy_timeout = 2000"  # milliseconds for another process's lock
+WAIT: list[Statement] = [(f"PRAGMA {BUSY}", {})]
+NO_WAIT: list[Statement] = [("PRAGMA busy_timeout = 0", {})]
 
 
 def run_job(db: sqlite3.Connection, job: list[Statement]) -> list[list]:
@@ -1386,8 +1392,8 @@ def run_each(db: sqlite3.Connection, jobs: list[list[Statement]]) -> list:
 def run_jobs(db: sqlite3.Connection, jobs: list[list[Statement]]) -> list:
     """Run jobs with one commit, since that costs more than a statement.
 
-    If one fails, nothing was done, and each runs for itself; unless another process
-    holds the lock: waiting for it once was long enough for all.
+    If one fails, nothing was done, and each runs for itself. If another process holds
+    the lock, who only reads gets rows all the same, and nobody waits a second time.
     """
     if len(jobs) == 1:
         return run_each(db, jobs)
@@ -1395,7 +1401,9 @@ def run_jobs(db: sqlite3.Connection, jobs: list[list[Statement]]) -> list:
         rows = iter(run_job(db, [statement for job in jobs for statement in job]))
     except sqlite3.OperationalError as error:
         is_locked = getattr(error, "sqlite_errorname", "").startswith("SQLITE_BUSY")
-        return [error] * len(jobs) if is_locked else run_each(db, jobs)
+        if is_locked:
+            return run_each(db, [NO_WAIT, *jobs, WAIT])[1:-1]
+        return run_each(db, jobs)
     except (sqlite3.Error, ValueError, OverflowError):
         return run_each(db, jobs)
     return [list(itertools.islice(rows, len(job))) for job in jobs]
@@ -1815,7 +1823,10 @@ class Store:
 
         In the database itself secure_delete has overwritten it.
         """
-        [(is_busy, *_)] = await self.rows("PRAGMA wal_checkpoint(TRUNCATE)")
+        self.is_wal_behind = True
+        checkpoint: list[Statement] = [("PRAGMA wal_checkpoint(TRUNCATE)", {})]
+        jobs = [NO_WAIT, checkpoint, WAIT]  # all that is stored would wait with it
+        _, [[(is_busy, *_)]], _ = await asyncio.gather(*map(self.run, jobs))
         self.is_wal_behind = bool(is_busy)
 
     async def prune(self, now: float, link_seconds: float, keep_days: float) -> None:
@@ -1847,7 +1858,7 @@ class Store:
         log.info("%d exchanges older than keep_days deleted", count)
 
 
-PRAGMAS = ("busy_timeout = 2000", "journal_mode = WAL", "synchronous = NORMAL")
+PRAGMAS = (BUSY, "journal_mode = WAL", "synchronous = NORMAL")
 PRAGMAS += ("foreign_keys = ON", "secure_delete = ON", "journal_size_limit = 16777216")
 
 
@@ -1915,7 +1926,10 @@ class Ending:
 
 
 class EventDecoder:
-    """Event-stream payloads out of bytes in any pieces, as the HTML standard parses."""
+    """Event-stream payloads out of bytes in any pieces, as the HTML standard parses.
+
+    But for a byte order mark at the beginning, which no chat API was seen to send.
+    """
 
     def __init__(self, limit: int = 1 << 20) -> None:
         self.rest = b""  # of a line that is not complete
@@ -2251,11 +2265,11 @@ class ChatClient:
         except ChatError as error:
             self.learn(error, left_out)
             raise
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            raise ChatError("unreachable", str(error), True) from None
         except TimeoutError:
             is_left = asyncio.get_running_loop().time() < end  # to ask again
             raise ChatError("slow", "time limit", is_left) from None
-        except aiohttp.ClientConnectorError as error:
-            raise ChatError("unreachable", str(error), True) from None
         except (aiohttp.ClientError, ConnectionError) as error:
             # Its words may quote the answer.
             raise ChatError("broken", type(error).__name__, True) from None
@@ -2293,6 +2307,7 @@ class ChatClient:
                 raise completion.error
         if not completion.reason:
             raise ChatError("broken", "the stream ended without an end", True)
+        deadline.timeout.reschedule(None)  # the answer is whole
         if not completion.is_over:
             await read_usage(response.content, completion)
         if text := completion.thoughts.flush():
@@ -2666,7 +2681,8 @@ class Answers:
         for answer in self.answers.values():
             answer.wake_followers()
         for wait in self.waits:
-            wait.reschedule(min(at, wait.when() or at))
+            if not wait.expired():  # else its task is about to run
+                wait.reschedule(min(at, wait.when() or at))
 
     async def close(self) -> None:
         """Let running answers end until the time given by `shut`; then cancel all."""
@@ -3142,24 +3158,25 @@ async def converse(services: Services, answer: Answer) -> None:
             answers.remove_answer(answer)
 
 
+async def end_unwritten(services: Services, answer: Answer) -> None:
+    """Store the end of an answer that nobody writes; readers have it until then."""
+    await store_end(services, answer, None)
+    services.answers.remove_answer(answer)
+
+
 def start_writing(services: Services, answer: Answer) -> None:
     """Queue an answer and start the task that writes it."""
 
     def fail() -> None:
         if answer.is_open:
             answer.finish(failed_state(answer, "trouble"), "trouble")
-            services.answers.start(store_end(services, answer, None), answer.turn.name)
-        services.answers.remove_answer(answer)
+            services.answers.start(end_unwritten(services, answer), answer.turn.name)
+        else:
+            services.answers.remove_answer(answer)
 
     services.answers.add_answer(answer)
     work = converse(services, answer)
     answer.task = services.answers.start(work, answer.turn.name, fail)
-
-
-async def end_resumed(services: Services, answer: Answer) -> None:
-    """Store the end of an answer that is not taken up again."""
-    await store_end(services, answer, None)
-    services.answers.remove_answer(answer)
 
 
 async def resume_answers(services: Services) -> None:
@@ -3180,7 +3197,7 @@ async def resume_answers(services: Services) -> None:
             log.info("%s resumed, asked %d times before", turn.name, turn.asked)
         else:  # beside the start, which a full disk must not stop
             services.answers.answers[turn.id] = answer
-            services.answers.start(end_resumed(services, answer), turn.name)
+            services.answers.start(end_unwritten(services, answer), turn.name)
 
 
 # Finding out what answers a message
@@ -3362,7 +3379,7 @@ async def open_and_ask(visit: Visit, assistant: str, question: str) -> Found:
     if not is_new:
         await visit.services.store.touch_session(session.id, time.time())
         return visit.texts.still_open
-    minutes = f"{visit.services.config.session.ttl / 60:g}"
+    minutes = f"{round(visit.services.config.session.ttl / 60, 1):g}"
     text = visit.texts.opened.format(assistant=assistant, minutes=minutes)
     return tappable(visit, text)
 
@@ -4097,6 +4114,7 @@ SERVICES = web.AppKey("services", Services)
 BODY_SECONDS = 10.0
 PING_SECONDS = 15.0
 PROBE_PATH = "/healthz/stream"
+PLAIN_PUSH = "a push that is not encrypted was refused: is the console in 安全模式?"
 FOLLOW_SECONDS = 0.1  # a live page is told of new text so often at most
 
 
@@ -4123,10 +4141,10 @@ def is_fresh(services: Services, timestamp: str) -> bool:
     return True
 
 
-async def is_from_wechat(
+def is_from_wechat(
     services: Services, request: web.Request, encrypted: str | None = None
 ) -> bool:
-    """Say whether a request is rightly signed and fresh, and note its time.
+    """Say whether a request is rightly signed and fresh.
 
     In safe mode a push has a signature of its own, which covers what it encrypts.
     """
@@ -4139,17 +4157,13 @@ async def is_from_wechat(
     if not is_fresh(services, timestamp):
         log.warning("a signed request with a stale timestamp was refused")
         return False
-    try:
-        await services.store.note_push(int(timestamp))
-    except sqlite3.Error as error:
-        log.error("newest timestamp not stored: %s", error)
     return True
 
 
 async def verify_url(request: web.Request) -> web.Response:
     """Answer the console's verification with the echostr."""
     services = request.app[SERVICES]
-    if not await is_from_wechat(services, request):
+    if not is_from_wechat(services, request):
         words = "verification with a wrong signature: is the token the same?"
         warn_once(words, int(time.monotonic() // 60))
         return web.Response(status=403)
@@ -4206,10 +4220,18 @@ async def answer_attempt(request: web.Request, attempt: Attempt) -> web.StreamRe
     return response
 
 
+async def note_time(services: Services, timestamp: int) -> None:
+    """Note when a push was signed; one that cannot be stored is taken all the same."""
+    try:
+        await services.store.note_push(timestamp)
+    except sqlite3.Error as error:
+        log.error("newest timestamp not stored: %s", error)
+
+
 async def read_push(request: web.Request) -> Message | web.Response:
     """Return the message of a rightly signed push, or the response to anything else."""
     services, encrypted = request.app[SERVICES], None
-    if not services.cipher and not await is_from_wechat(services, request):
+    if not services.cipher and not is_from_wechat(services, request):
         return web.Response(status=403)
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -4220,13 +4242,16 @@ async def read_push(request: web.Request) -> Message | web.Response:
         body = b""  # torn or badly packed: nothing that can be read
     except web.HTTPRequestEntityTooLarge:
         # Too long to be opened; the plain signature still tells a stranger.
-        if services.cipher and not await is_from_wechat(services, request):
+        if services.cipher and not is_from_wechat(services, request):
             return web.Response(status=403)
         raise
     if services.cipher:
         encrypted = parse_envelope(body)
-        if not encrypted or not await is_from_wechat(services, request, encrypted):
+        if not encrypted or not is_from_wechat(services, request, encrypted):
+            if not encrypted and is_from_wechat(services, request):
+                warn_once(PLAIN_PUSH, int(time.monotonic() // 60))
             return web.Response(status=403)
+    await note_time(services, int(request.query["timestamp"]))
     try:
         return parse_message(services.cipher.open(encrypted) if encrypted else body)
     except BadMessage as error:
@@ -4599,7 +4624,8 @@ async def open_server(config: Config) -> AsyncIterator[tuple[Services, int]]:
             make_app(services),
             access_log=None,
             handler_cancellation=True,  # a hung-up request ends; its work is elsewhere
-            shutdown_timeout=GRACE_SECONDS + 2,
+            # Twice so long for a client that does not read, and ten seconds in all.
+            shutdown_timeout=GRACE_SECONDS + LINGER_SECONDS,
         )
         await runner.setup()
         try:

@@ -255,6 +255,51 @@ async def test_an_answer_that_ends_under_a_lock_is_stored_later(
     assert rows(database, "SELECT state FROM turn") == [("done",)]
 
 
+async def test_pages_are_read_under_a_lock(start, database):
+    """A write that waits for the lock beside them fails; they are only late."""
+    server, _ = await start()
+    link = (await server.ask("/history")).links[0][1]
+    health, found = f"{server.url}/healthz", set()
+    with locked(database):
+        writing = asyncio.create_task(server.ask("写不进去"))
+        while not writing.done():
+            pages = await asyncio.gather(*map(server.get, (health, link, link)))
+            found |= {status for status, _ in pages}
+    assert found == {200} and (await writing).text
+
+
+REFUSE = """
+    CREATE TRIGGER no_call BEFORE UPDATE OF asked ON turn
+    BEGIN SELECT RAISE(ABORT, ''); END;
+    CREATE TRIGGER no_end BEFORE UPDATE OF state ON turn WHEN NEW.question = '第二问'
+    BEGIN SELECT RAISE(ABORT, ''); END;
+"""
+
+
+async def test_what_broke_off_is_read_until_its_end_is_stored(
+    start, upstream, database
+):
+    """Its live page ends, though it was opened before the database took the end."""
+    server, process = await start()
+    gate = asyncio.Event()
+    upstream.will(Script([gate, "一。"]))
+    asking = [asyncio.create_task(server.ask("第一问"))]
+    await upstream.arrival("第一问")
+    asking += [asyncio.create_task(server.ask("第二问"))]
+    query = "SELECT link_key FROM turn WHERE question = '第二问'"
+    while not (found := rows(database, query)):
+        await asyncio.sleep(0.01)
+    with contextlib.closing(sqlite3.connect(database)) as db:
+        db.executescript(REFUSE)
+        gate.set()
+        await process.says("not stored yet")
+        page = await server.http.get(f"{server.url}/a/{found[0][0]}/events")
+        db.executescript("DROP TRIGGER no_call; DROP TRIGGER no_end;")
+    async with asyncio.timeout(30), page:
+        assert "event: done" in await page.text()
+    await asyncio.gather(*asking)
+
+
 # Databases that cannot be used
 
 

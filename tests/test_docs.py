@@ -87,10 +87,12 @@ def settings_table(name: str) -> list[tuple[str, str]]:
 def test_the_example_has_every_setting_with_its_default():
     """What is required has a value that can be used, and all else its default.
 
-    Loading refuses what is no setting.
+    Loading refuses what is no setting. `extra` is commented out: once given as a table,
+    TOML takes no line that adds to it.
     """
     wxgpt.load_config(EXAMPLE)
-    found = as_table(EXAMPLE.read_text("utf-8"))
+    text = EXAMPLE.read_text("utf-8")
+    found = as_table(text.replace('# extra.thinking.type = "disabled"', "extra = {}"))
     assert list(found) == list(PLAIN)
     required = {k: found[k] for k, v in PLAIN.items() if v is dataclasses.MISSING}
     assert found == PLAIN | required
@@ -111,6 +113,14 @@ def test_the_texts_of_the_example_can_be_loaded(tmp_path):
     text = EXAMPLE.read_text("utf-8")
     path.write_text(re.sub(r"(?m)^# (?=\w+ = )", "", text), "utf-8")
     assert wxgpt.load_config(path) == wxgpt.load_config(EXAMPLE)
+
+
+def test_the_example_takes_a_switch_for_thinking(tmp_path):
+    """The line works once the mark is taken away, and so does one below it."""
+    path = tmp_path / "wxgpt.toml"
+    for old, new in (("# extra.", "extra."), ("# extra.", "extra.more = 1\n# extra.")):
+        path.write_text(EXAMPLE.read_text("utf-8").replace(old, new), "utf-8")
+        assert wxgpt.load_config(path).assistants["chatgpt"].extra
 
 
 def test_each_setting_of_the_example_has_a_comment():

@@ -165,7 +165,7 @@ async def test_a_sticker_is_not_offered_to_be_asked(serve, settings, upstream, t
     with contextlib.closing(sqlite3.connect(settings["database"]["path"])) as db, db:
         db.execute("UPDATE session SET last_at = last_at - 301")
     assert (await server.ask(text)).text is None
-    assert (await server.ask("再见")).text.startswith("会话已结束。接着问")
+    assert (await server.ask("再见")).text.startswith("会话已结束。点 接着问")
 
 
 async def test_a_sentence_about_stickers_is_a_question(server, upstream):

@@ -4,8 +4,10 @@ Also what an owner may offer: several assistants.
 """
 
 import asyncio
+import contextlib
 import datetime
 import pathlib
+import sqlite3
 
 import pytest
 
@@ -485,6 +487,26 @@ async def test_old_exchanges_are_deleted_from_the_files(
     assert words_in_files("XYZZY", "PLUGH", "FROTZ", "NITFOL", BOB) == ["NITFOL"]
     assert database("SELECT question FROM turn") == [("新问题NITFOL",)]
     assert database("SELECT count(*) FROM part") == [(0,)]
+
+
+async def test_a_reader_of_what_is_deleted_holds_nobody_up(
+    spawn, settings, words_in_files
+):
+    """The words go from the files when it ends; no message waits for that."""
+    server, _ = await spawn()
+    await server.ask("/chatgpt 旧问题XYZZY")
+    path, loop = settings["database"]["path"], asyncio.get_running_loop()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM turn").fetchall()
+        await server.wechat.tap(ANN, (await server.ask("/forget")).taps[0])
+        until = loop.time() + 3 * wxgpt.SAVE_SECONDS
+        while loop.time() < until:
+            assert (await server.ask("/help", BOB)).attempt == 1
+    assert words_in_files("XYZZY") == ["XYZZY"]
+    async with asyncio.timeout(30):
+        while words_in_files("XYZZY"):
+            await server.ask("/help", BOB)
 
 
 async def test_a_text_that_came_too_late_is_deleted_too(

@@ -399,6 +399,28 @@ async def test_a_clock_of_ours_that_is_off_refuses_nobody(serve, caplog, mode):
     assert caplog.text.count("more than ten minutes apart") in (1, 2)  # a minute's turn
 
 
+async def test_a_verification_makes_no_push_stale(serve, caplog):
+    """`check` signs one with our own clock, which may be off for days."""
+    served, then = await serve(), int(time.time()) - 86400
+    async with platform(served.port) as server:
+        assert (await server.wechat.verify("123"))[0] == 200
+        push = server.wechat.text(ANN, "/help")
+        assert (await server.wechat.post(push, timestamp=then)).status == 200
+
+
+async def test_a_push_in_the_clear_is_told_in_the_log(serve, caplog):
+    """In safe mode it is refused, and the owner reads why; a stranger's leaves no line."""
+    wxgpt.warn_once.cache_clear()
+    served = await serve(wechat=SAFE)
+    async with platform(served.port) as server:
+        push = server.wechat.text(ANN, "/chatgpt")
+        for _ in range(2):
+            assert (await server.wechat.post(push)).status == 403
+        server.wechat.token = "guessed"
+        assert (await server.wechat.post(push)).status == 403
+    assert caplog.text.count("is the console in 安全模式?") in (1, 2)  # a minute's turn
+
+
 @pytest.mark.parametrize("mode", [{}, SAFE], ids=["plain", "safe"])
 async def test_the_newest_timestamp_survives_a_kill(spawn, settings, mode):
     """It is in the database, and the next process still refuses what is stale by it."""

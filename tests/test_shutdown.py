@@ -6,7 +6,7 @@ import signal
 import socket
 import sqlite3
 import time
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 import aiohttp
 import pytest
@@ -148,6 +148,24 @@ async def test_two_hundred_last_chances_get_what_there_is(spawn, upstream):
     assert all(one.text.startswith("到这里为止。") for one in seen)
 
 
+async def test_a_wait_that_ends_with_the_shutdown_is_answered(serve, upstream):
+    """Its time is over in the very turn of the loop in which the others' is cut short."""
+    wechat = {"attempt_timeout": 1, "attempts": 1}
+    server = await serve(wechat=wechat)
+    server.wechat.attempt_timeout = LONG_ATTEMPT
+    upstream.will(Script(["到这里为止。", asyncio.Event()]))
+    push = server.wechat.text(ANN, "/chatgpt 问")
+    waiting = asyncio.create_task(server.wechat.attempt(push))
+    await upstream.arrival("问")
+    answers, loop = server.services.answers, asyncio.get_running_loop()
+    [at] = {wait.when() for wait in answers.waits}
+    shutting = loop.create_future()
+    loop.call_at(at, lambda: shutting.set_result(answers.shut(at)))
+    async with asyncio.timeout(30):
+        await shutting
+    assert (await waiting).text.startswith("到这里为止。")
+
+
 async def test_a_second_sigterm_ends_at_once(busy, upstream):
     """Whoever cannot wait gets a status that is not 0; the question is not lost."""
     server, process = busy
@@ -258,6 +276,31 @@ async def test_stalled_clients_do_not_hold_it_up(busy, upstream):
     for line in lines:
         line.close()
     await asking
+
+
+LONG_HISTORY = """
+    WITH RECURSIVE count (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM count LIMIT 50)
+    INSERT INTO turn (session_id, openid, msg_key, link_key, question, answer, state,
+                      created_at)
+    SELECT session_id, openid, msg_key || n, link_key || n, question,
+           replace(hex(zeroblob(30000)), '00', '字'), state, created_at
+    FROM turn, count
+"""
+
+
+async def test_a_long_page_that_nobody_reads_does_not_hold_it_up(busy):
+    """Several megabytes, more than the network holds: within ten seconds all the same."""
+    server, process = busy
+    await server.ask("/chatgpt 问")
+    link = (await server.ask("/history")).links[0][1]
+    with contextlib.closing(sqlite3.connect(process.path.with_name("test.db"))) as db:
+        db.execute(LONG_HISTORY)
+        db.commit()
+    line = stall(server, f"GET {urlsplit(link).path}".encode())
+    line.sendall(b"\r\n")
+    await asyncio.to_thread(line.recv, 1)
+    assert await stop(process) < TEN_SECONDS
+    line.close()
 
 
 async def first_text(server, process, upstream, question: str) -> str:

@@ -698,6 +698,17 @@ async def test_a_drip_of_words_ends_with_the_time_for_all(serve, wire):
     assert seen.taps[0].label == "重试" and wire.calls == 1
 
 
+async def test_an_answer_is_whole_though_its_tokens_are_never_counted(serve, wire):
+    """Silence behind its end is no reason to ask again, nor to call it broken off."""
+    limits = {"idle_timeout": 0.3, "timeout": 1}
+    server = await talking(serve, assistants={"chatgpt": wire.settings | limits})
+    end = sse({"choices": [{"delta": {}, "finish_reason": "stop"}]}).encode()
+    begun = bytes_of(OK, delta("一二三。"), end)
+    wire.scripts = [lambda: chained(begun(), for_ever(b": still here\n"))] * 3
+    seen = await server.ask(QUESTION)
+    assert seen.text == "一二三。" + LABEL and wire.calls == 1
+
+
 async def chained(*streams):
     """Yield the pieces of one stream after the other."""
     for stream in streams:
