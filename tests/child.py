@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import functools
+import itertools
 import json
 import os
+import random
 import secrets
 import socket
 import sys
@@ -90,10 +92,17 @@ class Child:
         return "\n".join(text.splitlines()[-TAIL_LINES:])
 
 
+# Below those that Linux hands out (net.ipv4.ip_local_port_range): such a one may become
+# an outgoing connection's before the server has it, or while it is started again.
+PORTS = itertools.cycle(random.sample(range(20_000, 32_000), 12_000))
+
+
 def free_port() -> int:
-    """Return a port that is free now."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    """Return a port that is free, and another one each time."""
+    for port in PORTS:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("a cycle has no end")
 
 
 def render_settings(folder: Path, base_url: str, is_safe: bool) -> str:

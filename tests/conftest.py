@@ -11,7 +11,6 @@ import os
 import pathlib
 import re
 import signal
-import socket
 import sqlite3
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -23,6 +22,7 @@ import pytest
 
 import container as machine
 import wxgpt
+from child import free_port
 from fake_openai import FakeOpenAI
 from wechat import Seen, WeChat
 
@@ -179,13 +179,6 @@ async def serve(
             return server
 
         yield start
-
-
-def free_port() -> int:
-    """Return a port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Process:
