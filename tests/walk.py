@@ -379,6 +379,9 @@ def main() -> int:
     parser.add_argument("pages", nargs="*", default=PAGES, metavar="PAGE")
     parser.add_argument("--suite", default=machine.SUITE, help="Debian's (%(default)s)")
     options, began = parser.parse_args(), time.monotonic()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # As a shell's background job; the reader presses Ctrl-C all the same.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if reason := machine.obstacle():
         print(f"cannot walk here: {reason}")
         return 1
