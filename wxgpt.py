@@ -1400,8 +1400,7 @@ def run_jobs(db: sqlite3.Connection, jobs: list[list[Statement]]) -> list:
     try:
         rows = iter(run_job(db, [statement for job in jobs for statement in job]))
     except sqlite3.OperationalError as error:
-        is_locked = getattr(error, "sqlite_errorname", "").startswith("SQLITE_BUSY")
-        if is_locked:
+        if getattr(error, "sqlite_errorname", "").startswith("SQLITE_BUSY"):
             return run_each(db, [NO_WAIT, *jobs, WAIT])[1:-1]
         return run_each(db, jobs)
     except (sqlite3.Error, ValueError, OverflowError):
@@ -4114,7 +4113,6 @@ SERVICES = web.AppKey("services", Services)
 BODY_SECONDS = 10.0
 PING_SECONDS = 15.0
 PROBE_PATH = "/healthz/stream"
-PLAIN_PUSH = "a push that is not encrypted was refused: is the console in 安全模式?"
 FOLLOW_SECONDS = 0.1  # a live page is told of new text so often at most
 
 
@@ -4220,6 +4218,14 @@ async def answer_attempt(request: web.Request, attempt: Attempt) -> web.StreamRe
     return response
 
 
+def refuse_plain(services: Services, request: web.Request) -> web.Response:
+    """Refuse a push in the clear; of a rightly signed one the owner reads why."""
+    if is_from_wechat(services, request):
+        words = "a push that is not encrypted was refused: is the console in 安全模式?"
+        warn_once(words, int(time.monotonic() // 60))
+    return web.Response(status=403)
+
+
 async def note_time(services: Services, timestamp: int) -> None:
     """Note when a push was signed; one that cannot be stored is taken all the same."""
     try:
@@ -4247,9 +4253,9 @@ async def read_push(request: web.Request) -> Message | web.Response:
         raise
     if services.cipher:
         encrypted = parse_envelope(body)
-        if not encrypted or not is_from_wechat(services, request, encrypted):
-            if not encrypted and is_from_wechat(services, request):
-                warn_once(PLAIN_PUSH, int(time.monotonic() // 60))
+        if not encrypted:
+            return refuse_plain(services, request)
+        if not is_from_wechat(services, request, encrypted):
             return web.Response(status=403)
     await note_time(services, int(request.query["timestamp"]))
     try:

@@ -116,7 +116,7 @@ def test_the_texts_of_the_example_can_be_loaded(tmp_path):
 
 
 def test_the_example_takes_a_switch_for_thinking(tmp_path):
-    """The line works once the mark is taken away, and so does one below it."""
+    """The line works once the mark is taken away, and so does one in its place."""
     path = tmp_path / "wxgpt.toml"
     for old, new in (("# extra.", "extra."), ("# extra.", "extra.more = 1\n# extra.")):
         path.write_text(EXAMPLE.read_text("utf-8").replace(old, new), "utf-8")

@@ -493,7 +493,9 @@ async def test_a_reader_of_what_is_deleted_holds_nobody_up(
     spawn, settings, words_in_files
 ):
     """The words go from the files when it ends; no message waits for that."""
-    server, _ = await spawn()
+    patience = 1.0  # seconds; a wait for the reader takes nearly two
+    server, _ = await spawn(wechat={"attempt_timeout": patience})
+    server.wechat.attempt_timeout = patience
     await server.ask("/chatgpt 旧问题XYZZY")
     path, loop = settings["database"]["path"], asyncio.get_running_loop()
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as reader:
