@@ -5285,8 +5285,8 @@ def serve_command(config: Config) -> int:
 
 
 def demo_command(arguments: list[str]) -> int:
-    """Run tests/demo.py in this process's place; it takes over the held Ctrl-C."""
-    demo = pathlib.Path(__file__).with_name("tests") / "demo.py"
+    """Run owner/demo.py in this process's place; it takes over the held Ctrl-C."""
+    demo = pathlib.Path(__file__).with_name("owner") / "demo.py"
     if not demo.exists():
         print(f"wxgpt: {demo} is not there", file=sys.stderr)
         return 1

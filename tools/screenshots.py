@@ -1,4 +1,4 @@
-"""Takes the screenshots of docs/: python tests/screenshots.py [FOLDER].
+"""Takes the screenshots of docs/: python tools/screenshots.py [FOLDER].
 
 Needs Chromium at CHROMIUM (default /usr/bin/chromium) and the package playwright.
 """
@@ -12,10 +12,8 @@ import tempfile
 
 from playwright.async_api import Browser, async_playwright
 
-sys.path[:0] = [
-    str(pathlib.Path(__file__).parent),
-    str(pathlib.Path(__file__).parents[1]),
-]
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / name) for name in ("tests/sim", "tests", "")]
 
 import wxgpt
 from conftest import ANN, TOKEN, platform, toml

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Ten minutes of mixed traffic with faults against a real process; is it flat?
 
-    python tests/soak.py --minutes 10 [--subscribers 50]
+    python tools/soak.py --minutes 10 [--subscribers 50]
 
 Every minute the traffic pauses until the server has nothing to do any more; then its
 memory, open files and threads are read from /proc. Exit status 1 if they grow: at the
@@ -25,8 +25,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-HERE = pathlib.Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / name) for name in ("tests/sim", "tests", "")]
 
 import aiohttp  # noqa: E402
 

@@ -1,7 +1,7 @@
 """Walks the text as a reader who has nothing else, and says how long that takes.
 
-    .venv/bin/python tests/walk.py                # README.zh-CN.md and docs/deploy.md
-    .venv/bin/python tests/walk.py README.md --suite trixie
+    .venv/bin/python tools/walk.py                # README.zh-CN.md and docs/deploy.md
+    .venv/bin/python tools/walk.py README.md --suite trixie
 
 Every line of the pages' shell blocks is run, in the text's order, or told with the
 reason why not. Each page has a small Debian of its own, fresh, without Python, in which
@@ -25,6 +25,8 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "sim"))
 
 import container as machine
 from container import NAME, PEM, PROJECT, Container

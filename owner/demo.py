@@ -29,6 +29,9 @@ from typing import Self
 
 import aiohttp
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / name) for name in ("tests/sim", "tools")]
+
 from child import Child, ChildError, is_healthy, read_platform
 from fake_openai import FakeOpenAI, Script, fails, says
 from picture_host import PictureHost
@@ -63,7 +66,7 @@ HELP = """\
 SHORT_ANSWER = """\
 关于「{question}」：{thought}我是演示用的假模型，只会说这一段。\
 设好环境变量 OPENAI_API_KEY 再运行，回答你的就是真模型。"""
-LONG_ANSWER = Path(__file__).with_name("long_answer.md")
+LONG_ANSWER = ROOT / "tests" / "sim" / "long_answer.md"
 
 
 def play(question: str, speed: float, seconds: float) -> Script:

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """How fast and how small wxgpt is, beside a handler that keeps nothing.
 
-    python tests/bench.py [--quick] [--json FILE] [--only NAME ...] [--server WXGPT]
+    python tools/bench.py [--quick] [--json FILE] [--only NAME ...] [--server WXGPT]
 
 The limit is `serve_bare`: aiohttp, xmltodict, one streamed call that the attempts of a
 message share, and nothing else. Both servers run in turn as a process of their own;
 their processor time and memory are read from /proc. The platform is this process, the
-upstream a third one, both lean (lean.py). All on loopback, with WeChat's own five
+upstream a third one, both lean (tests/sim/lean.py). All on loopback, with WeChat's own five
 seconds and three attempts. Out of the way are `at_once`, the quotas and `mute_guard`,
 which would turn the load down long before the machine does.
 
@@ -35,13 +35,12 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "sim"))
 
 import lean  # noqa: E402
 from lean import Delivered, deliver, fetch, get  # noqa: E402
 
-ROOT = HERE.parent
 LONG_SECONDS = 90  # for long answers to end after the chat has what it gets
 SETTLE = 0.5  # seconds after the last reply, so that storing is counted too
 IN_A_ROW = 5  # questions of one subscriber, each with those before as its context
@@ -373,7 +372,9 @@ async def wait_in_chat(
     added = [1000 * (d.ended - ended[d.name]) for d in answered if d.name in ended]
     return {
         "answered in chat|%": 100 * len(answered) / subscribers,
-        "left without any reply|%": 100 * sum(d.body is None for d in seen) / subscribers,
+        "left without any reply|%": 100
+        * sum(d.body is None for d in seen)
+        / subscribers,
         "upstream calls per message|": sum(report["calls"].values()) / subscribers,
         "processor time per message|ms": 1000 * cpu / subscribers,
         "added delay, median|ms": quantile(added, 0.5),

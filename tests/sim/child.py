@@ -18,7 +18,7 @@ import aiohttp
 
 from wechat import WeChat
 
-WXGPT = Path(__file__).parents[1] / "wxgpt.py"
+WXGPT = Path(__file__).parents[2] / "wxgpt.py"
 START_SECONDS = 20.0
 STOP_SECONDS = 10.0
 LOOK_SECONDS = 0.1
