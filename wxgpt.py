@@ -90,7 +90,14 @@ import typing
 import unicodedata
 import urllib.parse
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Sequence,
+)
 from dataclasses import MISSING, dataclass, field, fields, replace
 from xml.parsers.expat import ExpatError
 
@@ -272,10 +279,7 @@ def setting(
     return field(default=default, metadata=meta)
 
 
-settings = functools.partial(dataclass, frozen=True, slots=True, kw_only=True)
-
-
-@settings()
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
     """Where to listen."""
 
@@ -284,7 +288,7 @@ class ServerSettings:
     path: str = setting("/wechat", "path of WeChat's URL, a slash behind or not")
 
 
-@settings()
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeChatSettings:
     """The account, and the platform's timing."""
 
@@ -309,7 +313,7 @@ class WeChatSettings:
         return min(self.reply_margin, self.attempt_timeout / 2)
 
 
-@settings()
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AssistantSettings:
     """One assistant: an OpenAI-compatible chat API and how to ask it."""
 
@@ -324,7 +328,7 @@ class AssistantSettings:
     timeout: float = setting(240.0, "seconds for one answer in all", 0.05, 86400)
 
 
-@settings()
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SessionSettings:
     """How long a conversation lasts, and how much of it the model gets."""
 
@@ -333,7 +337,7 @@ class SessionSettings:
     auto_open: bool = setting(False, "any text opens the first assistant")
 
 
-@settings()
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LimitSettings:
     """What strangers may cost."""
 
@@ -347,7 +351,7 @@ class LimitSettings:
     blocked_words: str = setting("", "a file, one word a line")
 
 
-@settings()
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplySettings:
     """Replies that no model writes."""
 
@@ -362,7 +366,7 @@ class ReplySettings:
         return "\n" + self.label if self.label else ""
 
 
-@settings()
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HistorySettings:
     """How long things can be read."""
 
@@ -371,14 +375,14 @@ class HistorySettings:
     keep_days: float = setting(0.0, "days until deletion; 0: never", 0, 36_500)
 
 
-@settings()
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DatabaseSettings:
     """Where everything is kept."""
 
     path: str = setting("", "file; empty: wxgpt.db in the state directory")
 
 
-@settings()
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """All settings, checked; `load_config` makes it."""
 
@@ -444,7 +448,7 @@ def read_table(kind: type, table: object, name: str) -> typing.Any:
             raise ConfigError(f"{dot}{shown}: unknown setting, accepted are {names}")
     values = {}
     for key, entry in known.items():
-        if dataclasses.is_dataclass(entry.type):
+        if isinstance(entry.type, type) and dataclasses.is_dataclass(entry.type):
             values[key] = read_table(entry.type, table.get(key, {}), dot + key)
         elif key in table or entry.default is entry.default_factory is MISSING:
             values[key] = checked(table.get(key, MISSING), entry, dot + key)
@@ -482,17 +486,18 @@ def read_assistants(table: object, environ: typing.Mapping[str, str]) -> dict:
 
 def placeholders(text: str) -> set[str]:
     """Return what stands in braces, format and all; raise ValueError if broken."""
-    pieces = [p[1:] for p in string.Formatter().parse(text) if p[1] is not None]
     return {
         name + (f"!{how}" if how else "") + (f":{form}" if form else "")
-        for name, form, how in pieces
+        for _, name, form, how in string.Formatter().parse(text)
+        if name is not None
     }
 
 
 def check_texts(texts: Texts) -> None:
     """Raise ConfigError for a text with other placeholders than its default has."""
+    defaults = Texts()
     for entry in fields(Texts):
-        allowed = placeholders(entry.default)
+        allowed = placeholders(getattr(defaults, entry.name))
         try:
             strange = placeholders(getattr(texts, entry.name)) - allowed
         except ValueError as error:
@@ -539,9 +544,8 @@ def check_values(config: Config, environ: typing.Mapping[str, str]) -> None:
     is_url = False
     with contextlib.suppress(ValueError):  # for a port that is none
         has_port = urllib.parse.urlsplit(url).port != 0
-        is_url = has_port and re.fullmatch(
-            r"https?://[^\s/?#@:][^\s/?#@]*(/[^\s?#]*)?", url
-        )
+        pattern = r"https?://[^\s/?#@:][^\s/?#@]*(/[^\s?#]*)?"
+        is_url = has_port and bool(re.fullmatch(pattern, url))
     demand(is_url, "public_url", url, "http:// or https:// and a host")
     demand(
         re.fullmatch(r"(/[\w.~-]+)+/?", path),
@@ -1250,10 +1254,7 @@ class StoreError(Exception):
     """A database that cannot be used; the text is the one line an owner reads."""
 
 
-record = functools.partial(dataclass, frozen=True, slots=True)
-
-
-@record()
+@dataclass(frozen=True, slots=True)
 class Session:
     """A subscriber's conversation with one assistant."""
 
@@ -1265,7 +1266,7 @@ class Session:
     lapsed_text: str | None = None  # what was said first after it ran out
 
 
-@record()
+@dataclass(frozen=True, slots=True)
 class Turn:
     """One question and its answer, as stored; see schema.sql."""
 
@@ -1298,7 +1299,7 @@ TURN = """
 """
 
 
-@record()
+@dataclass(frozen=True, slots=True)
 class Part:
     """A numbered part of a long answer; `reply` is what was sent of it, if it was."""
 
@@ -1312,7 +1313,7 @@ class Part:
 PART = "SELECT number, turn_id, start, generation, reply FROM part"
 
 
-@record()
+@dataclass(frozen=True, slots=True)
 class Reply:
     """The decided reply of a message key, with all that is stored along with it."""
 
@@ -1329,7 +1330,7 @@ class Reply:
     read: int | None = None  # a turn that needs no mention any more
 
 
-@record()
+@dataclass(frozen=True, slots=True)
 class Memory:
     """What is stored around one message: its reply, its turn, its sender's state."""
 
@@ -1607,15 +1608,14 @@ class Store:
             await self.rows(query, now=now, id=session_id)
 
     async def lapsed_session(self, openid: str, since: float) -> Session | None:
-        """Return the newest session if it ran out and its text was not asked yet."""
+        """Return the newest session; with its text if it ran out and was not asked."""
         query = """
             SELECT id, openid, assistant, last_at, 0, lapsed_text FROM session
             WHERE openid = :openid AND coalesce(ended_at, :since + 1) > :since
             ORDER BY id DESC LIMIT 1
         """
         rows = await self.rows(query, openid=openid, since=since)
-        session = Session(*rows[0]) if rows else None
-        return session if session and session.lapsed_text is not None else None
+        return Session(*rows[0]) if rows else None
 
     async def reopen_session(self, session_id: int, now: float) -> None:
         """Open a lapsed session again, with its conversation."""
@@ -1813,7 +1813,7 @@ class Store:
         """Delete all that is stored about a subscriber, from the files too."""
         tables = ["session", "turn", "part", "reply", "picture", "history_link"]
         tables += ["forget_request"]
-        values = {"o": openid}
+        values: dict[str, object] = {"o": openid}
         await self.run([(f"DELETE FROM {t} WHERE openid = :o", values) for t in tables])
         await self.truncate_wal()
 
@@ -1857,7 +1857,7 @@ class Store:
         log.info("%d exchanges older than keep_days deleted", count)
 
 
-PRAGMAS = (BUSY, "journal_mode = WAL", "synchronous = NORMAL")
+PRAGMAS: tuple[str, ...] = (BUSY, "journal_mode = WAL", "synchronous = NORMAL")
 PRAGMAS += ("foreign_keys = ON", "secure_delete = ON", "journal_size_limit = 16777216")
 
 
@@ -2251,7 +2251,7 @@ class ChatClient:
 
     async def stream(
         self, messages: list[dict], end: float
-    ) -> AsyncIterator[str | Ending]:
+    ) -> AsyncGenerator[str | Ending, None]:
         """Yield the visible deltas, then the Ending, before `end`; raise ChatError.
 
         Leaving the iterator early closes the connection and ends the upstream's work.
@@ -2597,10 +2597,10 @@ class Delivery:
         self.reading = found
         found.answer.watch(found.generation, found.start, self.ready)
 
-    def repeat(self, memory: Memory) -> None:
+    def repeat(self, before: tuple[str, int, str | None], turn_id: int | None) -> None:
         """Answer with the reply that was decided before."""
-        content, created, delivered = memory.reply
-        key, openid, turn_id = self.message.key, self.message.openid, memory.turn_id
+        content, created, delivered = before
+        key, openid = self.message.key, self.message.openid
         self.reply = Reply(key, openid, content, created, turn_id, delivered)
         self.earlier = 1
         self.decided.set()
@@ -2785,7 +2785,7 @@ class Answers:
 # ---------------------------------------------------------------------------
 
 
-@record()
+@dataclass(frozen=True, slots=True)
 class Services:
     """The long-lived parts of the process, built once by the application."""
 
@@ -2807,7 +2807,7 @@ class Services:
         return web_link(words, f"{self.config.public_url}/a/{turn.link_key}")
 
 
-@record()
+@dataclass(frozen=True, slots=True)
 class Visit:
     """One message being answered: who came, and to which session."""
 
@@ -3030,7 +3030,7 @@ def show(answer: Answer, guard: WordGuard, delta: str, is_end: bool = False) -> 
 
 
 async def write_text(
-    answer: Answer, guard: WordGuard, stream: AsyncIterator[str | Ending]
+    answer: Answer, guard: WordGuard, stream: AsyncGenerator[str | Ending, None]
 ) -> Ending:
     """Append what the model streams; return the Ending, or raise ChatError."""
     ending = Ending("length", "", None, None)  # of an answer that goes on for ever
@@ -3204,19 +3204,29 @@ async def resume_answers(services: Services) -> None:
 Found = str | Reading  # a fixed text, or something to read; '' says nothing
 
 
-async def reading_of(visit: Visit, turn_id: int, part: Part | None = None) -> Reading:
-    """Return a reading of a turn, being written or stored, from a part on."""
+async def reading_of(
+    visit: Visit, turn_id: int, part: Part | None = None
+) -> Reading | None:
+    """Return a reading of a turn, being written or stored, from a part on.
+
+    None if the turn was deleted since its id was read.
+    """
     answer = visit.services.answers.answers.get(turn_id)
     if answer is None:
         turn = await visit.services.store.turn(turn_id)
+        if turn is None:
+            return None
         answer = Answer.stored(turn, visit.delivery.subscriber)
     if part is None:
         return Reading(answer, 0, answer.generation)
     return Reading(answer, part.start, part.generation, part)
 
 
-async def continue_turn(visit: Visit, turn_id: int) -> Reading:
-    """Return the unsent part of a turn, numbered now if it was not offered before."""
+async def continue_turn(visit: Visit, turn_id: int) -> Reading | None:
+    """Return the unsent part of a turn, numbered now if it was not offered before.
+
+    None if the turn was deleted meanwhile.
+    """
     part = await visit.services.store.unsent_part(turn_id)
     if part is None:
         number = visit.delivery.subscriber.number_of(turn_id, 0, 0)
@@ -3260,7 +3270,8 @@ async def accept_question(
         is_same = is_same and answer.turn.session_id == session.id
         # With a picture that came since, the same words are a new question.
         if is_same and answer.age < REPEAT_SECONDS and visit.pictures == "[]":
-            return await continue_turn(visit, answer.turn.id)
+            if reading := await continue_turn(visit, answer.turn.id):
+                return reading
     if refusal := refuse_question(visit, question):
         await services.store.touch_session(session.id, now)
         return refusal
@@ -3296,12 +3307,11 @@ async def accept_question(
 async def continue_part(visit: Visit, number: int) -> Found:
     """Return part N of this subscriber: the very text again if it was sent before."""
     part = await visit.services.store.part(visit.openid, number)
-    if part is None:
-        return visit.texts.no_part.format(number=number)
-    if part.reply is not None:
+    if part and part.reply is not None:
         visit.delivery.exact = True
         return part.reply
-    return await reading_of(visit, part.turn_id, part)
+    reading = await reading_of(visit, part.turn_id, part) if part else None
+    return reading or visit.texts.no_part.format(number=number)
 
 
 async def continue_oldest(visit: Visit) -> Found | None:
@@ -3332,7 +3342,9 @@ async def resume_session(visit: Visit) -> Found | None:
     """Open the session that ran out again, and ask the text that came too late."""
     store, since = visit.services.store, time.time() - LAPSE_SECONDS
     session = await store.lapsed_session(visit.openid, since)
-    if session is None or session.assistant not in visit.services.config.assistants:
+    if session is None or session.lapsed_text is None:
+        return None
+    if session.assistant not in visit.services.config.assistants:
         return None
     await store.reopen_session(session.id, time.time())
     return await accept_question(visit, session, session.lapsed_text)
@@ -3370,9 +3382,9 @@ async def open_and_ask(visit: Visit, assistant: str, question: str) -> Found:
     session, allow = visit.session, visit.services.config.limits.allow
     if allow and visit.openid not in allow:
         return visit.texts.not_allowed
-    is_new = session is None or session.assistant != assistant
-    if is_new:
-        session = await open_session(visit, assistant)
+    is_new = False
+    if session is None or session.assistant != assistant:
+        session, is_new = await open_session(visit, assistant), True
     if question:
         return await accept_question(visit, session, question)
     if not is_new:
@@ -3442,9 +3454,14 @@ async def find_answer(visit: Visit) -> Found:
     return visit.texts.picture_kept.format(tap=tap_link(visit.texts.word_describe))
 
 
-async def join_turn(visit: Visit, turn_id: int) -> Reading:
-    """Return a reading of the turn that this message asked longer ago."""
+async def join_turn(visit: Visit, turn_id: int) -> Found:
+    """Return a reading of the turn that this message asked longer ago.
+
+    Nothing is said of one that was deleted meanwhile: asking it again would store it.
+    """
     delivery, reading = visit.delivery, await reading_of(visit, turn_id)
+    if reading is None:
+        return ""
     delivery.is_own, delivery.earlier = True, 1
     delivery.first = min(delivery.first, reading.answer.asked_at)
     return reading
@@ -3465,7 +3482,7 @@ async def write_answer(services: Services, delivery: Delivery) -> None:
             session, lapsed = None, session
         visit = Visit(services, delivery, session, lapsed, memory.pictures)
         if memory.reply:
-            delivery.repeat(memory)
+            delivery.repeat(memory.reply, memory.turn_id)
             return
         if memory.turn_id is not None:
             found = await join_turn(visit, memory.turn_id)
@@ -3477,7 +3494,7 @@ async def write_answer(services: Services, delivery: Delivery) -> None:
 # Deciding a reply
 
 
-@record()
+@dataclass(frozen=True, slots=True)
 class Draft:
     """The text of a reply that reads an answer."""
 
@@ -3649,7 +3666,7 @@ def decide(services: Services, delivery: Delivery, attempt: int) -> None:
 # What a request does
 
 
-@record()
+@dataclass(frozen=True, slots=True)
 class Attempt:
     """One request of WeChat for one message."""
 
@@ -3881,7 +3898,7 @@ HISTORY_COUNT = 50
 RECONNECT_MS = 1000  # a viewer whose stream was lost waits so long
 
 
-@record()
+@dataclass(frozen=True, slots=True)
 class Page:
     """A rendered page and the policy its nonce belongs to."""
 
@@ -3942,10 +3959,10 @@ class AnswerRenderer(RendererHTML):
         super().__init__()
         self.texts = texts
 
-    def link_open(self, tokens: list[Token], index: int, *_: object) -> str:
+    def link_open(self, tokens: Sequence[Token], index: int, *_: object) -> str:
         return link_tag(tokens[index].attrGet("href"))
 
-    def image(self, tokens: list[Token], index: int, *_: object) -> str:
+    def image(self, tokens: Sequence[Token], index: int, *_: object) -> str:
         # As a link: loading it would tell a stranger who reads.
         token = tokens[index]
         return (
@@ -3953,7 +3970,7 @@ class AnswerRenderer(RendererHTML):
             + "</a>"
         )
 
-    def fence(self, tokens: list[Token], index: int, *_: object) -> str:
+    def fence(self, tokens: Sequence[Token], index: int, *_: object) -> str:
         code = element("code", tokens[index].content)
         language = element("span", tokens[index].info.strip()[:20])
         name = html.escape(self.texts.page_code)
@@ -3969,7 +3986,7 @@ class AnswerRenderer(RendererHTML):
     def table_close(self, *_: object) -> str:
         return "</table></div>\n"
 
-    def td_open(self, tokens: list[Token], index: int, *_: object) -> str:
+    def td_open(self, tokens: Sequence[Token], index: int, *_: object) -> str:
         # The library would write a style, which the policy forbids.
         side = str(tokens[index].attrGet("style") or "").removeprefix("text-align:")
         kind = f' class="{side}"' if side in ("right", "center") else ""
@@ -4236,7 +4253,7 @@ async def note_time(services: Services, timestamp: int) -> None:
 
 async def read_push(request: web.Request) -> Message | web.Response:
     """Return the message of a rightly signed push, or the response to anything else."""
-    services, encrypted = request.app[SERVICES], None
+    services, encrypted = request.app[SERVICES], ""
     if not services.cipher and not is_from_wechat(services, request):
         return web.Response(status=403)
     try:
@@ -4259,7 +4276,9 @@ async def read_push(request: web.Request) -> Message | web.Response:
             return web.Response(status=403)
     await note_time(services, int(request.query["timestamp"]))
     try:
-        return parse_message(services.cipher.open(encrypted) if encrypted else body)
+        if services.cipher:
+            body = services.cipher.open(encrypted)
+        return parse_message(body)
     except BadMessage as error:
         log.warning("unreadable push: %s", error)
         return web.Response(body=b"success")
@@ -4371,8 +4390,10 @@ async def answer_events(request: web.Request) -> web.StreamResponse:
         return turn
     answer = services.answers.answers.get(turn.id)
     if answer is None:
-        turn = await services.store.turn(turn.id)
-        answer = Answer.stored(turn, Subscriber(turn.openid))
+        stored = await services.store.turn(turn.id)
+        if stored is None:  # deleted since its link was looked up
+            return error_page(services, 404)
+        answer = Answer.stored(stored, Subscriber(stored.openid))
     response = web.StreamResponse(
         headers={
             "Content-Type": "text/event-stream; charset=utf-8",
@@ -4455,7 +4476,8 @@ async def hide_server(request: web.Request, response: web.StreamResponse) -> Non
 
 def socks_connector(proxy: str) -> aiohttp.BaseConnector:
     """Return a connector through a socks proxy."""
-    import aiohttp_socks  # optional; its lack was found when the settings were read
+    # Optional; its lack was found when the settings were read.
+    import aiohttp_socks  # type: ignore[import-not-found, unused-ignore]
 
     return aiohttp_socks.ProxyConnector.from_url(proxy, limit=0)
 
@@ -4589,9 +4611,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         new = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
-        raise OSError(
-            f"cannot listen on {host} port {port}: {os.strerror(error.errno)}"
-        ) from None
+        reason = os.strerror(error.errno) if error.errno else error
+        raise OSError(f"cannot listen on {host} port {port}: {reason}") from None
     sd_notify("FDSTORE=1\nFDNAME=listen", new.fileno())
     return new
 
@@ -4613,11 +4634,11 @@ def start_upkeep(services: Services) -> None:
         services.answers.start(work, "upkeep")
 
 
-async def hear_out(server: web.Server) -> None:
+async def hear_out(runner: web.AppRunner) -> None:
     """Leave those who were let in last, if any, a moment to send their request."""
     for _ in range(2):  # turns of the loop, which letting somebody in takes
         await asyncio.sleep(0)
-    if server.connections:
+    if runner.server and runner.server.connections:
         await asyncio.sleep(LINGER_SECONDS)
 
 
@@ -4642,7 +4663,7 @@ async def open_server(config: Config) -> AsyncIterator[tuple[Services, int]]:
             start_upkeep(services)
             yield services, runner.addresses[0][1]
             await site.stop()
-            await hear_out(runner.server)
+            await hear_out(runner)
         finally:
             answers.shut(answers.loop.time() + GRACE_SECONDS - LINGER_SECONDS)
             await runner.cleanup()
@@ -4883,11 +4904,13 @@ def evidence_of(error: ChatError, one: AssistantSettings) -> tuple[str, str, str
     cause = error.__context__
     if isinstance(cause, aiohttp.ClientConnectionError | aiohttp.ClientHttpProxyError):
         detail = reason_of(cause)
-        host = getattr(cause, "host", urllib.parse.urlsplit(one.base_url).hostname)
+        hostname = urllib.parse.urlsplit(one.base_url).hostname or ""
+        host = getattr(cause, "host", hostname)
         return host, detail, f"{type(cause).__name__} {detail}"
     words = error.words.replace(one.api_key.strip(), "***")
     words = "".join(c if c.isprintable() else " " for c in words)[:WORDS_CHARS]
-    detail = re.search(r"status \d+|(?<=: ).*", str(error))[0]
+    found = re.search(r"status \d+|(?<=: ).*", str(error))
+    detail = found[0] if found else str(error)
     detail += f" “{words}”" if words else ""
     return urllib.parse.urlsplit(one.base_url).netloc, detail, f"{error} {words}"
 
@@ -4987,7 +5010,8 @@ class Doctor:
         place = functools.partial(place_of, name, one=one, environ=self.environ)
         host, detail, signs = evidence_of(error, one)
         is_proxy = host == urllib.parse.urlsplit(one.proxy).hostname
-        facts = {key: place(key) for key in ("proxy", "base_url", "api_key", "model")}
+        names = ("proxy", "base_url", "api_key", "model")
+        facts: dict[str, object] = {key: place(key) for key in names}
         facts["way"] = facts["proxy" if is_proxy else "base_url"]
         facts |= {
             "host": host,
@@ -5042,7 +5066,7 @@ class Doctor:
         if url.port not in (None, wanted):
             mend = "WeChat posts to port 80 or 443 only: put a proxy in front"
             self.say("fail", "public_url", f"port {url.port}", mend)
-        elif is_private(url.hostname):
+        elif is_private(url.hostname or ""):
             mend = "WeChat needs an address that the whole internet reaches"
             self.say("fail", "public_url", f"{url.hostname} is not public", mend)
         elif url.port:
