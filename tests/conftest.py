@@ -12,35 +12,73 @@ import pathlib
 import re
 import signal
 import sqlite3
+import ssl
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 import container as machine
 import wxgpt
 from child import free_port
 from fake_openai import FakeOpenAI
+from waiting import limit, within
 from wechat import Seen, WeChat
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As a shell's background job; what the tests start is to hear Ctrl-C all the same.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-UNIT = float(os.environ.get("WXGPT_UNIT", "0.6"))
+UNIT = float(os.environ.get("WXGPT_UNIT", "1.0"))
 TOKEN = "secretToken42"
 ROOT = pathlib.Path(__file__).parent.parent
 PORT = 8080  # in a container
-PATIENT = {"attempt_timeout": 30}  # a first attempt outlasts any restart
+# A first attempt outlasts any restart.
+PATIENT: dict[str, Any] = {"attempt_timeout": 30}
 ANN, BOB = "oAnn7Zt1BvK9mHdLr3PwYc8SgNf2", "oBob7Zt1BvK9mHdLr3PwYc8SgNf2"
+SENTENCE = "春天来了，花都开了，鸟也叫了，人们走出门去看风景。"
+LONG = "".join(f"第{n}句：{SENTENCE}\n\n" for n in range(60))  # some four parts
+
+
+# What needs more than Python: `-m "not system"` leaves it out.
+SYSTEM = ("browser", "crash", "demo", "proxies", "shutdown", "systemd")
+DEBIAN = ("proxies", "systemd")  # share one root, and each a container
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let `--crash-rounds N` say how often test_crash kills the server."""
     parser.addoption("--crash-rounds", type=int, default=5, metavar="N")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Return how many workers `-n auto` starts: tests wait more than they compute."""
+    return min(4 * (os.cpu_count() or 1), 16)
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Mark tests by their files; leave out the peers unless `-m` names them."""
+    for item in items:
+        name = item.path.stem.removeprefix("test_")
+        if name in SYSTEM:
+            item.add_marker(pytest.mark.system)
+        if name == "browser":  # one Chromium takes a core to itself
+            item.add_marker(pytest.mark.xdist_group(name="browser"))
+        if name in DEBIAN:
+            item.add_marker(pytest.mark.xdist_group(name="debian"))
+            item.add_marker(pytest.mark.timeout(machine.BUILD_SECONDS))
+    if "peers" not in config.option.markexpr:
+        peers = [item for item in items if item.get_closest_marker("peers")]
+        config.hook.pytest_deselected(items=peers)
+        items[:] = [item for item in items if item not in peers]
+    # The slow ones first: at the end no worker is left alone with one of them.
+    items.sort(key=lambda item: not item.get_closest_marker("system"))
 
 
 def toml(table: dict[str, Any], name: str = "") -> str:
@@ -89,8 +127,8 @@ class Server:
     """wxgpt as it serves, with the platform pointed at it."""
 
     port: int
-    wechat: WeChat
-    http: aiohttp.ClientSession
+    wechat: WeChat = field(init=False)  # these two are open as long as `platform`
+    http: aiohttp.ClientSession = field(init=False)
     services: wxgpt.Services | None = None
     process: asyncio.subprocess.Process | None = None
     log: list[str] = field(default_factory=list)
@@ -108,11 +146,20 @@ class Server:
 
     async def get(self, url: str) -> tuple[int, str]:
         """Return status and text of a page."""
-        async with self.http.get(self.at(url)) as response:
-            return response.status, await response.text()
+        async with self.open(url) as page:
+            return page.status, await page.text()
+
+    @contextlib.asynccontextmanager
+    async def open(
+        self, url: str, method: str = "GET", **options: Any
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Make a request; what is read of the response has a minute to come."""
+        answer = self.http.request(method, self.at(url), **options)
+        async with limit(60, f"end of what is read at {url}"), answer as response:
+            yield response
 
     async def ask(self, text: str, openid: str = ANN) -> Seen:
-        """Let a subscriber write a text; return what they saw."""
+        """Let a subscriber write a text; return what they saw, in three attempts' time."""
         return await self.wechat.send(openid, text)
 
     def on_attempt(self, number: int, event: str, seconds: float) -> None:
@@ -126,10 +173,29 @@ class Server:
 
 
 @contextlib.asynccontextmanager
+async def serving(
+    handler: Callable[..., Any],
+    port: int = 0,
+    tls: ssl.SSLContext | None = None,
+    **options: Any,
+) -> AsyncIterator[int]:
+    """Serve every request with one handler on loopback; gives the port."""
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", handler)
+    runner = web.AppRunner(app, access_log=None, **options)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", port, ssl_context=tls).start()
+    try:
+        yield runner.addresses[0][1]
+    finally:
+        await runner.cleanup()
+
+
+@contextlib.asynccontextmanager
 async def platform(port: int, proxy: str = "", **options: Any) -> AsyncIterator[Server]:
     """Point a platform at a port, or at the URL of a proxy before it."""
-    server = Server(port, None, None, proxy=proxy)
-    options = {"attempt_timeout": UNIT, "on_attempt": server.on_attempt} | options
+    server = Server(port, proxy=proxy)
+    options = {"attempt_timeout": UNIT, "on_attempt": server.on_attempt, **options}
     connector = aiohttp.TCPConnector(**options.get("connection", {}))
     async with (
         WeChat(f"{server.url}/wechat", TOKEN, **options) as server.wechat,
@@ -154,11 +220,15 @@ def database(settings: dict[str, Any]) -> Callable[..., list]:
     """Run a statement in the database, as an owner could."""
 
     def run(statement: str, *values: object) -> list:
-        path = settings["database"]["path"]
-        with contextlib.closing(sqlite3.connect(path, timeout=10)) as db, db:
-            return db.execute(statement, values).fetchall()
+        return rows(settings["database"]["path"], statement, *values)
 
     return run
+
+
+def rows(path: str | pathlib.Path, statement: str, *values: object) -> list[tuple]:
+    """Run a statement in any database; return its rows."""
+    with contextlib.closing(sqlite3.connect(path, timeout=10)) as db, db:
+        return db.execute(statement, values).fetchall()
 
 
 @pytest.fixture
@@ -181,14 +251,58 @@ async def serve(
         yield start
 
 
+@pytest.fixture
+def changes() -> dict[str, Any]:
+    """Settings that `server` has besides the usual; a file may have its own."""
+    return {}
+
+
+@pytest.fixture
+async def server(serve: Callable[..., Any], changes: dict[str, Any]) -> Server:
+    """wxgpt with an open session of Ann's."""
+    return await with_session(serve, **changes)
+
+
+async def with_session(serve: Callable[..., Any], **changes: Any) -> Server:
+    """Start wxgpt with these settings and open a session of Ann's.
+
+    A given `attempt_timeout` is the platform's, too.
+    """
+    server = await serve(**changes)
+    patience = changes.get("wechat", {}).get("attempt_timeout", UNIT)
+    server.wechat.attempt_timeout = patience
+    await server.ask("/chatgpt")
+    return server
+
+
+async def run_command(
+    path: pathlib.Path,
+    *words: str,
+    env: dict[str, str] | None = None,
+    prefix: Sequence[str] = (),
+) -> tuple[int, str, str]:
+    """Run the command line to its end; return exit status, stdout and stderr."""
+    process = await asyncio.create_subprocess_exec(
+        *(*prefix, sys.executable, str(ROOT / "wxgpt.py")),
+        *(*words, "--config", str(path)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        cwd=path.parent,
+        env=os.environ | (env or {}),
+    )
+    out, err = await within(60, f"end of {words}", process.communicate())
+    assert b"Traceback" not in out + err, err.decode()
+    return await process.wait(), out.decode(), err.decode()
+
+
 class Process:
     """wxgpt as a process of its own, which a test can kill and start again."""
 
     def __init__(self, path: pathlib.Path, port: int) -> None:
         self.path, self.port = path, port
-        self.process: asyncio.subprocess.Process | None = None
+        self.process: asyncio.subprocess.Process  # once it was started
         self.log: list[str] = []
-        self.reader: asyncio.Task | None = None
+        self.reader: asyncio.Task[None]
         self.news = asyncio.Event()
 
     async def start(self) -> None:
@@ -202,6 +316,7 @@ class Process:
             stderr=asyncio.subprocess.PIPE,
             cwd=self.path.parent,
         )
+        assert self.process.stderr
         self.reader = asyncio.create_task(self.read_log(self.process.stderr))
         await self.says("serving on", before)
 
@@ -213,7 +328,7 @@ class Process:
 
     async def says(self, words: str, since: int = 0) -> None:
         """Wait until a line of the log has these words."""
-        async with asyncio.timeout(30):
+        async with limit(30, f"line of the log with {words!r}"):
             while not any(words in line for line in self.log[since:]):
                 self.news.clear()
                 await self.news.wait()
@@ -222,8 +337,8 @@ class Process:
         """Send a signal; return the exit status."""
         if self.process.returncode is None:
             self.process.send_signal(number)
-        status = await asyncio.wait_for(self.process.wait(), 30)
-        await self.reader
+        status = await within(30, f"end after signal {number}", self.process.wait())
+        await within(30, "end of the log", self.reader)
         return status
 
     async def kill(self) -> None:
@@ -251,12 +366,11 @@ async def spawn(
 
 
 @pytest.fixture(scope="session")
-def debian() -> Iterator[pathlib.Path]:
+def debian() -> pathlib.Path:
     """A folder with Debian and the server's packages; skipped where none can boot."""
     if reason := machine.obstacle():
         pytest.skip(reason)
-    with machine.debian_root() as root:
-        yield root
+    return machine.debian_root()
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,7 @@ import pytest
 
 from conftest import ANN, BOB, UNIT
 from fake_openai import Script, says
-
-
-@pytest.fixture
-async def server(serve):
-    """wxgpt with an open session of Ann's."""
-    server = await serve()
-    await server.ask("/chatgpt")
-    return server
+from waiting import within
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
@@ -62,8 +55,8 @@ async def test_an_answer_that_ends_after_the_last_attempt_is_on_its_page(
     upstream.will(Script([gate, "**终于**写完了。"]))
     seen = await server.ask("慢慢写")
     gate.set()
-    await upstream.requests[-1].over.wait()
-    async with server.http.get(server.at(seen.links[0][1]) + "/events") as events:
+    await upstream.requests[-1].wait_over()
+    async with server.open(seen.links[0][1] + "/events") as events:
         assert "event: done" in await events.text()
     status, page = await server.get(seen.links[0][1])
     assert status == 200 and "<strong>终于</strong>写完了。" in page
@@ -149,7 +142,7 @@ async def test_an_answer_that_ends_between_attempts_waits_for_the_next(
     push = server.wechat.text(ANN, "没人等的时候")
     assert await server.wechat.attempt(push, UNIT / 2) is None
     gate.set()
-    await upstream.requests[-1].over.wait()
+    await upstream.requests[-1].wait_over()
     seen = await server.wechat.attempt(push)
     assert seen.text.startswith("写好了。")
 
@@ -159,7 +152,8 @@ async def test_two_subscribers_are_never_mixed(server, upstream):
     await server.ask("/chatgpt", BOB)
     upstream.will(says("给安的。"), when="安问")
     upstream.will(says("给鲍的。"), when="鲍问")
-    ann, bob = await asyncio.gather(server.ask("安问"), server.ask("鲍问", BOB))
+    asking = asyncio.gather(server.ask("安问"), server.ask("鲍问", BOB))
+    ann, bob = await within(30, "answers to both", asking)
     assert ann.text.startswith("给安的。") and bob.text.startswith("给鲍的。")
     assert "鲍问" not in str(upstream.asked("安问")[0].messages)
 

@@ -17,14 +17,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import wxgpt
-from conftest import ANN, BOB, ROOT, toml
+from conftest import ANN, BOB, LONG, ROOT, toml, with_session
 from fake_openai import Script, says
 from wechat import FAULT
 
 WORDS = "# 不许说的\n坏词\n\n  Bad Word  \n#也是注释\nCafé\n한국\n"
 REFUSED = "这个问题里有不便讨论的内容，换个说法试试吧。"
 WITHHELD = "（后面的内容不便显示）"
-LONG = "春天来了，花都开了，鸟也叫了。\n\n" * 60
 FIRST = "第一句。这里还有几个字，"  # more than is held back for the longest word
 VARIANTS = [
     "坏词",
@@ -72,11 +71,17 @@ def words_file(tmp_path):
 
 
 @pytest.fixture
-async def server(serve, words_file):
-    """wxgpt with blocked words and an open session of Ann's."""
-    server = await serve(limits={"blocked_words": str(words_file)})
-    await server.ask("/chatgpt")
-    return server
+def blocked(words_file):
+    """The words, as the server reads them."""
+    blocked = wxgpt.BlockedWords(str(words_file))
+    blocked.refresh()
+    return blocked
+
+
+@pytest.fixture
+def changes(words_file):
+    """The server has blocked words."""
+    return {"limits": {"blocked_words": str(words_file)}}
 
 
 def rewrite(path, text):
@@ -90,17 +95,29 @@ def rewrite(path, text):
 
 
 @pytest.mark.parametrize("text", VARIANTS, ids=ascii)
+def test_a_blocked_word_is_found_in_any_spelling(blocked, text):
+    """White space, invisible characters, markup, case and width do not hide it."""
+    assert blocked.are_in(text)
+
+
+@pytest.mark.parametrize("text", HARMLESS, ids=ascii)
+def test_what_is_no_blocked_word_is_not_found(blocked, text):
+    """Parts of words, comments and other characters in between block nothing."""
+    assert not blocked.are_in(text)
+
+
+@pytest.mark.parametrize("text", VARIANTS[:4], ids=ascii)
 async def test_a_question_with_a_blocked_word_is_refused(server, upstream, text):
     """In any spelling, without a call."""
     assert (await server.ask(text)).text == REFUSED
     assert upstream.requests == []
 
 
-@pytest.mark.parametrize("text", HARMLESS, ids=ascii)
-async def test_a_question_without_one_is_asked(server, upstream, text):
-    """Parts of words, comments and other characters in between block nothing."""
-    assert (await server.ask(text)).text != REFUSED
-    assert len(upstream.requests) == 1
+async def test_a_question_without_one_is_asked(server, upstream):
+    """As it is written, though it may look like one."""
+    for text in HARMLESS:
+        assert (await server.ask(text)).text != REFUSED
+    assert [asked.question for asked in upstream.requests] == HARMLESS
 
 
 async def test_a_blocked_word_behind_a_command_is_refused(server, upstream):
@@ -121,8 +138,7 @@ async def test_a_late_text_with_a_blocked_word_is_refused_when_it_is_asked(
 ):
     """接着问 is asking, too."""
     limits = {"blocked_words": str(words_file)}
-    server = await serve(limits=limits, session={"ttl": 1})
-    await server.ask("/chatgpt")
+    server = await with_session(serve, limits=limits, session={"ttl": 1})
     await asyncio.sleep(1.1)
     seen = await server.ask("坏词")
     assert (await server.wechat.tap(ANN, seen.taps[0])).text == REFUSED
@@ -138,23 +154,42 @@ async def test_an_answer_with_a_blocked_word_is_withheld(server, upstream):
     assert (await server.ask("说点什么")).text == WITHHELD
 
 
+def pieces_of(text, size):
+    """Cut a text into pieces of so many characters."""
+    return [text[at : at + size] for at in range(0, len(text), size)]
+
+
 @pytest.mark.parametrize("text", VARIANTS, ids=ascii)
 @pytest.mark.parametrize("size", [1, 3])
-async def test_a_word_is_seen_across_the_borders_of_a_stream(
-    server, upstream, text, size
-):
-    """However the model cuts it, one to three characters at a time."""
-    text = f"开头。{text}结尾。"
-    pieces = [text[at : at + size] for at in range(0, len(text), size)]
-    upstream.will(Script(pieces))
-    assert (await server.ask("说点什么")).text == WITHHELD
+def test_a_word_is_seen_across_the_borders_of_a_stream(blocked, text, size):
+    """However the model cuts it, nothing of it is let through before it is seen."""
+    pieces = pieces_of(f"开头。{text}结尾。", size)
+    *_, (seen, is_blocked) = shown(wxgpt.WordGuard(blocked), pieces)
+    assert is_blocked and "开头。".startswith(seen)
 
 
 @pytest.mark.parametrize("text", HARMLESS, ids=ascii)
-async def test_a_harmless_answer_is_whole(server, upstream, text):
+def test_a_harmless_stream_is_whole(blocked, text):
     """What was held back comes at the end, unchanged."""
-    upstream.will(Script(list(f"开头。{text}")))
-    assert (await server.ask("说点什么")).text == f"开头。{text}\n（AI 生成）"
+    *_, last = shown(wxgpt.WordGuard(blocked), list(f"开头。{text}"))
+    assert last == (f"开头。{text}", False)
+
+
+@pytest.mark.parametrize("text", VARIANTS[2:5], ids=ascii)
+@pytest.mark.parametrize("size", [1, 3])
+async def test_an_answer_with_a_word_across_its_pieces_is_withheld(
+    server, upstream, text, size
+):
+    """One to three characters at a time, the subscriber reads none of it."""
+    upstream.will(Script(pieces_of(f"开头。{text}结尾。", size)))
+    assert (await server.ask("说点什么")).text == WITHHELD
+
+
+async def test_a_harmless_answer_is_whole(server, upstream):
+    """Every character of it reaches the subscriber."""
+    for text in HARMLESS:
+        upstream.will(Script(list(f"开头。{text}")))
+        assert (await server.ask("说点什么")).text == f"开头。{text}\n（AI 生成）"
 
 
 async def test_an_invisible_control_character_hides_no_word(server, upstream):
@@ -168,7 +203,7 @@ async def test_the_call_is_closed(server, upstream):
     gate = asyncio.Event()
     upstream.will(Script(["有个坏词。", gate, "后面很长。"]))
     await server.ask("说点什么")
-    await asyncio.wait_for(upstream.requests[0].over.wait(), 10)
+    await upstream.requests[0].wait_over()
     assert upstream.requests[0].outcome == "cut by client"
     assert len(upstream.requests) == 1
 
@@ -178,9 +213,9 @@ async def test_what_was_sent_stays_and_the_next_part_says_so(server, upstream):
     gate = asyncio.Event()
     upstream.will(Script([LONG, gate, "坏词。", LONG]))
     first = await server.ask("写长文")
-    assert first.text.startswith("春天来了") and first.attempt == 1
+    assert first.text.startswith("第0句") and first.attempt == 1
     gate.set()
-    await upstream.requests[0].over.wait()
+    await upstream.requests[0].wait_over()
     assert (await server.wechat.tap(ANN, first.taps[0])).text == WITHHELD
     assert (await server.wechat.tap(ANN, first.taps[0])).text == WITHHELD
 
@@ -203,7 +238,7 @@ async def test_page_and_history_show_what_was_sent_only(server, upstream):
     upstream.will(Script([FIRST, gate, "第二句。坏词。第三句。"]))
     first = await server.ask("说三句")
     gate.set()
-    await upstream.requests[0].over.wait()
+    await upstream.requests[0].wait_over()
     links = [first.links[0][1], (await server.ask("/history")).links[0][1]]
     for link in links:
         page = (await server.get(link))[1]
@@ -216,7 +251,7 @@ async def test_a_live_page_never_shows_the_word(server, upstream):
     gate, end = asyncio.Event(), asyncio.Event()
     upstream.will(Script([FIRST + "坏", gate, "词。", end]))
     link = (await server.ask("说点什么")).links[0][1]
-    async with server.http.get(server.at(link) + "/events") as events:
+    async with server.open(link + "/events") as events:
         begin = await events.content.readuntil(b"\n\n")
         gate.set()
         rest = await events.content.read()
@@ -230,7 +265,7 @@ async def test_a_live_page_takes_back_what_was_not_sent(server, upstream):
     gate, late = asyncio.Event(), asyncio.Event()
     upstream.will(Script([FIRST, gate, "第二句说来话长，还没完。", late, "坏词。"]))
     link = (await server.ask("说点什么")).links[0][1]
-    async with server.http.get(server.at(link) + "/events") as events:
+    async with server.open(link + "/events") as events:
         gate.set()
         await events.content.readuntil("第二句".encode())
         late.set()
@@ -310,7 +345,7 @@ async def test_without_a_list_nothing_is_held_back(serve, upstream):
     server, gate = await serve(), asyncio.Event()
     upstream.will(Script(["坏词", gate]))
     link = (await server.ask("/chatgpt 你好")).links[0][1]
-    async with server.http.get(server.at(link) + "/events") as events:
+    async with server.open(link + "/events") as events:
         assert "坏词" in (await events.content.readuntil(b"\n\n")).decode()
     gate.set()
 
@@ -481,7 +516,7 @@ async def test_through_the_door_no_cut_lets_a_word_slip(server, upstream, seed):
     gate = asyncio.Event()
     upstream.will(Script([text[:at], gate, text[at:]]))
     seen = await server.ask("说点什么")
-    async with server.http.get(server.at(seen.links[0][1]) + "/events") as events:
+    async with server.open(seen.links[0][1] + "/events") as events:
         gate.set()
         stream = (await events.content.read()).decode()
     page = (await server.get(seen.links[0][1]))[1]

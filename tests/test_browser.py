@@ -13,6 +13,7 @@ import pathlib
 import re
 import subprocess
 import tempfile
+import threading
 import time
 
 import pytest
@@ -23,7 +24,7 @@ from fake_openai import Script
 try:
     from playwright.async_api import async_playwright, expect
 except ImportError:
-    async_playwright = None
+    async_playwright = None  # type: ignore[assignment]  # an optional package
 else:
     expect.set_options(timeout=20_000)
 
@@ -59,11 +60,11 @@ RICH = f"""## 小标题
 LONG = "第一段很普通。\n\n" + RICH + "\n" + "长长的一段话，说个没完。" * 30
 
 
-def need(condition, what):
+def need(condition, what, remedy):
     """Skip the test without what it needs, or fail it where that was promised."""
     if not condition:
         is_promised = os.environ.get("WXGPT_REQUIRE_BROWSER") == "1"
-        (pytest.fail if is_promised else pytest.skip)(f"{what} is not there")
+        (pytest.fail if is_promised else pytest.skip)(f"no {what}: {remedy}")
 
 
 class Browse:
@@ -100,16 +101,19 @@ class Browse:
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
     """Chromium as a process, for all tests of this file: starting it takes a second."""
-    need(os.access(CHROMIUM, os.X_OK), CHROMIUM)
-    need(async_playwright, "the package playwright")
+    need(os.access(CHROMIUM, os.X_OK), CHROMIUM, "apt install chromium")
+    need(async_playwright, "playwright", "pip install -r tests/requirements.txt")
     profile = f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"
     command = [CHROMIUM, *ARGUMENTS.split(), profile, "about:blank"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    too_late = threading.Timer(60, process.kill)  # which ends what is read here
+    too_late.start()
     while "DevTools listening on " not in (line := process.stderr.readline()):
-        assert line, "Chromium ended at once"
+        assert line, "Chromium ended, or did not listen within 60 s"
+    too_late.cancel()
     yield line.split()[-1]
     process.terminate()
-    process.communicate()
+    process.communicate(timeout=30)
 
 
 @pytest.fixture
@@ -124,11 +128,9 @@ async def browse(chromium):
 
 
 @pytest.fixture
-async def server(serve):
-    """wxgpt that lets no attempt time out, with an open session of Ann's."""
-    server = await serve(wechat={"mute_guard": 0})
-    await server.ask("/chatgpt")
-    return server
+def changes():
+    """The server lets no attempt time out."""
+    return {"wechat": {"mute_guard": 0}}
 
 
 @pytest.fixture
@@ -474,7 +476,8 @@ async def test_axe_finds_nothing_on_any_page(browse, server, upstream, gate):
     """In light and dark; all of its rules, best practice included."""
     places = [pathlib.Path(os.environ.get("WXGPT_AXE", "nowhere"))]
     places += [place / AXE for place in (ROOT, ROOT.parent, CACHE)]
-    need(found := [place for place in places if place.is_file()], "axe-core")
+    remedy = f"npm install --prefix {CACHE} axe-core"
+    need(found := [place for place in places if place.is_file()], "axe-core", remedy)
     browse.excused = REFUSED
     axe = found[0].read_text("utf-8")
     page = await browse.open("about:blank", init=axe)

@@ -8,26 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import wxgpt
-from conftest import ANN
+from conftest import ANN, with_session
 from fake_openai import Script, Thought, fails
+from waiting import within
 
 LABEL = "\n（AI 生成）"
 PATIENT = {"attempt_timeout": 6.0}  # longer than it takes to ask three times
 
 
-@pytest.fixture
-async def server(serve):
-    """wxgpt with an open session of Ann's."""
-    server = await serve()
-    await server.ask("/chatgpt")
-    return server
-
-
-async def serving(serve, **assistant):
+async def with_assistant(serve, **assistant):
     """Start wxgpt with other settings of its assistant, and open a session."""
-    server = await serve(assistants={"chatgpt": assistant})
-    await server.ask("/chatgpt")
-    return server
+    return await with_session(serve, assistants={"chatgpt": assistant})
 
 
 # The request
@@ -52,7 +43,7 @@ async def test_the_default_model_is_told_not_to_think(server, upstream):
 
 async def test_another_model_is_told_nothing_about_thinking(serve, upstream):
     """Most models refuse the field."""
-    server = await serving(serve, model="bean-2")
+    server = await with_assistant(serve, model="bean-2")
     await server.ask("你好")
     assert upstream.requests[0].body["model"] == "bean-2"
     assert "reasoning_effort" not in upstream.requests[0].body
@@ -61,7 +52,7 @@ async def test_another_model_is_told_nothing_about_thinking(serve, upstream):
 async def test_extra_is_merged_into_the_request(serve, upstream):
     """Whatever a provider wants can be set, and replaces what would be sent."""
     extra = {"thinking": {"type": "disabled"}, "reasoning_effort": "low", "top_p": 0.5}
-    server = await serving(serve, extra=extra)
+    server = await with_assistant(serve, extra=extra)
     await server.ask("你好")
     body = upstream.requests[0].body
     assert {name: body.get(name) for name in extra} == extra
@@ -70,7 +61,7 @@ async def test_extra_is_merged_into_the_request(serve, upstream):
 
 async def test_an_empty_system_prompt_sends_none(serve, upstream):
     """The conversation then begins with the question."""
-    server = await serving(serve, system_prompt="")
+    server = await with_assistant(serve, system_prompt="")
     await server.ask("你好")
     assert upstream.requests[0].messages == [{"role": "user", "content": "你好"}]
 
@@ -80,7 +71,7 @@ async def test_an_empty_system_prompt_sends_none(serve, upstream):
 )
 async def test_a_base_url_is_understood_in_every_usual_form(serve, upstream, form):
     """Slashes, spaces and the end of the address make no difference."""
-    server = await serving(serve, base_url=form.format(upstream.base_url))
+    server = await with_assistant(serve, base_url=form.format(upstream.base_url))
     assert (await server.ask("你好")).text.startswith("你好！")
 
 
@@ -209,7 +200,8 @@ async def ask_all(server, upstream, texts):
     """Let a subscriber for each name ask their question, all at once."""
     server.wechat.attempt_timeout = PATIENT["attempt_timeout"]
     asking = [server.ask(text, f"oSubscriber{name}") for name, text in texts.items()]
-    seen = dict(zip(texts, await asyncio.gather(*asking)))
+    answered = await within(60, "answers to all", asyncio.gather(*asking))
+    seen = dict(zip(texts, answered))
     return seen, {name: len(upstream.asked(f"{name}？")) for name in texts}
 
 
@@ -297,7 +289,7 @@ async def test_what_was_written_when_the_time_was_up_is_shown(serve, upstream):
 
 async def test_a_model_that_thinks_aloud_is_waited_for(serve, upstream):
     """Hidden reasoning is a sign of life."""
-    server = await serving(serve, first_token_timeout=0.5, idle_timeout=0.5)
+    server = await with_assistant(serve, first_token_timeout=0.5, idle_timeout=0.5)
     thoughts = [Thought("想"), 0.2] * 4
     upstream.will(Script([*thoughts, "想好了。"]))
     assert (await server.ask("难题")).text == "想好了。" + LABEL

@@ -11,6 +11,7 @@ import shutil
 import sqlite3
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from conftest import TOKEN, UNIT, Process, free_port, toml
 from fake_openai import FakeOpenAI, Script, split
@@ -173,8 +174,8 @@ async def meets_nobody(round, openid):
     await round.ask(openid, "快", "/chatgpt ")
 
 
-SUBSCRIBERS = (asks_one, asks_with_the_command, asks_several, reads_a_long_one)
-SUBSCRIBERS += (changes_the_subject, meets_nobody)
+SUBSCRIBERS = [asks_one, asks_with_the_command, asks_several, reads_a_long_one]
+SUBSCRIBERS += [changes_the_subject, meets_nobody]
 
 
 async def live_through(round: Round) -> None:
@@ -227,7 +228,7 @@ def check_store(round: Round) -> None:
 
 def check_fetches(round: Round) -> None:
     """No answer was fetched twice in one life, nor again once it was stored."""
-    fetches = Counter()
+    fetches: Counter[tuple[str, int]] = Counter()
     for asked in round.fake.requests:
         life = int(asked.headers["Authorization"].removeprefix("Bearer sk-"))
         fetches[asked.question, life] += 1
@@ -239,7 +240,7 @@ def check_fetches(round: Round) -> None:
 async def play(seed: int, folder) -> None:
     """Play the round of a seed and check it."""
     folder.mkdir()
-    settings = {
+    settings: dict[str, Any] = {
         "public_url": "http://wx.example.com",
         "server": {"port": free_port()},
         "wechat": {"token": TOKEN, "attempt_timeout": ATTEMPT},

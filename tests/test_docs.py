@@ -31,7 +31,7 @@ def settings_of(kind: type, name: str = "") -> Iterator[tuple[str, object]]:
     for entry in dataclasses.fields(kind):
         if entry.name == "assistants":
             yield from settings_of(wxgpt.AssistantSettings, "assistants.NAME.")
-        elif dataclasses.is_dataclass(entry.type):
+        elif isinstance(entry.type, type) and dataclasses.is_dataclass(entry.type):
             yield from settings_of(entry.type, f"{name}{entry.name}.")
         elif entry.default_factory is not dataclasses.MISSING:
             yield name + entry.name, entry.default_factory()

@@ -4,15 +4,15 @@ Pictures have a file of their own.
 """
 
 import asyncio
-import contextlib
 import logging
-import sqlite3
 import time
 
 import pytest
 
-from conftest import ANN, BOB
+import wxgpt
+from conftest import ANN, BOB, with_session
 from fake_openai import Script
+from wechat import WeChat
 
 POLITE = "现在只看得懂文字和图片，请打字告诉我。"
 STICKERS = ["【收到不支持的消息类型，暂无法显示】", "[Unsupported Message]"]
@@ -74,9 +74,17 @@ async def server(serve, caplog):
     return await serve()
 
 
-def push_of(server, kind):
+WECHAT = WeChat("http://unused", "")  # only makes pushes
+
+
+def push_of(kind):
     """Return a push of a kind, its type the first word of the name."""
-    return server.wechat.raw(ANN, kind.split()[0], **KINDS[kind])
+    return WECHAT.raw(ANN, kind.split()[0], **KINDS[kind])
+
+
+async def texts_to(server, texts):
+    """Return what Ann sees of each text that she writes, one after the other."""
+    return [(await server.ask(text)).text for text in texts]
 
 
 def line_of(caplog, push):
@@ -91,80 +99,81 @@ def line_of(caplog, push):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_other_kinds_in_a_session_bring_a_polite_word(
-    server, upstream, caplog, kind
-):
+def test_a_message_of_any_kind_is_read(kind):
+    """Type, sender and MsgId are there, and nothing that was not sent."""
+    push = push_of(kind)
+    message = wxgpt.parse_message(push.xml)
+    assert (message.msg_type, message.openid) == (push.fields["MsgType"], ANN)
+    assert message.msg_id == str(push.fields["MsgId"])
+    assert message.content == message.event == message.picture_url == ""
+
+
+async def test_other_kinds_in_a_session_bring_a_polite_word(server, upstream, caplog):
     """No call is made, and the owner sees that there was a reply."""
     await server.ask("/chatgpt")
-    push = push_of(server, kind)
-    assert (await server.wechat.deliver(push)).text == POLITE
+    pushes = {kind: push_of(kind) for kind in KINDS}
+    seen = {kind: await server.wechat.deliver(push) for kind, push in pushes.items()}
+    lines = {kind: line_of(caplog, push) for kind, push in pushes.items()}
+    texts = {kind: one.text for kind, one in seen.items()}
+    assert texts == dict.fromkeys(KINDS, POLITE)
+    assert lines == dict.fromkeys(KINDS, "replied")
     assert upstream.requests == []
-    assert line_of(caplog, push) == "replied"
 
 
-@pytest.mark.parametrize("kind", KINDS)
 async def test_other_kinds_outside_a_session_are_left_alone(
-    server, upstream, caplog, stored, kind
+    server, upstream, caplog, stored
 ):
     """Silence; the owner sees that there was nothing to say; nothing is stored."""
-    push = push_of(server, kind)
-    response = await server.wechat.post(push)
-    assert (response.status, response.body) == (200, b"success")
+    pushes = {kind: push_of(kind) for kind in KINDS}
+    answers = {kind: await server.wechat.post(push) for kind, push in pushes.items()}
+    lines = {kind: line_of(caplog, push) for kind, push in pushes.items()}
+    found = {kind: (one.status, one.body) for kind, one in answers.items()}
+    assert found == dict.fromkeys(KINDS, (200, b"success"))
+    assert lines == dict.fromkeys(KINDS, "nothing to say")
     assert upstream.requests == [] and ANN not in stored()
-    assert line_of(caplog, push) == "nothing to say"
 
 
 @pytest.mark.parametrize("kind", ["voice", "hologram"])
 async def test_other_kinds_open_no_session(serve, upstream, kind):
     """auto_open and `outside` are for text."""
     server = await serve(session={"auto_open": True}, replies={"outside": "发文字吧"})
-    assert (await server.wechat.deliver(push_of(server, kind))).text is None
+    assert (await server.wechat.deliver(push_of(kind))).text is None
     assert upstream.requests == []
 
 
-async def test_other_kinds_keep_a_session_alive(serve, settings, upstream):
+async def test_other_kinds_keep_a_session_alive(server, database):
     """Whatever the subscriber sends, the idle time begins anew."""
-    server = await serve()
     await server.ask("/chatgpt")
-    path = settings["database"]["path"]
-    with contextlib.closing(sqlite3.connect(path)) as db, db:
-        db.execute("UPDATE session SET last_at = last_at - 290")
-    await server.wechat.deliver(push_of(server, "voice"))
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        [(last_at,)] = db.execute("SELECT last_at FROM session")
+    database("UPDATE session SET last_at = last_at - 290")
+    await server.wechat.deliver(push_of("voice"))
+    [(last_at,)] = database("SELECT last_at FROM session")
     assert time.time() - last_at < 60
 
 
-@pytest.mark.parametrize("text", STICKERS)
-async def test_a_sticker_in_a_session_brings_a_polite_word(server, upstream, text):
+async def test_a_sticker_in_a_session_brings_a_polite_word(server, upstream):
     """WeChat sends a sentence in its place, in Chinese or English."""
     await server.ask("/chatgpt")
-    assert (await server.ask(text)).text == POLITE
+    assert await texts_to(server, STICKERS) == [POLITE] * 2
     assert upstream.requests == []
 
 
-@pytest.mark.parametrize("text", STICKERS)
-async def test_a_sticker_outside_a_session_is_left_alone(server, upstream, text):
+async def test_a_sticker_outside_a_session_is_left_alone(server, upstream):
     """It is no text of the subscriber's."""
-    assert (await server.ask(text)).text is None
+    assert await texts_to(server, STICKERS) == [None] * 2
 
 
-@pytest.mark.parametrize("text", [*STICKERS, "", " "])
-async def test_a_sticker_opens_no_session(serve, upstream, text):
+async def test_a_sticker_opens_no_session(serve, upstream):
     """With auto_open WeChat's own sentence, or an empty one, never reaches the model."""
     server = await serve(session={"auto_open": True})
-    assert (await server.ask(text)).text is None
+    assert await texts_to(server, [*STICKERS, "", " "]) == [None] * 4
     assert upstream.requests == []
 
 
-@pytest.mark.parametrize("text", [*STICKERS, ""])
-async def test_a_sticker_is_not_offered_to_be_asked(serve, settings, upstream, text):
+async def test_a_sticker_is_not_offered_to_be_asked(server, database):
     """After a session ran out the first text counts, and a sticker is none."""
-    server = await serve()
     await server.ask("/chatgpt 你好")
-    with contextlib.closing(sqlite3.connect(settings["database"]["path"])) as db, db:
-        db.execute("UPDATE session SET last_at = last_at - 301")
-    assert (await server.ask(text)).text is None
+    database("UPDATE session SET last_at = last_at - 301")
+    assert await texts_to(server, [*STICKERS, ""]) == [None] * 3
     assert (await server.ask("再见")).text.startswith("会话已结束。点 接着问")
 
 
@@ -175,29 +184,42 @@ async def test_a_sentence_about_stickers_is_a_question(server, upstream):
     assert len(upstream.requests) == 1
 
 
-@pytest.mark.parametrize("text", ["/::)", "[微笑]", "😀", "👨‍👩‍👧‍👦"])
-async def test_an_emoji_is_a_question(server, upstream, text):
+async def test_an_emoji_is_a_question(server, upstream):
     """Codes of WeChat's keyboard and Unicode's arrive at the model as they are."""
+    emoji = ["/::)", "[微笑]", "😀", "👨‍👩‍👧‍👦"]
     await server.ask("/chatgpt")
-    await server.ask(text)
-    assert upstream.requests[0].question == text
+    await texts_to(server, emoji)
+    assert [asked.question for asked in upstream.requests] == emoji
 
 
 # Events
 
 
 @pytest.mark.parametrize("name", EVENTS)
+def test_any_event_is_read(name):
+    """Its name is known in lower case; a MsgID with a capital D is no MsgId."""
+    message = wxgpt.parse_message(WECHAT.event(ANN, name, **EVENTS[name]).xml)
+    assert (message.msg_type, message.event) == ("event", name.lower())
+    assert (message.event_key, message.msg_id) == (
+        EVENTS[name].get("EventKey") or "",
+        "",
+    )
+
+
 @pytest.mark.parametrize("opening", ["/chatgpt", "/help"])
 async def test_other_events_bring_success_and_a_line(
-    server, upstream, caplog, stored, name, opening
+    server, upstream, caplog, stored, opening
 ):
     """In a session or not: nothing is said, asked or stored."""
     await server.ask(opening)
-    before, push = stored(), server.wechat.event(ANN, name, **EVENTS[name])
-    response = await server.wechat.post(push)
-    assert (response.status, response.body) == (200, b"success")
+    before = stored()
+    pushes = {name: WECHAT.event(ANN, name, **EVENTS[name]) for name in EVENTS}
+    answers = {name: await server.wechat.post(push) for name, push in pushes.items()}
+    lines = {name: line_of(caplog, push) for name, push in pushes.items()}
+    found = {name: (one.status, one.body) for name, one in answers.items()}
+    assert found == dict.fromkeys(EVENTS, (200, b"success"))
+    assert lines == dict.fromkeys(EVENTS, "nothing to say")
     assert upstream.requests == [] and stored() == before
-    assert line_of(caplog, push) == "nothing to say"
 
 
 async def test_an_event_with_nested_blocks_is_read(server, caplog):
@@ -216,13 +238,11 @@ async def test_following_brings_a_welcome_with_taps(server, caplog):
     assert line_of(caplog, push) == "replied"
 
 
-@pytest.mark.parametrize("key", [None, "", "qrscene_123123"])
-async def test_following_by_a_code_is_following(server, key):
+async def test_following_by_a_code_is_following(server):
     """A scene in EventKey changes nothing."""
-    seen = await server.wechat.deliver(
-        server.wechat.event(ANN, "subscribe", EventKey=key)
-    )
-    assert seen.text.startswith("欢迎关注")
+    for openid, key in ((ANN, None), (BOB, ""), ("oCid", "qrscene_123123")):
+        push = server.wechat.event(openid, "subscribe", EventKey=key)
+        assert (await server.wechat.deliver(push)).text.startswith("欢迎关注")
 
 
 async def test_a_welcome_of_the_owners_has_taps_too(serve):
@@ -277,24 +297,33 @@ async def test_a_repeated_event_is_one_after_a_kill_too(spawn):
     assert (await server.wechat.deliver(push)).body == first.body
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"FromUserName": BOB},
-        {"create_time": 1767230002},
-        {"Event": "SCAN"},
-        {"EventKey": "qrscene_2"},
-    ],
-    ids=str,
-)
-async def test_two_events_that_differ_in_one_field_are_two(server, caplog, other):
-    """openid, CreateTime, Event and EventKey together name an event."""
+OTHERS = [
+    {},
+    {"FromUserName": BOB},
+    {"create_time": 1767230002},
+    {"Event": "SCAN"},
+    {"EventKey": "qrscene_2"},
+]
+
+
+def events_that_differ():
+    """Return pushes of which each differs from the first in one field."""
     fields = {"create_time": 1767230001, "EventKey": "qrscene_1"}
-    for changes in ({}, other):
-        push = server.wechat.event(ANN, "subscribe", **(fields | changes))
+    return [WECHAT.event(ANN, "subscribe", **(fields | other)) for other in OTHERS]
+
+
+def test_openid_time_name_and_key_together_name_an_event():
+    """Two events that differ in one of them are two."""
+    keys = {wxgpt.parse_message(push.xml).key for push in events_that_differ()}
+    assert len(keys) == len(OTHERS)
+
+
+async def test_two_events_that_differ_in_one_field_are_two(server, caplog, stored):
+    """Each welcome is a reply of its own, and the scan is taken note of."""
+    for push in events_that_differ():
         assert (await server.wechat.post(push)).status == 200
-    keys = set(server.services.answers.deliveries)
-    assert len(keys) == 2
+    assert stored().count('INSERT INTO "reply"') == len(OTHERS) - 1
+    assert caplog.text.count("msg=scan from=") == 1
 
 
 async def test_copies_of_an_event_at_once_are_one(server, stored):
@@ -339,19 +368,18 @@ async def test_without_outside_text_brings_silence(server, caplog):
     assert line_of(caplog, push) == "nothing to say"
 
 
-@pytest.mark.parametrize("text", ["营业时间", " 营业时间\n"])
-async def test_a_keyword_brings_its_reply(serve, upstream, text):
+async def test_a_keyword_brings_its_reply(serve, upstream):
     """The exact text, space around it aside."""
     server = await serve(replies=REPLIES)
-    assert (await server.ask(text)).text == "九点到五点"
+    assert await texts_to(server, ["营业时间", " 营业时间\n"]) == ["九点到五点"] * 2
     assert upstream.requests == []
 
 
-@pytest.mark.parametrize("text", ["营业时间？", "营业", "请问营业时间", "营业 时间"])
-async def test_a_text_that_only_contains_a_keyword_is_none(serve, text):
+async def test_a_text_that_only_contains_a_keyword_is_none(serve):
     """Anything else is text outside a session."""
     server = await serve(replies=REPLIES)
-    assert (await server.ask(text)).text == "发 /chatgpt 开始"
+    near = ["营业时间？", "营业", "请问营业时间", "营业 时间"]
+    assert await texts_to(server, near) == ["发 /chatgpt 开始"] * 4
 
 
 async def test_a_reply_to_a_keyword_has_taps(serve):
@@ -362,8 +390,7 @@ async def test_a_reply_to_a_keyword_has_taps(serve):
 
 async def test_a_keyword_in_a_session_is_a_question(serve, upstream):
     """Keywords and `outside` count outside a session only."""
-    server = await serve(replies=REPLIES)
-    await server.ask("/chatgpt")
+    server = await with_session(serve, replies=REPLIES)
     assert "关于「营业时间」" in (await server.ask("营业时间")).text
     await server.ask("/stop")
     assert (await server.ask("营业时间")).text == "九点到五点"
@@ -396,12 +423,11 @@ async def test_auto_open_leaves_commands_and_events_alone(serve, upstream):
     assert upstream.requests == []
 
 
-async def test_auto_open_begins_anew_after_a_session_ran_out(serve, settings, upstream):
+async def test_auto_open_begins_anew_after_a_session_ran_out(serve, database, upstream):
     """The text opens a new session instead of being offered for the old one."""
     server = await serve(session={"auto_open": True})
     await server.ask("旧问题")
-    with contextlib.closing(sqlite3.connect(settings["database"]["path"])) as db, db:
-        db.execute("UPDATE session SET last_at = last_at - 301")
+    database("UPDATE session SET last_at = last_at - 301")
     assert (await server.ask("新问题")).text.startswith("你好！关于「新问题」")
     assert "旧问题" not in str(upstream.requests[1].messages)
 

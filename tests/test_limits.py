@@ -14,6 +14,7 @@ import pytest
 import wxgpt
 from conftest import ANN, BOB, UNIT
 from fake_openai import Script, says
+from waiting import limit
 
 CID = "oCid7Zt1BvK9mHdLr3PwYc8SgNf2"
 BARE = {"chatgpt": {"system_prompt": ""}}
@@ -506,7 +507,7 @@ async def test_a_reader_of_what_is_deleted_holds_nobody_up(
         while loop.time() < until:
             assert (await server.ask("/help", BOB)).attempt == 1
     assert words_in_files("XYZZY") == ["XYZZY"]
-    async with asyncio.timeout(30):
+    async with limit(30, "end of the words in the files"):
         while words_in_files("XYZZY"):
             await server.ask("/help", BOB)
 

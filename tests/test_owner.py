@@ -24,28 +24,22 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from conftest import ANN, BOB, ROOT, TOKEN, free_port, merged, toml
+from conftest import (
+    ANN,
+    BOB,
+    ROOT,
+    TOKEN,
+    free_port,
+    merged,
+    run_command,
+    serving,
+    toml,
+)
 from fake_openai import Script, Thought, fails, says
+from waiting import within
 
 PORT_LINE = "✗ public_url: port "
 DAY = 86400
-
-
-async def run(path, *words, env=None, prefix=()):
-    """Run a command of the owner's; return exit status, stdout and stderr."""
-    command = [*prefix, sys.executable, str(ROOT / "wxgpt.py"), *words]
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        "--config",
-        str(path),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        cwd=path.parent,
-        env=os.environ | (env or {}),
-    )
-    out, err = await asyncio.wait_for(process.communicate(), 60)
-    assert b"Traceback" not in out + err
-    return process.returncode, out.decode(), err.decode()
 
 
 def bad(text):
@@ -66,7 +60,7 @@ def check(settings, tmp_path):
             "wechat": {"attempt_timeout": 5},
         }
         path.write_text(toml(merged(merged(settings, own), changes)), "utf-8")
-        status, out, err = await run(path, "check", env=env, prefix=prefix)
+        status, out, err = await run_command(path, "check", env=env, prefix=prefix)
         assert err == ""
         return status, out
 
@@ -82,20 +76,6 @@ async def assert_found(checking, *lines, status=1):
         assert re.search(pattern, line), out
         assert " → " in line
     assert code == status
-
-
-@contextlib.asynccontextmanager
-async def serving(handler, port=0, tls=None):
-    """Serve every request with one handler on loopback; gives the port."""
-    app = web.Application()
-    app.router.add_route("*", "/{path:.*}", handler)
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", port, ssl_context=tls).start()
-    try:
-        yield runner.addresses[0][1]
-    finally:
-        await runner.cleanup()
 
 
 def proxy_to(port, missing=None):
@@ -137,7 +117,7 @@ async def test_it_works_while_the_server_runs(spawn, tmp_path):
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     await spawn(server={"port": port}, public_url=url, wechat={"attempt_timeout": 5})
-    status, out, err = await run(tmp_path / "wxgpt.toml", "check")
+    status, out, err = await run_command(tmp_path / "wxgpt.toml", "check")
     assert bad(out) == [] and err == "" and status == 1
     assert f"✓ port: {port}, wxgpt is serving on it" in out
     assert re.search(r"✓ database: .*test\.db, \d+\.\d MB, ", out)
@@ -525,7 +505,7 @@ async def test_settings_that_cannot_be_used_are_one_line(settings, tmp_path):
     path = tmp_path / "wxgpt.toml"
     path.write_text(toml(merged(settings, {"wechat": {"token": "?"}})), "utf-8")
     for word in ("check", "stats"):
-        status, out, err = await run(path, word)
+        status, out, err = await run_command(path, word)
         assert (status, out) == (2, "")
         assert re.fullmatch(r"wxgpt: .*wechat\.token.*\n", err)
 
@@ -544,7 +524,7 @@ async def test_a_closed_pipe_ends_it_quietly(stats, check, tmp_path, words):
         env=os.environ | {"PYTHONUNBUFFERED": ""},
     )
     os.close(pipe[1])
-    _, err = await process.communicate()
+    _, err = await within(60, f"end of {words}", process.communicate())
     assert (process.returncode, err) == (1, b"")
 
 
@@ -559,9 +539,10 @@ async def test_an_interrupted_start_ends_quietly(settings, tmp_path, words, mome
         *("--config", path),
         stderr=asyncio.subprocess.PIPE,
     )
-    await process.stderr.readuntil(f" {moment}\n".encode())
+    imported = process.stderr.readuntil(f" {moment}\n".encode())
+    await within(30, f"import of {moment}", imported)
     process.send_signal(signal.SIGINT)
-    err = (await asyncio.wait_for(process.communicate(), 30))[1].decode()
+    err = (await within(30, "end", process.communicate()))[1].decode()
     assert [line for line in err.splitlines() if "import time:" not in line] == []
     assert process.returncode == 128 + signal.SIGINT
 
@@ -675,11 +656,11 @@ async def test_marks_have_colour_on_a_terminal_only(check, tmp_path):
     process = await asyncio.create_subprocess_exec(*command, stdout=child, stderr=child)
     os.close(child)
     seen = bytearray()
+    assert await within(60, "end of check", process.wait()) == 0
     with contextlib.suppress(OSError):  # EIO: the terminal's other end is closed
-        while piece := await asyncio.to_thread(os.read, parent, 4096):
+        while piece := os.read(parent, 4096):
             seen += piece
     os.close(parent)
-    assert await process.wait() == 0
     assert "\033[32m✓\033[0m settings" in seen.decode()
 
 
@@ -724,7 +705,7 @@ def stats(database, tmp_path):
     """Run `stats`; gives its output."""
 
     async def start(*words):
-        status, out, err = await run(tmp_path / "wxgpt.toml", "stats", *words)
+        status, out, err = await run_command(tmp_path / "wxgpt.toml", "stats", *words)
         assert (status, err) == (0, "")
         return out
 
@@ -834,7 +815,7 @@ async def test_stats_work_while_the_server_runs(spawn, tmp_path):
     """What was asked a moment ago is counted."""
     server, _ = await spawn(wechat={"attempt_timeout": 5})
     await server.ask("/chatgpt 你好")
-    _, out, _ = await run(tmp_path / "wxgpt.toml", "stats", "--json")
+    _, out, _ = await run_command(tmp_path / "wxgpt.toml", "stats", "--json")
     total = json.loads(out)["total"]
     assert total["questions"] == 1 and total["delivered"] == ways(n1=1)
 
@@ -843,7 +824,7 @@ async def test_stats_without_a_database_are_one_line(settings, tmp_path):
     """It names the file, creates none, and ends with status 1."""
     path = tmp_path / "wxgpt.toml"
     path.write_text(toml(settings), "utf-8")
-    status, out, err = await run(path, "stats")
+    status, out, err = await run_command(path, "stats")
     assert (status, out) == (1, "")
     assert re.fullmatch(r"wxgpt: database .*test\.db: unable to open .*\n", err)
     assert [file.name for file in tmp_path.iterdir()] == ["wxgpt.toml"]

@@ -6,18 +6,16 @@ import re
 
 import pytest
 
-from conftest import ANN, BOB
+from conftest import ANN, BOB, with_session
 from fake_openai import Script
 
 KINDS = ["answer", "pending", "history", "expired", "missing", "missing history"]
 
 
 @pytest.fixture
-async def server(serve):
-    """wxgpt that lets no attempt time out, with an open session of Ann's."""
-    server = await serve(wechat={"mute_guard": 0})
-    await server.ask("/chatgpt")
-    return server
+def changes():
+    """The server lets no attempt time out."""
+    return {"wechat": {"mute_guard": 0}}
 
 
 @pytest.fixture
@@ -39,7 +37,7 @@ async def pages(server, addresses):
     """Return headers and text of a page of every kind."""
     pages = {}
     for kind, address in addresses.items():
-        async with server.http.get(server.at(address)) as response:
+        async with server.open(address) as response:
             pages[kind] = response.headers, await response.text()
     return pages
 
@@ -111,7 +109,7 @@ async def test_no_nonce_is_used_twice(server, addresses):
     """Two visits get two policies."""
     policies = set()
     for _ in range(2):
-        async with server.http.get(server.at(addresses["answer"])) as response:
+        async with server.open(addresses["answer"]) as response:
             policies.add(response.headers["Content-Security-Policy"])
     assert len(policies) == 2
 
@@ -136,8 +134,7 @@ async def test_an_unknown_link_is_404(server):
 
 async def test_an_expired_answer_is_410(serve, upstream):
     """The page says how to get a new link."""
-    server = await serve(history={"link_hours": 0.0001})
-    await server.ask("/chatgpt")
+    server = await with_session(serve, history={"link_hours": 0.0001})
     link = await link_to(server, upstream, "```\n码\n```")
     await asyncio.sleep(0.5)
     status, page = await server.get(link)
@@ -260,7 +257,7 @@ async def test_a_late_viewer_gets_what_was_written_so_far(server, upstream):
     """Then what follows as it is written, and `done` ends it."""
     gate = asyncio.Event()
     link = await link_to(server, upstream, Script(["前半句。", gate, "后半句。"]))
-    async with server.http.get(link + "/events") as response:
+    async with server.open(link + "/events") as response:
         assert response.content_type == "text/event-stream"
         assert response.headers["Cache-Control"] == "no-store"
         assert await next_event(response) == ("", "0:4", {"text": "前半句。"})
@@ -274,9 +271,7 @@ async def test_a_stream_resumes_where_it_was_broken(server, upstream):
     """Last-Event-ID says what the viewer has, in which writing."""
     gate = asyncio.Event()
     link = await link_to(server, upstream, Script(["一二三。", gate, "四五六。"]))
-    async with server.http.get(
-        link + "/events", headers={"Last-Event-ID": "0:2"}
-    ) as more:
+    async with server.open(link + "/events", headers={"Last-Event-ID": "0:2"}) as more:
         assert await next_event(more) == ("", "0:4", {"text": "三。"})
         gate.set()
         *rest, (name, _, _) = await events_of(more)
@@ -288,9 +283,7 @@ async def test_a_stream_resumes_where_it_was_broken(server, upstream):
 async def test_a_viewer_of_another_writing_starts_over(server, upstream, known):
     """What they have is not a beginning of this text: `reset`, then all of it."""
     link = await link_to(server, upstream, "一二三\n```\n四\n```")
-    async with server.http.get(
-        link + "/events", headers={"Last-Event-ID": known}
-    ) as all_:
+    async with server.open(link + "/events", headers={"Last-Event-ID": known}) as all_:
         first, second, done = await events_of(all_)
     assert first[0] == "reset"
     assert second[2] == {"text": "一二三\n```\n四\n```"} and done[0] == "done"
@@ -300,9 +293,7 @@ async def test_a_viewer_of_another_writing_starts_over(server, upstream, known):
 async def test_an_id_that_makes_no_sense_begins_at_the_start(server, upstream, known):
     """The text comes whole."""
     link = await link_to(server, upstream, "一二三\n```\n四\n```")
-    async with server.http.get(
-        link + "/events", headers={"Last-Event-ID": known}
-    ) as all_:
+    async with server.open(link + "/events", headers={"Last-Event-ID": known}) as all_:
         *events, done = await events_of(all_)
     assert events[-1][2] == {"text": "一二三\n```\n四\n```"} and done[0] == "done"
 
@@ -313,7 +304,7 @@ async def test_a_viewer_sees_an_answer_begin_anew(server, upstream):
     script = Script(["这里写了一半就", gate], ending="cut")
     link = await link_to(server, upstream, script)
     upstream.will("重新写完了。")
-    async with server.http.get(link + "/events") as response:
+    async with server.open(link + "/events") as response:
         assert (await next_event(response))[2] == {"text": "这里写了一半就"}
         gate.set()
         events = await events_of(response)
@@ -327,8 +318,8 @@ async def test_two_viewers_see_the_same(server, upstream):
     gate = asyncio.Event()
     link = await link_to(server, upstream, Script(["前半句。", gate, "后半句。"]))
     async with (
-        server.http.get(link + "/events") as early,
-        server.http.get(link + "/events", headers={"Last-Event-ID": "0:4"}) as late,
+        server.open(link + "/events") as early,
+        server.open(link + "/events", headers={"Last-Event-ID": "0:4"}) as late,
     ):
         assert (await next_event(early))[2] == {"text": "前半句。"}
         gate.set()
@@ -340,7 +331,7 @@ async def test_the_stream_of_a_failed_answer_ends(server, upstream):
     """The last event tells how it ended."""
     gate = asyncio.Event()
     link = await link_to(server, upstream, Script([gate], status=401))
-    async with server.http.get(link + "/events") as response:
+    async with server.open(link + "/events") as response:
         gate.set()
         *_, (name, _, data) = await events_of(response)
     assert (name, data["state"]) == ("done", "failed")
@@ -375,8 +366,7 @@ async def test_a_history_is_one_subscribers(server):
 
 async def test_a_long_history_is_read_in_pages(serve):
     """Fifty exchanges a page, the newest first, and a link to older ones."""
-    server = await serve()
-    await server.ask("/chatgpt")
+    server = await with_session(serve)
     for number in range(51):
         await server.ask(f"问题{number:03}")
     [(_, link)] = (await server.ask("/history")).links
@@ -392,8 +382,7 @@ async def test_a_long_history_is_read_in_pages(serve):
 
 async def test_a_history_of_one_full_page_has_no_older_ones(serve):
     """A link never leads to an empty page."""
-    server = await serve()
-    await server.ask("/chatgpt")
+    server = await with_session(serve)
     for number in range(50):
         await server.ask(f"问题{number:03}")
     _, page = await server.get((await server.ask("/history")).links[0][1])
@@ -405,7 +394,7 @@ async def test_a_made_up_page_number_does_no_harm(server, before):
     """It shows the newest exchanges, or none."""
     await server.ask("安的问题")
     [(_, link)] = (await server.ask("/history")).links
-    async with server.http.get(server.at(link), params={"before": before}) as response:
+    async with server.open(link, params={"before": before}) as response:
         assert response.status == 200 and ANN not in await response.text()
 
 

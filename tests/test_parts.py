@@ -2,21 +2,9 @@
 
 import asyncio
 
-import pytest
-
-from conftest import ANN, BOB, UNIT
+from conftest import ANN, BOB, LONG, SENTENCE, UNIT, with_session
 from fake_openai import Script, fails, says
-
-SENTENCE = "春天来了，花都开了，鸟也叫了，人们走出门去看风景。"
-LONG = "".join(f"第{n}句：{SENTENCE}\n\n" for n in range(60))  # some four parts
-
-
-@pytest.fixture
-async def server(serve):
-    """wxgpt with an open session of Ann's."""
-    server = await serve()
-    await server.ask("/chatgpt")
-    return server
+from waiting import within
 
 
 def words(seen):
@@ -174,7 +162,7 @@ async def test_an_unread_answer_is_named_once(server, upstream):
     upstream.will(Script([gate, "四十二。"]))
     await server.ask("宇宙的答案")
     gate.set()
-    await upstream.requests[0].over.wait()
+    await upstream.requests[0].wait_over()
     seen = await server.ask("第二个问题")
     assert seen.text.endswith("「宇宙的答案」有结果了：继续1")
     assert "宇宙" not in (await server.ask("第三个问题")).text
@@ -187,7 +175,7 @@ async def test_an_answer_read_on_its_page_is_not_named(server, upstream):
     upstream.will(Script([gate, "四十二。"]))
     seen = await server.ask("宇宙的答案")
     gate.set()
-    async with server.http.get(server.at(seen.links[0][1]) + "/events") as events:
+    async with server.open(seen.links[0][1] + "/events") as events:
         await events.text()
     await server.get(seen.links[0][1])
     assert "宇宙" not in (await server.ask("第二个问题")).text
@@ -258,8 +246,7 @@ async def test_a_queued_question_is_not_asked_after_stop(server, upstream):
 
 async def test_a_session_with_a_queued_question_does_not_run_out(serve, upstream):
     """Queued for longer than ttl, it is asked in its session all the same."""
-    server = await serve(session={"ttl": 1})
-    await server.ask("/chatgpt")
+    server = await with_session(serve, session={"ttl": 1})
     gate = asyncio.Event()
     upstream.will(Script([gate, "第一个好了。"]))
     await server.ask("第一个")
@@ -272,8 +259,7 @@ async def test_a_session_with_a_queued_question_does_not_run_out(serve, upstream
 
 async def test_with_no_guard_left_the_first_attempt_is_answered(serve, upstream):
     """mute_guard = 0: no attempt is left to time out."""
-    server = await serve(wechat={"mute_guard": 0})
-    await server.ask("/chatgpt")
+    server = await with_session(serve, wechat={"mute_guard": 0})
     gate = asyncio.Event()
     upstream.will(Script([gate, "好。"]))
     assert (await server.ask("慢问题")).attempt == 1
@@ -282,8 +268,7 @@ async def test_with_no_guard_left_the_first_attempt_is_answered(serve, upstream)
 
 async def test_the_guard_counts_over_the_whole_account(serve, upstream):
     """What Ann's waits used up, Bob's cannot."""
-    server = await serve(wechat={"mute_guard": 2})
-    await server.ask("/chatgpt")
+    server = await with_session(serve, wechat={"mute_guard": 2})
     await server.ask("/chatgpt", BOB)
     gate = asyncio.Event()
     upstream.will(Script([gate, "好。"]), Script([gate, "好。"]))
@@ -328,17 +313,16 @@ async def test_forget_in_mid_answer_ends_the_call(server, upstream):
     await server.ask("慢问题")
     await server.ask("/forget")
     await server.ask("确认删除")
-    await asyncio.wait_for(upstream.requests[0].over.wait(), 10)
+    await upstream.requests[0].wait_over()
     assert upstream.requests[0].outcome == "cut by client"
 
 
 async def test_continue_after_patience_brings_the_failure(serve, upstream):
     """An answer that failed after the word of patience is told by 继续, without a call."""
-    server = await serve(assistants={"chatgpt": {"timeout": UNIT * 4}})
-    await server.ask("/chatgpt")
+    server = await with_session(serve, assistants={"chatgpt": {"timeout": UNIT * 4}})
     upstream.will(Script([asyncio.Event()]))
     assert (await server.ask("慢问题")).text.startswith("还在想")
-    await asyncio.wait_for(upstream.requests[0].over.wait(), 20)
+    await upstream.requests[0].wait_over()
     assert (await server.ask("继续")).text.startswith("模型太久没有回应。")
     assert len(upstream.requests) == 1
 
@@ -362,7 +346,7 @@ async def test_two_taps_at_once_offer_the_same_next_part(server, upstream):
     first = await server.ask("写长文")
     taps = [asyncio.create_task(server.wechat.tap(ANN, first.taps[0])) for _ in "二次"]
     gate.set()
-    one, other = await asyncio.gather(*taps)
+    one, other = await within(30, "answers to both", asyncio.gather(*taps))
     assert one.taps == other.taps and words(one) == words(other)
 
 

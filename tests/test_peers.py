@@ -12,11 +12,12 @@ import re
 
 import pytest
 
-from conftest import ANN, BOB, free_port
+from conftest import ANN, BOB, free_port, run_command
 from peers import KEY, Wiretap, litellm_proxy, small_model
-from test_owner import bad, run
+from test_owner import bad
 from test_pages import events_of
 from test_upstream import BUSY, LABEL, LONG, SETUP
+from waiting import within
 
 pytestmark = pytest.mark.peers
 
@@ -147,7 +148,7 @@ async def test_an_answer_comes_through_the_gateway(talk, gateway, database):
     assert asked["model"] == "chatgpt" and asked["stream"] is True
     assert await stored_turns(process, database, 1) == [(PLAIN, "done")]
     [tokens] = database("SELECT tokens_in, tokens_out FROM turn")
-    _, told, _ = await run(process.path, "stats", "--json")
+    _, told, _ = await run_command(process.path, "stats", "--json")
     total = json.loads(told)["total"]
     assert (total["tokens_in"], total["tokens_out"]) == tokens and min(tokens) > 0
 
@@ -203,7 +204,7 @@ async def read_on(server, seen):
 async def test_check_judges_every_model_of_the_gateway(talk):
     """Those that answer are good, after seconds; of the others each has its line."""
     _, process = talk
-    status, out, err = await run(process.path, "check")
+    status, out, err = await run_command(process.path, "check")
     good = re.findall(r"✓ assistant (\w+): \w+, first word after [\d.]+ s\n", out)
     assert good == ["chatgpt", "essay", "window"] and "✓ clock" in out
     assert re.findall(r"✗ assistant (\w+):", out) == [*FAILURES]
@@ -250,7 +251,7 @@ async def test_a_story_is_seen_on_its_page_as_it_is_written(meet, model, databas
     """The page's events are the answer, piece by piece, and end with its state."""
     server, process = await meet(0.3, chatgpt=LENGTHY)
     [(_, link)] = (await server.ask(f"/chatgpt {STORY}")).links
-    async with server.http.get(f"{link}/events") as response:
+    async with server.open(f"{link}/events") as response:
         *pieces, (name, _, end) = await events_of(response)
     [(answer, state)] = await stored_turns(process, database, 1)
     assert name == "done" and end == {"state": state} and state in ("done", "cut")
@@ -278,7 +279,7 @@ async def test_no_half_of_an_answer_passes_for_the_whole(meet, database, at_once
     """The server breaks an answer off for the next question, unless that waits."""
     server, process = await meet(ATTEMPT, limits={"at_once": at_once}, chatgpt=EXACT)
     asking = [server.ask(f"/chatgpt {STORY}", who) for who in (ANN, BOB)]
-    seen = await asyncio.gather(*asking)
+    seen = await within(100, "answers to both", asyncio.gather(*asking))
     assert all("接着说" in one.text and letters(one.text) for one in seen)
     turns = await stored_turns(process, database, 2)
     assert [state for _, state in turns] == ["cut", "cut"]
@@ -287,7 +288,7 @@ async def test_no_half_of_an_answer_passes_for_the_whole(meet, database, at_once
 async def test_check_asks_the_model(meet, model):
     """It says after how many seconds the first word came."""
     _, process = await meet(ATTEMPT, chatgpt=BRIEF)
-    _, out, err = await run(process.path, "check")
+    _, out, err = await run_command(process.path, "check")
     assert re.search(r"✓ assistant chatgpt: smollm2, first word after [\d.]+ s\n", out)
     assert "✓ verification with a right" in out and "✓ live pages" in out
     assert bad(out) == [] and err == "" and len(model.requests) == 1

@@ -8,11 +8,12 @@ import base64
 import logging
 
 import pytest
-from aiohttp import web
+from aiohttp import ClientSession, web
 
 import wxgpt
-from conftest import ANN, BOB, UNIT
+from conftest import ANN, BOB, UNIT, with_session
 from fake_openai import Script, fails, says
+from waiting import within
 from wechat import FAULT
 
 MAGIC = {
@@ -45,7 +46,8 @@ class PictureHost:
     async def arrivals(self, count):
         """Wait until so many requests have come."""
         async with self.news:
-            await self.news.wait_for(lambda: len(self.fetched) >= count)
+            come = self.news.wait_for(lambda: len(self.fetched) >= count)
+            await within(30, f"{count} requests for pictures", come)
 
     async def answer(self, request):
         """Answer one request."""
@@ -63,7 +65,7 @@ class PictureHost:
     async def body_of(self, path):
         """Return the response that a path stands for."""
         if path.startswith("held"):
-            await self.gate.wait()
+            await within(60, "opening of the gate", self.gate.wait())
         if path.startswith("moved"):
             return web.Response(status=302, headers={"Location": self.elsewhere})
         if self.is_gone or path == "missing":
@@ -90,11 +92,9 @@ HOSTS = {"picture_hosts": ["127.0.0.1", "localhost"]}
 
 
 @pytest.fixture
-async def server(serve):
-    """wxgpt that may fetch from loopback, with an open session of Ann's."""
-    server = await serve(wechat=HOSTS)
-    await server.ask("/chatgpt")
-    return server
+def changes():
+    """The server may fetch from loopback."""
+    return {"wechat": HOSTS}
 
 
 async def send(server, url, openid=ANN):
@@ -241,7 +241,7 @@ async def test_three_pictures_are_fetched_at_one_time(server, upstream, host):
     await host.arrivals(3)
     await server.get(server.url + "/healthz")
     host.gate.set()
-    await asyncio.gather(*asking)
+    await within(30, "answers to both", asyncio.gather(*asking))
     assert host.most == 3 and len(host.fetched) == 8
     assert [len(pictures_of(asked)) for asked in upstream.requests] == [4, 4]
 
@@ -277,8 +277,7 @@ async def test_the_same_words_about_another_picture_are_a_new_question(
 
 async def test_a_refused_question_leaves_the_picture_waiting(serve, upstream, host):
     """Too long a question costs neither a call nor the picture."""
-    server = await serve(wechat=HOSTS, limits={"question_chars": 5})
-    await server.ask("/chatgpt")
+    server = await with_session(serve, wechat=HOSTS, limits={"question_chars": 5})
     await send(server, host.url("png"))
     assert (await server.ask("一二三四五六")).text.startswith("问题太长了")
     await server.ask("一二三四五")
@@ -288,8 +287,7 @@ async def test_a_refused_question_leaves_the_picture_waiting(serve, upstream, ho
 async def test_a_picture_may_be_sent_to_any_assistant(serve, settings, upstream, host):
     """What waits goes with the next question, whoever is asked."""
     other = settings["assistants"]["chatgpt"] | {"model": "bean"}
-    server = await serve(wechat=HOSTS, assistants={"豆包": other})
-    await server.ask("/chatgpt")
+    server = await with_session(serve, wechat=HOSTS, assistants={"豆包": other})
     await send(server, host.url("png"))
     await server.ask("/豆包 这是什么？")
     assert upstream.requests[0].body["model"] == "bean"
@@ -332,6 +330,26 @@ BODIES = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
+async def test_what_is_no_picture_of_an_allowed_host_is_not_fetched(host, name):
+    """An error without the URL, and nothing was asked for that is not allowed."""
+    host.bodies |= BODIES
+    host.elsewhere = host.url("png")
+    url, words = REFUSED[name]
+    async with ClientSession() as http:
+        pictures = wxgpt.Pictures(tuple(HOSTS["picture_hosts"]), http)
+        with pytest.raises(wxgpt.ChatError) as failed:
+            await pictures.fetch(url.format(port=host.port))
+    line = str(failed.value)
+    assert (
+        failed.value.kind == "picture" and words in line and "png" not in host.fetched
+    )
+    assert "/png" not in line and str(host.port) not in line
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["file", "a closed port", "one byte too many", "a redirect to 127.0.0.1", "HTML"],
+)
 async def test_what_is_no_picture_of_an_allowed_host_is_politely_refused(
     server, upstream, host, stored, database, caplog, name
 ):
@@ -427,8 +445,7 @@ async def test_a_retry_brings_the_picture_again(server, upstream, host, stored):
 
 async def test_a_retry_of_the_longest_question_is_not_too_long(serve, upstream, host):
     """Our mark before the words does not count among their characters."""
-    server = await serve(wechat=HOSTS, limits={"question_chars": 5})
-    await server.ask("/chatgpt")
+    server = await with_session(serve, wechat=HOSTS, limits={"question_chars": 5})
     host.is_gone = True
     await send(server, host.url("png"))
     assert (await server.ask("一二三四五")).text == NOT_FETCHED
@@ -462,10 +479,9 @@ async def test_an_answer_that_was_stopped_keeps_no_picture(
 ):
     """What will not be asked again needs no URL any more."""
     (tmp_path / "words.txt").write_text("坏词", "utf-8")
-    server = await serve(
-        wechat=HOSTS, limits={"blocked_words": str(tmp_path / "words.txt")}
+    server = await with_session(
+        serve, wechat=HOSTS, limits={"blocked_words": str(tmp_path / "words.txt")}
     )
-    await server.ask("/chatgpt")
     await send(server, host.url("secretname"))
     upstream.will(says("图上有坏词。"))
     await server.ask("这是什么？")

@@ -15,6 +15,7 @@ import pytest
 from conftest import ANN, PATIENT, PORT, UNIT, platform
 from fake_openai import Script, says
 from recipes import BLOCKS, commands
+from waiting import within
 
 CHECK = next(line.text for line in commands("docs/deploy.md") if " check " in line.text)
 
@@ -68,7 +69,7 @@ async def ask_until(server, task):
     while not task.done():
         asked.append(asyncio.create_task(server.ask("/help", f"o{len(asked):027}")))
         await asyncio.wait([task], timeout=0.01)
-    return await asyncio.gather(*asked)
+    return await within(100, "answers to all", asyncio.gather(*asked))
 
 
 async def test_a_push_is_served(serve_behind):
@@ -96,7 +97,7 @@ async def test_events_come_as_they_are_written(serve_behind, upstream):
     gates = [asyncio.Event(), asyncio.Event()]
     upstream.will(Script(["一", gates[0], "二", gates[1], "三"]))
     link = (await server.ask("数到三")).links[0][1]
-    async with asyncio.timeout(30), server.http.get(link + "/events") as response:
+    async with server.open(link + "/events") as response:
         assert '{"text": "一"}' in await next_event(response)
         gates[0].set()
         assert '{"text": "二"}' in await next_event(response)
@@ -152,7 +153,7 @@ async def test_no_log_has_what_opens_a_page(serve_behind, upstream, proxy, conta
     await server.ask("/chatgpt")
     upstream.will(Script(["一", asyncio.Event()]))
     link = (await server.ask("数到三")).links[0][1]
-    async with server.http.get(link + "/events") as live:
+    async with server.open(link + "/events") as live:
         await served.signal("KILL")
         with contextlib.suppress(aiohttp.ClientError):  # Caddy ends it in order
             await live.read()

@@ -12,6 +12,7 @@ import time
 import pytest
 
 import wxgpt
+from waiting import within
 
 ANN = "oAnn7Zt1BvK9mHdLr3PwYc8SgNf2"
 GROWING = ("session", "turn", "reply", "part", "quota")
@@ -134,7 +135,8 @@ async def test_a_statement_that_fails_costs_those_beside_it_nothing(store):
         for who, at in ((ANN, NOW), ("nobody", None), ("oBob", NOW))
     ]
     await busy
-    one, failed, two = await asyncio.gather(*others, return_exceptions=True)
+    ended = asyncio.gather(*others, return_exceptions=True)
+    one, failed, two = await within(10, "end of three jobs", ended)
     assert (one, two) == ([[]], [[]]) and isinstance(failed, sqlite3.IntegrityError)
     assert (
         await store.forget_asked_at(ANN) == await store.forget_asked_at("oBob") == NOW

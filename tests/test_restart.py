@@ -5,9 +5,8 @@ import signal
 
 import pytest
 
-from conftest import ANN, UNIT
+from conftest import ANN, LONG, UNIT
 from fake_openai import Script, says
-from test_parts import LONG
 
 
 async def crash(process):
@@ -106,7 +105,7 @@ async def test_a_live_page_of_another_writing_is_reset(spawn, upstream):
     await crash(process)
     headers = {"Last-Event-ID": "0:5"}
     url = server.at(seen.links[0][1]) + "/events"
-    async with server.http.get(url, headers=headers) as events:
+    async with server.open(url, headers=headers) as events:
         text = await events.text()
     assert (
         text.index("event: reset")

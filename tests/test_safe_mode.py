@@ -8,7 +8,7 @@ import base64
 import contextlib
 import logging
 import os
-import sqlite3
+import re
 import subprocess
 import sys
 import time
@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from xml.etree import ElementTree
 
 import pytest
-import wechatpy
-import werobot.crypto
+import wechatpy  # type: ignore[import-untyped]
+import werobot.crypto  # type: ignore[import-untyped]
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from wechatpy.crypto import WeChatCrypto
+from wechatpy.crypto import WeChatCrypto  # type: ignore[import-untyped]
 
 import wxgpt
-from conftest import ANN, ROOT, TOKEN, merged, platform, toml
+from conftest import ANN, LONG, ROOT, TOKEN, merged, platform, toml, with_session
 from fake_openai import Script, says
 from wechat import ACCOUNT, Crypt, WeChat, parse_xml, render_xml, sign
 
@@ -32,7 +32,6 @@ SAFE = {
 }
 KEYS = (TOKEN, SAFE["aes_key"], SAFE["app_id"])  # in the order of the SDKs
 OTHER_KEY = "mNnY5GekpChwqhy2c4NBH90g3hND6GeI4gii2YCvKLY"
-LONG = "".join(f"第{n}句：春天来了，花都开了，鸟也叫了。\n\n" for n in range(60))
 
 
 @dataclass(frozen=True)
@@ -238,7 +237,7 @@ async def test_a_whole_conversation_is_held_in_safe_mode(server, upstream):
     upstream.will(says(LONG))
     seen = await server.ask("写长文")
     assert seen.body.startswith(b"<xml><Encrypt>") and seen.taps
-    assert "第40句" in (await server.wechat.tap(ANN, seen.taps[0])).text
+    assert "第30句" in (await server.wechat.tap(ANN, seen.taps[0])).text
     assert (await server.ask("/stop")).text.startswith("对话结束了")
 
 
@@ -266,23 +265,23 @@ async def test_a_plain_push_is_refused(server, stored):
     assert (response.status, response.body, stored()) == (403, b"", before)
 
 
-@pytest.mark.parametrize(
-    "query",
-    [
-        {"msg_signature": "0" * 40},
-        {"msg_signature": None},
-        {"msg_signature": ""},
-        {"msg_signature": "签名"},
-        {"msg_signature": None, "encrypt_type": None},
-        {"timestamp": None},
-    ],
-    ids=str,
-)
-async def test_a_push_with_a_wrong_msg_signature_is_refused(server, stored, query):
+NOT_SIGNED = [
+    {"msg_signature": "0" * 40},
+    {"msg_signature": None},
+    {"msg_signature": ""},
+    {"msg_signature": "签名"},
+    {"msg_signature": None, "encrypt_type": None},
+    {"timestamp": None},
+]
+
+
+async def test_a_push_with_a_wrong_msg_signature_is_refused(server, stored):
     """The right `signature` beside it does not help; nothing is stored."""
-    before = stored()
-    response = await server.wechat.post(server.wechat.text(ANN, "/chatgpt"), **query)
-    assert (response.status, response.body, stored()) == (403, b"", before)
+    before, push = stored(), server.wechat.text(ANN, "/chatgpt")
+    for query in NOT_SIGNED:
+        response = await server.wechat.post(push, **query)
+        assert (query, response.status, response.body) == (query, 403, b"")
+        assert stored() == before
 
 
 async def test_a_right_signature_of_another_text_is_refused(server, stored):
@@ -294,8 +293,8 @@ async def test_a_right_signature_of_another_text_is_refused(server, stored):
     assert (response.status, stored()) == (403, before)
 
 
-PUSH = render_xml({"ToUserName": ACCOUNT, "FromUserName": ANN, "CreateTime": 1, "MsgId": 7}
-                  | {"MsgType": "text", "Content": "/chatgpt"})  # fmt: skip
+PUSH = render_xml({"ToUserName": ACCOUNT, "FromUserName": ANN, "CreateTime": 1, "MsgId": 7,
+                   "MsgType": "text", "Content": "/chatgpt"})  # fmt: skip
 SEALED = Crypt(TOKEN, **SAFE).encrypt(PUSH)
 LIES = b"A" * 16 + b"\xff\xff\xff\xff" + b"B" * 11  # a length far beyond the end
 UNREADABLE = {
@@ -319,6 +318,15 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
+def test_what_cannot_be_opened_says_why(name):
+    """In one kind of error, without the key and without what may be inside."""
+    encrypted, words = UNREADABLE[name]
+    with pytest.raises(wxgpt.BadMessage, match=re.escape(words)) as bad:
+        wxgpt.parse_message(wxgpt.Cipher(TOKEN, **SAFE).open(encrypted))
+    assert SAFE["aes_key"] not in str(bad.value) and "chatgpt" not in str(bad.value)
+
+
+@pytest.mark.parametrize("name", ["cut in mid-block", "another AppID", "no XML"])
 async def test_what_cannot_be_opened_ends_with_success_and_a_line(
     server, stored, caplog, name
 ):
@@ -422,14 +430,13 @@ async def test_a_push_in_the_clear_is_told_in_the_log(serve, caplog):
 
 
 @pytest.mark.parametrize("mode", [{}, SAFE], ids=["plain", "safe"])
-async def test_the_newest_timestamp_survives_a_kill(spawn, settings, mode):
+async def test_the_newest_timestamp_survives_a_kill(spawn, database, mode):
     """It is in the database, and the next process still refuses what is stale by it."""
     served, process = await spawn(wechat=mode)
     async with platform(served.port, **mode) as server:
         await server.ask("/help")
         await process.kill()
-        with contextlib.closing(sqlite3.connect(settings["database"]["path"])) as db:
-            [(newest,)] = db.execute("SELECT newest_push FROM platform")
+        [(newest,)] = database("SELECT newest_push FROM platform")
         assert abs(newest - time.time()) < 60
         await process.start()
         push = server.wechat.text(ANN, "/chatgpt")
@@ -455,7 +462,9 @@ async def test_a_real_push_of_the_vectors_is_answered(open_safe, name):
     query = {"timestamp": timestamp, "nonce": nonce, "encrypt_type": "aes"}
     query["msg_signature"] = vector.msg_signature
     body = render_xml({"ToUserName": "gh_1", "Encrypt": vector.encrypted})
-    async with server.http.post(server.wechat.url, params=query, data=body) as response:
+    async with server.open(
+        server.wechat.url, "POST", params=query, data=body
+    ) as response:
         envelope = parse_xml(await response.read())
     reply = parse_xml(Crypt(vector.token, **keys).open(envelope))
     assert reply["Content"] == "在的"
@@ -547,8 +556,7 @@ def test_wechatpy_opens_what_wxgpt_seals_of_any_length():
 
 async def test_wechatpy_reads_plain_replies(serve, upstream):
     """A plain reply is a text message to an SDK, with its links and label."""
-    server = await serve()
-    await server.ask("/chatgpt")
+    server = await with_session(serve)
     upstream.will(says("三点半。]]> & <b>"))
     response = await server.wechat.post(server.wechat.text(ANN, "几点了？"))
     reply = wechatpy.parse_message(response.body)
@@ -570,18 +578,27 @@ async def test_wechatpy_reads_plain_replies(serve, upstream):
         ({"aes_key": "A" * 43}, "found 'only aes_key'"),
     ],
 )
-def test_half_a_safe_mode_ends_the_start_with_one_line(
-    tmp_path, settings, wechat, words
-):
-    """The line names the setting and what is accepted, never the key; exit 2."""
+def test_half_a_safe_mode_is_refused_in_one_line(tmp_path, settings, wechat, words):
+    """The line names the setting and what is accepted, never the key."""
     path = tmp_path / "wxgpt.toml"
     path.write_text(toml(merged(settings, {"wechat": wechat})), "utf-8")
+    with pytest.raises(wxgpt.ConfigError) as refused:
+        wxgpt.load_config(path)
+    line = str(refused.value)
+    assert "wechat.aes_key" in line and words in line
+    assert len(line.splitlines()) == 1 and "A" * 40 not in line
+
+
+def test_half_a_safe_mode_ends_the_start_with_one_line(tmp_path, settings):
+    """Exit 2, and no database."""
+    path = tmp_path / "wxgpt.toml"
+    path.write_text(toml(merged(settings, {"wechat": {"aes_key": "A" * 42}})), "utf-8")
     command = [sys.executable, str(ROOT / "wxgpt.py"), "--config", str(path)]
     environ = os.environ | {"PYTHONUTF8": "1"}
     ended = subprocess.run(
         command, capture_output=True, text=True, env=environ, timeout=60
     )
     assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
-    assert "wechat.aes_key" in ended.stderr and words in ended.stderr
+    assert "wechat.aes_key" in ended.stderr
     assert "A" * 40 not in ended.stderr
     assert not (tmp_path / "test.db").exists()

@@ -13,6 +13,7 @@ import pytest
 
 from conftest import ANN, TOKEN
 from fake_openai import Script, says
+from waiting import within
 from wechat import sign
 
 MANY = 200
@@ -45,6 +46,11 @@ async def ask_all(server, upstream, script: Script):
     return pushes, waiting
 
 
+async def all_of(tasks) -> list:
+    """Return what all tasks bring."""
+    return await within(LONG_ATTEMPT + 20, "end of them all", asyncio.gather(*tasks))
+
+
 async def stop(process) -> float:
     """End the process by SIGTERM, which succeeds; return the seconds it took."""
     began = time.monotonic()
@@ -61,9 +67,9 @@ async def test_two_hundred_waiting_questions_are_answered_by_the_next_process(
         server, upstream, Script(["开了个头。", asyncio.Event()])
     )
     assert await stop(process) < TEN_SECONDS
-    assert await asyncio.gather(*waiting) == [None] * MANY
+    assert await all_of(waiting) == [None] * MANY
     await process.start()
-    seen = await asyncio.gather(*map(server.wechat.attempt, pushes))
+    seen = await all_of(map(server.wechat.attempt, pushes))
     assert all(one.text.startswith("你好！关于「第") for one in seen)
     assert len(upstream.requests) == 2 * MANY
 
@@ -76,7 +82,7 @@ async def test_what_is_ready_in_time_goes_out_by_two_hundred_replies(busy, upstr
     stopping = asyncio.create_task(stop(process))
     await process.says("stopping")
     gate.set()
-    seen = await asyncio.gather(*waiting)
+    seen = await all_of(waiting)
     assert all(one.text.startswith("赶上了。") for one in seen)
     assert await stopping < TEN_SECONDS
 
@@ -100,13 +106,12 @@ async def test_two_hundred_live_pages_end(busy, upstream):
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
         urls = [f"{server.url}/a/{key}/events" for key in keys]
         pages = [asyncio.create_task(read_page(http, url, opened)) for url in urls]
-        for _ in pages:
-            await opened.acquire()
+        await all_of(opened.acquire() for _ in pages)
         assert await stop(process) < TEN_SECONDS
-        texts = await asyncio.gather(*pages)  # a line that is cut would raise
+        texts = await all_of(pages)  # a line that is cut would raise
     assert len(texts) == MANY and all("写了这些。" in text for text in texts)
     assert not any("event: done" in text for text in texts)
-    await asyncio.gather(*waiting)
+    await all_of(waiting)
 
 
 async def links(process) -> list[str]:
@@ -125,13 +130,12 @@ async def test_waiting_requests_and_live_pages_together(busy, upstream):
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
         urls = [f"{server.url}/a/{key}/events" for key in keys]
         pages = [asyncio.create_task(read_page(http, url, opened)) for url in urls]
-        for _ in pages:
-            await opened.acquire()
+        await all_of(opened.acquire() for _ in pages)
         assert await stop(process) < TEN_SECONDS
-        assert all("一半。" in text for text in await asyncio.gather(*pages))
-    assert await asyncio.gather(*waiting) == [None] * MANY
+        assert all("一半。" in text for text in await all_of(pages))
+    assert await all_of(waiting) == [None] * MANY
     await process.start()
-    seen = await asyncio.gather(*map(server.wechat.attempt, pushes))
+    seen = await all_of(map(server.wechat.attempt, pushes))
     assert all(one.text.startswith("你好！") for one in seen)
 
 
@@ -144,7 +148,7 @@ async def test_two_hundred_last_chances_get_what_there_is(spawn, upstream):
         server, upstream, Script(["到这里为止。", asyncio.Event()])
     )
     assert await stop(process) < TEN_SECONDS
-    seen = await asyncio.gather(*waiting)
+    seen = await all_of(waiting)
     assert all(one.text.startswith("到这里为止。") for one in seen)
 
 
@@ -161,8 +165,7 @@ async def test_a_wait_that_ends_with_the_shutdown_is_answered(serve, upstream):
     [at] = {wait.when() for wait in answers.waits}
     shutting = loop.create_future()
     loop.call_at(at, lambda: shutting.set_result(answers.shut(at)))
-    async with asyncio.timeout(30):
-        await shutting
+    await within(30, "moment of the shutdown", shutting)
     assert (await waiting).text.startswith("到这里为止。")
 
 
@@ -181,17 +184,33 @@ async def test_a_second_sigterm_ends_at_once(busy, upstream):
     assert (await server.wechat.attempt(push)).text.startswith("下一个答的。")
 
 
-async def test_who_was_let_in_before_sigterm_is_answered(busy):
-    """A proxy would make a failure of a connection that ends before its request."""
-    server, process = busy
-    await server.ask("/help")
+async def ask_a_stopping_server(server, process) -> bool:
+    """Send a request once it says that it stops; say whether it was answered."""
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    since = len(process.log)
     stopping = asyncio.create_task(stop(process))
-    await process.says("stopping")
+    await process.says("stopping", since)
     writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
-    await reader.readuntil(b'{"status": "ok"}')
-    assert await stopping < TEN_SECONDS
-    writer.close()
+    with contextlib.suppress(ConnectionResetError, asyncio.IncompleteReadError):
+        await within(20, "answer", reader.readuntil(b'{"status": "ok"}'))
+        return await stopping < TEN_SECONDS
+    await stopping
+    return False
+
+
+async def test_who_was_let_in_before_sigterm_is_answered(busy):
+    """A proxy would make a failure of a connection that ends before its request.
+
+    The server listens for a quarter of a second, which a busy machine may miss: one of
+    five tries has to be in time.
+    """
+    server, process = busy
+    for _ in range(5):
+        await server.ask("/help")
+        if await ask_a_stopping_server(server, process):
+            return
+        await process.start()
+    raise AssertionError("none of five requests was answered")
 
 
 async def connect(server):
@@ -203,7 +222,7 @@ async def connect(server):
 async def greet(reader, writer):
     """Make one request on a connection, and give it back."""
     writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
-    await reader.readuntil(b'{"status": "ok"}')
+    await within(20, "answer", reader.readuntil(b'{"status": "ok"}'))
     return reader, writer
 
 
@@ -212,10 +231,9 @@ async def test_hundreds_wait_at_the_socket(busy):
     server, process = busy
     process.process.send_signal(signal.SIGSTOP)
     made = [asyncio.open_connection("127.0.0.1", server.port) for _ in range(2 * MANY)]
-    async with asyncio.timeout(20):
-        lines = await asyncio.gather(*made)
+    lines = await within(20, "hundreds of connections", asyncio.gather(*made))
     process.process.send_signal(signal.SIGCONT)
-    for _, writer in await asyncio.gather(*(greet(*line) for line in lines)):
+    for _, writer in await all_of(greet(*line) for line in lines):
         writer.close()
 
 
@@ -224,7 +242,7 @@ async def test_kept_alive_connections_are_closed(busy):
     server, process = busy
     idle = [await connect(server) for _ in range(20)]
     stopping = asyncio.create_task(stop(process))
-    assert [await reader.read() for reader, _ in idle] == [b""] * 20
+    assert await all_of(reader.read() for reader, _ in idle) == [b""] * 20
     assert await stopping < TEN_SECONDS
     for _, writer in idle:
         writer.close()
@@ -239,7 +257,7 @@ async def test_kept_alive_connections_are_closed_while_answers_run(busy, upstrea
     await upstream.arrival("慢")
     reader, writer = await connect(server)
     stopping = asyncio.create_task(stop(process))
-    assert await reader.read() == b""
+    assert await within(20, "end of the connection", reader.read()) == b""
     assert not asking.done()  # the answer still has its four seconds
     with pytest.raises(ConnectionRefusedError):
         await asyncio.open_connection("127.0.0.1", server.port)
@@ -250,6 +268,7 @@ async def test_kept_alive_connections_are_closed_while_answers_run(busy, upstrea
 def stall(server, head: bytes) -> socket.socket:
     """Send what begins a request, and never read the answer."""
     line = socket.socket()
+    line.settimeout(30)
     line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
     line.connect(("127.0.0.1", server.port))
     line.sendall(head + b" HTTP/1.1\r\nHost: x\r\n")
@@ -298,7 +317,7 @@ async def test_a_long_page_that_nobody_reads_does_not_hold_it_up(busy):
         db.commit()
     line = stall(server, f"GET {urlsplit(link).path}".encode())
     line.sendall(b"\r\n")
-    await asyncio.to_thread(line.recv, 1)
+    await within(30, "first byte", asyncio.to_thread(line.recv, 1))
     assert await stop(process) < TEN_SECONDS
     line.close()
 
@@ -307,7 +326,7 @@ async def first_text(server, process, upstream, question: str) -> str:
     """Wait until the only answer has text; return its key."""
     await upstream.arrival(question)
     [key] = await links(process)
-    async with server.http.get(f"{server.url}/a/{key}/events") as events:
+    async with server.open(f"{server.url}/a/{key}/events") as events:
         await events.content.readline()
     return key
 

@@ -5,18 +5,23 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import openai
 import pytest
 from aiohttp import web
+from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
 
+from conftest import serving
 from fake_openai import FakeOpenAI, Script, Thought, fails, says
+from waiting import within
 from wechat import (
     FAULT,
     BadReply,
     Crypt,
     Push,
     Seen,
+    Value,
     WeChat,
     parse_tap,
     parse_xml,
@@ -27,26 +32,17 @@ ANNA = "oQx7Zt1BvK9mHdLr3PwYc8SgNf20"
 TOKEN = "a-token"
 AES = {"app_id": "wx5823bf96d3bd56c7", "aes_key": "abcdefghij" * 4 + "ABC"}
 CJK = "你好，世界！👩‍🚀 C++ & 50%\n第二行 🀄"
-QUESTION = [{"role": "user", "content": "天气怎么样？"}]
+QUESTION: list[ChatCompletionMessageParam] = [
+    {"role": "user", "content": "天气怎么样？"}
+]
+ONCE: dict[str, Any] = {"max_retries": 0, "timeout": 30}  # the SDK has ten minutes
 SECOND = 0.25  # one attempt of the platform where an attempt has to run out
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @contextlib.asynccontextmanager
-async def serving(handler: Handler) -> AsyncIterator[str]:
-    """Serve one handler on a loopback port; yield its URL."""
-    app = web.Application()
-    app.router.add_route("*", "/wechat", handler)
-    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    yield f"http://127.0.0.1:{runner.addresses[0][1]}/wechat"
-    await runner.cleanup()
-
-
-@contextlib.asynccontextmanager
-async def platform(*replies: Handler, **options: object) -> AsyncIterator[WeChat]:
+async def platform(*replies: Handler, **options: Any) -> AsyncIterator[WeChat]:
     """Connect a platform to a server with these replies, the last one for ever."""
     left = list(replies)
 
@@ -54,8 +50,24 @@ async def platform(*replies: Handler, **options: object) -> AsyncIterator[WeChat
         reply = left.pop(0) if len(left) > 1 else left[0]
         return await reply(request)
 
-    async with serving(answer) as url, WeChat(url, TOKEN, **options) as wechat:
-        yield wechat
+    hasty: dict[str, Any] = {"handler_cancellation": True, "shutdown_timeout": 0.1}
+    async with serving(answer, **hasty) as port:
+        async with WeChat(
+            f"http://127.0.0.1:{port}/wechat", TOKEN, **options
+        ) as wechat:
+            yield wechat
+
+
+def reply_to(push: dict[str, str], content: str, **changes: str) -> bytes:
+    """Return a passive reply to a push, with some fields changed."""
+    fields = {
+        "ToUserName": push["FromUserName"],
+        "FromUserName": push["ToUserName"],
+        "CreateTime": str(int(time.time())),
+        "MsgType": "text",
+        "Content": content,
+    } | changes
+    return Push(fields).xml
 
 
 def replying(content: str, **changes: str) -> Handler:
@@ -63,14 +75,7 @@ def replying(content: str, **changes: str) -> Handler:
 
     async def answer(request: web.Request) -> web.Response:
         push = parse_xml(await request.read())
-        fields = {
-            "ToUserName": push["FromUserName"],
-            "FromUserName": push["ToUserName"],
-            "CreateTime": str(int(time.time())),
-            "MsgType": "text",
-            "Content": content,
-        } | changes
-        return web.Response(body=Push(fields).xml)
+        return web.Response(body=reply_to(push, content, **changes))
 
     return answer
 
@@ -92,6 +97,7 @@ async def silent(request: web.Request) -> web.Response:
 
 async def cut(request: web.Request) -> web.Response:
     """Close the connection instead of answering."""
+    assert request.transport
     request.transport.abort()
     return await silent(request)
 
@@ -112,15 +118,17 @@ async def fake() -> AsyncIterator[FakeOpenAI]:
 async def client(fake: FakeOpenAI) -> AsyncIterator[openai.AsyncOpenAI]:
     """Point the real SDK at the fake."""
     url, key = fake.base_url, "sk-test"
-    async with openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=0) as sdk:
+    async with openai.AsyncOpenAI(base_url=url, api_key=key, **ONCE) as sdk:
         yield sdk
 
 
-async def ask(client: openai.AsyncOpenAI) -> AsyncIterator[object]:
+async def ask(client: openai.AsyncOpenAI) -> AsyncIterator[ChatCompletionChunk]:
     """Yield the chunks that the SDK makes of a streamed answer."""
-    usage = {"include_usage": True}
     stream = await client.chat.completions.create(
-        model="m", messages=QUESTION, stream=True, stream_options=usage
+        model="m",
+        messages=QUESTION,
+        stream=True,
+        stream_options={"include_usage": True},
     )
     async for chunk in stream:
         yield chunk
@@ -131,6 +139,14 @@ async def answer_to(client: openai.AsyncOpenAI) -> str:
     chunks = [chunk async for chunk in ask(client)]
     deltas = [choice.delta for chunk in chunks for choice in chunk.choices]
     return "".join(delta.content or "" for delta in deltas)
+
+
+async def test_what_does_not_come_in_time_fails_in_words():
+    """A time limit of somebody else's stays what it is."""
+    with pytest.raises(AssertionError, match=r"^no bus within 0\.01 s$"):
+        await within(0.01, "bus", asyncio.Event().wait())
+    with pytest.raises(TimeoutError):
+        await within(30, "bus", asyncio.wait_for(asyncio.Event().wait(), 0.01))
 
 
 # ---------------------------------------------------------------- the fake chat API
@@ -261,7 +277,7 @@ async def test_an_event_holds_the_model_until_it_is_set(fake, client):
     asked = await fake.arrival("天气")
     assert asked.outcome == "running"
     go.set()
-    assert await task == "好"
+    assert await within(30, "answer", task) == "好"
 
 
 @pytest.mark.parametrize("headless", [True, False])
@@ -271,20 +287,19 @@ async def test_a_client_that_hangs_up_is_noted_at_once(fake, client, headless):
     task = asyncio.create_task(answer_to(client))
     asked = await fake.arrival()
     task.cancel()
-    async with asyncio.timeout(5):
-        await asked.over.wait()
+    await asked.wait_over()
     assert asked.outcome == "cut by client"
 
 
 async def test_closing_the_fake_ends_what_hangs():
     """Neither the fake nor its client waits for ever."""
     async with FakeOpenAI(default=Script("半", ending="hang")) as fake:
-        sdk = openai.AsyncOpenAI(base_url=fake.base_url, api_key="k", max_retries=0)
+        sdk = openai.AsyncOpenAI(base_url=fake.base_url, api_key="k", **ONCE)
         task = asyncio.create_task(answer_to(sdk))
         asked = await fake.arrival()
     assert asked.outcome == "cut by fake"
     with pytest.raises(openai.APIConnectionError):
-        await task
+        await within(30, "end", task)
     await sdk.close()
 
 
@@ -304,6 +319,11 @@ async def test_a_request_that_openai_would_refuse_is_refused(fake, client, reque
 
 
 # ------------------------------------------------------------------- the platform
+
+# One without a server, whose phone only reads.
+WECHAT = WeChat("http://unused", TOKEN)
+PUSH = WECHAT.text(ANNA, "在吗")
+FIELDS = parse_xml(PUSH.xml)
 
 
 @pytest.mark.parametrize(
@@ -359,7 +379,7 @@ async def test_every_attempt_is_the_same_message_newly_signed():
     """The body is repeated, nonce and signature are not."""
     bodies, nonces = set(), set()
 
-    async def collect(request: web.Request) -> web.Response:
+    async def collect(request: web.Request) -> web.StreamResponse:
         bodies.add(await request.read())
         nonces.add(request.query["nonce"])
         return await saying("no", status=500)(request)
@@ -381,8 +401,7 @@ async def test_the_platform_hangs_up_when_the_attempt_is_over():
 
     async with platform(wait, attempt_timeout=SECOND) as wechat:
         assert await wechat.attempt(wechat.text(ANNA, "在吗")) is None
-        async with asyncio.timeout(5):
-            await closed.wait()
+        await within(5, "end of the connection", closed.wait())
 
 
 async def test_a_late_attempt_may_still_be_answered():
@@ -414,27 +433,36 @@ async def test_a_refused_connection_counts_as_a_request():
     assert outcomes(seen) == ["refused"] * 4
 
 
-async def test_the_longest_reply_has_2048_bytes():
+def test_the_longest_reply_has_2048_bytes():
     """Content is counted in UTF-8, and not cut."""
-    async with platform(replying("字" * 682 + "ab"), replying("字" * 683)) as wechat:
-        fits, too_long = [await wechat.send(ANNA, "在吗") for _ in range(2)]
+    fits = WECHAT.read(PUSH, reply_to(FIELDS, "字" * 682 + "ab"))
+    too_long = WECHAT.read(PUSH, reply_to(FIELDS, "字" * 683))
     assert fits.text == "字" * 682 + "ab"
     assert (too_long.text, too_long.reason) == (FAULT, "Content has 2049 bytes")
 
 
 @pytest.mark.parametrize(
-    "reply",
+    "body",
     [
-        saying("<xml>"),
-        saying('{"text": "hi"}'),
-        saying("success\n"),
-        replying(""),
-        replying("x", ToUserName="somebody"),
-        replying("x", FromUserName=""),
-        replying("x", MsgType="image"),
-        replying("x", CreateTime="now"),
-        replying("bell\b"),
+        b"<xml>",
+        b'{"text": "hi"}',
+        b"success\n",
+        reply_to(FIELDS, ""),
+        reply_to(FIELDS, "x", ToUserName="somebody"),
+        reply_to(FIELDS, "x", FromUserName=""),
+        reply_to(FIELDS, "x", MsgType="image"),
+        reply_to(FIELDS, "x", CreateTime="now"),
+        reply_to(FIELDS, "bell\b"),
     ],
+)
+def test_what_is_no_passive_reply_is_a_fault(body):
+    """The subscriber sees the fault text, and the test why."""
+    seen = WECHAT.read(PUSH, body)
+    assert (seen.text, seen.faulty) == (FAULT, True)
+
+
+@pytest.mark.parametrize(
+    "reply", [saying("<xml>"), saying("success\n"), replying("x", MsgType="image")]
 )
 async def test_what_is_no_passive_reply_is_a_fault_at_once(reply):
     """The subscriber sees the fault text after one request."""
@@ -443,15 +471,14 @@ async def test_what_is_no_passive_reply_is_a_fault_at_once(reply):
     assert (seen.text, seen.faulty, seen.attempt) == (FAULT, True, 1)
 
 
-async def test_links_and_taps_are_read_from_the_text():
+def test_links_and_taps_are_read_from_the_text():
     """The bubble shows labels; what does nothing on the phone is no tap."""
     content = (
         '好\n<a href="weixin://bizmsgmenu?msgmenucontent=继续3&msgmenuid=1">下文</a> '
         "<a href='https://x.example/a/K'>看</a>"
         '<a href="weixin://bizmsgmenu?msgmenucontent=x&msgmenuid=">没用</a>'
     )
-    async with platform(replying(content)) as wechat:
-        seen = await wechat.send(ANNA, "在吗")
+    seen = WECHAT.read(PUSH, reply_to(FIELDS, content))
     assert (seen.text, seen.content) == ("好\n下文 看没用", content)
     assert seen.links == (("看", "https://x.example/a/K"),)
     assert [(tap.content, tap.menu_id) for tap in seen.taps] == [("继续3", "1")]
@@ -542,7 +569,7 @@ async def test_copies_of_a_message_are_posted_at_once():
     together = asyncio.Barrier(3)
 
     async def meet(request: web.Request) -> web.StreamResponse:
-        await together.wait()
+        await within(5, "three requests at a time", together.wait())
         return await saying("success")(request)
 
     async with platform(meet) as wechat:
@@ -580,10 +607,12 @@ def sealed(content: str, token: str = TOKEN) -> Handler:
         stamp = (query["timestamp"], query["nonce"])
         assert query["msg_signature"] == sign(TOKEN, *stamp, outer["Encrypt"])
         push = parse_xml(crypt.decrypt(outer["Encrypt"]))
-        swapped = {"ToUserName": ANNA, "FromUserName": push["ToUserName"]}
-        reply = swapped | {"CreateTime": 1, "MsgType": "text", "Content": content}
+        reply: dict[str, Value] = {"ToUserName": ANNA}
+        reply |= {"FromUserName": push["ToUserName"], "CreateTime": 1}
+        reply |= {"MsgType": "text", "Content": content}
         encrypted = crypt.encrypt(Push(reply).xml)
-        fields = {"Encrypt": encrypted, "TimeStamp": 2, "Nonce": query["nonce"]}
+        fields: dict[str, Value] = {"Encrypt": encrypted, "TimeStamp": 2}
+        fields |= {"Nonce": query["nonce"]}
         fields["MsgSignature"] = sign(token, "2", query["nonce"], encrypted)
         return web.Response(body=Push(fields).xml)
 

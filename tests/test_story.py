@@ -2,10 +2,8 @@
 
 import asyncio
 
-from conftest import ANN, TOKEN
+from conftest import ANN, LONG, SENTENCE, TOKEN
 from fake_openai import Script, fails
-
-LONG = "".join(f"第{number}件事：多喝水，早点睡，常走路。\n\n" for number in range(60))
 
 
 async def test_a_subscribers_day(spawn, upstream):
@@ -44,7 +42,7 @@ async def test_a_subscribers_day(spawn, upstream):
     while part.taps:
         part = await tap(part)
         shown += part.text
-    assert [n for n in range(60) if shown.count(f"第{n}件事：") != 1] == []
+    assert [n for n in range(60) if shown.count(f"第{n}句：{SENTENCE}") != 1] == []
 
     # The model fails, though not for ever.
     upstream.will(fails(401), "想好了。")
@@ -61,7 +59,7 @@ async def test_a_subscribers_day(spawn, upstream):
     assert await process.end() == 0
 
     log = "".join(process.log)
-    words = ["早上好", "中午吃", "热汤面", "为什么", "天气冷", "身体好", "件事", "晚安"]
+    words = ["早上好", "中午吃", "热汤面", "为什么", "天气冷", "身体好", "风景", "晚安"]
     keys = [url.rpartition("/")[2] for url in links]
     secrets = [ANN, TOKEN, "sk-verySecret", "还有别的", "想好了", *words, *keys]
     assert [secret for secret in secrets if secret in log] == []

@@ -39,6 +39,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "sim"))
 
 import lean  # noqa: E402
+from child import free_port  # noqa: E402
 from lean import Delivered, deliver, fetch, get  # noqa: E402
 
 LONG_SECONDS = 90  # for long answers to end after the chat has what it gets
@@ -124,13 +125,6 @@ def serve_bare(port: int, base_url: str, ready: Callable[[], None]) -> None:
 # Processes
 
 
-def free_port() -> int:
-    """Return a port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def say_ready() -> None:
     """Tell who started this process that it serves, as sd_notify(3) does."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
@@ -154,7 +148,7 @@ class Server:
     def memory(self, name: str = "VmHWM") -> float:
         """Return a figure of memory in MiB: VmHWM is the peak, VmRSS that of now."""
         status = pathlib.Path(f"/proc/{self.pid}/status").read_text()
-        return int(re.search(rf"{name}:\s+(\d+)", status)[1]) / 1024
+        return int(re.findall(rf"{name}:\s+(\d+)", status)[0]) / 1024
 
 
 @contextlib.asynccontextmanager
@@ -235,7 +229,9 @@ class Bench:
 
     async def report(self) -> dict[str, Any]:
         """Return what the upstream saw since the last report."""
-        return json.loads(await fetch(self.upstream.port, get("/")))
+        raw = await fetch(self.upstream.port, get("/"))
+        assert raw, "the upstream does not answer"
+        return json.loads(raw)
 
     def ask(
         self, server: Server, subscriber: int, kind: str, seconds: float
@@ -249,7 +245,7 @@ class Bench:
         self, section: str, name: str, unit: str, wxgpt: float, bare: float | None
     ) -> None:
         """Add a row to the table, and show it."""
-        row = {"section": section, "name": name, "unit": unit}
+        row: dict[str, Any] = {"section": section, "name": name, "unit": unit}
         row |= {"wxgpt": wxgpt, "bare": bare}
         row["ratio"] = wxgpt / bare if bare else None
         self.rows.append(row)
@@ -317,8 +313,8 @@ def fill(schema: str, path: pathlib.Path, subscribers: int, exchanges: int) -> N
     With exchanges, there are as many subscribers as have TURNS each.
     """
     count = exchanges // TURNS or subscribers
-    values = {"now": int(time.time()), "subscribers": count, "each": SESSION_TURNS}
-    values["answer"] = lean.SHORT * 3
+    values: dict[str, object] = {"now": int(time.time()), "subscribers": count}
+    values |= {"each": SESSION_TURNS, "answer": lean.SHORT * 3}
     sessions = exchanges // SESSION_TURNS or count
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
         for pragma in (
@@ -507,10 +503,10 @@ async def timed(work: Coroutine) -> tuple[float, Any]:
 
 def run_stats(bench: Bench) -> float:
     """Return the seconds that `stats` takes."""
-    command = [sys.executable, bench.program, "stats", "--json", "--config"]
+    command = [sys.executable, str(bench.program), "stats", "--json", "--config"]
     began = time.monotonic()
     path = bench.folder / "wxgpt.toml"
-    subprocess.run([*command, path], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, str(path)], check=True, stdout=subprocess.DEVNULL)
     return time.monotonic() - began
 
 
@@ -583,7 +579,7 @@ def environment_size() -> float:
             if name not in known:
                 package = importlib.metadata.distribution(name)
                 wanted = (r for r in package.requires or () if "extra ==" not in r)
-                names += [re.match(r"[\w.-]+", r)[0] for r in wanted]
+                names += [re.split(r"[^\w.-]", r, maxsplit=1)[0] for r in wanted]
                 paths = (pathlib.Path(file.locate()) for file in package.files or ())
                 size += sum(path.stat().st_size for path in paths if path.exists())
         known.add(name)

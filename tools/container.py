@@ -1,11 +1,11 @@
 """A small Debian with systemd as its first process, to try the unit on.
 
-    with debian_root() as root, boot(root) as container, container.network():
+    with boot(debian_root()) as container, container.network():
         async with container.follow("wxgpt.service") as unit:
             assert await unit.systemctl("start") == 0
 
-The root is made once for a list of packages; WXGPT_ROOTFS names the folder that keeps
-it, else it goes when the tests end. A container only reads it: what it changes lies
+The root is made once for a list of packages and kept in the folder that WXGPT_ROOTFS
+names (default ~/.cache/wxgpt-debian). A container only reads it: what it changes lies
 over it in memory, the server's files are those of this checkout, and it has a loopback
 of its own. It works on machines whose own first process is not systemd, too.
 """
@@ -29,7 +29,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from aiohttp.abc import AbstractResolver
+from aiohttp.abc import AbstractResolver, ResolveResult
 
 PROJECT = Path(__file__).parents[1]
 SUITE = "bookworm"
@@ -77,7 +77,8 @@ def obstacle() -> str:
     if os.geteuid() != 0:
         return "only root can boot a container"
     if missing := [name for name in PROGRAMS if not shutil.which(name)]:
-        return f"not installed: {', '.join(missing)}"
+        remedy = "apt install mmdebstrap systemd-container"
+        return f"no {', '.join(missing)}: {remedy}"
     with tempfile.TemporaryDirectory() as root, tempfile.TemporaryDirectory() as top:
         tried = subprocess.run(
             [*MOUNTED, root, top, "true"],
@@ -89,21 +90,27 @@ def obstacle() -> str:
     return f"cannot be mounted: {tried.stderr.strip()}" if tried.returncode else ""
 
 
-@contextlib.contextmanager
-def debian_root() -> Iterator[Path]:
-    """Give a folder with Debian and the server's packages, built if there is none."""
-    kept = os.environ.get("WXGPT_ROOTFS")
-    made = contextlib.nullcontext(kept) if kept else tempfile.TemporaryDirectory()
+def debian_root() -> Path:
+    """Return a folder with Debian and the server's packages, built if there is none."""
+    kept = os.environ.get("WXGPT_ROOTFS") or "~/.cache/wxgpt-debian"
     recipe = PACKAGES.encode() + (PROJECT / "requirements.txt").read_bytes()
-    with made as folder:
-        root = Path(folder, f"{SUITE}-{hashlib.sha256(recipe).hexdigest()[:12]}")
-        root.parent.mkdir(parents=True, exist_ok=True)
-        with root.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not root.exists():
-                build_root(unfinished := root.with_suffix(".new"))
-                unfinished.rename(root)
-        yield root
+    name = f"{SUITE}-{hashlib.sha256(recipe).hexdigest()[:12]}"
+    root = Path(kept).expanduser() / name
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with root.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not root.exists():
+            build_root(unfinished := root.with_suffix(".new"))
+            unfinished.rename(root)
+            remove_older(root)
+    return root
+
+
+def remove_older(root: Path) -> None:
+    """Remove the roots of other lists of packages: nobody will ask for them again."""
+    for other in root.parent.glob(f"{SUITE}-*/"):
+        if other != root:
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def build_root(root: Path) -> None:
@@ -217,10 +224,17 @@ class Here(AbstractResolver):
 
     async def resolve(
         self, host: str, port: int = 0, family: int = 0
-    ) -> list[dict[str, Any]]:
+    ) -> list[ResolveResult]:
         """Return the one address."""
-        found = {"hostname": host, "host": "127.0.0.1", "port": port}
-        return [found | {"family": socket.AF_INET, "proto": 0, "flags": 0}]
+        found = ResolveResult(
+            hostname=host,
+            host="127.0.0.1",
+            port=port,
+            family=socket.AF_INET,
+            proto=0,
+            flags=0,
+        )
+        return [found]
 
     async def close(self) -> None:
         """Do nothing: nothing is open."""
@@ -235,7 +249,7 @@ class Container:
         self.enter = ("nsenter", f"--target={leader}", *NAMESPACES, "-n")
         self.enter_partly = self.enter  # with this machine's network; see `network`
 
-    def path(self, name: str) -> Path:
+    def path(self, name: str | Path) -> Path:
         """Return where a file of the container can be reached from here."""
         return Path(f"/proc/{self.leader}/root", name)
 
@@ -272,7 +286,7 @@ class Container:
             stderr=asyncio.subprocess.STDOUT,
         )
         output, _ = await asyncio.wait_for(process.communicate(), COMMAND_SECONDS)
-        return process.returncode, output.decode()
+        return await process.wait(), output.decode()
 
     @contextlib.asynccontextmanager
     async def follow(self, name: str) -> AsyncIterator["Unit"]:
@@ -284,6 +298,7 @@ class Container:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
         )
+        assert journal.stdout
         unit = Unit(self, name)
         reader = asyncio.create_task(unit.read_journal(journal.stdout))
         try:

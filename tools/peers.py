@@ -49,7 +49,7 @@ def kept_in() -> pathlib.Path:
 def environment(packages: tuple[str, ...]) -> pathlib.Path:
     """Return the programs' folder of an environment, made if there is none yet."""
     recipe = " ".join((*packages, *map(str, sys.version_info[:2]))).encode()
-    name = re.match(r"[\w-]+", packages[0])[0]
+    name = re.split(r"[^\w-]", packages[0])[0]
     folder = kept_in() / f"{name}-{hashlib.sha256(recipe).hexdigest()[:12]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".lock").open("w") as lock:
@@ -210,7 +210,9 @@ class Wiretap:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         """Serve one connection; when one side hangs up, so does the other."""
-        self.connections.append(asyncio.current_task())
+        connection = asyncio.current_task()
+        assert connection
+        self.connections.append(connection)
         answers, asks = await asyncio.open_connection("127.0.0.1", self.peer_port)
         self.writers += [writer, asks]
         await asyncio.gather(self.hand_on(reader, asks), hand_back(answers, writer))

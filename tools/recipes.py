@@ -30,9 +30,11 @@ class Block:
 
     def text(self) -> str:
         """Return it; to Caddy's is added where the certificate lies, to ask for none."""
-        text = re.search(rf"(?ms)^```{self.language}\n(.*?)^```$", read(self.page))[1]
+        found = re.search(rf"(?ms)^```{self.language}\n(.*?)^```$", read(self.page))
+        assert found, f"{self.page} has no block for {self.language}"
         tls = f"{NAME} {{\n\ttls {PEM}/fullchain.pem {PEM}/privkey.pem"
-        return text.replace(f"{NAME} {{", tls) if self.language == "caddy" else text
+        is_caddy = self.language == "caddy"
+        return found[1].replace(f"{NAME} {{", tls) if is_caddy else found[1]
 
 
 NGINX = ("nginx", "etc/nginx/conf.d/wxgpt.conf", "nginx.service")

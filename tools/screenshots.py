@@ -54,10 +54,10 @@ LIVE = """去青岛三天，可以这样安排：
 
 async def shoot(browser: Browser, url: str, path: pathlib.Path, dark: bool) -> None:
     """Take one page as a phone shows it."""
-    scheme = "dark" if dark else "light"
-    size = {"width": 390, "height": 780}
     page = await browser.new_page(
-        color_scheme=scheme, viewport=size, device_scale_factor=2
+        color_scheme="dark" if dark else "light",
+        viewport={"width": 390, "height": 780},
+        device_scale_factor=2,
     )
     await page.goto(url)
     await asyncio.sleep(2)

@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT / name) for name in ("tests/sim", "tests", "")]
 import aiohttp  # noqa: E402
 
 from conftest import TOKEN, Process, free_port, toml  # noqa: E402
-from fake_openai import FakeOpenAI, Script, fails, says, split  # noqa: E402
+from fake_openai import Ending, FakeOpenAI, Script, fails, says, split  # noqa: E402
 from wechat import Seen, WeChat  # noqa: E402
 
 ATTEMPT = 0.8  # seconds
@@ -45,7 +45,7 @@ MOST_THREADS = 2 + min(32, (os.cpu_count() or 1) + 4)
 LONG = "".join(
     f"第{n}句：春天来了，花都开了，鸟也叫了，人们去看风景。\n\n" for n in range(60)
 )
-FAULTS = ("eof", "cut", "bad json", "error", "reset", "hang")
+FAULTS: tuple[Ending, ...] = ("eof", "cut", "bad json", "error", "reset", "hang")
 
 
 def script_for(question: str) -> Script:

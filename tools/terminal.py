@@ -5,6 +5,7 @@ event loop in another thread asks for each one through `Lines`.
 """
 
 import asyncio
+import io
 import os
 import queue
 import re
@@ -19,7 +20,7 @@ from typing import Any
 try:
     import readline  # gives input() its line editing, where there is such a thing
 except ImportError:
-    readline = None
+    readline = None  # type: ignore[assignment]  # an optional module
 
 PROMPT = "> "
 DIM, GREEN, BLUE = "2", "32", "34"
@@ -139,7 +140,8 @@ def talk(make: Callable[[Screen, Lines], Coroutine[Any, Any, None]]) -> None:
     """
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     for stream in (sys.stdin, sys.stdout):
-        stream.reconfigure(encoding="utf-8", errors="replace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="replace")
     screen, lines, loop = Screen(), Lines(), asyncio.new_event_loop()
     task = loop.create_task(make(screen, lines))
     begun, leaving = threading.Event(), threading.Event()

@@ -117,8 +117,8 @@ class Reader:
         """Run a command to its end; return what it wrote."""
         async with self.running(text) as shell:
             typed = next((t for p, t in TYPED.items() if re.search(p, text)), "")
-            output, _ = await shell.communicate(typed.encode())
-        output = output.decode()
+            raw, _ = await shell.communicate(typed.encode())
+        output = raw.decode()
         if SHOWN.search(text) or shell.returncode:
             show(output)
         if shell.returncode:
@@ -159,6 +159,7 @@ class Reader:
         """Run a command that does not end; leave it with Ctrl-C at the block's end."""
         say("started", text)
         async with self.running(text) as shell:
+            assert shell.stdout
             output: list[str] = []
             await read_until(shell.stdout, words, output)
             yield output
@@ -212,7 +213,7 @@ class Reader:
             say("*", f"WeChat's console verifies {url}/wechat")
             for text in ("/chatgpt", question):
                 seen = await wechat.send(ANN, text)
-                if seen.attempt != 1 or seen.faulty:
+                if seen.attempt != 1 or seen.faulty or seen.text is None:
                     raise Stuck(f"{text} is not answered: {seen}")
                 shown = seen.text.partition("\n")[0]
                 say("*", f"pushed in {seen.seconds:.2f} s: {text} → {shown}")
@@ -267,7 +268,8 @@ async def walk_readme(reader: Reader, upstream: FakeOpenAI) -> None:
     """The demo, a server started by hand, and the unit, all as the README says."""
     demo, quick, service, tests = dict.fromkeys(line.section for line in reader.lines)
     url, home = f"http://{NAME}", "root/wxgpt"
-    values = {"public_url": url, "token": TOKEN, "base_url": upstream.base_url}
+    values: dict[str, str | int] = {"public_url": url, "token": TOKEN}
+    values |= {"base_url": upstream.base_url}
     values |= {"host": "0.0.0.0", "port": 80}  # its way without a proxy
     fill_in = "# set public_url, wechat.token and assistants.chatgpt.api_key, then"
     reader.hands[fill_in] = lambda: reader.edit(

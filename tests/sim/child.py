@@ -10,12 +10,13 @@ import secrets
 import socket
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import aiohttp
 
+from waiting import within
 from wechat import WeChat
 
 WXGPT = Path(__file__).parents[2] / "wxgpt.py"
@@ -59,14 +60,16 @@ class Child:
 
     def check(self) -> None:
         """Raise ChildError if the process has ended by itself."""
+        assert self._process, "not started"
         if (status := self._process.returncode) is not None:
             raise ChildError(f"the server ended with status {status}\n{self._tail()}")
 
     async def kill(self) -> None:
         """End the process as a power failure would."""
+        assert self._process, "not started"
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
-        await self._process.wait()
+        await within(STOP_SECONDS, "end of a killed server", self._process.wait())
 
     async def stop(self) -> None:
         """End the process in order, or by force when that takes too long."""
@@ -93,12 +96,28 @@ class Child:
 
 # Below those that Linux hands out (net.ipv4.ip_local_port_range): such a one may become
 # an outgoing connection's before the server has it, or while it is started again.
-PORTS = iter(random.sample(range(20_000, 32_000), 12_000))
+PORTS, BLOCK = range(20_000, 32_000), 100
+
+
+def claimed_ports() -> Iterator[int]:
+    """Yield ports that no other process which asks here gets while this one lives.
+
+    A block of them is claimed by listening on its first port to the end of the process.
+    """
+    blocks = PORTS[::BLOCK]
+    for first in random.sample(blocks, len(blocks)):
+        with contextlib.suppress(OSError):
+            CLAIMS.append(socket.create_server(("127.0.0.1", first)))
+            yield from range(first + 1, first + BLOCK)
+
+
+CLAIMS: list[socket.socket] = []
+FREE = claimed_ports()
 
 
 def free_port() -> int:
     """Return a port that is free, and another one each time."""
-    for port in PORTS:
+    for port in FREE:
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
     raise ChildError("no port is free")
@@ -109,7 +128,7 @@ def render_settings(folder: Path, base_url: str, is_safe: bool) -> str:
     safe = {"app_id": "wx0123456789demo00", "aes_key": secrets.token_hex(22)[:43]}
     port, model = free_port(), os.environ.get("OPENAI_MODEL")
     fake = {"base_url": base_url, "api_key": "sk-demo", "model": "demo"}
-    tables = {
+    tables: dict[str, dict[str, Any]] = {
         "server": {"port": port},
         "wechat": {"token": secrets.token_hex(16), "picture_hosts": ["127.0.0.1"]}
         | (safe if is_safe else {}),

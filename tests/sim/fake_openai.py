@@ -21,6 +21,9 @@ from typing import Any, Literal, NoReturn, Self
 
 from aiohttp import web
 
+from waiting import limit, within
+
+HELD_SECONDS, WAIT_SECONDS = 100.0, 30.0  # by a script; for what is to come
 REQUEST_BYTES = 64 * 2**20  # a few pictures as data URLs
 ROLES = ("system", "user", "assistant")
 Json = dict[str, Any]
@@ -71,12 +74,14 @@ class Script:
 
     async def play(self) -> AsyncIterator[str | Thought | None]:
         """Yield what is said, after the waits before it; None where a comment goes."""
-        whole = isinstance(self.pieces, str)
-        for piece in split(self.pieces, self.rate) if whole else self.pieces:
+        pieces: Sequence[Piece] = self.pieces
+        if isinstance(pieces, str):
+            pieces = split(pieces, self.rate)
+        for piece in pieces:
             if self.comments:
                 yield None
             if isinstance(piece, asyncio.Event):
-                await piece.wait()
+                await within(HELD_SECONDS, "opening of a script's gate", piece.wait())
             elif isinstance(piece, int | float):
                 await asyncio.sleep(piece)
             else:
@@ -138,6 +143,10 @@ class Asked:
         if self.ended is None:
             self.outcome, self.ended = outcome, asyncio.get_running_loop().time()
             self.over.set()
+
+    async def wait_over(self) -> None:
+        """Wait until the fake has done with it."""
+        await within(WAIT_SECONDS, "end of a call", self.over.wait())
 
 
 def text_of(message: Json) -> str:
@@ -226,17 +235,17 @@ class Reply:
         if piece is None:
             return await self._write(": keep-alive\n\n")
         self._deltas += 1
-        delta = {"content": piece}
+        delta: Json = {"content": piece}
         if isinstance(piece, Thought):
             delta = {"content": None, piece.name: piece.text}
         await self._events(self._chunk(delta))
 
     async def _break_off(self) -> NoReturn:
-        transport = self._request.transport
-        if self._script.ending != "hang":
+        transport = self._request.transport  # None: the client is gone
+        if transport and self._script.ending != "hang":
             self._asked.end("finished")
             transport.close()
-        if self._script.ending == "reset":
+        if transport and self._script.ending == "reset":
             # Closing a socket that lingers for zero seconds sends a RST, not a FIN.
             sock = transport.get_extra_info("socket")
             linger = struct.pack("ii", 1, 0)
@@ -260,7 +269,7 @@ class Reply:
         options = self._asked.body.get("stream_options") or {}
         counts = finish | {"choices": [], "usage": self._usage()}
         usage = [counts] if options.get("include_usage") else []
-        endings = {
+        endings: dict[Ending, list[Json | str]] = {
             "done": [finish, *usage, "[DONE]"],
             "finish": [finish],
             "bad json": ['{"choices": [{"delta": {"cont', finish, "[DONE]"],
@@ -340,7 +349,8 @@ class FakeOpenAI:
 
     async def arrival(self, substring: str = "", count: int = 1) -> Asked:
         """Wait until so many such questions have come; return the last of them."""
-        async with self._news:
+        news = f"question number {count} with {substring!r}"
+        async with limit(WAIT_SECONDS, news), self._news:
             await self._news.wait_for(lambda: len(self.asked(substring)) >= count)
         return self.asked(substring)[count - 1]
 
@@ -351,6 +361,7 @@ class FakeOpenAI:
             return web.json_response(error_body(status, message=message), status=status)
         asked = Asked(body, request.headers, asyncio.get_running_loop().time())
         handler = asyncio.current_task()
+        assert handler
         self._handlers.add(handler)
         try:
             await self._announce(asked)

@@ -39,7 +39,8 @@ def event(delta: dict | None, **more: object) -> bytes:
     """Return one event of a chat completion's stream, as OpenAI words it."""
     finish = None if delta else "stop"
     choice = {"index": 0, "delta": delta or {}, "logprobs": None}
-    body = {"id": "chatcmpl-DkQ1", "object": "chat.completion.chunk"}
+    body: dict[str, object] = {"id": "chatcmpl-DkQ1"}
+    body |= {"object": "chat.completion.chunk"}
     body |= {"created": 1790000000, "model": "bench", "service_tier": "default"}
     body |= {"choices": [choice | {"finish_reason": finish}], "usage": None}
     return chunk(f"data: {json.dumps(body | more, ensure_ascii=False)}\n\n")
@@ -141,8 +142,9 @@ class UpstreamLine(asyncio.Protocol):
         self.upstream = upstream
         self.rest = b""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep where to write."""
+        assert isinstance(transport, asyncio.Transport)
         self.transport = transport
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -231,9 +233,9 @@ class Line(asyncio.Protocol):
         self.raw, self.received = raw, b""
         self.body = asyncio.get_running_loop().create_future()
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Send the request."""
-        self.transport = transport
+        assert isinstance(transport, asyncio.Transport)
         transport.write(self.raw)
 
     def data_received(self, raw: bytes) -> None:

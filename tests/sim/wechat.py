@@ -25,8 +25,11 @@ from xml.etree import ElementTree
 
 import aiohttp
 
+from waiting import limit
+
 FAULT = "该公众号提供的服务出现故障，请稍后再试"  # what clients show today
 REPLY_BYTES = 2048  # of Content in UTF-8; what is longer is not cut but refused
+VERIFY_SECONDS = 60  # a slow machine's; the console gives up after five
 AES_BLOCK = 32  # WeChat pads to 32 bytes although AES has blocks of 16
 ACCOUNT = "gh_5f0c1a2b3d4e"
 TAGS = {"msg_id": "MsgId", "create_time": "CreateTime"}
@@ -45,7 +48,7 @@ class BadReply(Exception):
 class Push:
     """One message or event on its way to the server, the same on every attempt."""
 
-    fields: dict[str, Value]
+    fields: Mapping[str, Value]
 
     @property
     def openid(self) -> str:
@@ -116,7 +119,7 @@ def sign(*parts: str) -> str:
     return hashlib.sha1(b"".join(sorted(part.encode() for part in parts))).hexdigest()
 
 
-def render_xml(fields: dict[str, Value]) -> bytes:
+def render_xml(fields: Mapping[str, Value]) -> bytes:
     """Render a flat document as WeChat does."""
     return f"<xml>{''.join(map(render_field, fields.items()))}</xml>".encode()
 
@@ -127,6 +130,11 @@ def render_field(field: tuple[str, Value]) -> str:
     if isinstance(value, str):
         value = f"<![CDATA[{value.replace(']]>', ']]]]><![CDATA[>')}]]>"
     return f"<{tag}>{value}</{tag}>"
+
+
+def render_query(params: Mapping[str, Value]) -> dict[str, str]:
+    """Render a query's parameters; None leaves one out."""
+    return {k: str(v) for k, v in params.items() if v is not None}
 
 
 def parse_xml(body: bytes) -> dict[str, str]:
@@ -249,7 +257,8 @@ class WeChat:
         self._connection = connection or {}  # of TCPConnector: certificates, names
 
     async def __aenter__(self) -> Self:
-        options = {"limit": 0, "force_close": True} | self._connection
+        options: dict[str, Any] = {"limit": 0, "force_close": True}
+        options |= self._connection
         connector = aiohttp.TCPConnector(**options)
         self._http = aiohttp.ClientSession(connector=connector)
         return self
@@ -278,7 +287,7 @@ class WeChat:
 
     def raw(self, openid: str, msg_type: str, **fields: Value) -> Push:
         """Make a push of any type from tags by name; None leaves one out."""
-        made = {"ToUserName": self.account, "FromUserName": openid}
+        made: dict[str, Value] = {"ToUserName": self.account, "FromUserName": openid}
         made |= {"CreateTime": int(time.time()), "MsgType": msg_type}
         made |= {"MsgId": random.randrange(10**16, 9 * 10**18)}  # 17 to 19 digits
         made |= {TAGS.get(name, name): value for name, value in fields.items()}
@@ -289,7 +298,10 @@ class WeChat:
     ) -> tuple[int, str]:
         """Ask as the console does when the URL is entered; return status and text."""
         params = self._signed({"echostr": echostr}, token or self.token)
-        async with self._http.get(self.url, params=params) as response:
+        async with (
+            limit(VERIFY_SECONDS, "answer to the console"),
+            self._http.get(self.url, params=render_query(params)) as response,
+        ):
             return response.status, await response.text()
 
     async def post(
@@ -321,7 +333,8 @@ class WeChat:
 
     async def deliver(self, push: Push) -> Seen:
         """Send a push until it is answered or given up; return what was seen."""
-        began, attempts, limit = time.monotonic(), [], self.attempts
+        attempts: list[Attempt] = []
+        began, limit = time.monotonic(), self.attempts
         while len(attempts) < limit:
             attempt = await self._request(push, len(attempts) + 1, began)
             attempts.append(attempt)
@@ -355,14 +368,14 @@ class WeChat:
         params = self._signed(query, self.token)
         body = push if isinstance(push, bytes) else push.xml
         if isinstance(push, Push):
-            params = {"openid": push.openid} | params
+            params = {"openid": push.openid, **params}
         if isinstance(push, Push) and self._crypt:
             encrypted = self._crypt.encrypt(body)
             stamp = (str(params["timestamp"]), str(params["nonce"]))
             signature = sign(self.token, *stamp, encrypted)
-            params = {"encrypt_type": "aes", "msg_signature": signature} | params
+            params = {"encrypt_type": "aes", "msg_signature": signature, **params}
             body = render_xml({"ToUserName": push.account, "Encrypt": encrypted})
-        return {k: str(v) for k, v in params.items() if v is not None}, body
+        return render_query(params), body
 
     async def _request(
         self, push: Push, number: int, began: float, timeout: float | None = None
@@ -393,10 +406,11 @@ class WeChat:
         last = attempts[-1]
         seen = Seen(FAULT, reason=f"given up: {last.outcome}")
         if last.body is not None:
-            seen = replace(self._read(push, last.body), attempt=last.number)
+            seen = replace(self.read(push, last.body), attempt=last.number)
         return replace(seen, seconds=last.ended, attempts=tuple(attempts))
 
-    def _read(self, push: Push, body: bytes) -> Seen:
+    def read(self, push: Push, body: bytes) -> Seen:
+        """Return what the phone shows when a push is answered with this body."""
         if body in (b"", b"success"):  # never encrypted
             return Seen(None, body=body)
         try:
