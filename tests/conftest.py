@@ -45,7 +45,8 @@ LONG = "".join(f"第{n}句：{SENTENCE}\n\n" for n in range(60))  # some four pa
 
 
 # What needs more than Python: `-m "not system"` leaves it out.
-SYSTEM = ("browser", "crash", "demo", "proxies", "shutdown", "systemd")
+SYSTEM = ("browser", "clock", "crash", "demo", "disk", "proxies")
+SYSTEM += ("restart", "shutdown", "systemd")
 DEBIAN = ("proxies", "systemd")  # share one root, and each a container
 
 

@@ -208,6 +208,7 @@ def endings(tmp_path_factory):
         return dict(zip(AT_THE_SHELL, ended))
 
 
+@pytest.mark.xdist_group(name="config")  # the commands run once for all
 @pytest.mark.parametrize("name", AT_THE_SHELL)
 def test_a_setting_that_cannot_be_used_ends_the_start_with_one_line(endings, name):
     """The line names the setting, what was found and what is accepted; no secret."""

@@ -22,8 +22,9 @@ FAULTS = {
     "truncated": lambda m: m.truncate(after_chunks=3),
     "truncated before a word": lambda m: m.truncate(after_chunks=1),
     "truncated before its end": lambda m: m.truncate(after_chunks=6),
-    "malformed": lambda m: m.corrupt(after_chunks=3),
-    "malformed at once": lambda m: m.corrupt(after_chunks=0),
+    # Paced: the verdict asks whether we hung up before the whole answer was written.
+    "malformed": lambda m: m.corrupt(after_chunks=3).pace(200),
+    "malformed at once": lambda m: m.corrupt(after_chunks=0).pace(200),
     "stalled": lambda m: m.stall(after_chunks=3, seconds=30),
     "stalled at once": lambda m: m.stall(after_chunks=0, seconds=30),
     "slow to begin": lambda m: m.slow_first_token(0.3),
