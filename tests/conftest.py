@@ -45,8 +45,7 @@ LONG = "".join(f"第{n}句：{SENTENCE}\n\n" for n in range(60))  # some four pa
 
 
 # What needs more than Python: `-m "not system"` leaves it out.
-SYSTEM = ("browser", "clock", "crash", "demo", "disk", "proxies")
-SYSTEM += ("restart", "shutdown", "systemd")
+SYSTEM = "browser clock crash demo disk proxies restart shutdown systemd".split()
 DEBIAN = ("proxies", "systemd")  # share one root, and each a container
 
 
