@@ -38,6 +38,8 @@ BAD_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
 
 Value = str | int | float | None
 Watcher = Callable[[int, str, float], None]
+# A request made by hand is no attempt: on a busy machine it may take its time.
+REQUEST_SECONDS = 30.0
 
 
 class BadReply(Exception):
@@ -314,7 +316,7 @@ class WeChat:
         """
         params, body = self._seal(push, query)
         # Leaving the request early, by this timeout too, closes its connection.
-        async with asyncio.timeout(timeout or self.attempt_timeout):
+        async with asyncio.timeout(timeout or REQUEST_SECONDS):
             async with self._http.post(
                 self.url, params=params, data=body, allow_redirects=False
             ) as response:
@@ -382,7 +384,7 @@ class WeChat:
     ) -> Attempt:
         body, started = None, self._tell(number, "posted", began)
         try:
-            response = await self.post(push, timeout=timeout)
+            response = await self.post(push, timeout=timeout or self.attempt_timeout)
         except TimeoutError:
             outcome = "timeout"
         except aiohttp.ClientConnectorError:
