@@ -3,14 +3,12 @@
 import asyncio
 import contextlib
 import errno
-import fcntl
 import os
 import pty
 import re
 import signal
 import subprocess
 import sys
-import termios
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -54,14 +52,14 @@ class Terminal:
 
     async def start(self, env: dict[str, str]) -> None:
         """Start the demo."""
+        # Not by preexec_fn: Python code between fork and exec can hang beside threads.
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, str(ROOT / "wxgpt.py"), "demo", "--seconds", "0.1"),
+            *("setsid", "--ctty", "--wait", sys.executable, str(ROOT / "wxgpt.py")),
+            *("demo", "--seconds", "0.1"),
             stdin=self._slave,
             stdout=self._slave,
             stderr=self._slave,
             env=env,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )
         os.close(self._slave)
         self._reader = asyncio.StreamReader()
@@ -80,7 +78,9 @@ class Terminal:
                     self.shown += piece.decode(errors="replace").replace("\r\n", "\n")
         except TimeoutError:
             raise AssertionError(f"{words!r} not shown, but {self.shown!r}") from None
-        shown, self.shown = self.shown, ""
+        end = [match.end() for match in re.finditer(re.escape(words), self.shown)]
+        at = end[times - 1]  # what came along behind it is for the next call
+        shown, self.shown = self.shown[:at], self.shown[at:]
         return shown
 
     def types(self, keys: str) -> None:
