@@ -67,8 +67,8 @@ CERTIFY = f"""
     update-ca-certificates && echo "127.0.0.1 {NAME} localhost" >/etc/hosts
 """
 BUILD_SECONDS = 900
-BOOT_SECONDS = 60
-COMMAND_SECONDS = 30
+BOOT_SECONDS = 120
+COMMAND_SECONDS = 90
 CLONE_NEWNET = 0x40000000  # setns(2); os.setns came with Python 3.12
 
 
