@@ -1,7 +1,7 @@
 -- The database of wxgpt, as numbered migration steps: a new database runs them all, an
 -- older one those above its PRAGMA user_version, each step in one transaction. A step
 -- that has been released is never edited; a change is a new step at the end.
--- Times are Unix seconds. Offsets count characters of turn.answer.
+-- Times are Unix seconds.
 
 -- step 1
 
@@ -147,3 +147,14 @@ CREATE TABLE platform (
     secret BLOB NOT NULL            -- keys the hashes in quota
 ) STRICT;
 INSERT INTO platform (id, newest_push, secret) VALUES (1, 0, randomblob(32));
+
+-- step 2
+
+-- Parts are slices of the chat text, no longer of the Markdown, and offsets count in it;
+-- only a crash writes an answer anew.
+
+ALTER TABLE turn ADD COLUMN chat_chars INTEGER;     -- length of the chat text, once it ended
+ALTER TABLE part ADD COLUMN is_anew INTEGER NOT NULL DEFAULT 0; -- 1: written again since
+UPDATE part SET start = 0 WHERE reply IS NULL;      -- it counted in the Markdown
+ALTER TABLE part DROP COLUMN generation;
+ALTER TABLE turn DROP COLUMN generation;

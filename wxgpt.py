@@ -7,6 +7,7 @@
 #     "xmltodict~=1.0",
 #     "cryptography>=46",
 #     "markdown-it-py~=4.3",
+#     "latex2mathml~=3.81",
 # ]
 # ///
 """wxgpt: subscribers of a WeChat Official Account talk with a chat model.
@@ -99,17 +100,16 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import MISSING, dataclass, field, fields, replace
+from xml.etree import ElementTree
 from xml.parsers.expat import ExpatError
 
 import aiohttp
 import aiosqlite
 import xmltodict
 from aiohttp import web
-from markdown_it import MarkdownIt
 from markdown_it.renderer import RendererHTML
-from markdown_it.rules_inline import StateInline
-from markdown_it.rules_inline.state_inline import Delimiter
 from markdown_it.token import Token
+from markdown_it.utils import OptionsDict
 
 VERSION = "0.1.0"
 log = logging.getLogger("wxgpt")
@@ -132,15 +132,12 @@ REPLY_HOURS = 24  # a later copy of a message gets the very same reply for so lo
 GRACE_SECONDS = 4.0  # what running answers get at a shutdown
 LINGER_SECONDS = 0.25  # of it; who was let in last sends its request meanwhile
 RESUME_SECONDS = 600  # questions older than that are not asked again after a crash
-GENERATIONS = 10  # more writings of an answer than one process begins
 ASKINGS = 3  # processes that may take one question to the upstream: once, twice again
 RETRY_PAUSES = (0.5, 1.0)  # seconds before a question is asked again
 RETRY_AFTER_SECONDS = 120  # an upstream that asks for a longer wait is not asked again
 ANSWER_CHARS = 200_000  # an answer that goes on and on is ended there
 STORE_SECONDS = 2.0  # before the end of an answer is stored again after a failure
 SAVE_SECONDS = 1.0  # text so far is stored so often
-PLAIN_CHARS = 20_000  # of an answer are parsed at once
-LOOK_BYTES = 200  # a growing answer is measured again after so many more bytes
 LAPSE_SECONDS = 24 * 3600  # a session that ran out is mentioned for so long
 PICTURE_SECONDS = 600  # a picture waits so long for its question
 PICTURE_BYTES = 4 * 1024 * 1024
@@ -785,70 +782,6 @@ def render_text_reply(message: Message, content: str, created: int) -> bytes:
     ).encode()
 
 
-# ---------------------------------------------------------------------------
-# 3. Text
-#
-# A model writes Markdown, WeChat shows plain text of at most 1800 bytes. An answer is
-# cut in the Markdown, since the plain text of a growing prefix changes as it grows and
-# that of a slice does not; each part is the plain text of its own slice.
-# ---------------------------------------------------------------------------
-
-MARKDOWN = MarkdownIt("commonmark", {"html": False, "breaks": True})
-MARKDOWN.enable(["table", "strikethrough"])
-# Indented text is never meant as code by a model, and a slice may begin indented.
-MARKDOWN.disable("code")
-CJK = re.compile(
-    "[\u2018-\u201d\u2014\u2026\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff"
-    "\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff]"
-)
-FORMULA = re.compile(  # bounded: thousands of openings without an end take seconds
-    r"\\\(.{1,1000}?\\\)|\\\[.{1,1000}?\\\]|\$\$.{1,1000}?\$\$"
-    r"|\$(?![\s\d])[^$\n]{0,1000}[^\s$]\$(?!\d)",
-    re.DOTALL,
-)
-
-
-def emphasis(state: StateInline, silent: bool) -> bool:
-    """Read `*` and `_` as CommonMark does, but beside Chinese like beside a space.
-
-    Else `**注意：**请看` stays as it is: punctuation inside, a letter outside.
-    """
-    begin, marker = state.pos, state.src[state.pos]
-    if silent or marker not in "*_":
-        return False
-    can_open, can_close, length = state.scanDelims(begin, marker == "*")
-    around = state.src[begin - 1 : begin] + " ", state.src[begin + length :][:1] + " "
-    if marker == "*" and (CJK.match(around[0]) or CJK.match(around[1])):
-        can_open, can_close = not around[1][0].isspace(), not around[0][0].isspace()
-    for _ in range(length):
-        state.push("text", "", 0).content = marker
-        at = len(state.tokens) - 1
-        state.delimiters.append(
-            Delimiter(ord(marker), length, at, -1, bool(can_open), bool(can_close))
-        )
-    state.pos += length
-    return True
-
-
-def formula(state: StateInline, silent: bool) -> bool:
-    """Keep LaTeX as it is written, as code: WeChat and the pages do not typeset it."""
-    match = FORMULA.match(state.src, state.pos)
-    if not match or state.src[state.pos] not in "\\$":
-        return False
-    if not silent:
-        state.push("code_inline", "code", 0).content = match[0]
-    state.pos = match.end()
-    return True
-
-
-# Lines that begin with a letter, without anything that Markdown reads: most answers.
-UNMARKED_LINE = r"[^\W\d_](?:[^\n\r\0\\`*_\[\]<&$~|]*[^\s\0\\`*_\[\]<&$~|])?"
-UNMARKED = re.compile(rf"(?:{UNMARKED_LINE}\n{{1,2}})*{UNMARKED_LINE}")
-
-MARKDOWN.inline.ruler.at("emphasis", emphasis)
-MARKDOWN.inline.ruler.before("escape", "formula", formula)
-
-
 def size_of(text: str) -> int:
     """Return the bytes WeChat counts: UTF-8."""
     return len(text.encode())
@@ -883,271 +816,1552 @@ def web_link(words: str, url: str) -> str:
     return f'<a href="{url}">{words}</a>'
 
 
-def inline_text(children: list[Token]) -> str:
-    """Return the words of inline tokens; a link keeps its address behind its label."""
-    out: list[str] = []
-    links: list[tuple[int, str]] = []  # where the label begins, the address
-    for child in children:
-        if child.type in ("softbreak", "hardbreak"):
-            out.append("\n")
-        elif child.type == "link_open":
-            links.append((len(out), str(child.attrGet("href") or "")))
-        elif child.type == "link_close":
-            begin, address = links.pop()
-            if address not in ("".join(out[begin:]), ""):
-                out.append(f" ({urllib.parse.unquote(address)})")
-        else:
-            out.append(child.content)
-    return "".join(out)
+# ---------------------------------------------------------------------------
+# 4. Formulas
+#
+# Rewriting rules bring LaTeX to a smaller LaTeX. One pass over its tokens turns that
+# into pieces of text, and a row of pieces is joined with the brackets and spaces that
+# keep its meaning. What is not known raises ValueError, and the formula is shown as it
+# was written: rather the source than a lie. latex2mathml names the symbols and writes
+# the MathML of the pages; it gets nothing that was refused here.
+# ---------------------------------------------------------------------------
+MAX_FORMULA_CHARS = 1500  # fifteen full lines of an aligned block; longest seen: 679
+MAX_FORMULA_NESTING = 30  # a fraction in a fraction takes two; real ones stay under 12
+
+SUPERSCRIPTS = str.maketrans(
+    "0123456789+−=()abcdefghijklmnoprstuvwxyzABDEGHIJKLMNOPRTUVW′∘",
+    "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖʳˢᵗᵘᵛʷˣʸᶻᴬᴮᴰᴱᴳᴴᴵᴶᴷᴸᴹᴺᴼᴾᴿᵀᵁⱽᵂ′°",
+)
+SUBSCRIPTS = str.maketrans(
+    "0123456789+−=()aehijklmnoprstuvx", "₀₁₂₃₄₅₆₇₈₉₊₋₌₍₎ₐₑₕᵢⱼₖₗₘₙₒₚᵣₛₜᵤᵥₓ"
+)
+SMALL_SIGNS = "".join(map(chr, [*SUPERSCRIPTS.values(), *SUBSCRIPTS.values()]))
+SCRIPTED = rf"(?:[{SMALL_SIGNS}'!%]|[_^](?:\([^()]*\)|\w))*"
+IN_BRACKETS = r"\((?:[^()]|\([^()]*\))*\)"
+ONE_SIGN = re.compile(  # 12 or x₁², 路程, |x|, √2 or √(a+b) or (a+b), f(x)
+    rf"(?:\d+(?:[.,]\d+)*|[∞…⋯□]|[^\W\d_][\u0300-\u036f\u20d0-\u20ff]*){SCRIPTED}"
+    rf"|[\u3400-\u9fff]+|\|[^|]*\||[√∛](?:\d+|[^\W\d_])|[√∛]?{IN_BRACKETS}"
+    rf"|[fghFGPE]{SCRIPTED}\([^()]*\)"
+)
+UNDER_ROOT = re.compile(rf"\d+(?:\.\d+)?|[^\W\d_][₀-₉]*|{IN_BRACKETS}")
+RELATION = r"\s*=+−±·×<>≤≥≠≈≡∼→⇒⇔∈,.;:|，。；：、\u3400-\u9fff"
+ALONE_BEHIND = re.compile(rf"$|[{RELATION}(\[{{⌊⌈⟨‖]")  # what may stand before 1/2
+ALONE_BEFORE = re.compile(rf"$|[{RELATION})\]}}⌋⌉⟩‖]")  # and what after
+DIFFERENTIAL = re.compile(rf"[d∂Δ][{SMALL_SIGNS}]{{0,4}}[^\W\d_]?{SCRIPTED}")
 
 
-class PlainText:
-    """Writes the tokens of one Markdown text as lines of plain text.
-
-    A method per token type; a type without one writes nothing.
-    """
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.prefixes: list[str] = []  # of the quotes and list items around
-        self.marker: str | None = None  # of the list item that has no line yet
-        self.counters: list[int | None] = []  # next number of each list; None: bullets
-        self.cells: list[str] | None = None  # of the table row being read
-
-    def write(self, tokens: list[Token]) -> str:
-        """Return the text of the tokens."""
-        for token in tokens:
-            method = getattr(self, token.type, None)
-            if method:
-                method(token)
-        return re.sub(r"\n{3,}", "\n\n", "\n".join(self.lines)).strip("\n ")
-
-    def put(self, text: str) -> None:
-        for line in text.split("\n"):
-            prefix = "".join(self.prefixes)
-            if self.marker is not None:
-                prefix = "".join(self.prefixes[:-1]) + self.marker
-                self.marker = None
-            self.lines.append((prefix + line).rstrip())
-
-    def put_apart(self, text: str) -> None:
-        self.put(text)
-        self.lines.append("")
-
-    def inline(self, token: Token) -> None:
-        text = inline_text(token.children or [])
-        if self.cells is not None:
-            self.cells.append(text.replace("\n", " "))
-        else:
-            self.put(text)
-
-    def fence(self, token: Token) -> None:
-        self.put_apart(token.content.rstrip("\n"))
-
-    def hr(self, token: Token) -> None:
-        self.put_apart("———")
-
-    def paragraph_close(self, token: Token) -> None:
-        if not token.hidden:
-            self.lines.append("")
-
-    heading_close = table_close = paragraph_close
-
-    def ordered_list_open(self, token: Token) -> None:
-        self.counters.append(int(token.attrGet("start") or 1))
-
-    def bullet_list_open(self, token: Token) -> None:
-        self.counters.append(None)
-
-    def bullet_list_close(self, token: Token) -> None:
-        self.counters.pop()
-        if not self.counters:
-            self.lines.append("")
-
-    ordered_list_close = bullet_list_close
-
-    def list_item_open(self, token: Token) -> None:
-        number = self.counters[-1]
-        self.marker = "• " if number is None else f"{number}. "
-        self.counters[-1] = None if number is None else number + 1
-        self.prefixes.append("  ")
-
-    def list_item_close(self, token: Token) -> None:
-        if self.marker is not None:
-            self.put("")
-        self.prefixes.pop()
-
-    def blockquote_open(self, token: Token) -> None:
-        self.prefixes.append("> ")
-
-    def blockquote_close(self, token: Token) -> None:
-        self.prefixes.pop()
-        self.lines.append("")
-
-    def tr_open(self, token: Token) -> None:
-        self.cells = []
-
-    def tr_close(self, token: Token) -> None:
-        self.put(" | ".join(self.cells or []))
-        self.cells = None
+def bracketed(text: str) -> str:
+    """Put a text in brackets unless it reads as one sign beside a stroke."""
+    return text if ONE_SIGN.fullmatch(text) else f"({text})"
 
 
-def plain_text(markdown: str, opener: str = "") -> str:
-    """Return Markdown as plain text without links.
-
-    `opener` puts a slice back into the fence or table that is open where it begins.
-    """
-    if not opener and UNMARKED.fullmatch(markdown):
-        return markdown  # parsing it took a tenth of a short message's processor time
-    if indent := len(opener) - len(opener.lstrip()):  # a fence inside a list
-        markdown = re.sub(rf"(?m)^[ \t]{{1,{indent}}}", "", markdown)
-        opener = opener.lstrip()
-    # Far more than is ever sent at once is only measured, and parsing would cost.
-    head, rest = markdown[:PLAIN_CHARS], markdown[PLAIN_CHARS:]
-    head = re.sub(r"\n{3,}", "\n\n", head)  # as they come out
-    text = PlainText().write(MARKDOWN.parse(opener + head)) + rest
-    if opener.startswith("|"):
-        text = text.partition("\n")[2].lstrip("\n")  # the header was in a part before
-    return harmless(text)
+def script_text(mark: str, script: str, base: str) -> str:
+    """Write a script in small characters if all have one, else behind its mark."""
+    small = SUPERSCRIPTS if mark == "^" else SUBSCRIPTS
+    script = re.sub(r" ?([^\w\s]) ?", r"\1", script)
+    base = re.sub(r"([_^])(.)$", r"\1(\2)", base)  # v_y^2 is not v_(y²)
+    has_script = not set(small.values()).isdisjoint(map(ord, base))
+    if mark in base or has_script and base[-1] not in ")]|":
+        base = f"({base})"  # {x^2}^3
+    if all(ord(char) in small for char in script):
+        return base + script.translate(small)
+    is_closed = len(script) == 1 or re.fullmatch(IN_BRACKETS, script)
+    return base + mark + (script if is_closed else f"({script})")
 
 
-FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})([^\n]*)")
-TABLE_RULE = re.compile(r" {0,3}\|?[ :|-]*-[ :|-]*\|[ :|-]*")
+def fraction_text(over: str, under: str) -> str:
+    """Write a fraction so that its parts cannot be read otherwise."""
+    is_derivative = DIFFERENTIAL.fullmatch(over) and DIFFERENTIAL.fullmatch(under)
+    return "/".join((over, under) if is_derivative else map(bracketed, (over, under)))
 
 
-def read_lines(markdown: str) -> Iterator[tuple[str, str]]:
-    """Yield each line with the fence or table that is open behind it."""
-    fence, table, above = "", "", ""
-    for line in markdown.split("\n"):
-        mark = FENCE.fullmatch(line)
-        if fence:
-            closes = mark and mark[2].startswith(fence.strip()) and not mark[3].strip()
-            fence = "" if closes else fence
-        elif mark and "`" not in mark[3]:
-            fence, table = mark[1] + mark[2] + "\n", ""
-        elif TABLE_RULE.fullmatch(line) and "|" in above:
-            columns = line.strip().strip("|").count("|") + 1
-            table = "|" + " |" * columns + "\n" + "|" + "-|" * columns + "\n"
-        elif not line.strip():
-            table = ""
-        above = line
-        yield line, fence or table
+def root_text(index: str, radicand: str) -> str:
+    """Write a root; an index without a sign of its own stands in square brackets."""
+    sign = {"": "√", "2": "√", "3": "∛", "4": "∜"}.get(index, f"√[{index}]")
+    is_bare = UNDER_ROOT.fullmatch(radicand) and "[" not in sign
+    return sign + (radicand if is_bare else f"({radicand})")
 
 
-def open_block(markdown: str, offset: int) -> str:
-    """Return the lines that open the fence or table around an offset, or ''."""
-    begun = list(read_lines(markdown[:offset]))[:-1]
-    return begun[-1][1] if begun else ""
+def accented_text(accent: str, text: str) -> str:
+    """Put an accent on a letter, on all points of a vector, or on brackets."""
+    if not text:
+        raise ValueError("nothing under an accent")
+    if letter := re.fullmatch(r"([^\W_])([₀-₉ᵢⱼₖₙ']*)", text):
+        return letter[1] + accent + letter[2]
+    is_vector = accent == "\u20d7" and text.isalpha()
+    return re.sub("(.)", rf"\1{accent}", text) if is_vector else f"({text}){accent}"
 
 
-def without_code(markdown: str, opener: str) -> str:
-    """Return text of the same length, fenced lines without marks and sentences."""
-    lines = read_lines(opener + markdown)
-    masked = (
-        re.sub(r"\S", "x", line) if "|" not in b and b else line for line, b in lines
+def alphabet_text(alphabet: str, text: str) -> str:
+    """Write one letter in its alphabet (ℝ, 𝐯), and words as they are."""
+    is_letter = re.fullmatch("[A-Za-z]", text)
+    return symbol_text(f"{alphabet}{{{text}}}") if is_letter else bracketed(text)
+
+
+def negated_text(text: str) -> str:
+    """Write a relation with a stroke through it."""
+    return unicodedata.normalize("NFC", text + "\u0338")
+
+
+# A command's arguments, the kind of piece it makes, and what writes that. An argument m
+# is mathematics on one line, M may have several; o stands in square brackets or is
+# missing; t is words.
+FORMULA_COMMANDS: dict[str, tuple[str, str, Callable[..., str]]] = {
+    name: (arguments, kind, write)
+    for names, arguments, kind, write in (
+        ("frac dfrac tfrac cfrac", "mm", "fraction", fraction_text),
+        ("sqrt", "om", "root", root_text),
+        ("binom dbinom tbinom", "mm", "", "C({}, {})".format),
+        ("boxed", "M", "box", str),
+        ("operatorname", "m", "name", str),
+        ("text textrm textit textbf texttt mbox hbox", "t", "", str),
+        ("tag", "t", "", "  ({})".format),
+        ("quad qquad", "", "", "  ".format),
+        ("bmod mod", "", "", " mod ".format),
+        ("pmod", "m", "", " (mod {})".format),
+        ("overset stackrel", "mm", "", functools.partial(script_text, "^")),
+        ("underset", "mm", "", functools.partial(script_text, "_")),
+        ("overbrace underbrace", "m", "", bracketed),
+        ("vec overrightarrow", "m", "", functools.partial(accented_text, "\u20d7")),
+        ("hat widehat", "m", "", functools.partial(accented_text, "\u0302")),
+        ("tilde widetilde", "m", "", functools.partial(accented_text, "\u0303")),
+        ("bar overline", "m", "", functools.partial(accented_text, "\u0304")),
+        ("dot", "m", "", functools.partial(accented_text, "\u0307")),
+        ("ddot", "m", "", functools.partial(accented_text, "\u0308")),
+        ("not", "m", "symbol", negated_text),
+        ("mathbf boldsymbol bm", "m", "", functools.partial(alphabet_text, "mathbf")),
+        ("mathcal mathscr", "m", "", functools.partial(alphabet_text, "mathcal")),
+        ("mathbb", "m", "", functools.partial(alphabet_text, "mathbb")),
+        ("xrightarrow", "om", "", " —{}{}→ ".format),
+        ("hline", "", "", "———\n".format),
+        ("\\", "", "", "\n".format),
     )
-    return "\n".join(masked)[len(opener) :]
-
-
-SENTENCE_END = re.compile(r"[。！？!?…]+[”’」』）)】*_`]*\s*|\.(?=\s)\s*|\n+")
-HEADING_BEFORE = re.compile(r"(?m)^ {0,3}#{1,6} [^\n]*\s*\Z")
-PARAGRAPH_END = re.compile(r"\n[ \t]*\n+")
-# A cut inside one of these would tear it: links, emphasis, code, addresses; also what
-# is opened on the last line and not closed yet.
-WHOLE = re.compile(
-    r"(?P<ticks>`+)(?!`).{1,400}?(?<!`)(?P=ticks)(?!`)"
-    r"|!?\[[^\[\]\n]{0,300}\]\((?:[^()\n]|\([^()\n]*\)){0,1000}\)"
-    r"|<?https?://[^\s<>，。）」]+>?"
-    r"|(?P<mark>\*{1,3}|(?<!\w)_{1,3}|~~)(?=\S)(?:(?!\n\s*\n).){1,400}?(?<=\S)(?P=mark)"
-    r"|\\\(.{1,400}?\\\)|\$[^$\n]{1,400}\$"
-    r"|(?:\*\*|__|~~|`)[^\n]*\Z|\[[^\[\]\n]*(?:\](?:\([^()\n]*)?)?\Z",
-    re.DOTALL,
+    for name in names.split()
+}
+FORMULA_NAMES = frozenset(
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh coth ln lg log exp max"
+    " min sup inf lim limsup liminf det dim ker deg gcd Pr argmax argmin".split()
+)
+LARGE_SIGNS = "∑∏∐∫∬∭∮∯⋃⋂⨁⨂"
+PREFERRED_SIGNS = dict(  # where the table's sign is rare on phones, or another letter
+    pair.split("=")
+    for pair in "leqslant=≤ geqslant=≥ implies=⇒ Longrightarrow=⇒ impliedby=⇐ iff=⇔"
+    " Longleftrightarrow=⇔ longrightarrow=→ dotsb=⋯ epsilon=ε phi=φ perp=⊥ sim=∼ mid=|"
+    " setminus=∖ square=□".split()
 )
 
 
-def last_end(pattern: re.Pattern, text: str, low: int, high: int, whole: list) -> int:
-    """Return the last end of a match between the offsets, outside of what is whole."""
-    for match in reversed(list(pattern.finditer(text, max(0, low - 1), high))):
-        end = match.end()
-        if low <= end and not any(a < end < b for a, b in whole):
+def symbol_text(name: str) -> str:
+    """Return the character that a command stands for; raise ValueError if none."""
+    from latex2mathml.symbols_parser import convert_symbol  # slow, so not at start
+
+    code = convert_symbol("\\" + name) or ""
+    char = PREFERRED_SIGNS.get(name) or chr(int(code, 16) if code.isalnum() else 0)
+    if unicodedata.category(char)[0] in "MCZ" or char in "√\\":
+        raise ValueError(f"unknown command {name}")
+    return char
+
+
+@dataclass(frozen=True, slots=True)
+class FormulaPiece:
+    """A sign or a whole construct of a formula, as text."""
+
+    text: str
+    kind: str = ""  # name, large, symbol, fraction, root, box, or a plain sign
+    space: str = ""  # before it: " " is a blank of the source, "~" a space asked for
+
+
+def is_torn(before: FormulaPiece, piece: FormulaPiece, after: FormulaPiece) -> bool:
+    """Say whether a fraction, root or box could be read into its neighbours."""
+    if piece.kind == "root":
+        return piece.text[-1] != ")" and not ALONE_BEFORE.match(after.text)
+    last = before.text[-1:]
+    if before.kind != "large" and not ALONE_BEHIND.match(last):
+        return True
+    is_term = piece.kind == "box" and last in tuple("+−·×")
+    return is_term or not ALONE_BEFORE.match(after.text)
+
+
+def is_spaced(text: str, before: FormulaPiece, piece: FormulaPiece, first: str) -> bool:
+    """Say whether a space belongs between a text and the piece that comes next."""
+    is_factor = re.match(r"[^\W\u3000-\u9fff]|[√∛∜∑∫∞]", first) is not None
+    if before.kind == "name":
+        return is_factor or piece.space != "" and first not in "([|"
+    if before.kind == "large" or piece.kind == "name" and re.search(r"[\w)]$", text):
+        return True
+    if before.kind == "symbol" and piece.space == " ":  # it may only end the command
+        return not is_factor if text[-1].isalpha() else text[-2:-1] == " "
+    return piece.space != "" or is_factor and bool(re.search(r"[_^].$", before.text))
+
+
+def joined_pieces(pieces: list[FormulaPiece]) -> str:
+    """Write pieces one behind another, with the brackets and spaces they need."""
+    text = ""
+    before = FormulaPiece("")
+    for piece, after in zip(pieces, [*pieces[1:], before], strict=False):
+        written = piece.text
+        if "\n" in written:
+            written = f"\n{written}\n"
+        elif piece.kind in ("fraction", "root", "box"):
+            is_mixed = re.fullmatch(r"[0-9] \d+/\d+", f"{text[-1:]} {written}")
+            if is_mixed and not is_torn(FormulaPiece(""), piece, after):
+                written = " " + written
+            elif is_torn(before, piece, after):
+                written = f"({written})"
+        is_open = not text[-1:].strip() or written[0].isspace()
+        if not is_open and is_spaced(text, before, piece, written[0]):
+            text += " "
+        text += written
+        before = piece
+    if "\n" in text:
+        text = "\n".join(filter(None, map(str.strip, text.split("\n"))))
+    return text
+
+
+ENVIRONMENTS = dict.fromkeys(("align*", "cases", "array"), ("", "", "\n"))
+ENVIRONMENTS |= dict.fromkeys(("matrix", "pmatrix", "bmatrix"), ("[", "]", "; "))
+ENVIRONMENTS |= {"vmatrix": ("|", "|", "; "), "Vmatrix": ("‖", "‖", "; ")}
+LATEX_TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\s+|.", re.S)
+LATEX_SPACES = ("~", "\\ ", "\\,", "\\:", "\\;", "\\>")
+
+
+class FormulaReader:
+    """Reads one formula, token by token, and never goes back."""
+
+    def __init__(self, latex: str) -> None:
+        self.tokens: list[str] = [*LATEX_TOKEN.findall(latex), ""]
+        self.at = 0
+        self.depth = 0
+
+    @property
+    def next(self) -> str:
+        return self.tokens[self.at]
+
+    def take(self) -> str:
+        self.at += 1
+        return self.tokens[self.at - 1]
+
+    def take_sign(self) -> str:
+        """Take the next token that is no space."""
+        token = self.take()
+        return self.take() if token.isspace() else token
+
+    def row(self, *ends: str) -> list[FormulaPiece]:
+        """Read pieces up to one of the end tokens, and take that too."""
+        pieces: list[FormulaPiece] = []
+        space = ""
+        while self.next not in ends:
+            if self.next in LATEX_SPACES or self.next.isspace():
+                space = "~" if self.take() in LATEX_SPACES else space or " "
+                continue
+            new = [] if self.next in ("^", "_", "'") else self.pieces()
+            new = [piece for piece in self.scripted(new) if piece.text]
+            if new:
+                pieces += [replace(new[0], space=space or new[0].space), *new[1:]]
+                space = ""
+        self.at += 1
+        return pieces
+
+    def scripted(self, bases: list[FormulaPiece]) -> list[FormulaPiece]:
+        """Add the scripts and primes that follow to what stands before them."""
+        scripts = {"_": "", "'": "", "^": ""}
+        while self.next in scripts:
+            mark = self.take()
+            if mark != "'" and scripts[mark]:
+                raise ValueError("two scripts")
+            scripts[mark] += mark if mark == "'" else self.argument()
+        if not any(scripts.values()):
+            return bases
+        base = bases[0] if len(bases) == 1 else FormulaPiece(joined_pieces(bases))
+        text = base.text
+        if "\n" in text:
+            raise ValueError("a script on lines")
+        if base.kind == "root":
+            text = f"({text})"
+        elif text and (base.kind in ("fraction", "box") or len(bases) > 1):
+            text = bracketed(text)
+        kind = base.kind if base.kind in ("name", "large") else ""
+        for mark, script in scripts.items():
+            if mark == "_" and script and text in ("lim", "limsup", "liminf"):
+                text, kind = f"{text}({script})", "large"
+            elif script:
+                text = text + script if mark == "'" else script_text(mark, script, text)
+        # a script on nothing must not become one of what stands before it
+        return [replace(base, text=text if base.text else " " + text, kind=kind)]
+
+    def argument(self, kind: str = "m") -> str:
+        """Read one argument of a command as text."""
+        if kind == "t":
+            words = re.sub(r"\\(?:[ ,:;>]|q?quad)|~|\s+", " ", self.source())
+            words = re.sub(r"\\([%&_#{}])|[{}]", r"\1", words)
+            if "\\" in words or "$" in words:
+                raise ValueError("mathematics among words")
+            return words
+        if kind == "o":
+            is_given = self.next == "[" and self.take()
+            return joined_pieces(self.row("]")) if is_given else ""
+        text = joined_pieces(self.pieces()).strip()
+        if "\n" in text and kind != "M":
+            raise ValueError("lines inside a line")
+        return text
+
+    def source(self) -> str:
+        """Return the source of one argument in braces."""
+        if self.take_sign() != "{":
+            raise ValueError("no braces")
+        start, depth = self.at, 1
+        while depth:
+            depth += {"{": 1, "}": -1}.get(self.take(), 0)
+        return "".join(self.tokens[start : self.at - 1])
+
+    def pieces(self) -> list[FormulaPiece]:
+        """Read one sign, group or command with its arguments."""
+        self.depth += 1
+        if self.depth > MAX_FORMULA_NESTING:
+            raise ValueError("nested too deep")
+        token = self.take_sign()
+        name = token[1:]
+        if token in ("{", "$"):  # a bare tabular holds words and $
+            pieces = self.row("}" if token == "{" else "$")
+        elif token in tuple("}&^_#\\"):
+            raise ValueError(f"stray {token}")
+        elif token[0] != "\\":
+            is_minus = token == "-" and self.next != ">"  # careless for an arrow
+            pieces = [FormulaPiece("−" if is_minus else token)]
+        elif name in FORMULA_NAMES:
+            pieces = [FormulaPiece(name, "name")]
+        elif name in FORMULA_COMMANDS:
+            arguments, kind, write = FORMULA_COMMANDS[name]
+            pieces = [FormulaPiece(write(*map(self.argument, arguments)), kind)]
+        elif name == "mathrm":
+            pieces = self.pieces()
+        elif name == "begin":
+            pieces = [FormulaPiece(self.environment())]
+        else:
+            char = symbol_text(name)
+            pieces = [FormulaPiece(char, "large" if char in LARGE_SIGNS else "symbol")]
+        self.depth -= 1
+        return pieces
+
+    def environment(self) -> str:
+        r"""Read \begin{…} … \end{…}: a line a row, but a matrix on one line."""
+        name = self.source()
+        if name == "array":
+            self.source()  # how its columns are aligned
+        rows: list[list[str]] = [[]]
+        end = ""
+        while end != "\\end":
+            rows[-1].append(joined_pieces(self.row("&", "\\\\", "\\end")).strip())
+            end = self.tokens[self.at - 1]
+            if end == "\\\\":
+                rows.append([])
+        if self.source() != name:
+            raise ValueError("the end of another environment")
+        rows = [row for row in rows if any(row)]
+        gap = ", " if any(" " in cell for row in rows for cell in row) else " "
+        if name == "align*":  # equations side by side, each in two cells
+            for row in rows:
+                row[1::2] = [" " * (cell[1:2] == " ") + cell for cell in row[1::2]]
+                row[2::2] = ["  " + cell for cell in row[2::2]]
+            gap = ""
+        elif name == "cases":  # a value, a comma, its condition; or the sides of x &= 1
+            for row in rows:
+                line = "{ " + "\t".join(filter(None, row))
+                line = re.sub(r"(?<![,，])\t(?=[=<>≤≥]\S)", "", line)
+                line = re.sub(r"(?<![,，])\t(?![=<>≤≥≠+−])", ",\t", line)
+                row[:] = [line.replace("\t", " ")]
+        lines = [gap.join(row).rstrip() for row in rows]
+        opening, closing, end = ENVIRONMENTS[name]
+        return opening + re.sub("———,? ", "———\n", end.join(lines)) + closing
+
+
+def reaction_source(match: re.Match[str]) -> str:
+    """Write chemistry as mathematics: 2H2 + O2 -> 2H2O, SO4^2-."""
+    charge = r"\^\{?(\d*[+-])\}?|(?<=[A-Za-z\d)\]])([+-])(?=\s|$)"
+    source = re.sub(charge, r"^{\1\2}", match[1])
+    source = re.sub(r"(?<=[A-Za-z)\]])(\d+)", r"_{\1}", source)
+    source = re.sub(r"->\[([^][]*)\]", r"\\xrightarrow{\1}", source)
+    source = re.sub(r" v(?=\s|$)", "↓", source)
+    return rf"\mathrm{{{source}}}".replace("<=>", "⇌").replace("->", "→")
+
+
+NO_XML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+LATEX_ARRAY = (
+    r"\\begin\{(?:array\}\s*\{[^{}]*|aligned)\}([\s\S]*?)\\end\{(?:array|aligned)\}"
+)
+LATEX_LOOKS = (  # they change how the same signs look, or number them
+    r"\\(?:displaystyle|textstyle|limits|nolimits|nonumber|notag|middle|[bB]igg?[lrm]?"
+    r"|mathop|rm|bf|underline|!)(?![A-Za-z])|\\(?:label|[hv]space|(?:text)?color)\*?\s*\{[^{}]*\}"
+)
+LATEX_REWRITES = (
+    (rf"\\left *\\\{{\s*{LATEX_ARRAY}\s*\\right *\.", r"\\begin{cases}\1\\end{cases}"),
+    (rf"\\left *\|\s*{LATEX_ARRAY}\s*\\right *\|", r"\\begin{vmatrix}\1\\end{vmatrix}"),
+    (
+        rf"\\left *[(\[]\s*{LATEX_ARRAY}\s*\\right *[)\]]",
+        r"\\begin{bmatrix}\1\\end{bmatrix}",
+    ),
+    (r"\\left *([(\[|])\s*", r"\1"),
+    (r"(?<!\\)\s*\\right(?![A-Za-z]) *\.?|\\left(?![A-Za-z]) *\.?", ""),
+    (r"(\\\\)(?:\[-?[\d.]* ?[a-z]{2}\])?|" + LATEX_LOOKS, r"\1"),
+    (r"\\cline\s*\{[^{}]*\}", r"\\hline "),
+    (r"\\(operatorname|tag)\*", r"\\\1"),
+    (r"\\arg(?![A-Za-z])", r"\\operatorname{arg}"),
+    (r"\\mathrm\s*(?=\{[A-Za-z]{2,}\})", r"\\text"),
+    (r"\{(?:align(?:ed)?|gather(?:ed)?|split|eqnarray|equation)\*?\}", "{align*}"),
+    (r"\{[dr]cases\}", "{cases}"),
+    (r"\{tabular\}", "{array}"),
+    (r"&\s*(?=\\end\b)", "&{}"),  # or latex2mathml drops the last row
+    (r"(?<!\\)\s+(?=[_^])", ""),
+    (r"([_^])(\d\d+)", r"\1{\2}"),  # TeX takes the first digit; the author meant all
+    (r"(?<!\\)%", r"\\%"),  # no comments in an answer
+    (r"(\\text\s*\{[^{}$]*)\$([^$]*)\$", r"\1}\2\\text{"),  # $ opens mathematics
+)
+
+
+def simpler_latex(latex: str) -> str:
+    """Rewrite LaTeX with fewer commands, in a form that latex2mathml reads."""
+    latex = re.sub(r"\\ce\s*\{((?:[^{}]|\{[^{}]*\})*)\}", reaction_source, latex)
+    for pattern, replacement in LATEX_REWRITES:
+        latex = re.sub(pattern, replacement, latex, flags=re.A)
+    return latex.strip()
+
+
+@functools.lru_cache(256)
+def formula_text(latex: str) -> str | None:
+    """Return a formula as text without markup, or None when that would change it."""
+    if len(latex) > MAX_FORMULA_CHARS or NO_XML.search(latex):
+        return None
+    try:
+        text = joined_pieces(FormulaReader(simpler_latex(latex)).row(""))
+    except (ValueError, LookupError):  # a LookupError where it ends too early
+        return None
+    return text.strip() or None
+
+
+MATHML_TAGS = (
+    "math mrow mi mn mo mtext mspace mfrac msqrt mroot msub msup msubsup munder mover"
+    " munderover mtable mtr mtd mstyle mpadded menclose"
+).split()
+MATHML_ATTRIBUTES = set(  # no style, class, href, events; colours are the page's
+    "display xmlns stretchy fence form accent linethickness width height depth lspace"
+    " voffset columnalign columnlines rowlines notation mathvariant".split()
+)
+
+
+def formula_mathml(latex: str, is_block: bool) -> str | None:
+    """Return a formula as one <math> element, or None when that would change it."""
+    text = formula_text(latex)
+    if text is None:
+        return None
+    from latex2mathml.converter import Converter
+
+    try:
+        converter = Converter(display="block" if is_block else "inline")
+        tree = converter.convert_to_element(simpler_latex(latex))
+    except Exception:  # it breaks in many ways, some of them its own
+        return None
+    for element in tree.iter():
+        code = re.compile(r"&#x([0-9A-F]{2,6});")
+        element.text = code.sub(lambda m: chr(int(m[1], 16)), element.text or "")
+        is_strange = "\\" in element.text or NO_XML.search(element.text)
+        if is_strange or element.tag not in MATHML_TAGS:
+            return None
+        for name in element.attrib.keys() - MATHML_ATTRIBUTES:
+            del element.attrib[name]
+    signs = []  # digits and Chinese characters, which no notation may lose
+    for writing in ("".join(tree.itertext()), text.replace("∛", "3").replace("∜", "4")):
+        normal = unicodedata.normalize("NFKC", writing)
+        signs.append(collections.Counter(re.findall(r"[\d\u3400-\u9fff]", normal)))
+    if signs[0] != signs[1]:
+        return None
+    rendered: str = ElementTree.tostring(tree, encoding="unicode")
+    return rendered
+
+
+# ---------------------------------------------------------------------------
+# 5. Chat text
+#
+# A model writes Markdown, WeChat shows plain text. Nothing is lost and nothing is
+# changed but sure markup: a mark that may be text is text, in the chat and on the page.
+# Both are written from the same tokens, those of markdown-it. They are read here line
+# by line, as no general Markdown parser does: what a line is falls when it is complete
+# and never changes, so the text of a growing answer only gets longer, and a part of
+# an answer is a slice of it.
+# ---------------------------------------------------------------------------
+
+CJK = re.compile(
+    "[\u2e80-\u2fff\u3005-\u3007\u3031-\u9fff\uac00-\ud7af\uf900-\ufaff"
+    "\U00020000-\U0003ffff]"
+)
+# A full stop must not follow a number, an initial, or an abbreviation.
+SENTENCE_END = re.compile(
+    r"[。！？…]+[”’」』）)】》]*"
+    r"|(?<![!?])[!?]++[\"')\]]*(?=\s|[^\x00-\x7f])"
+    r"|(?<![\d.])(?<!\.[a-z])(?<!\b[A-Z])(?<!\b(?:No|Dr|Mr|Ms|St|vs))"
+    r"(?<!\b(?:Mrs|Fig|etc))(?<!\bProf)\.[\"')\]]*(?=\s)"
+)
+
+# --- When stars are emphasis
+#
+# CommonMark asks whether a run of stars touches white space or punctuation. Here it is
+# asked as well whether it may be an operator, a wildcard, or part of a name: `2**3`,
+# `(a+b)**2`, `单价*数量`, `*.log`, `**kwargs`, `/*…*/`. The patterns match the two
+# characters around the stars, where 字 is any CJK letter, x any other letter or digit.
+
+DOUBLE_OPENS = re.compile(
+    r"(?![x_)\]}][x_([{+.=-]).[^ ，。：；！？、）】》」』”’,;:!?)\]}/]"
+)
+DOUBLE_CLOSES = re.compile(  # `**Note:**text`, but neither `f(**a,**b)` nor `ab**cd`
+    r"(?![ （【《「『“‘(\[{<=|/])(?:.[^x_]|[:.!?%\x80-\U0010ffff][x_])"
+)
+DOUBTFUL = re.compile(r"/.|./|[字）】][x_([{+.=-]")  # `边长**2`, `/**…**/`: no pair
+SINGLE_OPENS = re.compile(r"[^字x_)\]}）】》”’/\\=+<>^|&%.~-][x字“‘《「『（(\[`$\\\"']")
+SINGLE_CLOSES = re.compile(r"[x字。！？….!?)）”’\"'」』】》%℃`$\]>+#][^字x_/(=\[\\:]")
+BRACKETS = [("(", ")"), ("[", "]"), ("（", "）")]
+
+
+def shape(char: str) -> str:
+    """Return what these patterns call a character."""
+    if char.isspace():
+        return " "
+    return "字" if CJK.match(char) else "x" if char.isalnum() else char
+
+
+# --- The marks inside a line
+
+MAX_WINDOW = 4000  # characters read at once, so that no search can run away
+MAX_FORMULA = 2000
+MAX_OPENERS = 20
+
+# The HTML tags of tokens, where they are not their names.
+TAGS = dict(
+    link="a", paragraph="p", list_item="li", ordered_list="ol", bullet_list="ul"
+)
+# Each is read by the method of its name: `read_code`.
+INLINE_MARKS = {
+    "newline": r"\n",
+    "formula": r"\$\$|\\[(\[]|\\begin\{(?P<environment>\w{1,20}\*?)\}|<!--",
+    "backslash": r"\\\\|\\",
+    "code": r"(?<!`)(?P<ticks>`+)(?!`)(?P<inside>[^\n]{1,1000}?)(?<!`)(?P=ticks)(?!`)",
+    "stars": r"\*+|＊+|~~+",
+    "dollars": r"(?<![0-9A-Za-z])\$(?![\s$])"  # in a line, but not `从 $5 涨到 $10`
+    r"(?P<latex>[^$\n。！？]{0,299}?[^\s$\\。！？])\$(?![0-9A-Za-z_${])",
+    "open": r"`+|(?<![0-9A-Za-z])\$(?!\s)",
+    "label": r"!?\[",
+    "link": r"\]",
+    "url": r"<(?:https?://|mailto:)[^\s<>]+>|<[\w.+-]+@[\w-]+(?:\.[\w-]+)+>"
+    r"|https?://[\w./?#%&=+~:;@!$',*()-]+",
+    "tag": r"<(?P<closes>/?)(?P<name>br|b|i|u|em|strong|span|div|p|center|font|mark"
+    r"|kbd|details|summary|sub|sup)(?:\s+(?:open\b|[\w-]+\s*=\s*(?:\"[^\"]{0,300}\""
+    r"|'[^']{0,300}'|[^\s\"'<>=]+)))*\s*/?>",
+    "entity": r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z][a-z0-9]{1,31});",
+}
+MARK = re.compile(
+    "|".join(f"(?P<{name}>{pattern})" for name, pattern in INLINE_MARKS.items()),
+    re.IGNORECASE | re.ASCII,
+)
+LINK = re.compile(  # behind a label: an address in round brackets, maybe with a title
+    r"\([ \t]*(?:<(?P<whole>[^<>\n]*)>|(?P<plain>(?:[^\s()<>]++|\([^\s()]*+\))*+))"
+    r"(?:[ \t]+(?P<title>\"[^\"\n]*\"|'[^'\n]*'|\([^()\n]*\)))?[ \t]*\)"
+)
+ADDRESS = re.compile(r"https?://|ftp://|mailto:|tel:|#", re.IGNORECASE)
+CLOSERS = {"$": "$", "$$": "$$", "\\(": "\\)", "\\[": "\\]"}
+PRICE = re.compile(r"[\d,.]+ *[A-Za-z]{2,}|.*[A-Za-z]{3,} +[A-Za-z]{3,}")
+LATEX_SIGN = re.compile(r"\\[A-Za-z]|\^|_\{|_\w")
+FORMULA = re.compile(  # not words in brackets
+    rf".*(?:{LATEX_SIGN.pattern})|(?!.*{CJK.pattern}).*[\w+=<>-]", re.DOTALL
+)
+ESCAPE = re.compile(
+    r"\\[*_`~$<>|\[\]&!]|(?<![^\W_])\\#|(?<=\b[A-Z])\\#"
+    r"|^[ \t]*(?:\\[-+>=]|\d{1,3}\\[.)])",
+    re.MULTILINE,
+)
+# Words with backslashes that are paths or patterns: `D:\a\_b`, `\\nas\x`, `^\d+\.$`.
+WORD_WITH_SIGNS = re.compile(r"[^\s，。：；！？、（）“”…!?]+")
+PATH = re.compile(
+    r"\\[^\W_]|^\\\\|\b[A-Za-z]:\\|\\\W[+?{]|^[\^.]+\\|\\$|(?<!^\d)(?<!^\d\d)\\\."
+)
+DATA_PICTURE = re.compile(r"!\[[^\[\]\n]{0,300}\]\(\s*<?data:")
+
+
+@dataclass(slots=True)
+class Opener:
+    """A mark that is markup if its closing mark comes."""
+
+    mark: str
+    token: int  # its index; a token of text until the mark is closed
+    end: int  # of the mark, in the text
+    is_doubtful: bool
+
+
+class InlineReader:
+    """Reads the marks inside one text, once, from left to right."""
+
+    def __init__(self, text: str, before: str, is_whole: bool) -> None:
+        self.text = before + text  # the character before it has been read
+        self.is_whole = is_whole  # else more of the text may come
+        self.tokens: list[Token] = []
+        self.openers: list[Opener] = []
+        self.line = 1  # where it begins
+        self.sure = 1, 0  # the end of text, and of tokens, that nothing can change
+        self.is_held = False  # something is open that can change all that follows
+        self.waiting = ""  # what closes the formula or comment that is open
+        self.position = 1
+        words = WORD_WITH_SIGNS.finditer(self.text) if "\\" in text else ()
+        paths = [range(*word.span()) for word in words if PATH.search(word[0])]
+        self.escapes = {found.end() - 2 for found in ESCAPE.finditer(self.text, 1)}
+        self.escapes.difference_update(*paths)
+
+    def read(self) -> None:
+        while mark := MARK.search(self.text, self.position):
+            self.add_words(mark.start())
+            end = getattr(self, f"read_{mark.lastgroup}")(mark)
+            if not end:
+                self.add_text(mark[0])
+            self.position = end or mark.end()
+        self.add_words(len(self.text))
+        if self.is_whole:
+            self.sure = len(self.text), len(self.tokens)
+
+    def add_words(self, end: int) -> None:
+        """Add what stands before a mark; note the last sentence end in it."""
+        begin = self.position
+        if not (self.is_whole or self.openers or self.is_held):
+            for found in SENTENCE_END.finditer(self.text, begin, end):
+                self.add_text(self.text[begin : found.end()])
+                begin = found.end()
+                self.sure = begin, len(self.tokens)
+        self.add_text(self.text[begin:end])
+
+    def add_text(self, text: str) -> None:
+        if text:
+            self.add("text", content=text)
+
+    def add(self, type: str, tag: str = "", nesting: int = 0, **more: object) -> None:
+        self.tokens.append(Token(type, tag, nesting, **more))  # type: ignore[arg-type]
+
+    def hold(self, closer: str = "") -> None:
+        """Take nothing for sure from here on: the end of something may come."""
+        if not self.is_whole:
+            self.is_held, self.waiting = True, self.waiting or closer
+
+    def open(self, mark: str, text: str, end: int, is_doubtful: bool = False) -> None:
+        """Add a mark that is text until it is closed."""
+        if len(self.openers) < MAX_OPENERS:
+            self.openers.append(Opener(mark, len(self.tokens), end, is_doubtful))
+        self.add_text(text)
+
+    def find(self, *marks: str) -> Opener | None:
+        return next((o for o in reversed(self.openers) if o.mark in marks), None)
+
+    def close(self, opener: Opener, *names: str) -> None:
+        """Make pairs of an open mark and the one read; what is open inside is text."""
+        del self.openers[self.openers.index(opener) :]
+        opened = [Token(f"{name}_open", TAGS.get(name, name), 1) for name in names]
+        self.tokens[opener.token : opener.token + 1] = opened
+        for name in reversed(names):
+            self.add(f"{name}_close", TAGS.get(name, name), -1)
+
+    # A method a mark: each returns where what it has read ends, or 0 if it is text.
+
+    def read_newline(self, mark: re.Match[str]) -> int:
+        openers = [o for o in self.openers if o.mark not in "*＊" and o.end > self.line]
+        if not openers and not self.is_held:
+            self.sure = mark.start(), len(self.tokens)
+        self.add("softbreak", "br")
+        self.openers, self.line = openers, mark.end()
+        return mark.end()
+
+    def read_stars(self, mark: re.Match[str]) -> int:
+        """Read a run of stars, or of two tildes: it closes, opens, or is text."""
+        run, begin, end = mark[0], mark.start(), mark.end()
+        if len(run) > 3 or run[0] == "~" and len(run) != 2:
+            return 0
+        pair = shape(self.text[begin - 1]) + shape(self.text[end : end + 1] or "\n")
+        is_single, is_doubtful = len(run) == 1, bool(DOUBTFUL.fullmatch(pair))
+        closes = SINGLE_CLOSES if is_single else DOUBLE_CLOSES
+        opener = self.find(run) if closes.fullmatch(pair) else None
+        inside = self.text[opener.end : begin] if opener else ""
+        is_phrase = bool(inside.strip())
+        if is_single:  # may be a footnote's, or an operator: `(*p)*(*q)`
+            is_balanced = all(inside.count(a) == inside.count(b) for a, b in BRACKETS)
+            is_phrase = is_balanced and any(char.isalpha() for char in inside)
+        if opener and is_phrase and not (opener.is_doubtful and is_doubtful):
+            names = [["em"], ["strong"], ["strong", "em"]][len(run) - 1]
+            self.close(opener, *(["s"] if run == "~~" else names))
+        elif (SINGLE_OPENS if is_single else DOUBLE_OPENS).fullmatch(pair):
+            self.open(run, run, end, is_doubtful)
+        else:
+            return 0
+        return end
+
+    def read_code(self, mark: re.Match[str]) -> int:
+        code = mark["inside"]
+        if code.strip() and code[0] == code[-1] == " ":
+            code = code[1:-1]
+        self.add("code_inline", "code", content=code, markup=mark["ticks"])
+        return mark.end()
+
+    def read_dollars(self, mark: re.Match[str]) -> int:
+        latex = mark["latex"]
+        if LATEX_SIGN.search(latex) or FORMULA.match(latex) and not PRICE.match(latex):
+            self.add("math_inline", "math", content=latex, markup="$")
+            return mark.end()
+        self.add_text("$")
+        return mark.start() + 1
+
+    def read_open(self, mark: re.Match[str]) -> int:
+        """Wait for the other end of code or a formula, if it may come in this line."""
+        rest = self.text[mark.end() : mark.end() + 1000]
+        stop = re.search("\n" if mark[0] != "$" else "[\n。！？]", rest)
+        if not stop and len(rest) < 1000:
+            self.hold()
+        return 0
+
+    def read_formula(self, mark: re.Match[str]) -> int:
+        """Read a formula or a comment; it may go on over lines."""
+        opener, inside = mark[0], mark.end()
+        kind = "math_inline" if opener == "\\(" else "math_block"
+        closer = "-->" if opener == "<!--" else f"\\end{{{mark['environment']}}}"
+        closer = CLOSERS.get(opener, closer)
+        end = self.text.find(closer, inside, inside + MAX_FORMULA)
+        latex = self.text[inside:end]
+        if end < 0:
+            if len(self.text) - inside < MAX_FORMULA:
+                self.hold(closer)
+            return 0
+        if mark["environment"]:  # is LaTeX as a whole
+            self.add(kind, "math", content=opener + latex + closer)
+        elif opener in CLOSERS and FORMULA.match(latex):
+            self.add(kind, "math", content=latex, markup=opener)
+        elif opener in CLOSERS:  # `\[words\]` are brackets
+            self.add_text(opener.removeprefix("\\"))
+            self.escapes.add(end)
+            return inside
+        return end + len(closer)
+
+    def read_backslash(self, mark: re.Match[str]) -> int:
+        if mark.start() not in self.escapes:
+            return 0
+        self.add_text(self.text[mark.end()])
+        return mark.end() + 1
+
+    def read_label(self, mark: re.Match[str]) -> int:
+        self.open(mark[0], mark[0], mark.end())
+        return mark.end()
+
+    def read_link(self, mark: re.Match[str]) -> int:
+        """Read a link or picture at the end of its label."""
+        opener = self.find("[", "![")
+        if opener is None:
+            return 0
+        begin, end = mark.span()
+        found = LINK.match(self.text, end)
+        url = (found["whole"] or found["plain"] or "") if found else ""
+        before = self.text[opener.end - len(opener.mark) - 1]
+        is_path = ":" not in url and re.search("[./]", url)  # not so `arr[0](x.y)`
+        is_data = opener.mark == "![" and url.lower().startswith("data:image/")
+        is_link = ADDRESS.match(url) or is_path and shape(before) not in "x_" or is_data
+        if found and is_link:
+            self.close(opener, "link")
+            attrs = {"href": url, "title": (found["title"] or "")[1:-1]}
+            self.tokens[opener.token].attrs = {k: v for k, v in attrs.items() if v}
+            if opener.mark == "![":
+                label = self.tokens[opener.token + 1 : -1]
+                source = self.text[opener.end : begin]
+                del self.tokens[opener.token :]
+                attrs = {"src": url, "alt": ""}
+                self.add("image", "img", attrs=attrs, children=label, content=source)
+            return found.end()
+        if not found and self.text.startswith("(", end) and "\n" not in self.text[end:]:
+            self.hold()
+        self.openers.remove(opener)
+        return 0
+
+    def read_url(self, mark: re.Match[str]) -> int:
+        """Read an address, bare or in angle brackets."""
+        url = mark[0]
+        if url[0] != "<":
+            url = url.rstrip("*.,;:!?'~")
+            while url.endswith(")") and url.count(")") > url.count("("):
+                url = url[:-1].rstrip("*.,;:!?'~")
+        end = mark.start() + len(url)
+        label = re.sub("(?i)^<(?:mailto:)?|>$", "", url)
+        if self.find("["):  # no link inside a link
+            self.add_text(label)
+            return end
+        href = label if "://" in label else f"mailto:{label}"
+        self.add("link_open", "a", 1, attrs={"href": href}, markup="autolink")
+        self.add_text(label)
+        self.add("link_close", "a", -1, markup="autolink")
+        return end
+
+    def read_entity(self, mark: re.Match[str]) -> int:
+        char = html.unescape(mark[0]).replace("\xa0", " ")
+        if char in ("", "\r", "\ufffd", mark[0]) or ILLEGAL.search(char):
+            return 0
+        self.add_text(char)
+        return mark.end()
+
+    def read_tag(self, tag: re.Match[str]) -> int:
+        """Read a tag: markup in a pair, or among tags alone on a line."""
+        name = tag["name"].lower()
+        before = self.text[: tag.start()].rstrip(" \t")[-1:]
+        after = self.text[tag.end() :].lstrip(" \t")[:1]
+        is_alone = before in ("\n", ">") and after in ("", "\n", "<")
+        opener = self.find(name) if tag["closes"] else None
+        inside = self.text[opener.end : tag.start()] if opener else ""
+        if name == "br":
+            self.add("hardbreak", "br")
+        elif not tag["closes"] and not is_alone:
+            self.open(name, tag[0], tag.end())
+        elif opener is None:
+            return tag.end() if is_alone else 0
+        elif not inside or inside != inside.strip(" "):
+            return 0
+        else:
+            self.close(opener, *([name] if name in ("sub", "sup") else []))
+        return tag.end()
+
+
+def window_end(text: str, begin: int, is_whole: bool) -> int:
+    """Return how far a text is read at once; a picture in the text is not torn."""
+    end, at = begin + MAX_WINDOW, begin
+    while picture := DATA_PICTURE.search(text, at, end):
+        at = text.find(")", picture.end()) + 1
+        if not at:
+            return end if is_whole else picture.start()
+        end = max(end, at)
+    return end
+
+
+def read_inline(
+    text: str, before: str = "\n", is_whole: bool = True
+) -> tuple[list[Token], int, str]:
+    """Return a text's sure tokens, where they end, and what the rest waits for."""
+    tokens: list[Token] = []
+    begin, waiting = 0, ""
+    while begin < len(text):
+        end = window_end(text, begin, is_whole)
+        is_last = end >= len(text)
+        reader = InlineReader(text[begin:end], before, is_whole and is_last)
+        reader.read()
+        (sure, count), waiting = reader.sure, reader.waiting
+        if sure == 1 and not is_last and end - begin >= MAX_WINDOW:
+            sure, count = end - begin + 1, len(reader.tokens)  # open so long: text
+        tokens += reader.tokens[:count]
+        begin += sure - 1
+        if sure == 1 or is_last:
+            break
+        before = text[begin - 1]
+    return tokens, begin, waiting
+
+
+# --- The lines of an answer
+
+MAX_QUOTES = 3  # of quotes in quotes
+MAX_COLUMNS = 40
+MAX_HEADER = 500  # characters of a table's header: each record repeats it
+MAX_CELLS = 4000  # of all tables of an answer; a page of more takes seconds to make
+
+FENCE = re.compile(  # `py`, `js title="a"` and `{r}` are languages, words are not
+    r"[ \t]*(?P<mark>`{3,}|~{3,})\s*+(?:(?P<language>[\w+#.:/-]++(?:\s++[^\s`]++"
+    r"|[^`={]*+[={][^`]*+)?|\{[^`]*+)\s*|(?P<words>.*))",
+    re.ASCII,
+)
+LATE_FENCE = re.compile(  # behind words: `代码如下：` and three backticks
+    r"(?<=[:：])[ \t]*(?P<mark>`{3,})(?P<info>[\w+#.-]*)[ \t\r]*\Z", re.ASCII
+)
+HEADING = re.compile(r"[ \t]*(#{1,6})[ \t]+(\S.*)")
+QUOTE = re.compile(r"[ \t]*>(?!>>|=) ?(.*)")
+BLOCK = re.compile(r"[ \t]*(?:`{3}|~{3}|#{1,6}[ \t]+\S|>(?!>>|=))")
+ITEM = re.compile(r"[ \t]*([-*+]|\d{1,3}[.)])[ \t]+(\S.*)", re.ASCII)
+TASK = re.compile(r"\[([ xX])\][ \t]+(?=\S)")
+# Behind signs: `- 100 元`, `+ 300 元`, `> 60 分`; neither `2024 年` nor `1. 甲`.
+AMOUNT = re.compile(
+    r"[约近]?[^\w\s`。！？…!?]{0,3}\d[\d,.]*+(?! ?[年月日号点时:：、/)）])"
+)
+BAR = re.compile(  # a bar, or code and formulas that may hold one
+    r"(`+)(?!`).{1,300}?(?<!`)\1(?!`)|\\\(.{1,300}?\\\)"
+    r"|\$(?![\s\d$])[^$]{0,300}[^\s$]\$(?!\w)|\\\||\|"
+)
+TABLE_RULE = re.compile(r"\s*+\|?(?:\s*+:?-++:?\s*+(?:\||\Z))++\s*")
+
+
+def indent_of(line: str) -> int:
+    """Return how many columns a line is indented."""
+    line = line.expandtabs(4)
+    return len(line) - len(line.lstrip(" "))
+
+
+def split_cells(line: str) -> list[str]:
+    """Return the cells of a table row; bars in code and formulas part nothing."""
+    line = line.strip().removeprefix("|")
+    line = BAR.sub(lambda bar: "\0" if bar[0] == "|" else bar[0], line)
+    cells = line.removesuffix("\0").split("\0", MAX_COLUMNS)
+    return [cell.replace("\\|", "|").replace("\0", "|").strip() for cell in cells]
+
+
+def side_of(cell: str) -> str:
+    """Return where a column's cells stand, by its cell of the rule; '' on the left."""
+    if not cell.endswith(":"):
+        return ""
+    return "center" if cell.startswith(":") else "right"
+
+
+def can_be_header(line: str) -> bool:
+    """Say whether a line can be a table's header: a bar before any sentence end."""
+    bar = line.find("|", 0, MAX_HEADER)
+    return bar >= 0 and not SENTENCE_END.search(line, 0, bar + 1)
+
+
+class MarkdownReader:
+    """Reads a growing Markdown text, line by line, into tokens.
+
+    A token that has been added never changes. Besides markdown-it's own there are
+    hidden ones, which pages leave out: a blank line of the source, and each line of
+    code as soon as it is known.
+    """
+
+    def __init__(self, depth: int = 0) -> None:
+        self.depth = depth  # of quotes around it
+        self.tokens: list[Token] = []  # whoever writes them clears the list
+        self.rest = ""  # the line that is not complete
+        self.is_in_line = False  # its beginning was known to be text, and was read
+        self.is_first = True  # no line with text has been read
+        self.wrapper = ""  # the fence around the whole answer
+        self.fence: Token | None = None  # the open code block's
+        self.code: list[str] = []  # the lines behind the fence
+        self.quote: MarkdownReader | None = None
+        self.lists: list[tuple[int, str]] = []  # indent of the marks; -, *, + or 1
+        self.is_sum = False  # the last lines were amounts behind signs
+        self.header = ""  # a line with bars: a table's header if a rule follows
+        self.row: str | None = None  # how a row of the open table begins
+        self.cells = 0  # of all tables so far
+        self.sides: list[str] = []  # where the cells of its columns stand
+        self.paragraph: Token | None = None
+        self.pending = ""  # the end of the paragraph: its marks may be open
+        self.before = "\n"  # the character before that end
+        self.waiting = ""  # what closes the formula that is open behind a line
+        self.joined = ""  # the lines since
+        self.is_replay = False  # they are read again, since it was not closed
+
+    def feed(self, text: str) -> None:
+        """Read what has been added to the text."""
+        if text.isspace() and "\n" not in text and not self.is_in_line:
+            self.rest += text  # it settles nothing, however much of it comes
+            return
+        *lines, self.rest = (self.rest + ILLEGAL.sub("", text)).split("\n")
+        for line in lines:
+            self.read_line(line.removesuffix("\r"))
+        if self.is_in_line:
+            self.pending += self.rest
+        elif self.is_settled(self.rest):
+            self.is_in_line = True
+            self.read_block(self.rest)
+        else:
+            return
+        self.read_pending(False)
+        self.rest = ""
+
+    def finish(self) -> None:
+        """Read the last line, and close whatever is open."""
+        if self.rest or self.is_in_line:
+            self.read_line(self.rest.removesuffix("\r"))
+        self.give_up()
+        if self.header:
+            self.read_text(self.header)
+        self.enter(0)
+        self.rest = self.header = ""
+
+    def is_settled(self, line: str) -> bool:
+        """Say whether the beginning of a line makes sure that it is text or an item."""
+        is_open = self.fence or self.waiting or self.header or self.row is not None
+        item = ITEM.fullmatch(line)
+        if is_open or BLOCK.match(item[2] if item else line) or can_be_header(line):
+            return False
+        has_words = bool(line.strip(" \t-*"))  # is no rule
+        return has_words and (len(line) > MAX_WINDOW or bool(SENTENCE_END.search(line)))
+
+    def read_line(self, line: str) -> None:
+        """Read a complete line, or the end of one whose beginning was read."""
+        if self.is_in_line:
+            self.is_in_line = False
+            self.pending += line
+        elif self.waiting:
+            self.join(line)
+        elif self.fence:
+            self.read_code(self.fence, line)
+        else:
+            self.read_block(line)
+        if self.paragraph and not self.waiting:
+            self.end_text_line()
+
+    def read_block(self, line: str) -> None:
+        """Find out what a line is, and read it."""
+        if self.header:
+            return self.read_below_header(line)
+        if not line.strip():
+            self.close_block()
+            self.add("blank", hidden=True)
+            return None
+        if self.row is not None and "|" in line and line.lstrip().startswith(self.row):
+            cells = split_cells(line)
+            if self.cells + len(cells) <= MAX_CELLS:
+                return self.add_row("td", cells)
+        quote = QUOTE.fullmatch(line)
+        is_new = not (self.quote or self.depth == MAX_QUOTES)
+        if quote and is_new and not AMOUNT.match(quote[1]):  # not `> 60 分`
+            self.enter(indent_of(line))
+            self.open("blockquote")
+            self.quote = MarkdownReader(self.depth + 1)
+            self.quote.tokens = self.tokens
+        if quote and self.quote:
+            return self.quote.read_line(quote[1])
+        if self.quote or self.row is not None:
+            self.close_block()
+        is_first, self.is_first = self.is_first, False
+        if fence := FENCE.fullmatch(line):
+            self.read_fence(fence, line, is_first)
+        elif heading := HEADING.fullmatch(line):
+            words = re.sub(r"\s#+$", "", heading[2].rstrip()).rstrip()
+            self.enter(indent_of(line))
+            self.open("heading", f"h{len(heading[1])}")
+            self.add("inline", children=read_inline(words)[0], content=words)
+            self.close("heading", f"h{len(heading[1])}")
+        elif re.fullmatch(r"[ \t]*([-*])(?:[ \t]*\1){2,}[ \t]*", line):
+            self.enter(indent_of(line))
+            self.add("hr", "hr")
+        elif item := ITEM.fullmatch(line):
+            self.read_item(line, item[1], item[2])
+        elif can_be_header(line):
+            self.header = line
+        else:
+            self.read_text(line)
+
+    def add(self, type: str, tag: str = "", nesting: int = 0, **more: object) -> Token:
+        token = Token(type, tag, nesting, block=True, **more)  # type: ignore[arg-type]
+        self.tokens.append(token)
+        return token
+
+    def open(self, name: str, tag: str = "", **more: object) -> Token:
+        return self.add(f"{name}_open", tag or TAGS.get(name, name), 1, **more)
+
+    def close(self, name: str, tag: str = "", **more: object) -> None:
+        self.add(f"{name}_close", tag or TAGS.get(name, name), -1, **more)
+
+    def enter(self, indent: int) -> None:
+        """Close what a block with this indent does not belong to."""
+        self.close_block()
+        self.is_sum = False
+        while self.lists and indent < self.lists[-1][0] + 2:
+            self.close("list_item")
+            self.close("ordered_list" if self.lists.pop()[1] == "1" else "bullet_list")
+
+    def close_block(self) -> None:
+        """Close the paragraph, quote, code block or table that is open."""
+        if self.paragraph:
+            self.flush()
+            self.close("paragraph", hidden=self.paragraph.hidden)
+            self.paragraph, self.before = None, "\n"
+        elif self.quote:
+            self.quote.finish()
+            self.close("blockquote")
+            self.quote = None
+        elif self.fence:
+            code, info = "".join(f"{line}\n" for line in self.code), self.fence.info
+            self.add("fence", "code", content=code, info=info, markup=self.fence.markup)
+            self.fence, self.code = None, []
+        elif self.row is not None:
+            self.close("tbody")
+            self.close("table")
+            self.row = None
+
+    def read_text(self, line: str) -> None:
+        indent = indent_of(line)
+        if not self.paragraph or self.lists and indent < self.lists[-1][0] + 2:
+            self.enter(indent)
+            self.paragraph, self.pending = self.open("paragraph"), ""
+        self.is_sum = False
+        self.pending += line.lstrip() if self.lists else line
+
+    def end_text_line(self) -> None:
+        """Read the paragraph's last line; what is open in it may go on in the next."""
+        if self.pending.endswith("\n"):
+            return
+        if fence := LATE_FENCE.search(self.pending):
+            self.pending = self.pending[: fence.start()]
+            return self.read_block(fence[0].strip())
+        self.pending += "\n"
+        self.waiting = self.read_pending(False)
+        if self.waiting and self.is_replay:
+            self.flush()
+
+    def read_pending(self, is_whole: bool) -> str:
+        """Add what is sure of the paragraph's end; return what the rest waits for."""
+        tokens, end, waiting = read_inline(self.pending, self.before, is_whole)
+        if end:
+            self.add("inline", children=tokens, content=self.pending[:end])
+            self.before, self.pending = self.pending[end - 1], self.pending[end:]
+        return waiting
+
+    def flush(self) -> None:
+        """Take what is open in the paragraph as text."""
+        self.pending = self.pending.rstrip()
+        self.read_pending(True)
+        self.pending, self.waiting = "\n", ""
+
+    def join(self, line: str) -> None:
+        """Read a line behind an open formula: nothing in it is a mark of Markdown."""
+        self.joined += line + "\n"
+        is_end = not line.strip() or FENCE.match(line) or HEADING.match(line)
+        if len(self.joined) > MAX_FORMULA or is_end:
+            self.give_up()
+        elif self.waiting in line:
+            self.pending += self.joined[:-1]
+            self.joined, self.waiting = "", ""
+
+    def give_up(self) -> None:
+        """Take an open formula as text, and read the lines behind it."""
+        if self.waiting:
+            self.flush()
+            lines, self.joined, self.is_replay = self.joined, "", True
+            for line in lines.split("\n")[:-1]:
+                self.read_line(line)
+            self.is_replay = False
+
+    def read_item(self, line: str, mark: str, content: str) -> None:
+        """Read a list item, or a line whose mark is a sign."""
+        indent = indent_of(line)
+        kind = "1" if mark[0].isdigit() else mark
+        around = [outer for outer in self.lists if outer[0] <= indent]
+        is_nested = bool(around) and indent >= around[-1][0] + 2
+        goes_on = bool(around) and not is_nested and around[-1][1] == kind
+        is_amount = AMOUNT.match(content) is not None
+        is_plus = kind == "+" and not is_nested and not TASK.match(content)
+        is_sign = kind in "+-" and (is_amount or self.is_sum or is_plus)
+        if goes_on:  # the first line of a list has decided
+            is_sign = kind == "+" and is_amount
+        if is_sign:
+            self.read_text(line)
+            self.is_sum = True
+        else:
+            self.enter(indent + 2 if goes_on else indent)
+            if goes_on:
+                self.close("list_item")
+            else:
+                self.lists.append((indent, kind))
+                self.open("ordered_list" if kind == "1" else "bullet_list")
+            self.open_item(mark, content, indent)
+
+    def open_item(self, mark: str, content: str, indent: int) -> None:
+        item = self.open("list_item", info="•")  # as the chat shows it
+        if mark[0].isdigit():
+            item.info, item.attrs = mark, {"value": int(mark[:-1])}
+        if BLOCK.match(content):
+            return self.read_block(" " * (indent + 2) + content)
+        if task := TASK.match(content):
+            content = ("☐ " if task[1] == " " else "☑ ") + content[task.end() :]
+            item.info = "" if item.info == "•" else item.info
+            item.attrs["class"] = "task"
+        self.paragraph, self.pending = self.open("paragraph", hidden=True), content
+
+    def read_fence(self, fence: re.Match[str], line: str, is_first: bool) -> None:
+        """Read a fence's first line, or the last line of the one around the answer."""
+        groups = fence.group("mark", "language", "words")
+        mark, info, words = ((group or "").strip() for group in groups)
+        if is_first and info.lower() in ("markdown", "md"):
+            self.wrapper = mark
+        elif self.wrapper and mark.startswith(self.wrapper) and not info:
+            self.wrapper = ""
+            self.enter(0)
+            if words:
+                self.read_line(words)
+        elif "`" in words or not line.isascii():
+            self.read_text(line)
+        else:
+            indent = indent_of(line)
+            if words:
+                self.read_text(" " * indent + words)
+            self.enter(indent)
+            self.fence = self.add("code_open", info=info, markup=mark, hidden=True)
+            self.fence.level = indent
+
+    def read_code(self, fence: Token, line: str) -> None:
+        found = FENCE.fullmatch(line)
+        if found and found["mark"].startswith(fence.markup) and not found["language"]:
+            self.close_block()
+            if found["words"]:
+                self.read_line(found["words"])
+            return
+        indent = min(fence.level, len(line) - len(line.lstrip(" \t")))
+        self.code.append(line[indent:])
+        self.add("code_line", content=line[indent:], hidden=True)
+
+    def read_below_header(self, line: str) -> None:
+        """Open a table if a rule follows its header; else both lines are no table's."""
+        header, self.header = self.header, ""
+        is_rule = "|" in line and TABLE_RULE.fullmatch(line)
+        is_small = len(header) <= MAX_HEADER and self.cells < MAX_CELLS
+        if not is_rule or not is_small:
+            self.read_text(header)
+            self.end_text_line()
+            return self.read_line(line)
+        self.enter(indent_of(header))
+        self.row = "|" if header.lstrip().startswith("|") else ""
+        self.sides = [side_of(cell) for cell in split_cells(line)]
+        self.open("table")
+        self.open("thead")
+        self.add_row("th", split_cells(header))
+        self.close("thead")
+        self.open("tbody")
+
+    def add_row(self, tag: str, cells: list[str]) -> None:
+        self.cells += len(cells)
+        self.open("tr")
+        for cell, side in itertools.zip_longest(cells, self.sides[: len(cells)]):
+            self.open(tag, attrs={"style": f"text-align:{side}"} if side else {})
+            self.add("inline", children=read_inline(cell)[0], content=cell)
+            self.close(tag)
+        self.close("tr")
+
+
+def read_markdown(markdown: str) -> list[Token]:
+    """Return the tokens of a whole answer, for its chat text and for its page."""
+    reader = MarkdownReader()
+    reader.feed(markdown)
+    reader.finish()
+    return reader.tokens
+
+
+# --- What the chat shows of them
+
+MAX_HEADING = 30  # characters; a longer one is shown as it is
+MAX_ROW = 20  # characters of a header whose table is shown in rows
+MAX_BLANKS = 10  # newlines in a row
+SPACES = re.compile(r"[^\S\n]{200,}")  # a reply of nothing but spaces would be empty
+
+
+def inline_text(children: list[Token]) -> str:
+    """Return the chat text of the tokens of a line."""
+    out: list[str] = []
+    begins: list[tuple[int, str]] = []  # of open links: in `out`, and the address
+    for child in children:
+        match child.type:
+            case "softbreak" | "hardbreak":
+                out.append("\n")
+            case "image":
+                url, label = str(child.attrs["src"]), inline_text(child.children or [])
+                shown = f"[图片：{label}] {url}" if label else f"[图片] {url}"
+                out.append("[图片]" if url[:5].lower() == "data:" else shown)
+            case "math_inline" | "math_block":
+                source = child.markup + child.content + CLOSERS.get(child.markup, "")
+                out.append(formula_text(child.content) or source)
+            case "s_open" | "s_close":
+                out.append("~~")  # without them the meaning turns round
+            case "link_open" | "sub_open" | "sup_open":
+                begins.append((len(out), str(child.attrs.get("href"))))
+            case "link_close":
+                begin, url = begins.pop()
+                label = "".join(out[begin:])
+                address = re.sub("^mailto:", "", url, flags=re.IGNORECASE)
+                if label and address.startswith("#") or label == address:
+                    continue
+                # Full-width brackets, since phones draw others into the link.
+                out[begin:] = [f"{label}（{address}）" if label else address]
+            case "sub_close" | "sup_close":
+                begin, _ = begins.pop()
+                mark = "_" if child.tag == "sub" else "^"
+                out[begin:] = [script_text(mark, "".join(out[begin:]), "")]
+            case _:
+                out.append(child.content)
+    return "".join(out)
+
+
+class ChatWriter:
+    """Writes tokens as chat text; what it has written never changes."""
+
+    def __init__(self) -> None:
+        self.out: list[str] = []  # whoever shows it clears the list
+        self.is_empty = True  # nothing has been written
+        self.newlines = 0  # before the next text
+        self.spaces = ""  # before the next text, if it is on the same line
+        self.prefixes: list[str] = []  # of quotes and items; a mark until it is written
+        self.captured: list[str] | None = None  # of a heading, or a row's cells
+        self.columns: list[str] = []  # of the table's header
+        self.is_wide = False  # the table is written as records
+        self.has_rows = False  # below its header
+        self.is_code = False  # in a code block, which is not indented
+        self.is_hidden = False  # it is a diagram
+
+    def write(self, token: Token) -> None:
+        match token.type:
+            case "inline" if self.captured is not None:
+                self.captured.append(inline_text(token.children or []))
+            case "inline":
+                self.put(inline_text(token.children or []))
+            case "blank":
+                self.break_line(2)
+            case "hr":
+                self.put_line("———")
+            case "paragraph_open" | "paragraph_close":
+                self.break_line()
+            case "list_item_open" | "blockquote_open":
+                self.break_line()
+                mark = token.info if token.tag == "li" else "│"
+                self.prefixes.append(f"{mark} " if mark else "")
+            case "list_item_close":
+                if mark := self.prefixes.pop().rstrip():  # it is without text
+                    self.put_line(mark)
+            case "blockquote_close":
+                self.prefixes.pop()
+            case "code_open":
+                self.is_code = True
+                self.is_hidden = token.info.split(" ")[0].lower() == "mermaid"
+                self.put_line("（流程图，在网页里看）" if self.is_hidden else "")
+            case "code_line" if token.content.strip() and not self.is_hidden:
+                self.put_line(token.content)
+            case "code_line" if not self.is_hidden:
+                self.newlines = min(self.newlines + 1, MAX_BLANKS)
+            case "fence":
+                self.is_code = False  # its lines have been written
+            case "table_open":
+                self.columns, self.has_rows = [], False
+            case "heading_open" | "tr_open":
+                self.captured = []
+            case "heading_close":
+                text = "".join(self.captured or []).replace("\n", " ").strip()
+                is_plain = len(text) > MAX_HEADING or re.search("[【】《》]|^$", text)
+                self.captured = None
+                self.put_line(text if is_plain else f"【{text}】")
+            case "tr_close":
+                cells = [cell.replace("\n", " ") for cell in self.captured or []]
+                self.captured = None
+                self.write_row(cells)
+            case "table_close" if self.is_wide and not self.has_rows:
+                self.put_line("｜".join(self.columns))
+
+    def write_row(self, cells: list[str]) -> None:
+        """Write a row, or a record of the cells below their columns."""
+        if not self.columns:
+            self.columns = cells
+            self.is_wide = len(cells) > 3 or len("".join(cells)) > MAX_ROW
+        elif self.is_wide:
+            self.break_line(2 if self.has_rows else 1)
+            pairs = itertools.zip_longest(self.columns, cells, fillvalue="")
+            lines = [f"{a}：{b}" if a and b else b for a, b in pairs]
+            lines[0] = f"【{lines[0]}】" if lines[0] else ""
+            self.put_line("\n".join(filter(None, lines)))
+            self.has_rows = True
+        if not self.is_wide:
+            self.put_line("｜".join(cells))
+
+    def break_line(self, newlines: int = 1) -> None:
+        """Let the next text stand below: on the next line, or behind a blank one."""
+        self.newlines = max(self.newlines, newlines)
+
+    def put_line(self, text: str) -> None:
+        self.break_line()
+        self.put(text)
+        self.break_line()
+
+    def put(self, text: str) -> None:
+        """Write text behind what is on the line; no white space at line ends."""
+        for index, line in enumerate(text.split("\n")):
+            if index:
+                self.break_line()
+            words = line.rstrip()
+            if words:
+                self.begin()
+                self.out.append(SPACES.sub(" ", self.spaces + words))
+                self.spaces = ""
+            self.spaces += line[len(words) :]
+
+    def begin(self) -> None:
+        """Write what stands before a text: newlines and prefixes."""
+        if not (self.newlines or self.is_empty):
+            return
+        kept = [p for p in self.prefixes if not (self.is_code and p == "  ")]
+        newlines = 0 if self.is_empty else self.newlines
+        self.out.append("\n" * newlines + "".join(kept))
+        self.newlines, self.is_empty, self.spaces = 0, False, ""
+        self.prefixes = [prefix if prefix == "│ " else "  " for prefix in self.prefixes]
+
+
+# --- Cuts
+
+MAX_HEADINGS = 2000  # characters of headings in a row that go with what follows
+# Lines that no part may end with: headings and list marks go with what follows.
+LEADING = re.compile(r"[ │•]*(?:【[^\n]*】|\d{1,4}[.)、）]|[•☐☑│])")
+UNFINISHED = re.compile(r"(?:.*\W)?(?:No|Dr|Mr|Mrs|Ms|St|Prof|Fig|vs|第 ?\d{1,4})\.")
+RECORD = re.compile(r"【[^\n]*】(?:\n[^\n：]*+：[^\n]*+)*+")
+TABLE_ROW = re.compile(r"[^\n]*｜[^\n]*")
+SHOWN_URL = re.compile(r"https?://[^\s（），。；：！？、】》」”’]+")
+FLAG = "".join(map(chr, range(0x1F1E6, 0x1F200)))  # two of these letters are one
+# Where a part may end, best first, each with how much of the room must be filled.
+BLOCK_END = r"\n\n+", 1 / 2
+PAUSE = (  # not where a formula may be
+    r"[，、；：](?!\d)|[,;] |(?<=[A-Za-z]{2}) (?=[A-Za-z]{2})"
+    rf"|(?<={CJK.pattern})(?={CJK.pattern})"
+)
+OTHER_ENDS = [
+    (r"\n+", 1 / 3),
+    (rf"(?:{SENTENCE_END.pattern}) *", 1 / 4),
+    (PAUSE, 1 / 4),
+    (r"(?s).(?<!\0(?=\0))", 0.0),  # a character's, not in an address
+]
+
+
+def whole_end(text: str) -> int:
+    """Return where a text ends without the headings and list marks at its end."""
+    end = len(text)
+    while end > len(text) - MAX_HEADINGS:
+        stop = len(text[:end].rstrip())
+        begin = text.rfind("\n", 0, stop) + 1
+        if not LEADING.fullmatch(text, begin, stop):
+            return end
+        end = begin
+    return end if end <= 0 else len(text)
+
+
+def joins(text: str, at: int) -> bool:
+    """Say whether a cut at `at` would tear one sign: an accent, an emoji, a flag."""
+    before, after = text[at - 1], text[at : at + 1] or "\n"
+    if unicodedata.category(after)[0] == "M" or "\u200d" in (before, after):
+        return True
+    if "\U0001f3fb" <= after <= "\U0001f3ff" or "\U000e0020" <= after <= "\U000e007f":
+        return True  # a colour of skin, or the flag of a region
+    flags = at - len(text[:at].rstrip(FLAG))
+    return "\U0001f1e6" <= after <= "\U0001f1ff" and flags % 2 == 1
+
+
+def last_end(pattern: str, least: float, text: str, most: int) -> int:
+    """Return the last end between least * most and most where a part may end, or 0."""
+    ends = [match.end() for match in re.finditer(pattern, text[: most + 1])]
+    for end in reversed(ends):
+        line = text[:end].rstrip().rpartition("\n")[2]
+        if not least * most <= end <= most or not line or UNFINISHED.fullmatch(line):
+            continue
+        if whole_end(text[:end]) == end and not joins(text, end):
             return end
     return 0
 
 
-def joins(after: str, before: str) -> bool:
-    """Say whether two characters make one sign: accents, emoji sequences, CRLF."""
-    return bool(after) and (
-        unicodedata.combining(after) > 0
-        or after in "\u200d\ufe0e\ufe0f\u20e3"
-        or "\U0001f3fb" <= after <= "\U0001f3ff"
-        or before == "\u200d"
-        or (before, after) == ("\r", "\n")
-    )
+def torn_begin(text: str, at: int, room: int) -> int:
+    """Return where the record or table row begins that a cut would tear, or 0."""
+    for blank, kind in (("\n\n", RECORD), ("\n", TABLE_ROW)):
+        begin = text.rfind(blank, 0, at) + len(blank)
+        piece = text[begin : begin + room + len(blank)].partition(blank)[0]
+        is_known = begin >= len(blank) and kind.fullmatch(piece)
+        if is_known and size_of(piece) <= room and (end := whole_end(text[:begin])):
+            return end
+    return 0
 
 
-def nearest_cut(markdown: str, most: int, opener: str) -> int:
-    """Return where to cut, at most at `most`: paragraph, sentence, character."""
-    text = without_code(markdown[: most + 400], opener)
-    whole = [match.span() for match in WHOLE.finditer(text)]
-    best = last_end(PARAGRAPH_END, text, most * 3 // 5, most, whole)
-    best = best or last_end(SENTENCE_END, text, most // 3, most, whole)
-    if best:
-        heading = HEADING_BEFORE.search(text[:best])  # stays with what it heads
-        return heading.start() if heading and heading.start() > most // 3 else best
-    for begin, end in whole:
-        if 0 < begin < most < end:
-            return begin
-    while most > 1 and joins(markdown[most : most + 1], markdown[most - 1]):
-        most -= 1
-    return most
-
-
-def cut_markdown(markdown: str, room: int, opener: str = "") -> int:
-    """Return how many characters of the Markdown make one part of at most `room` bytes.
-
-    All of them when they fit; never none of a text that is not empty.
-    """
-    limit, most = room, 0
-    for _ in range(4):  # plain text is mostly shorter than its Markdown: feel forward
-        most = len(markdown.encode()[:limit].decode(errors="ignore"))
-        size = size_of(plain_text(markdown[:most], opener))
-        if size <= room and (most == len(markdown) or room - size < 60):
-            break
-        limit += room - size
-    if most == len(markdown) and size_of(plain_text(markdown, opener)) <= room:
+def cut_text(text: str, room: int) -> int:
+    """Return where the part that begins a text ends, at most `room` bytes of UTF-8."""
+    most = len(text[:room].encode()[:room].decode(errors="ignore"))
+    if most == len(text):
         return most
-    cut = nearest_cut(markdown, max(1, most), opener)
-    while cut > 1 and size_of(plain_text(markdown[:cut], opener)) > room:
-        cut = nearest_cut(markdown, cut * 7 // 8, opener)
-    empty, step = cut, 1  # markup alone would be an empty part
-    while cut < len(markdown) and not plain_text(markdown[:cut], opener):
-        empty, cut, step = cut, min(len(markdown), cut + step), step * 2
-
-    def shows(end: int) -> bool:
-        return bool(plain_text(markdown[:end], opener))
-
-    return bisect.bisect_left(range(cut), True, lo=empty, key=shows)
+    text = text[: most + room]
+    masked = SHOWN_URL.sub(lambda url: "\0" * len(url[0]), text)
+    end = last_end(*BLOCK_END, masked, most) or torn_begin(text, most, room)
+    for pattern, least in OTHER_ENDS:
+        end = end or last_end(pattern, least, masked, most)
+    return end or most
 
 
-def finished_sentences(markdown: str, room: int, opener: str = "") -> int:
-    """Return how much of a growing text can be shown at once, up to a sentence end.
-
-    0 when too little is written; a long run without any end is cut like a part.
-    """
-    most = cut_markdown(markdown, room, opener)
-    text = without_code(markdown[: most + 400], opener)
-    whole = [match.span() for match in WHOLE.finditer(text)]
-    end = last_end(SENTENCE_END, text, 1, most, whole)
-    if not markdown[:end].strip():
-        end = nearest_cut(markdown, most, opener) if most > 200 else 0
-    return end if plain_text(markdown[:end], opener) else 0
+# --- The chat text of an answer
 
 
-# White space, what has no width, and markup that a chat or page does not show.
+class ChatText:
+    """The chat text of an answer that is being written; it only gets longer."""
+
+    def __init__(self, markdown: str = "") -> None:
+        self.reader, self.writer = MarkdownReader(), ChatWriter()
+        self.kinds: collections.Counter[str] = collections.Counter()  # of its tokens
+        self.unread = ""  # so far: asked for less often than it is fed
+        self.shown = ""
+        self.feed(markdown)
+
+    def feed(self, delta: str) -> None:
+        """Add what the model has written."""
+        for begin in range(0, len(delta), MAX_WINDOW):
+            self.unread += delta[begin : begin + MAX_WINDOW]
+            if len(self.unread) >= MAX_WINDOW:  # no long work, nor much memory, at once
+                self.text(False)
+
+    def text(self, has_ended: bool) -> str:
+        """Return the chat text, or what of it nothing that follows can change."""
+        self.reader.feed(self.unread)
+        self.unread = ""
+        if has_ended:
+            self.reader.finish()
+        for token in self.reader.tokens:
+            self.writer.write(token)
+            self.kinds.update([token.type, *(t.type for t in token.children or [])])
+        self.reader.tokens.clear()
+        self.shown += "".join(self.writer.out)
+        self.writer.out.clear()
+        return self.shown if has_ended else self.shown[: whole_end(self.shown)]
+
+    def has_more_on_page(self) -> bool:
+        """Say whether the page shows more: code, a table, formulas, pictures, links."""
+        self.text(False)
+        shown = {"table_open", "code_open", "image", "math_inline", "math_block"}
+        is_long = self.kinds["heading_open"] >= 2 or self.kinds["link_open"] >= 3
+        return is_long or not shown.isdisjoint(self.kinds)
+
+
+def chat_text(markdown: str) -> str:
+    """Return the chat text of a whole answer."""
+    return ChatText(markdown).text(True)
+
+
+def stable_text(markdown: str) -> str:
+    """Return what may be shown of an answer that grows: no more text changes it."""
+    return ChatText(markdown).text(False)
+
+
+def has_more_on_page(markdown: str) -> bool:
+    """Say whether the page shows more of a whole answer than the chat can."""
+    chat = ChatText(markdown)
+    chat.text(True)
+    return chat.has_more_on_page()
+
+
+# --- Blocked words
+#
+# What is compared is what people read: words and texts alike in Unicode's compatibility
+# form, without case, white space, what has no width, and the marks of Markdown.
+
 IGNORED = re.compile(
     r"[\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
     r"\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e0fff*_~`\\]"
 )
+ENTITY = re.compile(r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z][a-z0-9]{1,31});", re.I)
+ENTITY_OR_CHARACTER = re.compile(rf"{ENTITY.pattern}|.", re.DOTALL | re.IGNORECASE)
+ENTITY_CHARS = 34  # more than any entity has
+MARKS_IN_A_ROW = 30  # of Unicode's stream-safe format (UAX #15)
+
+
+def stream_safe(text: str) -> str:
+    """Return text whose runs of combining marks are cut: normalising is quadratic."""
+    if text.isascii():
+        return text
+    kept, run = [], 0
+    for char in text:
+        run = run + 1 if unicodedata.combining(char) else 0
+        if run <= MARKS_IN_A_ROW:
+            kept.append(char)
+    return "".join(kept)
+
+
+def compared(text: str) -> str:
+    """Return a text as blocked words are compared with it."""
+    text = ENTITY.sub(lambda match: html.unescape(match[0]), text)
+    form = unicodedata.normalize("NFKC", stream_safe(text)).casefold()
+    return IGNORED.sub("", form)
 
 
 def melts(before: str, after: str) -> bool:
@@ -1160,14 +2374,16 @@ def melts(before: str, after: str) -> bool:
     return unicodedata.combining(first) > 0 or joined != "".join(apart)
 
 
-def clusters(text: str) -> Iterator[tuple[int, str]]:
-    """Yield each character with its accents: the offset, and the compared form."""
-    begin = 0
-    for end in range(1, len(text) + 1):
-        if end == len(text) or not melts(text[begin:end], text[end]):
-            form = unicodedata.normalize("NFKC", text[begin:end]).casefold()
-            yield begin, IGNORED.sub("", form)
-            begin = end
+def clusters(text: str) -> Iterator[str]:
+    """Yield each character, or entity, with the accents behind it."""
+    cluster = ""
+    for sign in ENTITY_OR_CHARACTER.findall(text):
+        if cluster and not melts(cluster, sign):
+            yield cluster
+            cluster = ""
+        cluster += sign
+    if cluster:
+        yield cluster
 
 
 class BlockedWords:
@@ -1176,7 +2392,8 @@ class BlockedWords:
     def __init__(self, path: str) -> None:
         self.path = path
         self.changed: int | None = None  # the file's time when it was read, ns
-        self.words: re.Pattern | None = None
+        self.words: set[str] = set()
+        self.lengths: dict[str, list[int]] = {}  # of the words, by first character
         self.longest = 0
 
     def refresh(self) -> None:
@@ -1184,51 +2401,63 @@ class BlockedWords:
         if not self.path or self.changed == (changed := os.stat(self.path).st_mtime_ns):
             return
         lines = pathlib.Path(self.path).read_text("utf-8-sig").splitlines()
-        kept = (line for line in lines if not line.lstrip().startswith("#"))
-        words = sorted(
-            {w for line in kept if (w := "".join(f for _, f in clusters(line)))}
-        )
-        self.words = re.compile("|".join(map(re.escape, words))) if words else None
-        self.longest = max(map(len, words), default=0)
+        text = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
+        forms = unicodedata.normalize("NFKC", stream_safe(text)).casefold()
+        self.words = {IGNORED.sub("", line) for line in forms.split("\n")} - {""}
+        lengths: dict[str, set[int]] = collections.defaultdict(set)
+        for word in self.words:
+            lengths[word[0]].add(len(word))
+        self.lengths = {first: sorted(found) for first, found in lengths.items()}
+        self.longest = max(map(len, self.words), default=0)
         self.changed = changed
-        log.info("%d blocked words read", len(words))
+        log.info("%d blocked words read", len(self.words))
+
+    def are_in_form(self, form: str) -> bool:
+        """Say whether a text, as it is compared, has one of the words."""
+        return any(
+            form[at : at + length] in self.words
+            for at, first in enumerate(form)
+            for length in self.lengths.get(first, ())
+        )
 
     def are_in(self, text: str) -> bool:
         """Say whether a text has one of the words."""
-        if self.words is None:
-            return False
-        return bool(self.words.search("".join(form for _, form in clusters(text))))
+        return bool(self.words) and self.are_in_form(compared(text))
 
 
 class WordGuard:
     """Lets a stream through so late that no blocked word slips out in halves."""
 
     def __init__(self, blocked: BlockedWords) -> None:
-        self.words, self.longest = blocked.words, blocked.longest
-        self.held = ""
+        self.blocked = blocked
+        self.open = ""  # the end of the text, which may be compared otherwise yet
+        # Clusters that wait, with how long they are as compared; `form` is all of them.
+        self.held: collections.deque[tuple[str, int]] = collections.deque()
+        self.form = ""
 
     def feed(self, delta: str, is_end: bool = False) -> tuple[str, bool]:
         """Return what may be shown now, and whether a blocked word came."""
-        if self.words is None:
+        if not self.blocked.words:
             return delta, False
-        self.held += ILLEGAL.sub("", delta)  # nobody will see it between two letters
-        forms = list(clusters(self.held))
-        if self.words.search("".join(form for _, form in forms)):
+        text = self.open + ILLEGAL.sub("", delta)  # nobody will see it in between
+        entity = text.rfind("&", max(0, len(text) - ENTITY_CHARS))
+        is_entity = entity >= 0 and ";" not in text[entity:] and not is_end
+        settled = [*clusters(text[:entity] if is_entity else text)]
+        self.open = text[entity:] if is_entity else ""
+        if settled and not is_end and not is_entity:
+            self.open = settled.pop()  # it may get an accent
+        for cluster in settled:
+            form = compared(cluster)
+            self.held.append((cluster, len(form)))
+            self.form += form
+        if self.blocked.are_in_form(self.form):
             return "", True
-        keep, most = 1, self.longest - 1  # the last one may get an accent: not counted
-        while keep < len(forms) and most > 0:
-            keep += 1
-            most -= len(forms[-keep][1])
-        at = len(self.held) if is_end or not forms else forms[-keep][0]
-        shown, self.held = self.held[:at], self.held[at:]
-        return shown, False
-
-
-def is_typeset(markdown: str) -> bool:
-    """Say whether an answer looks better on its page: fences, tables, formulas."""
-    return bool(
-        re.search(r"^ {0,3}(```|~~~)|^\|?.*-\|-|\\\(|\\\[|\$\$", markdown, re.M)
-    )
+        keep, shown = 0 if is_end else self.blocked.longest, []
+        while self.held and len(self.form) - self.held[0][1] >= keep:
+            piece, length = self.held.popleft()
+            self.form = self.form[length:]
+            shown.append(piece)
+        return "".join(shown), False
 
 
 def excerpt(text: str, length: int = 12) -> str:
@@ -1281,7 +2510,6 @@ class Turn:
     asked: int
     assistant: str
     answer: str = ""
-    generation: int = 0
     state: str = "open"
     reason: str | None = None
     model: str | None = None
@@ -1294,7 +2522,7 @@ class Turn:
 
 TURN = """
     SELECT turn.id, session_id, turn.openid, msg_key, link_key, question, pictures,
-           created_at, asked, assistant, answer, generation, state, reason, model
+           created_at, asked, assistant, answer, state, reason, model
     FROM turn JOIN session ON session.id = session_id
 """
 
@@ -1305,12 +2533,12 @@ class Part:
 
     number: int
     turn_id: int
-    start: int
-    generation: int
+    start: int  # offset in the chat text
+    is_anew: bool = False  # the answer was written again since it was offered
     reply: str | None = None
 
 
-PART = "SELECT number, turn_id, start, generation, reply FROM part"
+PART = "SELECT number, turn_id, start, is_anew, reply FROM part"
 
 
 @dataclass(frozen=True, slots=True)
@@ -1544,17 +2772,19 @@ class Store:
         """Yield what stores what a reply says about parts, in its transaction."""
         for part in filter(None, (reply.sent, reply.offered)):
             insert = """
-                INSERT OR IGNORE INTO part
-                    (openid, number, turn_id, start, generation, offered_at)
-                VALUES (:openid, :number, :turn_id, :start, :generation, :at)
+                INSERT OR IGNORE INTO part (openid, number, turn_id, start, offered_at)
+                VALUES (:openid, :number, :turn_id, :start, :at)
             """
-            values = {
-                "openid": reply.openid,
-                "number": part.number,
-                "start": part.start,
-            }
-            values |= {"turn_id": part.turn_id, "generation": part.generation}
-            yield insert, values | {"at": reply.created}
+            yield (
+                insert,
+                {
+                    "openid": reply.openid,
+                    "number": part.number,
+                    "turn_id": part.turn_id,
+                    "start": part.start,
+                    "at": reply.created,
+                },
+            )
         if reply.sent:
             update = """
                 UPDATE part SET reply = :reply, stop = :stop
@@ -1673,19 +2903,23 @@ class Store:
         """Count that a stored question now goes to the model, before it does."""
         await self.rows("UPDATE turn SET asked = asked + 1 WHERE id = :id", id=turn_id)
 
-    async def save_texts(self, texts: list[tuple[str, int, int]]) -> None:
-        """Store what is written so far: text, generation, turn."""
+    async def save_texts(self, texts: list[tuple[int, str]]) -> None:
+        """Store what is written so far of turns."""
+        query = "UPDATE turn SET answer = :text WHERE id = :id AND state = 'open'"
+        await self.run([(query, {"id": turn, "text": text}) for turn, text in texts])
+
+    async def begin_anew(self, turn_id: int) -> None:
+        """Let what is not sent of a turn begin at its start: it is written again."""
         query = """
-            UPDATE turn SET answer = :text, generation = :generation
-            WHERE id = :id AND state = 'open'
+            UPDATE part SET start = 0, is_anew = 1
+            WHERE turn_id = :id AND reply IS NULL AND start > 0
         """
-        names = ("text", "generation", "id")
-        await self.run([(query, dict(zip(names, v, strict=True))) for v in texts])
+        await self.rows(query, id=turn_id)
 
     async def finish_turn(self, turn_id: int, columns: dict[str, object]) -> None:
         """Store the end of an answer: its columns by name, in one statement."""
         query = """
-            UPDATE turn SET answer = :answer, generation = :generation, state = :state,
+            UPDATE turn SET answer = :answer, chat_chars = :chat_chars, state = :state,
                 reason = :reason, finished_at = :finished_at, model = :model,
                 tokens_in = :tokens_in, tokens_out = :tokens_out, seconds = :seconds,
                 first_seconds = :first_seconds,
@@ -1772,8 +3006,7 @@ class Store:
               AND (replied = 0 OR number IS NOT NULL
                    AND (state IN ('open', 'cut', 'blocked', 'ended')
                         OR unread IS NOT NULL
-                        OR length(answer) >
-                           iif(part.generation = turn.generation, start, 0)))
+                        OR coalesce(chat_chars, length(answer)) > start))
               AND CASE WHEN :session IS NULL THEN created_at > :since
                        ELSE session_id = :session END
             ORDER BY turn.id LIMIT 1
@@ -2384,12 +3617,12 @@ class Subscriber:
         self.answers: list[typing.Any] = []  # unfinished Answers, the oldest first
         self.parts: int | None = None  # highest part number; None: not read yet
         self.unread: dict[int, tuple[int, str]] = {}  # part number: turn, question
-        # Numbers of the parts offered lately, by turn, generation and start.
-        self.offers: dict[tuple[int, int, int], int] = {}
+        # Numbers of the parts offered lately, by turn and start.
+        self.offers: dict[tuple[int, int], int] = {}
 
-    def number_of(self, turn_id: int, generation: int, start: int) -> int:
+    def number_of(self, turn_id: int, start: int) -> int:
         """Return the number a part was offered by before, or a new one."""
-        at = (turn_id, generation, start)
+        at = (turn_id, start)
         if at not in self.offers:
             self.offers[at] = self.next_part()
         return self.offers[at]
@@ -2415,17 +3648,35 @@ class Subscriber:
         return bool(numbers)
 
 
+SENTENCE_SIGN = re.compile(r"[。！？…!?.\n]")
+
+
+def markdown_length(markdown: str, chat_length: int) -> int:
+    """Return how much of a text shows no more than so much of its chat text."""
+
+    def length(end: int) -> int:
+        return len(chat_text(markdown[:end]))
+
+    ends = range(len(markdown) + 1)
+    end = bisect.bisect_right(ends, chat_length, key=length) - 1
+    # A mark that is open shows more than the same mark once it is closed.
+    while end > 0 and length(end) > chat_length:
+        end = markdown.rfind("\n", 0, end)
+    return max(0, end)
+
+
 class Answer:
     """The text a model writes for one turn.
 
     Written by the turn's task alone; read by replies, parts and live pages.
     """
 
-    def __init__(self, turn: Turn, subscriber: Subscriber, generation: int = 0) -> None:
+    def __init__(self, turn: Turn, subscriber: Subscriber) -> None:
         self.turn = turn
         self.subscriber = subscriber
-        self.generation = generation  # which writing this is; offsets count in it
         self.text = ""  # Markdown
+        self.chat = ChatText()  # what is shown of it in the chat
+        self.writing = secrets.token_hex(4)  # tells live pages if it is written anew
         self.state = "open"  # as in schema.sql
         self.reason: str | None = None  # a kind of ChatError
         self.first_seconds: float | None = None  # from the question to the first text
@@ -2433,21 +3684,22 @@ class Answer:
         asked_ago = max(0.0, time.time() - turn.created_at)
         self.asked_at = asyncio.get_running_loop().time() - asked_ago
         self.task: asyncio.Task | None = None  # writes it
+        self.is_resumed = False  # a process before this one asked it, too
         self.is_sent = False  # some of this writing was sent in a reply
-        self.stops: dict[tuple[int, int], int] = {}  # (generation, start): the cut
-        self.size = 0  # bytes of text
-        self.look_at = 0  # size at which the parts are measured again
+        self.seen = 0  # how much of the chat text `newly_shown` has returned
+        self.stops: dict[int, int] = {}  # where the part from an offset ends, once sent
         self.turn_came: asyncio.Future[bool] = (
             asyncio.get_running_loop().create_future()
         )
-        self.watchers: list[tuple[int, int, asyncio.Event]] = []  # generation, start
+        self.readings: list[Reading] = []  # of replies that are not decided
         self.followers: set[asyncio.Event] = set()  # live pages
 
     @classmethod
     def stored(cls, turn: Turn, subscriber: Subscriber) -> "Answer":
         """Return the answer of a turn that ended before."""
-        answer = cls(turn, subscriber, turn.generation)
-        answer.text, answer.state, answer.reason = turn.answer, turn.state, turn.reason
+        answer = cls(turn, subscriber)
+        answer.replace_text(turn.answer)
+        answer.state, answer.reason = turn.state, turn.reason
         return answer
 
     @property
@@ -2460,6 +3712,16 @@ class Answer:
         """Return the seconds since the question."""
         return asyncio.get_running_loop().time() - self.asked_at
 
+    def shown(self) -> str:
+        """Return its chat text; of a growing answer what will not change any more."""
+        return self.chat.text(has_ended=not self.is_open)
+
+    def newly_shown(self, before: int) -> str:
+        """Return what the chat text gained since the last call, and some before it."""
+        shown = self.shown()
+        start, self.seen = max(0, self.seen - 4 * before), len(shown)
+        return shown[start:]
+
     def append(self, delta: str) -> None:
         """Add a delta."""
         delta = ILLEGAL.sub("", delta)
@@ -2467,15 +3729,21 @@ class Answer:
             delta = delta.lstrip()
             self.first_seconds = round(self.age, 3)
         self.text += delta
-        self.size += size_of(delta)
-        if self.watchers and self.size >= self.look_at:
-            self.look()
+        self.chat.feed(delta)
+        # What is shown grows with a line or a sentence, not with every token.
+        if self.readings and SENTENCE_SIGN.search(delta):
+            self.tell_readings()
         self.wake_followers()
+
+    def replace_text(self, text: str) -> None:
+        """Take another text in place of what was written."""
+        self.text, self.chat, self.seen = text, ChatText(), 0
+        self.chat.feed(text)
 
     def withhold(self) -> None:
         """Take back what was not sent in a reply."""
-        sent = [end for (gen, _), end in self.stops.items() if gen == self.generation]
-        self.text = self.text[: max(sent, default=0)]
+        sent = max(self.stops.values(), default=0)
+        self.replace_text(self.text[: markdown_length(self.text, sent)])
 
     def drop_thought(self) -> None:
         """Leave out a thought whose opening tag the server swallowed."""
@@ -2486,43 +3754,43 @@ class Answer:
 
     def restart(self) -> None:
         """Begin a new writing, after one of which nothing was sent."""
-        self.generation += 1
-        self.text, self.size, self.look_at = "", 0, 0
-        for _, _, ready in self.watchers:
-            ready.clear()
+        self.writing = secrets.token_hex(4)
+        self.replace_text("")
+        for reading in self.readings:
+            reading.ready.clear()
         self.wake_followers()
+
+    def begin_anew(self) -> None:
+        """Let who waits for a later part of an earlier writing begin again."""
+        for reading in self.readings:
+            reading.is_anew = reading.is_anew or reading.start > 0
+            reading.start = 0
 
     def finish(self, state: str, reason: str | None = None) -> None:
         """End the writing; everybody who waits learns of it."""
         self.state, self.reason = state, reason
-        for _, _, ready in self.watchers:
-            ready.set()
-        self.watchers.clear()
+        for reading in self.readings:
+            reading.ready.set()
+        self.readings.clear()
         self.wake_followers()
 
-    def watch(self, generation: int, start: int, ready: asyncio.Event) -> None:
-        """Set `ready` when the part from `start` is full, or the answer has ended."""
+    def add_reading(self, reading: "Reading") -> None:
+        """Let a reading know when its part is full, or the answer has ended."""
         if not self.is_open:
-            ready.set()
+            reading.ready.set()
             return
-        self.watchers.append((generation, start, ready))
-        self.look_at = 0
-        self.look()
+        self.readings.append(reading)
+        self.tell_readings()
 
-    def look(self) -> None:
-        """Tell those whose part is full; measuring costs, so not at every token."""
-        self.look_at = self.size + LOOK_BYTES
-        for generation, start, ready in self.watchers:
-            begin = start if generation == self.generation else 0
-            if not ready.is_set() and self.is_full(begin):
-                ready.set()
+    def tell_readings(self) -> None:
+        """Tell those whose part is full."""
+        for reading in self.readings:
+            if not reading.ready.is_set() and self.is_full(reading.start):
+                reading.ready.set()
 
     def is_full(self, start: int) -> bool:
-        """Say whether more is written from `start` than one reply holds."""
-        rest = self.text[start:]
-        if size_of(rest) <= REPLY_BYTES:
-            return False
-        return size_of(plain_text(rest, open_block(self.text, start))) > REPLY_BYTES
+        """Say whether more is shown from `start` than one reply holds."""
+        return size_of(self.shown()[start:]) > REPLY_BYTES
 
     def wake_followers(self) -> None:
         """Let the live pages look."""
@@ -2532,24 +3800,20 @@ class Answer:
 
 @dataclass(slots=True)
 class Reading:
-    """What a reply is made of: an answer from an offset on."""
+    """What a reply is made of: the chat text of an answer from an offset on."""
 
     answer: Answer
     start: int = 0
-    generation: int = 0  # the writing that start counts in
     part: Part | None = None  # the numbered part, None for the question's own reply
-
-    @property
-    def begin(self) -> int:
-        """Return the offset in the present writing; 0 if it was written anew."""
-        return self.start if self.generation == self.answer.generation else 0
+    is_anew: bool = False  # the answer was written again since the part was offered
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
 
     def note_sent(self, reply: Reply) -> None:
         """Keep in memory what a decided reply means for the answer."""
-        answer, begin = self.answer, self.begin
-        if reply.stop > begin:
+        answer = self.answer
+        if reply.stop > self.start:
             answer.is_sent = True
-            answer.stops[(answer.generation, begin)] = reply.stop
+            answer.stops[self.start] = reply.stop
         if reply.early and reply.offered:
             mention = (answer.turn.id, answer.turn.question)
             answer.subscriber.unread[reply.offered.number] = mention
@@ -2594,8 +3858,8 @@ class Delivery:
             self.fixed = found
             self.ready.set()
             return
-        self.reading = found
-        found.answer.watch(found.generation, found.start, self.ready)
+        self.reading, found.ready = found, self.ready
+        found.answer.add_reading(found)
 
     def repeat(self, before: tuple[str, int, str | None], turn_id: int | None) -> None:
         """Answer with the reply that was decided before."""
@@ -3020,27 +4284,47 @@ async def chat_messages(services: Services, turn: Turn) -> list[dict]:
     return [*messages, {"role": "user", "content": content}]
 
 
+SHOWN_ADDRESS = re.compile("（[!-~]{1,2000}）")
+
+
 def show(answer: Answer, guard: WordGuard, delta: str, is_end: bool = False) -> None:
-    """Append what of a stream may be shown; raise ChatError for a blocked word."""
+    """Append what of a stream may be shown; raise ChatError for a blocked word.
+
+    Links and tags part a word in the Markdown that is whole in the chat: so what is
+    shown is looked through as well, before anybody who waits can be told.
+    """
     text, is_blocked = guard.feed(delta, is_end)
+    if text and not is_blocked:
+        answer.append(text)
+    if text and not is_blocked and guard.blocked.words:
+        shown = answer.newly_shown(guard.blocked.longest)
+        on_page = SHOWN_ADDRESS.sub("", shown)  # where a link shows its label alone
+        is_blocked = guard.blocked.are_in(shown) or guard.blocked.are_in(on_page)
     if is_blocked:
         raise ChatError("blocked", "a blocked word in the answer")
-    if text:
-        answer.append(text)
+
+
+async def begin_anew(services: Services, answer: Answer) -> None:
+    """Let what was not sent of an earlier process's writing begin at the start."""
+    await services.store.begin_anew(answer.turn.id)
+    answer.begin_anew()
 
 
 async def write_text(
-    answer: Answer, guard: WordGuard, stream: AsyncGenerator[str | Ending, None]
+    services: Services, answer: Answer, stream: AsyncGenerator[str | Ending, None]
 ) -> Ending:
     """Append what the model streams; return the Ending, or raise ChatError."""
+    guard = WordGuard(services.blocked)
     ending = Ending("length", "", None, None)  # of an answer that goes on for ever
     async with contextlib.aclosing(stream):
         async for item in stream:
             if isinstance(item, Ending):
                 ending = item
                 break
-            show(answer, guard, item)
-            if len(answer.text) > ANSWER_CHARS:
+            if answer.is_resumed and not answer.text:  # before its text is seen
+                await begin_anew(services, answer)
+            show(answer, guard, item[: ANSWER_CHARS - len(answer.text)])
+            if len(answer.text) >= ANSWER_CHARS:
                 break
     show(answer, guard, "", is_end=True)
     if ending.finish_reason in ("content_filter", "sensitive"):
@@ -3067,8 +4351,7 @@ async def ask_model(services: Services, answer: Answer, messages: list[dict]) ->
     end = services.answers.loop.time() + client.settings.timeout
     for pause in (*RETRY_PAUSES, None):
         try:
-            guard = WordGuard(services.blocked)
-            return await write_text(answer, guard, client.stream(messages, end))
+            return await write_text(services, answer, client.stream(messages, end))
         except ChatError as error:
             is_last, fewer = pause == RETRY_PAUSES[-1], messages
             if error.kind == "long":
@@ -3090,7 +4373,7 @@ async def ask_model(services: Services, answer: Answer, messages: list[dict]) ->
 
 async def store_text_so_far(services: Services, answers: list[Answer]) -> None:
     """Store the text of unfinished answers; a failure costs only that."""
-    texts = [(a.text, a.generation, a.turn.id) for a in answers if a.text]
+    texts = [(answer.turn.id, answer.text) for answer in answers if answer.text]
     try:
         if texts:
             await services.store.save_texts(texts)
@@ -3101,10 +4384,9 @@ async def store_text_so_far(services: Services, answers: list[Answer]) -> None:
 async def store_end(services: Services, answer: Answer, ending: Ending | None) -> None:
     """Store how an answer ended, and log it."""
     now, seconds = time.time(), answer.age
-    columns = {
-        name: getattr(answer, name) for name in ("generation", "state", "reason")
-    }
-    columns |= {"answer": answer.text, "finished_at": now, "seconds": round(seconds, 3)}
+    columns: dict[str, object] = {"state": answer.state, "reason": answer.reason}
+    columns |= {"answer": answer.text, "chat_chars": len(answer.shown())}
+    columns |= {"finished_at": now, "seconds": round(seconds, 3)}
     for name in ("model", "tokens_in", "tokens_out"):
         columns[name] = getattr(ending, name, None)
     columns["first_seconds"] = answer.first_seconds
@@ -3137,7 +4419,7 @@ async def converse(services: Services, answer: Answer) -> None:
             return
         async with answers.slots:
             messages = await chat_messages(services, turn)
-            if not turn.asked or answer.generation:
+            if not turn.asked or answer.is_resumed:
                 await services.store.count_asking(turn.id)
             ending = await ask_model(services, answer, messages)
         answer.finish("cut" if ending.finish_reason == "length" else "done")
@@ -3147,7 +4429,7 @@ async def converse(services: Services, answer: Answer) -> None:
         if error.kind == "blocked":
             answer.withhold()
         elif turn.answer and not answer.text:  # better what an earlier process wrote
-            answer.text, answer.generation = turn.answer, turn.generation
+            answer.replace_text(turn.answer)
         answer.finish(failed_state(answer, error.kind), error.kind)
     finally:
         if answer.is_open:  # cancelled: the next process goes on from what is stored
@@ -3183,11 +4465,10 @@ async def resume_answers(services: Services) -> None:
     now = time.time()
     turns, open_sessions = await services.store.open_turns()
     for turn in turns:
-        # The process before may have begun more writings than it stored.
-        generation = turn.generation + GENERATIONS if turn.asked else 0
-        answer = Answer(turn, services.answers.subscriber(turn.openid), generation)
+        answer = Answer(turn, services.answers.subscriber(turn.openid))
+        answer.is_resumed = turn.asked > 0
         if turn.asked >= ASKINGS or now - turn.created_at > RESUME_SECONDS:
-            answer.generation, answer.text = turn.generation, turn.answer
+            answer.replace_text(turn.answer)
             answer.finish("broken" if turn.answer else "failed", "given_up")
         elif not turn.asked and turn.session_id not in open_sessions:
             answer.finish("ended")
@@ -3218,8 +4499,8 @@ async def reading_of(
             return None
         answer = Answer.stored(turn, visit.delivery.subscriber)
     if part is None:
-        return Reading(answer, 0, answer.generation)
-    return Reading(answer, part.start, part.generation, part)
+        return Reading(answer)
+    return Reading(answer, part.start, part, part.is_anew)
 
 
 async def continue_turn(visit: Visit, turn_id: int) -> Reading | None:
@@ -3229,8 +4510,7 @@ async def continue_turn(visit: Visit, turn_id: int) -> Reading | None:
     """
     part = await visit.services.store.unsent_part(turn_id)
     if part is None:
-        number = visit.delivery.subscriber.number_of(turn_id, 0, 0)
-        part = Part(number, turn_id, 0, 0)
+        part = Part(visit.delivery.subscriber.number_of(turn_id, 0), turn_id, 0)
     return await reading_of(visit, turn_id, part)
 
 
@@ -3542,30 +4822,28 @@ def draft_ending(
     services: Services, reading: Reading, subscriber: Subscriber, head: str
 ) -> Draft:
     """Return the reply with all that is left of an ended answer, of any size."""
-    answer, begin, stop = reading.answer, reading.begin, len(reading.answer.text)
-    text = plain_text(answer.text[begin:], open_block(answer.text, begin))
+    answer, shown = reading.answer, reading.answer.shown()
+    text, stop = harmless(shown[reading.start :].strip("\n")), len(shown)
     words, part = ending_words(services.texts, answer.state, answer.reason, 0), None
     if "msgmenucontent" in words:  # the retry finds the question by a part's number
-        number = subscriber.number_of(answer.turn.id, answer.generation, stop)
-        words = ending_words(services.texts, answer.state, answer.reason, number)
-        part = Part(number, answer.turn.id, stop, answer.generation)
+        part = Part(subscriber.number_of(answer.turn.id, stop), answer.turn.id, stop)
+        words = ending_words(services.texts, answer.state, answer.reason, part.number)
     if not text and not words:
         return Draft(services.texts.no_more, stop, True)
-    shown = text and f"{head}{text}{services.config.replies.label_line}"
-    content = "\n\n".join(filter(None, (shown, words)))
-    if text and is_typeset(answer.text):
+    body = text and f"{head}{text}{services.config.replies.label_line}"
+    content = "\n\n".join(filter(None, (body, words)))
+    if text and has_more_on_page(answer.text):
         link = "\n" + services.page_link(answer.turn, services.texts.word_typeset)
         content += link if size_of(content + link) <= REPLY_BYTES else ""
     return Draft(content, stop, bool(text), part)
 
 
-def find_stop(answer: Answer, begin: int, room: int, is_full: bool) -> int:
-    """Return where the part from `begin` ends: fixed once, for all who read it."""
-    known = answer.stops.get((answer.generation, begin))
-    if known is not None:
-        return known
-    measure = cut_markdown if is_full else finished_sentences
-    return begin + measure(answer.text[begin:], room, open_block(answer.text, begin))
+def cut_reply(text: str, room: int) -> int:
+    """Return how much of a chat text goes into `room` bytes once it is harmless."""
+    cut = cut_text(text, room)
+    while (over := size_of(harmless(text[:cut])) - room) > 0:
+        cut = cut_text(text, size_of(text[:cut]) - over)
+    return cut
 
 
 def tail_of(services: Services, turn: Turn, number: int) -> str:
@@ -3578,26 +4856,26 @@ def tail_of(services: Services, turn: Turn, number: int) -> str:
 
 def draft_reply(services: Services, reading: Reading, subscriber: Subscriber) -> Draft:
     """Return the reply that shows an answer from where it is read."""
-    answer, begin, turn = reading.answer, reading.begin, reading.answer.turn
-    is_anew = reading.generation != answer.generation and reading.start > 0
-    head = services.texts.anew + "\n" if is_anew else ""
+    answer, begin, turn = reading.answer, reading.start, reading.answer.turn
+    head = services.texts.anew + "\n" if reading.is_anew else ""
     if not answer.is_open:
         ended = draft_ending(services, reading, subscriber, head)
         if size_of(ended.content) <= REPLY_BYTES:
             return ended
     longest = tail_of(services, turn, (subscriber.parts or 0) + 1)
     is_full = not answer.is_open or answer.is_full(begin)
-    stop = find_stop(answer, begin, REPLY_BYTES - size_of(head + longest), is_full)
-    if stop == begin and reading.part:
+    shown, room = answer.shown(), REPLY_BYTES - size_of(head + longest)
+    # Where a part ends is fixed once, for all who read it.
+    stop = answer.stops.get(begin) or begin + cut_reply(shown[begin:], room)
+    text = harmless(shown[begin:stop].strip("\n"))
+    if not text and reading.part:
         words = word_of_patience(services, answer, reading.part.number)
         return Draft(words, begin, False, reading.part, early=True)
-    number = subscriber.number_of(turn.id, answer.generation, stop)
-    part = Part(number, turn.id, stop, answer.generation)
-    if stop == begin:
-        words = word_of_patience(services, answer, number)
+    part = Part(subscriber.number_of(turn.id, stop), turn.id, stop)
+    if not text:
+        words = word_of_patience(services, answer, part.number)
         return Draft(words, begin, False, part, early=True)
-    text = plain_text(answer.text[begin:stop], open_block(answer.text, begin))
-    text = head + text + tail_of(services, turn, number)
+    text = head + text + tail_of(services, turn, part.number)
     return Draft(text, stop, True, part, early=not is_full)
 
 
@@ -3745,10 +5023,10 @@ def note_delivery(services: Services, attempt: Attempt, is_taken: bool) -> None:
 
 async def keep_saving(services: Services) -> None:
     """Store the texts of running answers every second, until cancelled."""
-    saved: dict[int, tuple[int, int]] = {}  # turn: generation, characters
+    saved: dict[int, tuple[str, int]] = {}  # turn: writing, characters
     while True:
         await asyncio.sleep(SAVE_SECONDS)
-        running = {a: (a.generation, len(a.text)) for a in services.answers.running()}
+        running = {a: (a.writing, len(a.text)) for a in services.answers.running()}
         news = [a for a, state in running.items() if saved.get(a.turn.id) != state]
         await store_text_so_far(services, news)
         saved = {a.turn.id: state for a, state in running.items()}
@@ -3952,6 +5230,21 @@ def mend_tokens(tokens: list[Token], above: int) -> None:
             token.tag = tokens[index + 2].tag = "td"
 
 
+RENDER_OPTIONS = OptionsDict(
+    {
+        "maxNesting": 20,
+        "html": False,
+        "linkify": False,
+        "typographer": False,
+        "quotes": "",
+        "xhtmlOut": False,
+        "breaks": True,
+        "langPrefix": "",
+        "highlight": None,
+    }
+)
+
+
 class AnswerRenderer(RendererHTML):
     """Renders an answer; a method per token that the library would write otherwise."""
 
@@ -3965,10 +5258,16 @@ class AnswerRenderer(RendererHTML):
     def image(self, tokens: Sequence[Token], index: int, *_: object) -> str:
         # As a link: loading it would tell a stranger who reads.
         token = tokens[index]
-        return (
-            link_tag(token.attrGet("src"), token.content or self.texts.word_picture)
-            + "</a>"
-        )
+        label = inline_text(token.children or [])
+        return link_tag(token.attrGet("src"), label or self.texts.word_picture) + "</a>"
+
+    def math_inline(self, tokens: Sequence[Token], index: int, *_: object) -> str:
+        token = tokens[index]
+        written = token.markup + token.content + CLOSERS.get(token.markup, "")
+        rendered = formula_mathml(token.content, token.markup in ("$$", "\\[", ""))
+        return rendered or element("code", written)
+
+    math_block = math_inline
 
     def fence(self, tokens: Sequence[Token], index: int, *_: object) -> str:
         code = element("code", tokens[index].content)
@@ -4003,9 +5302,9 @@ def render_markdown(texts: Texts, markdown: str, above: int = 0) -> str:
     end = len(markdown)
     if end > RENDER_CHARS:
         end = markdown.rfind("\n", RENDER_CHARS // 2, RENDER_CHARS) + 1 or RENDER_CHARS
-    tokens, rest = MARKDOWN.parse(markdown[:end]), markdown[end:]
+    tokens, rest = read_markdown(markdown[:end]), markdown[end:]
     mend_tokens(tokens, above)
-    body = AnswerRenderer(texts).render(tokens, MARKDOWN.options, {})
+    body = AnswerRenderer(texts).render(tokens, RENDER_OPTIONS, {})
     return body + (element("p", rest, "plain") if rest else "")
 
 
@@ -4357,20 +5656,20 @@ async def answer_page(request: web.Request) -> web.Response:
 
 async def follow(services: Services, answer: Answer, last: str) -> AsyncIterator[bytes]:
     """Yield an answer's events from what the viewer has until it ends."""
-    known = re.fullmatch(r"(\d{1,9}):(\d{1,9})", last)
-    generation, offset = (int(known[1]), int(known[2])) if known else (None, 0)
+    writing, _, known = last.partition(":")
+    offset = int(known) if re.fullmatch("[0-9]{1,9}", known) else 0
     news = asyncio.Event()
     answer.followers.add(news)
     try:
         while services.answers.closes_at is None:
             news.clear()
-            if generation not in (None, answer.generation) or offset > len(answer.text):
+            if writing not in ("", answer.writing) or offset > len(answer.text):
                 offset = 0
-                yield sse_event({}, "reset", f"{answer.generation}:0")
-            generation = answer.generation
+                yield sse_event({}, "reset", f"{answer.writing}:0")
+            writing = answer.writing
             if delta := answer.text[offset:]:
                 offset += len(delta)
-                yield sse_event({"text": delta}, number=f"{generation}:{offset}")
+                yield sse_event({"text": delta}, number=f"{writing}:{offset}")
             if not answer.is_open:
                 yield sse_event({"state": answer.state}, "done")
                 return

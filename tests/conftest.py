@@ -50,8 +50,9 @@ DEBIAN = ("proxies", "systemd")  # share one root, and each a container
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let `--crash-rounds N` say how often test_crash kills the server."""
+    """Let options say how often test_crash kills the server, and how long texts are."""
     parser.addoption("--crash-rounds", type=int, default=5, metavar="N")
+    parser.addoption("--shape-chars", type=int, default=40_000, metavar="N")
 
 
 def pytest_xdist_auto_num_workers() -> int:

@@ -504,8 +504,38 @@ def test_any_word_is_seen_anywhere(tmp_path_factory, before, after, cut):
 @given(st.text(max_size=30))
 def test_words_are_compared_the_same_piece_by_piece_and_whole(text):
     """Cutting into characters with their accents changes nothing of NFKC."""
-    pieces = "".join(piece for _, piece in wxgpt.clusters(text))
+    pieces = "".join(map(wxgpt.compared, wxgpt.clusters(text)))
     assert wxgpt.IGNORED.sub("", form(text)) == pieces
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "这里有坏<b>词</b>。\n\n还有。",
+        "这里有[坏](https://a.cn)词。\n\n还有。",
+        "这里有坏&#x8bcd;。\n\n还有。",
+        "这里有&#22351;\n词。\n\n还有。",
+        "这里有坏**词**。\n\n还有。",
+    ],
+)
+async def test_markup_hides_no_word(server, upstream, answer):
+    """What is shown is what is compared."""
+    upstream.will(answer)
+    seen = await server.ask("说点什么")
+    assert "坏" not in seen.text and WITHHELD in seen.text
+
+
+def test_twenty_thousand_words_are_found_by_their_first_characters(tmp_path):
+    """The work grows with the text and not with the list: a lookup per length."""
+    words = [
+        f"{chr(0x4E00 + n % 5000)}{chr(0x5000 + n // 5000)}词" for n in range(20_000)
+    ]
+    (tmp_path / "words").write_text("\n".join(words), "utf-8")
+    blocked = wxgpt.BlockedWords(str(tmp_path / "words"))
+    blocked.refresh()
+    assert max(map(len, blocked.lengths.values())) == 1
+    assert all(blocked.are_in(f"好{word}好") for word in words[::997])
+    assert not blocked.are_in("好" * 2000)
 
 
 @pytest.mark.parametrize("seed", range(4))

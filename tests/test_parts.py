@@ -152,7 +152,7 @@ async def test_a_complete_answer_with_a_table_offers_its_page(server, upstream):
     """看排版 leads to where the table is a table."""
     upstream.will(says("| 甲 | 乙 |\n|---|---|\n| 1 | 2 |\n"))
     seen = await server.ask("列个表")
-    assert seen.text == "甲 | 乙\n1 | 2\n（AI 生成）\n看排版"
+    assert seen.text == "甲｜乙\n1｜2\n（AI 生成）\n看排版"
     assert seen.links[0][0] == "看排版"
 
 
