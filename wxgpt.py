@@ -8,6 +8,7 @@
 #     "cryptography>=46",
 #     "markdown-it-py~=4.3",
 #     "latex2mathml~=3.81",
+#     "jinja2~=3.1",
 # ]
 # ///
 """wxgpt: subscribers of a WeChat Official Account talk with a chat model.
@@ -36,9 +37,13 @@ order. In SQLite: sessions, questions with their answers, parts, decided replies
 question is stored before the model is asked, a reply before it is sent, and what a
 killed process left unfinished is asked again by the next one.
 
-Sections: 1 constants and texts, 2 configuration, 3 WeChat protocol, text, 4 store,
+Beside this file: schema.sql; texts.toml, every line people read; pages/, what a browser
+shows; owner/, the commands that do not serve, which import this file and not the other
+way round.
+
+Sections: 1 constants, 2 configuration, 3 WeChat protocol, text, 4 store,
 5 chat API, 6 answers in progress, 7 services, 8 commands, 9 the path of a message,
-10 pages, 11 HTTP handlers, 12 application, 13 the owner's commands.
+10 pages, 11 HTTP handlers, 12 application, 13 the command line.
 
 Vocabulary: openid (a subscriber of this account), MsgId (a message; the same on every
 attempt), attempt, passive reply, session, turn (a question and its answer), part (one
@@ -67,7 +72,6 @@ import hashlib
 import hmac
 import html
 import importlib.util
-import ipaddress
 import itertools
 import json
 import logging
@@ -76,14 +80,10 @@ import pathlib
 import random
 import re
 import secrets
-import shutil
 import socket
 import sqlite3
-import ssl
-import statistics
 import string
 import sys
-import tempfile
 import time
 import tomllib
 import types
@@ -105,21 +105,22 @@ from xml.parsers.expat import ExpatError
 
 import aiohttp
 import aiosqlite
+import jinja2
 import xmltodict
 from aiohttp import web
 from markdown_it.renderer import RendererHTML
 from markdown_it.token import Token
 from markdown_it.utils import OptionsDict
+from markupsafe import Markup
 
 VERSION = "0.1.0"
 log = logging.getLogger("wxgpt")
 
 
 # ---------------------------------------------------------------------------
-# 1. Constants and texts
+# 1. Constants
 #
-# What the platform fixes, with where that is known from, and every line that a
-# subscriber can read.
+# What the platform fixes, with where that is known from.
 # ---------------------------------------------------------------------------
 
 ATTEMPTS = 3  # requests per message; the documents say "三次重试", practice is 3 in all
@@ -158,94 +159,6 @@ STICKER_TEXTS = ("【收到不支持的消息类型，暂无法显示】", "[Uns
 ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-@dataclass(frozen=True, slots=True)
-class Texts:
-    """Every line a subscriber can read; `[texts]` changes them by name."""
-
-    opened: str = (
-        "你好，我是 {assistant}，直接发消息就能聊。"
-        "{minutes} 分钟没有新消息，对话自动结束。\n"
-        "/stop 结束　/clear 换个话题\n/history 记录　/help 用法\n\n"
-        "回答由 AI 生成。消息会发给模型服务商，也会保存在公众号的服务器上；"
-        "/forget 可以全部删除。"
-    )
-    still_open: str = "对话正开着，直接发消息就好。"
-    cleared: str = "好，换个话题。之前的内容不再带入。"
-    stopped: str = "对话结束了。想再聊，发 {tap}"
-    no_session: str = "现在没有对话。发 {tap} 开始。"
-    session_ended: str = "会话已结束，这个问题没来得及问。"
-    session_lapsed: str = "会话已结束。点 {tap}，会带着之前的话题回答「{question}」。"
-    history: str = "你的聊天记录（{minutes} 分钟内有效，请不要转发）：\n{page}"
-    help: str = (
-        "{assistants}\n/stop 结束对话\n/clear 换个话题\n/history 聊天记录\n"
-        "/forget 删除我的全部记录\n/help 用法\n\n回答很长或很慢时，回复「继续」接着看。"
-    )
-    help_assistant: str = "{tap} 和 {assistant} 聊天"
-    forget_ask: str = (
-        "会删除你的全部对话和链接，删了就找不回来。确定的话，{minutes} 分钟内点 {tap}"
-    )
-    forgotten: str = "已全部删除。"
-    forget_late: str = "已过时限，没有删除。需要的话请再发 /forget"
-    more: str = "还有下文：{tap}｜{page}"
-    thinking: str = "还在想「{question}」，已 {seconds} 秒。\n稍后点 {tap}｜{page}"
-    queued: str = (
-        "「{question}」排在前一个问题后面，答完就轮到它。\n稍后点 {tap}｜{page}"
-    )
-    unread: str = "「{question}」有结果了：{tap}"
-    anew: str = "（上次没能写完，这是重新写的回答）"
-    no_more: str = "这个回答已经全部发给你了。"
-    no_part: str = "没有找到「继续{number}」，它可能已被删除。"
-    no_retry: str = "没有找到要重试的问题。"
-    day_over: str = "今天的 {count} 个问题用完了，北京时间零点后再来。"
-    all_over: str = "今天大家的提问次数用完了，北京时间零点后再来。"
-    too_long: str = "问题太长了（{count} 字），请缩短到 {most} 字以内。"
-    not_allowed: str = "抱歉，这个助手暂未对你开放。"
-    blocked_question: str = "这个问题里有不便讨论的内容，换个说法试试吧。"
-    blocked_answer: str = "（后面的内容不便显示）"
-    too_many: str = "前面还有 {count} 个问题没答完，请等一等再问。"
-    unsupported: str = "现在只看得懂文字和图片，请打字告诉我。"
-    picture_kept: str = "图收到了，想问什么？十分钟内发问题就行。\n{tap}"
-    trouble: str = "服务器这会儿有点忙，请过一会儿再发一次。"
-    failed_slow: str = "模型太久没有回应。{tap}"
-    failed_unreachable: str = "暂时连不上模型。{tap}"
-    failed_busy: str = "模型这会儿太忙。{tap}"
-    failed_setup: str = "模型服务需要管理员处理一下，请稍后再来。{tap}"
-    failed_refused: str = "模型不愿回答这个问题，换个说法试试吧。{tap}"
-    failed_long: str = (
-        "这段对话太长，模型放不下了。发 /clear 换个话题，或把问题缩短。{tap}"
-    )
-    failed_blind: str = "这个模型看不懂图片，请用文字描述一下。{tap}"
-    failed_picture: str = "图片没能取到，请重新发一次图再问。{tap}"
-    failed_empty: str = "模型什么也没写出来。{tap}"
-    failed_broken: str = "回答中断了。{tap}"
-    failed_trouble: str = "服务器这会儿有点忙，请过一会儿再发一次。"
-    failed_given_up: str = "服务器中途重启，这个问题没能答完。{tap}"
-    cut_short: str = "（回答到了长度上限，可以问「接着说」）"
-    word_page: str = "网页看全文"
-    word_typeset: str = "看排版"
-    word_history: str = "打开聊天记录"
-    word_retry: str = "重试"
-    word_resume: str = "接着问"
-    word_describe: str = "描述这张图"
-    word_picture: str = "[图片]"
-    word_forget: str = "确认删除"
-    page_notice: str = "内容由 AI 生成，请自行核实"
-    page_waiting: str = "正在想…"
-    page_seconds: str = "秒"
-    page_writing: str = "正在写…"
-    page_copy: str = "复制"
-    page_copied: str = "已复制"
-    page_code: str = "代码"
-    page_table: str = "表格"
-    page_history: str = "聊天记录"
-    page_private: str = "只给自己看，请勿转发此链接"
-    page_retry: str = "回到公众号点「重试」，或再发一次问题。"
-    page_empty: str = "还没有聊天记录。"
-    page_older: str = "更早的记录"
-    page_missing: str = "没有这个页面。请检查链接是否完整，或回到公众号发 /history。"
-    page_expired: str = "链接已过期。回到公众号发 /history 可以拿到新的。"
-
-
 DEFAULT_MODEL = "gpt-6-luna"  # thinks by default: gets reasoning_effort "none"
 WELCOME = "欢迎关注！发 /chatgpt 就能和 AI 聊天，发 /help 看用法。"
 DEFAULT_PROMPT = (
@@ -258,7 +171,8 @@ DEFAULT_PROMPT = (
 # 2. Configuration
 #
 # One TOML file. A setting is one field: its type, default, bounds and comment stand
-# together, and the file is checked against the fields.
+# together, and the file is checked against the fields. What subscribers read stands in
+# texts.toml; the settings' [texts] change it line by line.
 # ---------------------------------------------------------------------------
 
 
@@ -379,6 +293,24 @@ class DatabaseSettings:
     path: str = setting("", "file; empty: wxgpt.db in the state directory")
 
 
+class Texts:
+    """Every line a subscriber can read, by its name in texts.toml: `texts.opened`."""
+
+    __slots__ = ("_lines",)
+
+    def __init__(self, lines: typing.Mapping[str, str]) -> None:
+        self._lines = types.MappingProxyType(dict(lines))
+
+    def __getattr__(self, name: str) -> str:
+        try:
+            return self._lines[name]
+        except KeyError:
+            raise AttributeError(f"no text is named {name}") from None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Texts) and self._lines == other._lines
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """All settings, checked; `load_config` makes it."""
@@ -390,7 +322,7 @@ class Config:
     session: SessionSettings = field(default_factory=SessionSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
     replies: ReplySettings = field(default_factory=ReplySettings)
-    texts: Texts = field(default_factory=Texts)
+    texts: Texts
     history: HistorySettings = field(default_factory=HistorySettings)
     database: DatabaseSettings = field(default_factory=DatabaseSettings)
 
@@ -418,6 +350,16 @@ KINDS: dict[object, tuple[str, Callable[[object], bool]]] = {
 }
 
 
+def read_toml(path: str | os.PathLike) -> dict[str, typing.Any]:
+    """Return what a TOML file has; raise ConfigError with one line."""
+    try:
+        return tomllib.loads(pathlib.Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+
+
 def checked(value: object, entry: typing.Any, name: str) -> object:
     """Return the value of one setting; raise ConfigError with what is accepted."""
     if entry.type not in KINDS:  # a table that was read before
@@ -433,16 +375,21 @@ def checked(value: object, entry: typing.Any, name: str) -> object:
     raise ConfigError(f"{name}: found {found}, accepted is {wanted}{limits}")
 
 
+def check_names(table: dict, known: typing.Iterable[str], prefix: str) -> None:
+    """Raise ConfigError for a setting that there is not."""
+    for key in table:
+        if key not in known:
+            shown = key if key.isprintable() else repr(key)  # the error is one line
+            names = ", ".join(known)
+            raise ConfigError(f"{prefix}{shown}: unknown setting, accepted are {names}")
+
+
 def read_table(kind: type, table: object, name: str) -> typing.Any:
     """Return a TOML table as its settings class; raise ConfigError."""
     if not isinstance(table, dict):
         raise ConfigError(f"{name}: found {table!r}, accepted is a table")
     known, dot = {entry.name: entry for entry in fields(kind)}, name and name + "."
-    for key in table:
-        if key not in known:
-            names = ", ".join(known)
-            shown = key if key.isprintable() else repr(key)  # the error is one line
-            raise ConfigError(f"{dot}{shown}: unknown setting, accepted are {names}")
+    check_names(table, known, dot)
     values = {}
     for key, entry in known.items():
         if isinstance(entry.type, type) and dataclasses.is_dataclass(entry.type):
@@ -490,25 +437,38 @@ def placeholders(text: str) -> set[str]:
     }
 
 
-def check_texts(texts: Texts) -> None:
-    """Raise ConfigError for a text with other placeholders than its default has."""
-    defaults = Texts()
-    for entry in fields(Texts):
-        allowed = placeholders(getattr(defaults, entry.name))
-        try:
-            strange = placeholders(getattr(texts, entry.name)) - allowed
-        except ValueError as error:
-            raise ConfigError(f"texts.{entry.name}: {error}") from None
-        if strange:
-            names = ", ".join(f"{{{name}}}" for name in sorted(allowed)) or "none"
-            found = f"found {{{strange.pop()}}}, accepted are {names}"
-            raise ConfigError(f"texts.{entry.name}: {found}")
-
-
 def demand(holds: object, name: str, found: object, wanted: str) -> None:
     """Raise ConfigError unless something holds."""
     if not holds:
         raise ConfigError(f"{name}: found {found!r}, accepted is {wanted}")
+
+
+TEXTS = pathlib.Path(__file__).with_name("texts.toml")
+
+
+def read_texts(changes: object) -> Texts:
+    """Return the lines of texts.toml with an owner's changes; raise ConfigError.
+
+    A changed line may have no other placeholders than the one it replaces.
+    """
+    lines = read_toml(TEXTS)
+    for name, line in lines.items():
+        demand(isinstance(line, str), f"{TEXTS}: {name}", line, "text")
+    demand(isinstance(changes, dict), "texts", changes, "a table")
+    changed = typing.cast(dict, changes)
+    check_names(changed, lines, "texts.")
+    for name, line in changed.items():
+        demand(isinstance(line, str), f"texts.{name}", line, "text")
+        allowed = placeholders(lines[name])
+        try:
+            strange = placeholders(line) - allowed
+        except ValueError as error:
+            raise ConfigError(f"texts.{name}: {error}") from None
+        if strange:
+            names = ", ".join(f"{{{name}}}" for name in sorted(allowed)) or "none"
+            found = f"found {{{strange.pop()}}}, accepted are {names}"
+            raise ConfigError(f"texts.{name}: {found}")
+    return Texts(lines | changed)
 
 
 def check_assistant(
@@ -562,7 +522,6 @@ def check_values(config: Config, environ: typing.Mapping[str, str]) -> None:
     )
     for name, one in config.assistants.items():
         check_assistant(name, one, environ)
-    check_texts(config.texts)
 
 
 def load_config(
@@ -570,14 +529,10 @@ def load_config(
     environ: typing.Mapping[str, str] = types.MappingProxyType({}),
 ) -> Config:
     """Return the checked settings of a TOML file; raise ConfigError with one line."""
-    try:
-        table = tomllib.loads(pathlib.Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not TOML: {error}") from None
-    assistants = read_assistants(table.pop("assistants", {}), environ)
-    config = read_table(Config, table | {"assistants": assistants}, "")
+    table = read_toml(path)
+    table["assistants"] = read_assistants(table.get("assistants", {}), environ)
+    table["texts"] = read_texts(table.get("texts", {}))
+    config = read_table(Config, table, "")
     check_values(config, environ)
     state = environ.get("STATE_DIRECTORY", "").split(":")[0]
     if not state and os.path.isdir("/var/lib/wxgpt"):
@@ -1748,10 +1703,11 @@ class MarkdownReader:
 
     def feed(self, text: str) -> None:
         """Read what has been added to the text."""
+        text = ILLEGAL.sub("", text)
         if text.isspace() and "\n" not in text and not self.is_in_line:
             self.rest += text  # it settles nothing, however much of it comes
             return
-        *lines, self.rest = (self.rest + ILLEGAL.sub("", text)).split("\n")
+        *lines, self.rest = (self.rest + text).split("\n")
         for line in lines:
             self.read_line(line.removesuffix("\r"))
         if self.is_in_line:
@@ -5051,123 +5007,15 @@ async def keep_pruning(services: Services) -> None:
 # 10. Pages
 #
 # Minimal HTML, made for a phone, no outside resource. They work without script: a
-# pending answer then reloads itself every three seconds. Pure: records to text.
+# pending answer then reloads itself every three seconds. How they look stands in
+# pages/; here records become what the templates there ask for.
 # ---------------------------------------------------------------------------
 
-STYLE = """
-:root{color-scheme:light dark;--ink:#1b1c1e;--soft:#5b5f66;--paper:#fff;--box:#f3f4f6;
---line:#dcdfe4;--mark:#0a6b3c;--asked:#d9f2e3;--bad:#c0392b}
-@media(prefers-color-scheme:dark){:root{--ink:#e6e7e9;--soft:#a4a8ae;--paper:#141517;
---box:#212326;--line:#393c41;--mark:#5fd39a;--asked:#1d3b2b;--bad:#f0857a}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--paper);color:var(--ink);overflow-wrap:anywhere;
--webkit-text-size-adjust:100%;
-font:1rem/1.7 system-ui,-apple-system,"PingFang SC","Microsoft YaHei",
-"Noto Sans CJK SC",sans-serif}
-main,footer{max-width:44rem;margin:0 auto;padding:1rem}
-h1{font-size:1.3rem;line-height:1.4;margin:.4rem 0}
-h2{font-size:1rem;margin:2rem 0 1rem;padding-top:.8rem;border-top:1px solid var(--line)}
-article+article{margin-top:2rem}
-.question{font-size:1rem;font-weight:400;line-height:1.6;margin:.5rem 0 1rem auto;
-padding:.5rem .8rem;width:fit-content;max-width:92%;background:var(--asked);
-border-radius:1rem 1rem .25rem 1rem;white-space:pre-wrap}
-.answer>:first-child{margin-top:0}
-.answer h1,.answer h2,.answer h3,.answer h4,.answer h5,.answer h6{font-size:1.08rem;
-line-height:1.5;margin:1.3rem 0 .5rem;padding:0;border:0}
-.answer h1{font-size:1.2rem}
-.answer p,.answer ul,.answer ol{margin:.7rem 0}
-.answer ul,.answer ol{padding-left:1.6rem}
-.live,.plain{white-space:pre-wrap}
-.note,.asking,footer{color:var(--soft);font-size:.85rem}
-.asking::before{content:"";display:inline-block;width:.5rem;height:.5rem;
-margin-right:.5rem;border-radius:50%;background:var(--mark)}
-@media(prefers-reduced-motion:no-preference){.asking::before{
-animation:pulse 1.4s ease-in-out infinite}@keyframes pulse{50%{opacity:.2}}}
-.failed{margin:1rem 0;padding:.5rem .8rem;border-left:.25rem solid var(--bad);
-background:var(--box);white-space:pre-wrap}
-.scroll,pre{overflow-x:auto;margin:.8rem 0}
-.code{background:var(--box);border-radius:.5rem;margin:.8rem 0}
-.code pre{margin:0;padding:.6rem .8rem .8rem;line-height:1.5}
-.bar{display:flex;align-items:center;justify-content:space-between;
-padding:.4rem .4rem 0 .8rem;color:var(--soft);font-size:.78rem}
-.bar button{font:inherit;padding:.2rem .6rem;color:var(--ink);background:var(--paper);
-border:1px solid var(--line);border-radius:.4rem;cursor:pointer}
-code{font-family:ui-monospace,Menlo,Consolas,monospace;font-size:.88em}
-:not(pre)>code{background:var(--box);padding:.1em .35em;border-radius:.25em}
-table{border-collapse:collapse;min-width:50%}
-td,th{border:1px solid var(--line);padding:.35rem .6rem;text-align:left;min-width:4rem;
-max-width:20rem;overflow-wrap:break-word}
-th{background:var(--box);word-break:keep-all}
-.right{text-align:right}
-.center{text-align:center}
-blockquote{margin:.8rem 0;padding-left:.8rem;border-left:.25rem solid var(--line);
-color:var(--soft)}
-hr{border:0;border-top:1px solid var(--line)}
-a{color:var(--mark)}
-summary{cursor:pointer}
-[open]>summary{color:var(--soft);white-space:nowrap;overflow:hidden;
-text-overflow:ellipsis;margin-bottom:.8rem}
-.older{margin:2rem 0 0;text-align:center}
-:focus-visible{outline:2px solid var(--mark);outline-offset:2px}
-footer{padding-bottom:2rem}
-footer p{margin:0;padding-top:.8rem;border-top:1px solid var(--line)}
-"""
-
-# What the page does with script: copy buttons, folded answers typeset when they are
-# opened, and for a live answer: the stream, the seconds, and in the end the finished
-# page's content in place of this one's, without a jump.
-SCRIPT = """
-const say=document.body.dataset;
-const read=async address=>{const page=await fetch(address),text=await page.text();
-const from=text.indexOf('<main>'),part=text.slice(from,text.indexOf('</main>'));
-if(page.status>499||from<0)throw page.status;
-return new DOMParser().parseFromString(part,'text/html').body.firstChild};
-const furnish=part=>{for(const box of part.querySelectorAll('.code')){
-const button=document.createElement('button'),code=box.querySelector('code');
-button.textContent=say.copy;button.onclick=async()=>{
-try{await navigator.clipboard.writeText(code.textContent)}catch{
-getSelection().selectAllChildren(code);if(!document.execCommand('copy'))return}
-button.textContent=say.copied;
-setTimeout(()=>{button.textContent=say.copy},2000)};box.firstChild.append(button)}};
-const unfold=async box=>{const link=box.querySelector('.typeset');
-const full=(await read(link.href)).querySelector('.answer');
-if(full){box.querySelector('.answer').replaceWith(full);link.remove();furnish(full)}};
-const follow=(live,note)=>{const [words,time]=note.children;
-const began=Date.now()-1000*note.dataset.seconds;let fresh=true;
-const clock=setInterval(()=>{time.textContent=
-Math.round((Date.now()-began)/1000)+' '+say.seconds},1000);
-const source=new EventSource(location.pathname+'/events');
-const clear=()=>{live.style.minHeight=live.offsetHeight+'px';
-live.textContent='';fresh=false};
-const leave=after=>{source.close();clearInterval(clock);setTimeout(renew,after)};
-source.onmessage=e=>{if(fresh)clear();live.append(JSON.parse(e.data).text);
-clearInterval(clock);words.textContent=say.writing;time.textContent=''};
-source.addEventListener('reset',clear);
-source.addEventListener('done',()=>leave(0));
-source.onerror=()=>{if(source.readyState===2)leave(3000)}};
-const start=main=>{const live=main.querySelector('.live');furnish(main);
-for(const box of main.querySelectorAll('details'))
-box.addEventListener('toggle',()=>unfold(box).catch(()=>{}),{once:true});
-if(live)follow(live,main.querySelector('.asking'))};
-const renew=async()=>{try{const main=await read(location.href);
-document.querySelector('main').replaceWith(main);start(main)}
-catch{setTimeout(renew,3000)}};
-start(document.querySelector('main'))
-"""
-
-PAGE = string.Template(
-    """<!doctype html>
-<html lang="zh-CN"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<title>$title</title>$refresh<style nonce="$nonce">$style</style></head>
-<body $words><main>$body</main>$notice
-<script nonce="$nonce">$script</script></body></html>
-"""
-)
-
+PAGES = pathlib.Path(__file__).with_name("pages")
+TEMPLATES = ("page", "parts", "answer", "live", "history", "error")
 POLICY = (
     "default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
-    "connect-src 'self'; img-src 'none'; base-uri 'none'; form-action 'none'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
 )
 RENDER_CHARS = 32_768  # longer answers go on as plain text: rendering takes time
@@ -5176,38 +5024,10 @@ HISTORY_COUNT = 50
 RECONNECT_MS = 1000  # a viewer whose stream was lost waits so long
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
-    """A rendered page and the policy its nonce belongs to."""
-
-    html: str
-    policy: str
-
-
 def element(tag: str, words: str, kind: str = "") -> str:
     """Return an element around escaped words."""
     attribute = f' class="{kind}"' if kind else ""
     return f"<{tag}{attribute}>{html.escape(words)}</{tag.split()[0]}>"
-
-
-def make_page(
-    texts: Texts, title: str, body: str, head: str = "", is_by_ai: bool = True
-) -> Page:
-    """Return a page around a body that is already HTML; `head` is more for the head."""
-    nonce = secrets.token_urlsafe(12)
-    names = ("copy", "copied", "writing", "seconds")
-    words = {name: html.escape(getattr(texts, f"page_{name}")) for name in names}
-    text = PAGE.substitute(
-        words=" ".join(f'data-{name}="{value}"' for name, value in words.items()),
-        title=html.escape(title),
-        nonce=nonce,
-        style=STYLE,
-        script=SCRIPT,
-        body=body,
-        notice=f"<footer>{element('p', texts.page_notice)}</footer>" * is_by_ai,
-        refresh=head,
-    )
-    return Page(text, POLICY.format(nonce=nonce))
 
 
 def link_tag(address: object, words: str = "") -> str:
@@ -5230,6 +5050,9 @@ def mend_tokens(tokens: list[Token], above: int) -> None:
             token.tag = tokens[index + 2].tag = "td"
 
 
+MAX_FORMULAS = 500  # of a page are typeset: each takes a fifth of a millisecond
+DATA_PICTURE_CHARS = 4 * 1024 * 1024 * 4 // 3
+DATA_PICTURE = re.compile(r"data:image/(?:png|jpeg|gif|webp);base64,[A-Za-z0-9+/=]+")
 RENDER_OPTIONS = OptionsDict(
     {
         "maxNesting": 20,
@@ -5251,21 +5074,29 @@ class AnswerRenderer(RendererHTML):
     def __init__(self, texts: Texts) -> None:
         super().__init__()
         self.texts = texts
+        self.formulas = 0  # so far
 
     def link_open(self, tokens: Sequence[Token], index: int, *_: object) -> str:
         return link_tag(tokens[index].attrGet("href"))
 
     def image(self, tokens: Sequence[Token], index: int, *_: object) -> str:
-        # As a link: loading it would tell a stranger who reads.
+        # As a link, unless the answer holds it: loading one tells a stranger who reads.
         token = tokens[index]
-        label = inline_text(token.children or [])
-        return link_tag(token.attrGet("src"), label or self.texts.word_picture) + "</a>"
+        source, label = str(token.attrGet("src")), token.content
+        if len(source) <= DATA_PICTURE_CHARS and DATA_PICTURE.fullmatch(source):
+            return f'<img src="{source}" alt="{html.escape(label)}">'
+        return link_tag(source, label or self.texts.word_picture) + "</a>"
 
     def math_inline(self, tokens: Sequence[Token], index: int, *_: object) -> str:
         token = tokens[index]
+        self.formulas += 1
+        is_block = token.markup in ("$$", "\\[", "")
+        if self.formulas <= MAX_FORMULAS:
+            if rendered := formula_mathml(token.content, is_block):
+                source = html.escape(token.content)
+                return rendered.replace("<math ", f'<math data-tex="{source}" ', 1)
         written = token.markup + token.content + CLOSERS.get(token.markup, "")
-        rendered = formula_mathml(token.content, token.markup in ("$$", "\\[", ""))
-        return rendered or element("code", written)
+        return element("code", written)
 
     math_block = math_inline
 
@@ -5308,51 +5139,14 @@ def render_markdown(texts: Texts, markdown: str, above: int = 0) -> str:
     return body + (element("p", rest, "plain") if rest else "")
 
 
-def clock(seconds: float, form: str = "%Y-%m-%d %H:%M") -> str:
-    """Return a time as people in China read it."""
-    return datetime.datetime.fromtimestamp(seconds, BEIJING).strftime(form)
-
-
 def plain_words(text: str) -> str:
     """Return a reply's words without its links; one at the end goes altogether."""
     return re.sub(r"<[^>]*>", "", re.sub(r"<a [^>]*>[^<]*</a>\s*$", "", text)).strip()
 
 
-def render_ending(texts: Texts, turn: Turn, form: str = "%Y-%m-%d %H:%M") -> str:
-    """Return what stands below an answer: a bad ending, model and time."""
-    told = ending_words(texts, turn.state, turn.reason, 0)
-    words = plain_words(told) + ("\n" + texts.page_retry if "<a " in told else "")
-    kind = "note" if turn.state in ("cut", "blocked") else "failed"
-    model = html.escape(f"{turn.model} · " if turn.model else "")
-    time_tag = f'time datetime="{clock(turn.created_at)}"'
-    note = (
-        f'<p class="note">{model}{element(time_tag, clock(turn.created_at, form))}</p>'
-    )
-    return (element("p", words, kind) if words else "") + note
-
-
-def render_answer(texts: Texts, turn: Turn) -> Page:
-    """Return the page of one question and its finished answer."""
-    answer = f'<div class="answer">{render_markdown(texts, turn.answer)}</div>'
-    asked = element("h1", turn.question, "question")
-    body = asked + answer * bool(turn.answer) + render_ending(texts, turn)
-    return make_page(texts, excerpt(turn.question, 30), f"<article>{body}</article>")
-
-
-def render_live(texts: Texts, turn: Turn, text: str, seconds: float) -> Page:
-    """Return the page of an answer that is being written, with the text so far."""
-    words = texts.page_writing if text else texts.page_waiting
-    passed = "" if text else f"{seconds:.0f} {texts.page_seconds}"
-    body = (
-        f"{element('h1', turn.question, 'question')}"
-        f'<div class="live answer" aria-live="polite">{html.escape(text)}</div>'
-        f'<p class="asking" data-seconds="{seconds:.0f}">'
-        f'<span role="status">{html.escape(words)}</span> '
-        f'<span aria-hidden="true">{html.escape(passed)}</span></p>'
-    )
-    refresh = '<noscript><meta http-equiv="refresh" content="3"></noscript>'
-    title = excerpt(turn.question, 30)
-    return make_page(texts, title, f"<article>{body}</article>", refresh)
+def clock(seconds: float, form: str = "%Y-%m-%d %H:%M") -> str:
+    """Return a time as people in China read it."""
+    return datetime.datetime.fromtimestamp(seconds, BEIJING).strftime(form)
 
 
 def glance(markdown: str) -> str:
@@ -5362,55 +5156,101 @@ def glance(markdown: str) -> str:
     return excerpt(re.sub(marks, "", words), 80)
 
 
-def render_folded(texts: Texts, turn: Turn) -> str:
-    """Return a long answer under its beginning, with a link to where it is typeset.
+def lean(text: str) -> str:
+    """Return a style or script without indentation and whole lines of comment."""
+    comment = r"(?ms)^\s*(//[^\n]*|/\*((?!\*/).)*\*/)\s*$"
+    return re.sub(r"(?m)^\s+", "", re.sub(comment, "", text))
 
-    Fifty of them cost too much to typeset for a page on which few are opened.
+
+@functools.cache
+def load_pages() -> jinja2.Environment:
+    """Return the templates, compiled; raise ConfigError if one is missing or broken.
+
+    The first call is the start's: what is changed later waits for the next start.
     """
-    words = html.escape(texts.word_typeset)
-    link = f'<a class="typeset" href="?only={turn.id}">{words}</a>'
-    text = element("div", turn.answer, "plain answer")
-    begin = element("summary", glance(turn.answer))
-    return f"<details>{begin}{text}<p>{link}</p></details>"
+    pages = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PAGES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        auto_reload=False,
+    )
+    pages.filters |= {"clock": clock, "glance": glance}
+    try:
+        for name, file in (("style", "page.css"), ("script", "page.js")):
+            pages.globals[name] = Markup(lean((PAGES / file).read_text("utf-8")))
+        for name in TEMPLATES:
+            pages.get_template(f"{name}.html")
+    except jinja2.TemplateNotFound as error:
+        raise ConfigError(f"{PAGES / str(error.name)}: not found") from None
+    except jinja2.TemplateSyntaxError as error:
+        place = f"{PAGES / str(error.name)}, line {error.lineno}"
+        raise ConfigError(f"{place}: {error.message}") from None
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: {error.strerror}") from None
+    return pages
 
 
-def render_exchange(texts: Texts, turn: Turn, folds: bool) -> str:
-    """Return one exchange of the history; a long answer folded, if it `folds`."""
-    asked = element("h3", turn.question, "question")
-    if turn.state == "open":
-        link = element(f'a href="../a/{turn.link_key}"', texts.page_writing)
-        return f'<article>{asked}<p class="asking">{link}</p></article>'
-    answer = ""
-    if folds and len(turn.answer) > FOLD_CHARS:
-        answer = render_folded(texts, turn)
-    elif turn.answer:
-        answer = f'<div class="answer">{render_markdown(texts, turn.answer, 3)}</div>'
-    return f"<article>{asked}{answer}{render_ending(texts, turn, '%H:%M')}</article>"
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A rendered page and the policy its nonce belongs to."""
+
+    html: str
+    policy: str
+
+
+def render_page(name: str, texts: Texts, **values: object) -> Page:
+    """Return a page made from a template, with a nonce of its own."""
+    nonce = secrets.token_urlsafe(12)
+    template = load_pages().get_template(f"{name}.html")
+    text = template.render(texts=texts, nonce=nonce, **values)
+    return Page(text, POLICY.format(nonce=nonce))
+
+
+def bad_ending(texts: Texts, turn: Turn) -> str:
+    """Return what a page says below an answer; '' if it ended well."""
+    told = ending_words(texts, turn.state, turn.reason, 0)
+    return plain_words(told) + ("\n" + texts.page_retry if "<a " in told else "")
+
+
+def render_answer(texts: Texts, turn: Turn) -> Page:
+    """Return the page of one question and its finished answer."""
+    return render_page(
+        "answer",
+        texts,
+        title=excerpt(turn.question, 30),
+        turn=turn,
+        answer=Markup(render_markdown(texts, turn.answer)),
+        ended=bad_ending(texts, turn),
+    )
+
+
+def render_live(texts: Texts, turn: Turn, seconds: float) -> Page:
+    """Return the page of an answer that is being written, with the text so far."""
+    title = excerpt(turn.question, 30)
+    return render_page("live", texts, title=title, turn=turn, seconds=round(seconds))
 
 
 def render_history(texts: Texts, turns: list[Turn], older: str, folds: bool) -> Page:
-    """Return a page of a subscriber's exchanges; `older` is the next page's query."""
-    body = [element("h1", texts.page_history), element("p", texts.page_private, "note")]
-    before: tuple = ()
+    """Return a page of a subscriber's exchanges; `older` is the next page's query.
+
+    If it `folds`, long answers are not typeset.
+    """
+    exchanges: list[tuple[Turn, Markup | None, str]] = []
     for turn in turns:
-        heading = (clock(turn.created_at, "%Y-%m-%d"), turn.session_id)
-        if heading != before:
-            body.append(element("h2", f"{heading[0]} · {turn.assistant}"))
-        before = heading
-        body.append(render_exchange(texts, turn, folds))
-    if not turns:
-        body.append(element("p", texts.page_empty))
-    if older:
-        link = element(f'a href="{older}"', texts.page_older)
-        body.append(f'<p class="older">{link}</p>')
-    return make_page(texts, texts.page_history, "".join(body))
+        answer = None
+        if turn.answer and not (folds and len(turn.answer) > FOLD_CHARS):
+            answer = Markup(render_markdown(texts, turn.answer, 3))
+        exchanges.append((turn, answer, bad_ending(texts, turn)))
+    title = texts.page_history
+    return render_page("history", texts, title=title, exchanges=exchanges, older=older)
 
 
 def render_error(texts: Texts, words: str) -> Page:
     """Return the page of a link that shows nothing."""
-    head, _, rest = words.partition("。")
-    body = element("h1", head) + element("p", rest)
-    return make_page(texts, head, body, is_by_ai=False)
+    title, _, rest = words.partition("。")
+    return render_page("error", texts, title=title, words=rest)
 
 
 def sse_event(data: dict, event: str = "", number: str = "") -> bytes:
@@ -5643,7 +5483,7 @@ async def answer_page(request: web.Request) -> web.Response:
         )
     if turn.state == "open":
         seconds = answer.age if answer else time.time() - turn.created_at
-        return html_response(render_live(services.texts, turn, turn.answer, seconds))
+        return html_response(render_live(services.texts, turn, seconds))
     if subscriber := services.answers.subscribers.get(turn.openid):
         subscriber.has_read(turn.id)
     try:
@@ -6025,567 +5865,12 @@ async def run_server(config: Config) -> None:
 
 
 # ---------------------------------------------------------------------------
-# 13. The owner's commands
+# 13. The command line
 #
-# `check` tries each thing that usually goes wrong, one line each, and says how to mend
-# it. `stats` says who asked how much. Neither creates a database.
+# What is not serving stands in owner/ and is loaded only when it is asked for: `check`
+# tries each thing that usually goes wrong, `stats` says who asked how much, `demo` lets
+# an owner be a subscriber.
 # ---------------------------------------------------------------------------
-
-ITSELF = "this machine may not reach itself from outside: try a phone"
-MARKS = {"ok": ("✓", "32"), "warn": ("!", "33"), "fail": ("✗", "31")}
-DISK_BYTES = 200 * 1024 * 1024
-CLOCK_SECONDS = 60
-CERTIFICATE_DAYS = 14
-SLOW_STREAM_SECONDS = 0.3  # of the half second between the two events of PROBE_PATH
-WORDS_CHARS = 100  # of an upstream's refusal are shown
-ONE_WORD = [{"role": "user", "content": "请只回答一个字：好"}]
-THOUGHT_TOKENS = 30  # more than one word takes, even spelled out with a tag or two
-CONSOLE = """
-在微信开发者平台填写（我的业务 → 公众号 → 消息推送）：
-  URL               {url}
-  Token             {token}
-  EncodingAESKey    {aes_key}
-  消息加解密方式    {mode}
-启用后，后台的自动回复和自定义菜单会停用；[replies] 可以代替自动回复。
-个人订阅号不能用：客服消息、菜单接口、素材接口、用户昵称。wxgpt 都不需要它们。"""
-
-# How the models of known providers are kept from thinking, by their base URL.
-SWITCHES = (
-    (r"api\.openai\.com|:11434\b", 'extra.reasoning_effort = "none"'),
-    (r"deepseek\.com|moonshot\.|bigmodel\.cn", 'extra.thinking.type = "disabled"'),
-    (r"dashscope", "extra.enable_thinking = false"),
-)
-CERTIFICATE = "ConnectorCertificateError.*"
-# What a failed question to a model means, and how to mend it, by the first pattern
-# that its error has. The first word says at which step it failed.
-TROUBLES = (
-    (
-        r"DNSError",
-        "name: {host} does not resolve",
-        "look at {way}, and at the DNS here",
-    ),
-    (
-        CERTIFICATE + r"expired|Certificate.*not yet",
-        "TLS: {host}: {detail}",
-        "is the date here right? Then its owner must renew it",
-    ),
-    (
-        CERTIFICATE + r"mismatch|Certificate.*not valid for",
-        "TLS: {host}: {detail}",
-        "look at the host in {way}",
-    ),
-    (
-        CERTIFICATE,
-        "TLS: {host}: {detail}",
-        "apt install ca-certificates; for an authority of your own set SSL_CERT_FILE",
-    ),
-    (r"SSLError", "TLS: {host}: {detail}", "look at {way}: http://, or another port?"),
-    (
-        r"HttpProxyError.* 407|status 407",
-        "proxy: it wants a user and a password",
-        'write {proxy} = "http://USER:PASSWORD@HOST:PORT"',
-    ),
-    (
-        r"HttpProxyError",
-        "proxy: it does not lead to {host}: {detail}",
-        "look at the proxy's log and rules",
-    ),
-    (
-        r"ProxyConnectionError",
-        "proxy: {host}: {detail}",
-        "is it running? Look at {way}",
-    ),
-    (
-        r"ConnectorError|ConnectionTimeout",
-        "connection: {host}: {detail}",
-        "look at {way}; where the provider is blocked, set {proxy}",
-    ),
-    (
-        r"ServerDisconnected",
-        "connection: {host} hangs up without an answer",
-        "look at {url}: https://, or another port?",
-    ),
-    (
-        r"insufficient_quota|balance|arrearage|=1113\b|(spend|usage)_limit|status 402",
-        "balance: {detail}",
-        "top up the account, or raise its limit",
-    ),
-    (
-        r"\b(country|region)",
-        "country: {detail}",
-        "the provider does not serve this machine: set {proxy}",
-    ),
-    (
-        r"model_not_found|无可用渠道|model.{0,40}\b(not|unknown)|invalid model",
-        "model: {host} does not know {name}: {detail}",
-        "look at {model}",
-    ),
-    (
-        r"status 40[13]",
-        "key: {host} refuses it: {detail}",
-        "look at {api_key}: is it a key of {url}?",
-    ),
-    (
-        r"status (3..|404|405)|InvalidURL|not JSON|not an object",
-        "URL: no chat API at {url}: {detail}",
-        "look at {way}: it ends with the version, as in https://api.openai.com/v1",
-    ),
-    (
-        r"without an end",
-        "stream: {detail}",
-        "is there a chat API at {url}? Or does a gateway cut streams?",
-    ),
-    (r"status 429", "limit: {detail}", "wait, or raise the key's rate limit"),
-    (r"status 4", "request: {host} refuses it: {detail}", "look at {extra}"),
-    (r"^busy", "provider: {host} fails: {detail}", "try again later"),
-    (r"^slow", "time: no word within {seconds:.0f} s", "{switch}"),
-    (r"", "answer: {detail}", "try again later"),
-)
-# What is wrong with the public certificate, by OpenSSL's words.
-CERTIFICATES = (
-    ("expired", "renew it, and load it into the proxy"),
-    ("local issuer", "the proxy must send the full chain (fullchain.pem)"),
-    ("mismatch", "it must be for the host of public_url"),
-    ("", "WeChat takes only one of a public authority, as Let's Encrypt's"),
-)
-# What it means when something else than wxgpt answers, by the status.
-ANSWERS = (
-    (r"3..", "give public_url as the address that answers by itself"),
-    (r"50[234]", "is wxgpt running, on the port that the proxy names?"),
-    (r"403", "has the running wxgpt the same token? Restart it after a change"),
-    (r"", "the proxy must pass /a/, /h/, /healthz and server.path to wxgpt unchanged"),
-)
-
-
-def mend_of(status: int) -> str:
-    """Return what to do when a status is not wxgpt's."""
-    return next(mend for code, mend in ANSWERS if re.match(code, str(status)))
-
-
-def reason_of(error: BaseException) -> str:
-    """Return in a few words why a connection failed."""
-    inner = getattr(error, "certificate_error", getattr(error, "os_error", error))
-    if isinstance(inner, ssl.SSLCertVerificationError):
-        return inner.verify_message
-    if isinstance(inner, ssl.SSLError):
-        return f"it speaks no TLS there ({inner.reason})"
-    if isinstance(inner, socket.gaierror):
-        return "the name does not resolve"
-    if isinstance(inner, TimeoutError):
-        return "no answer in time"
-    if isinstance(inner, OSError) and inner.errno:
-        return os.strerror(inner.errno)
-    if isinstance(inner, aiohttp.ClientHttpProxyError):
-        return f"status {inner.status}"
-    return str(inner) or type(inner).__name__
-
-
-def switch_of(settings: AssistantSettings) -> str:
-    """Return how to get an assistant's first word sooner."""
-    for pattern, switch in SWITCHES:
-        if re.search(pattern, settings.base_url):
-            return f"switch thinking off: {switch}; or take a faster model"
-    return "switch thinking off with `extra` (docs/models.md), or take a faster model"
-
-
-async def date_at(client: ChatClient) -> str:
-    """Return the date that an upstream tells, asked the way a question goes."""
-    url, proxy = client.settings.base_url.strip(), client.settings.proxy or None
-    async with (
-        asyncio.timeout(15),
-        client.http.get(url, proxy=proxy, allow_redirects=False) as response,
-    ):
-        return response.headers["Date"]
-
-
-def evidence_of(error: ChatError, one: AssistantSettings) -> tuple[str, str, str]:
-    """Return who did not answer as wanted, with what, and all signs to go by."""
-    cause = error.__context__
-    if isinstance(cause, aiohttp.ClientConnectionError | aiohttp.ClientHttpProxyError):
-        detail = reason_of(cause)
-        hostname = urllib.parse.urlsplit(one.base_url).hostname or ""
-        host = getattr(cause, "host", hostname)
-        return host, detail, f"{type(cause).__name__} {detail}"
-    words = error.words.replace(one.api_key.strip(), "***")
-    words = "".join(c if c.isprintable() else " " for c in words)[:WORDS_CHARS]
-    found = re.search(r"status \d+|(?<=: ).*", str(error))
-    detail = found[0] if found else str(error)
-    detail += f" “{words}”" if words else ""
-    return urllib.parse.urlsplit(one.base_url).netloc, detail, f"{error} {words}"
-
-
-def is_private(host: str) -> bool:
-    """Say whether a host is surely not reached from the internet."""
-    with contextlib.suppress(ValueError):
-        return not ipaddress.ip_address(host).is_global
-    return host == "localhost" or "." not in host
-
-
-class Doctor:
-    """Prints one line a finding, and remembers whether anything failed."""
-
-    def __init__(self, config: Config, environ: typing.Mapping[str, str]) -> None:
-        self.config = config
-        self.environ = environ
-        self.failures = 0
-        self.is_colourful = sys.stdout.isatty()
-
-    def say(self, grade: str, what: str, found: str, mend: str = "") -> None:
-        """Print a finding: ok, warn or fail, and how to mend it."""
-        mark, colour = MARKS[grade]
-        self.failures += grade == "fail"
-        mark = f"\033[{colour}m{mark}\033[0m" if self.is_colourful else mark
-        print(f"{mark} {what}: {found}" + (f" → {mend}" if mend else ""), flush=True)
-
-    def check_database(self) -> None:
-        """Check that the database can be written, and the disk has room."""
-        path = pathlib.Path(self.config.database.path)
-        folder = path.parent
-        try:
-            if path.exists():
-                with contextlib.closing(sqlite3.connect(path, timeout=2)) as db:
-                    db.execute("BEGIN IMMEDIATE").execute("ROLLBACK")
-                found = f"{path}, {path.stat().st_size / 1e6:.1f} MB"
-            else:
-                with tempfile.TemporaryFile(dir=folder):
-                    found = f"{path} will be created at the first start"
-            free = shutil.disk_usage(folder).free
-        except (OSError, sqlite3.Error) as error:
-            mend = "run check as the service's user; database.path must be writable"
-            if not folder.exists():
-                mend = "make that folder, or change database.path"
-            elif "locked" in str(error):
-                mend = "another program is writing to it: end that"
-            words = getattr(error, "strerror", None) or error
-            self.say("fail", "database", f"{path}: {words}", mend)
-            return
-        grade, mend = ("ok", "") if free > DISK_BYTES else ("warn", "make room")
-        self.say(grade, "database", f"{found}, {free / 1e9:.1f} GB free", mend)
-
-    async def check_port(self, http: aiohttp.ClientSession) -> bool:
-        """Check who holds the port; say whether it is free."""
-        host, port = self.config.server.host, self.config.server.port
-        near = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-        near = f"[{near}]" if ":" in near else near
-        try:
-            async with http.get(f"http://{near}:{port}/healthz") as response:
-                if response.headers.get("Server") == "wxgpt":
-                    self.say("ok", "port", f"{port}, wxgpt is serving on it")
-                    return False
-            mend = "another program holds it: end that, or change server.port"
-            self.say("fail", "port", f"{port} answers, but not as wxgpt", mend)
-        except (aiohttp.ClientError, OSError):
-            try:
-                listen(host, port).close()
-                self.say("ok", "port", f"{port} is free; wxgpt is not running")
-                return True
-            except OSError as error:
-                mend = "end what holds it, or change server.host or server.port"
-                self.say("fail", "port", str(error), mend)
-        return False
-
-    async def check_clock(self, clients: typing.Iterable[ChatClient]) -> None:
-        """Check our clock against the date of the first upstream that tells one."""
-        for client in clients:
-            try:
-                date = await date_at(client)
-                off = time.time() - email.utils.parsedate_to_datetime(date).timestamp()
-                break
-            except (aiohttp.ClientError, OSError, KeyError, ValueError):
-                continue
-        else:
-            mend = "compare `date -u` with a clock that is right"
-            self.say("warn", "clock", "not compared, no upstream tells the time", mend)
-            return
-        grade, mend = "ok", ""
-        if abs(off) > CLOCK_SECONDS:
-            grade, mend = "fail", "set up NTP: timedatectl set-ntp true"
-        side = "ahead of" if off > 0 else "behind"
-        self.say(grade, "clock", f"{abs(off):.0f} s {side} the upstream's", mend)
-
-    def diagnose(self, name: str, error: ChatError) -> tuple[str, str]:
-        """Return at which step a question failed and how, and how to mend it."""
-        one = self.config.assistants[name]
-        place = functools.partial(place_of, name, one=one, environ=self.environ)
-        host, detail, signs = evidence_of(error, one)
-        is_proxy = host == urllib.parse.urlsplit(one.proxy).hostname
-        names = ("proxy", "base_url", "api_key", "model")
-        facts: dict[str, object] = {key: place(key) for key in names}
-        facts["way"] = facts["proxy" if is_proxy else "base_url"]
-        facts |= {
-            "host": host,
-            "detail": detail,
-            "url": one.base_url,
-            "name": one.model,
-        }
-        facts |= {"seconds": one.first_token_timeout, "switch": switch_of(one)}
-        facts["extra"] = f"assistants.{name}.extra"
-        for pattern, found, mend in TROUBLES:
-            if re.search(pattern, signs, re.IGNORECASE):
-                return found.format(**facts), mend.format(**facts)
-        raise AssertionError("the last pattern fits everything")
-
-    async def check_assistant(self, name: str, client: ChatClient) -> None:
-        """Ask an assistant one word, and see whether it would fit WeChat's seconds."""
-        began, first, text, tokens = time.monotonic(), 0.0, "", 0
-        end = asyncio.get_running_loop().time() + client.settings.timeout
-        try:
-            async for item in client.stream(ONE_WORD, end):
-                if isinstance(item, Ending):
-                    tokens = item.tokens_out or 0
-                else:
-                    first, text = first or time.monotonic() - began, text + item
-        except ChatError as error:
-            if error.after == 0.0:  # a field was refused; questions go on without it
-                await self.check_assistant(name, client)
-                return
-            self.say("fail", f"assistant {name}", *self.diagnose(name, error))
-            return
-        self.say_speed(name, first, tokens, len(text))
-
-    def say_speed(self, name: str, first: float, tokens: int, chars: int) -> None:
-        """Say whether an answer's first word, and hidden thinking, fit the seconds."""
-        one, wechat = self.config.assistants[name], self.config.wechat
-        found = f"{one.model}, first word after {first:.1f} s"
-        if not chars:
-            found = f"{one.model} answered without a word"
-            self.say("fail", f"assistant {name}", found, switch_of(one))
-        elif tokens > THOUGHT_TOKENS + 2 * chars:
-            found += f", {tokens} tokens for {chars} characters: it thinks first"
-            self.say("warn", f"assistant {name}", found, switch_of(one))
-        elif first > wechat.attempt_timeout - wechat.margin:
-            self.say("warn", f"assistant {name}", found, switch_of(one))
-        else:
-            self.say("ok", f"assistant {name}", found)
-
-    def check_url(self) -> None:
-        """Check that WeChat takes the public URL: its port and its host."""
-        url = urllib.parse.urlsplit(self.config.public_url)
-        wanted = {"http": 80, "https": 443}[url.scheme]
-        if url.port not in (None, wanted):
-            mend = "WeChat posts to port 80 or 443 only: put a proxy in front"
-            self.say("fail", "public_url", f"port {url.port}", mend)
-        elif is_private(url.hostname or ""):
-            mend = "WeChat needs an address that the whole internet reaches"
-            self.say("fail", "public_url", f"{url.hostname} is not public", mend)
-        elif url.port:
-            mend = "leave the port out: an explicit one made verification fail for some"
-            self.say("warn", "public_url", self.config.public_url, mend)
-        else:
-            self.say("ok", "public_url", self.config.public_url)
-
-    async def check_certificate(self) -> None:
-        """Check that the certificate's chain is whole and good for two weeks."""
-        url = urllib.parse.urlsplit(self.config.public_url)
-        if url.scheme != "https":
-            return
-        try:
-            async with asyncio.timeout(10):
-                context, port = ssl.create_default_context(), url.port or 443
-                opening = asyncio.open_connection(url.hostname, port, ssl=context)
-                _, writer = await opening
-            certificate = writer.get_extra_info("peercert")
-            writer.close()
-        except ssl.SSLError as error:
-            found = reason_of(error)
-            mend = next(m for words, m in CERTIFICATES if words in found)
-            self.say("fail", "certificate", found, mend)
-            return
-        except OSError as error:
-            self.say("warn", "certificate", reason_of(error), ITSELF)
-            return
-        until = ssl.cert_time_to_seconds(certificate["notAfter"])
-        days = (until - time.time()) / 86400
-        is_long = days > CERTIFICATE_DAYS
-        grade, mend = ("ok", "") if is_long else ("warn", "see that it is renewed")
-        self.say(grade, "certificate", f"good for {days:.0f} days", mend)
-
-    async def check_verification(self, http: aiohttp.ClientSession) -> None:
-        """Ask what WeChat's console asks, through the public URL."""
-        base = self.config.public_url + self.config.server.path.rstrip("/")
-        token, echo = self.config.wechat.token, secrets.token_hex(8)
-        stamp, nonce = str(int(time.time())), secrets.token_hex(4)
-        right = signature_of(token, stamp, nonce)
-        tries = ((base, right, 200), (base + "/", right, 200), (base, "0" * 40, 403))
-        for path, signature, status in tries:
-            query = {"signature": signature, "timestamp": stamp, "nonce": nonce}
-            kind = "right signature" if status == 200 else "wrong signature"
-            what = f"verification with a {kind} at {path}"
-            query["echostr"] = echo
-            try:  # a redirect is no answer to WeChat
-                async with http.get(
-                    path, params=query, allow_redirects=False
-                ) as response:
-                    text, found = await response.text(), response.status
-            except (aiohttp.ClientError, OSError, UnicodeError) as error:
-                self.say("warn", what, reason_of(error), ITSELF)
-                return
-            if found == status and (status == 403 or text == echo):
-                self.say("ok", what, f"status {found}")
-                continue
-            self.say(
-                "fail", what, f"status {found}, not wxgpt's answer", mend_of(found)
-            )
-
-    async def check_stream(self, http: aiohttp.ClientSession) -> None:
-        """Check that the proxy passes events on as they come."""
-        times = []
-        try:
-            async with http.get(self.config.public_url + PROBE_PATH) as response:
-                async for _ in response.content.iter_any():
-                    times.append(time.monotonic())
-        except (aiohttp.ClientError, OSError):
-            return  # said before
-        if response.status != 200:
-            status = response.status
-            self.say("fail", "live pages", f"status {status}", mend_of(status))
-        elif len(times) > 1 and times[-1] - times[0] > SLOW_STREAM_SECONDS:
-            self.say("ok", "live pages", "events come through as they are written")
-        else:
-            mend = "switch the proxy's buffering off for /a/ (docs/deploy.md)"
-            self.say("fail", "live pages", "events come all at once", mend)
-
-
-async def run_check(config: Config, environ: typing.Mapping[str, str]) -> int:
-    """Check everything in order; return the exit status."""
-    doctor = Doctor(config, environ)
-    log.setLevel(logging.CRITICAL)  # findings only
-    make_cipher(config), make_blocked(config)
-    doctor.say("ok", "settings", f"assistants {', '.join(config.assistants)}")
-    doctor.check_database()
-    timeout = aiohttp.ClientTimeout(total=15)
-    async with contextlib.AsyncExitStack() as stack:
-        # The public certificate has a line of its own; the others shall be seen, too.
-        connector = aiohttp.TCPConnector(ssl=False)
-        opening = aiohttp.ClientSession(timeout=timeout, connector=connector)
-        http = await stack.enter_async_context(opening)
-        is_free = await doctor.check_port(http)
-        clients, _ = await stack.enter_async_context(open_chat(config))
-        await doctor.check_clock(clients.values())
-        for name, client in clients.items():
-            await doctor.check_assistant(name, client)
-        doctor.check_url()
-        await doctor.check_certificate()
-        if is_free:  # serve for the next questions only
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            database = DatabaseSettings(path=f"{folder}/check.db")
-            await stack.enter_async_context(
-                open_server(replace(config, database=database))
-            )
-        await doctor.check_verification(http)
-        await doctor.check_stream(http)
-    wechat = config.wechat
-    values = {"url": config.public_url + config.server.path, "token": wechat.token}
-    values["aes_key"] = wechat.aes_key or "随机生成即可"
-    values["mode"] = "安全模式" if wechat.aes_key else "明文模式"
-    print(CONSOLE.format(**values))
-    return 1 if doctor.failures else 0
-
-
-DELIVERED = ("1", "2", "3", "part", "page", "lost", "none")
-LOST_SHARE = 0.01  # of the replies; fewer may be a bad line or a restart
-COLUMNS = ("questions", "failures", "tokens in", "tokens out", "median", "p95")
-WAYS = ("1st", "2nd", "3rd", "part", "page", "lost", "none")
-LEGEND = """\
-1st, 2nd, 3rd: which of WeChat's requests took the answer; part: 继续 fetched it; page:
-it was read there; lost: WeChat had hung up; none: it failed, or nobody fetched it."""
-
-
-def summarise(rows: list[sqlite3.Row]) -> dict[str, object]:
-    """Return the figures of some exchanges."""
-    seconds = sorted(row["seconds"] for row in rows if row["seconds"] is not None)
-    ways = collections.Counter(row["delivered"] or "none" for row in rows)
-    bad = ("failed", "broken", "blocked")
-    return {
-        "questions": len(rows),
-        "failures": sum(row["state"] in bad for row in rows),
-        "tokens_in": sum(row["tokens_in"] or 0 for row in rows),
-        "tokens_out": sum(row["tokens_out"] or 0 for row in rows),
-        "median_seconds": statistics.median(seconds) if seconds else None,
-        "p95_seconds": seconds[-(-95 * len(seconds) // 100) - 1] if seconds else None,
-        "delivered": {way: ways[way] for way in DELIVERED},
-    }
-
-
-def gather_stats(config: Config, days: int, is_full: bool) -> dict[str, object]:
-    """Return the figures of the last Beijing days, 0: of all, by day and subscriber."""
-    path = pathlib.Path(config.database.path).absolute()
-    with contextlib.closing(
-        sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
-    ) as db:
-        db.row_factory = sqlite3.Row
-        query = """
-            SELECT openid, created_at, state, tokens_in, tokens_out, seconds, delivered
-            FROM turn WHERE created_at > ? ORDER BY created_at
-        """
-        today = datetime.datetime.now(BEIJING).replace(hour=0, minute=0, second=0)
-        since = today - datetime.timedelta(days=days - 1)
-        rows = db.execute(query, (since.timestamp() if days else 0,)).fetchall()
-    by_day, by_openid = collections.defaultdict(list), collections.defaultdict(list)
-    for row in rows:
-        by_day[beijing_day(row["created_at"])].append(row)
-        by_openid[row["openid"]].append(row)
-    most = sorted(by_openid.items(), key=lambda item: -len(item[1]))
-    return {
-        "days": [{"day": day} | summarise(rows) for day, rows in by_day.items()],
-        "subscribers": [
-            {"openid": openid if is_full else openid[:8] + "…"} | summarise(rows)
-            for openid, rows in most
-        ],
-        "total": summarise(rows),
-        "reply_margin": config.wechat.margin,
-    }
-
-
-def table_row(name: str, figures: dict[str, typing.Any]) -> list[str]:
-    """Return the cells of one row."""
-    cells = [name, *(str(figures[column.replace(" ", "_")]) for column in COLUMNS[:4])]
-    for key in ("median_seconds", "p95_seconds"):
-        cells.append("-" if figures[key] is None else f"{figures[key]:.1f} s")
-    return cells + [
-        str(count) if count else "-" for count in figures["delivered"].values()
-    ]
-
-
-def print_table(title: str, rows: list[dict], total: dict) -> None:
-    """Print a table with columns as wide as what is in them."""
-    table = [[title, *COLUMNS, *WAYS]]
-    table += [table_row(row[title], row) for row in rows]
-    table.append(table_row("all", total))
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for name, *cells in table:
-        right = (c.rjust(width) for c, width in zip(cells, widths[1:], strict=True))
-        print(name.ljust(widths[0]), *right, sep="  ")
-    print()
-
-
-def print_stats(stats: dict[str, typing.Any]) -> None:
-    """Print the figures as tables for people."""
-    total = stats["total"]
-    if not total["questions"]:
-        print("no questions in that time")
-        return
-    print_table("day", stats["days"], total)
-    print_table("openid", stats["subscribers"], total)
-    print(LEGEND)
-    lost, questions = total["delivered"]["lost"], total["questions"]
-    verdict = "fits" if lost <= LOST_SHARE * questions else "is too small: raise it"
-    margin = f"reply_margin {stats['reply_margin']:g} s {verdict}"
-    print(f"{margin}; {lost} of {questions} replies met a line that was gone")
-
-
-def stats_command(config: Config, days: int, is_full: bool, as_json: bool) -> int:
-    """Print who asked how much; return the exit status."""
-    try:
-        stats = gather_stats(config, days, is_full)
-    except sqlite3.Error as error:
-        print(f"wxgpt: database {config.database.path}: {error}", file=sys.stderr)
-        return 1
-    if as_json:
-        print(json.dumps(stats, ensure_ascii=False, indent=2))
-    else:
-        print_stats(stats)
-    return 0
 
 
 def complain(error: Exception) -> None:
@@ -6596,6 +5881,7 @@ def complain(error: Exception) -> None:
 
 def serve_command(config: Config) -> int:
     """Run the server; return the exit status."""
+    load_pages()
     set_up_log()
     for line in effective(config):
         log.info("%s", line)
@@ -6655,9 +5941,15 @@ def run_command(words: list[str]) -> int:
     is_own = config.wechat.token != EXAMPLE_TOKEN
     demand(is_own, "wechat.token", EXAMPLE_TOKEN, wanted)
     check_commands(config)
+    # What stands in owner/ imports wxgpt: this module, which is not to be loaded twice.
+    sys.modules.setdefault("wxgpt", sys.modules[__name__])
     if arguments.command == "check":
+        from owner.check import run_check
+
         return asyncio.run(run_check(config, os.environ))
     if arguments.command == "stats":
+        from owner.stats import stats_command
+
         return stats_command(config, arguments.days, arguments.full, arguments.json)
     return serve_command(config)
 

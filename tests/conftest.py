@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import sqlite3
 import ssl
@@ -274,6 +275,13 @@ async def with_session(serve: Callable[..., Any], **changes: Any) -> Server:
     server.wechat.attempt_timeout = patience
     await server.ask("/chatgpt")
     return server
+
+
+def copy_server(folder: pathlib.Path) -> None:
+    """Copy what the server needs to a new folder; `check` and `stats` are left out."""
+    shutil.copytree(ROOT / "pages", folder / "pages")
+    for name in ("wxgpt.py", "schema.sql", "texts.toml"):
+        shutil.copy(ROOT / name, folder)
 
 
 async def run_command(

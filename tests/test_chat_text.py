@@ -554,11 +554,12 @@ def cut_whole(text):
 
 BLOCKED = wxgpt.BlockedWords("")
 BLOCKED.words, BLOCKED.lengths, BLOCKED.longest = {"坏词"}, {"坏": [2]}, 2
+TEXTS = wxgpt.read_texts({})
 PURE = {
     "chat_text": chat_text,
     "stable_text": stable_text,
     "cut_text": cut_whole,
-    "render_markdown": lambda text: wxgpt.render_markdown(wxgpt.Texts(), text),
+    "render_markdown": lambda text: wxgpt.render_markdown(TEXTS, text),
     "glance": wxgpt.glance,
     "excerpt": wxgpt.excerpt,
     "harmless": wxgpt.harmless,

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import wxgpt
-from conftest import ROOT, TOKEN
+from conftest import ROOT, TOKEN, copy_server
 
 KEY = "sk-verySecret"
 URL = 'public_url = "https://wx.example.com"\n'
@@ -106,6 +106,11 @@ REFUSED = {
         GOOD + '[texts]\nthinking = "{who}"\n',
         ["texts.thinking", "{who}", "{question}"],
     ),
+    "number for a text": (
+        GOOD + "[texts]\nopened = 5\n",
+        ["texts.opened", "found 5", "text"],
+    ),
+    "text for the texts": ('texts = "x"\n' + GOOD, ["texts: found 'x'", "a table"]),
     "open brace": (GOOD + '[texts]\nthinking = "{tap"\n', ["texts.thinking", "'}'"]),
     "assistant named like a command": (
         GOOD + f'[assistants.STOP]\napi_key = "{KEY}"\n',
@@ -173,11 +178,11 @@ AT_THE_SHELL = [
 
 
 def run(
-    *arguments: object, cwd: pathlib.Path = ROOT
+    *arguments: object, cwd: pathlib.Path = ROOT, program: pathlib.Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line to its end, with no key in the environment."""
     environ = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")}
-    command = [sys.executable, str(ROOT / "wxgpt.py"), *map(str, arguments)]
+    command = [sys.executable, str(program / "wxgpt.py"), *map(str, arguments)]
     return subprocess.run(
         command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=30
     )
@@ -250,6 +255,36 @@ def test_a_missing_file_ends_the_start_with_one_line(tmp_path):
     ended = run("serve", cwd=tmp_path)
     assert ended.returncode == 2
     assert len(ended.stderr.splitlines()) == 1 and "wxgpt.toml" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("texts.toml", None, "texts.toml: No such file"),
+        ("texts.toml", 'opened = "', "texts.toml: not TOML"),
+        ("texts.toml", "opened = 1", "texts.toml: opened: found 1, accepted is text"),
+        ("pages/page.js", None, "page.js: No such file"),
+        ("pages/page.html", None, "page.html: not found"),
+        (
+            "pages/answer.html",
+            "{% if %}",
+            "answer.html, line 1: Expected an expression",
+        ),
+    ],
+)
+def test_a_broken_copy_of_the_server_ends_the_start_with_one_line(
+    tmp_path, name, text, words
+):
+    """The line names the file that is missing, or what is wrong with it."""
+    copy_server(tmp_path / "copy")
+    file = tmp_path / "copy" / name
+    file.unlink()
+    if text is not None:
+        file.write_text(text, "utf-8")
+    (tmp_path / "wxgpt.toml").write_text(GOOD + "[server]\nport = 0\n", "utf-8")
+    ended = run("serve", cwd=tmp_path, program=tmp_path / "copy")
+    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1, ended.stderr
+    assert words in ended.stderr
 
 
 def test_a_file_that_is_not_utf_8_ends_the_start_with_one_line(tmp_path):

@@ -373,11 +373,7 @@ def newer(tmp_path, monkeypatch):
 
     def install(*added: str) -> None:
         folder = tmp_path / "newer"
-        shutil.copytree(
-            conftest.ROOT,
-            folder,
-            ignore=lambda _, names: {*names} - {"wxgpt.py", "schema.sql"},
-        )
+        conftest.copy_server(folder)
         with (folder / "schema.sql").open("a", encoding="utf-8") as schema:
             for number, step in enumerate(added, steps() + 1):
                 schema.write(f"\n-- step {number}\n{step}\n")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import operator
 import re
 import tomllib
@@ -12,9 +11,11 @@ import pytest
 
 import wxgpt
 from conftest import ROOT
+from owner.check import switch_of
 
 README, README_ZH = "README.md", "README.zh-CN.md"
 EXAMPLE = ROOT / "wxgpt.example.toml"
+LINES = tomllib.loads((ROOT / "texts.toml").read_text("utf-8"))
 COMMANDS = [
     "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt"
     " && .venv/bin/python wxgpt.py demo",
@@ -40,7 +41,7 @@ def settings_of(kind: type, name: str = "") -> Iterator[tuple[str, object]]:
 
 
 SETTINGS = dict(settings_of(wxgpt.Config))
-PLAIN = {name: value for name, value in SETTINGS.items() if name[:6] != "texts."}
+PLAIN = {name: value for name, value in SETTINGS.items() if name != "texts"}
 
 
 def frozen(value: object) -> object:
@@ -63,7 +64,7 @@ def as_table(text: str) -> dict[str, object]:
     table = tomllib.loads(text)
     table["assistants"] = {"NAME": table["assistants"]["chatgpt"]}
     found = {}
-    for name in SETTINGS:
+    for name in PLAIN:
         keys = name.split(".")
         if keys[-1] in functools.reduce(operator.getitem, keys[:-1], table):
             found[name] = frozen(functools.reduce(operator.getitem, keys, table))
@@ -98,21 +99,14 @@ def test_the_example_has_every_setting_with_its_default():
     assert found == PLAIN | required
 
 
-def test_the_example_has_every_text():
-    """The texts are commented out: a copy of the file does not hold on to old ones."""
-    found = EXAMPLE.read_text("utf-8").split("\n[texts]\n")[1].split("\n\n")[0]
-    assert found.splitlines() == [
-        f"# {entry.name} = {json.dumps(entry.default, ensure_ascii=False)}"
-        for entry in dataclasses.fields(wxgpt.Texts)
-    ]
-
-
-def test_the_texts_of_the_example_can_be_loaded(tmp_path):
-    """A text works once the mark before it is taken away."""
+def test_the_example_shows_how_a_text_is_changed(tmp_path):
+    """It works once the mark before it is taken away; the others stay as they are."""
     path = tmp_path / "wxgpt.toml"
     text = EXAMPLE.read_text("utf-8")
     path.write_text(re.sub(r"(?m)^# (?=\w+ = )", "", text), "utf-8")
-    assert wxgpt.load_config(path) == wxgpt.load_config(EXAMPLE)
+    assert wxgpt.load_config(EXAMPLE).texts == wxgpt.Texts(LINES)
+    [changed] = tomllib.loads(path.read_text("utf-8"))["texts"].items()
+    assert wxgpt.load_config(path).texts == wxgpt.Texts(LINES | dict([changed]))
 
 
 def test_the_example_takes_a_switch_for_thinking(tmp_path):
@@ -183,7 +177,7 @@ def test_the_recipes_for_models_can_be_loaded(tmp_path):
     found = wxgpt.load_config(path).assistants
     assert len(found) == recipes.count("[assistants.") == 7
     thinking = [one for one in found.values() if one.extra]
-    switches = [wxgpt.switch_of(one).split("; or")[0] for one in thinking]
+    switches = [switch_of(one).split("; or")[0] for one in thinking]
     assert [tomllib.loads(line.partition(": ")[2]) for line in switches] == [
         {"extra": one.extra} for one in thinking
     ]

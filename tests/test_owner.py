@@ -528,6 +528,43 @@ async def test_a_closed_pipe_ends_it_quietly(stats, check, tmp_path, words):
     assert (process.returncode, err) == (1, b"")
 
 
+# Tells which modules of ours a run of the command line has loaded.
+LOADED = """
+import runpy, sys
+try:
+    runpy.run_path({program!r}, run_name="__main__")
+finally:
+    ours = {{n: m for n, m in sys.modules.items() if n.startswith(("owner", "wxgpt"))}}
+    print(*sorted(f"{{name}}={{module.__name__}}" for name, module in ours.items()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "loaded"),
+    [
+        ("--version", []),
+        (
+            "stats --config wxgpt.toml",
+            ["owner.stats=owner.stats", "owner=owner", "wxgpt=__main__"],
+        ),
+    ],
+)
+def test_what_is_the_owners_is_imported_only_when_asked_for(
+    settings, tmp_path, words, loaded
+):
+    """It imports the server, which is the one that runs and not a second copy."""
+    (tmp_path / "wxgpt.toml").write_text(toml(settings), "utf-8")
+    code = LOADED.format(program=str(ROOT / "wxgpt.py"))
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *words.split()],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.stdout.splitlines()[-1].split() == loaded
+
+
 @pytest.mark.parametrize("moment", ["asyncio.events", "aiohttp.web", "markdown_it"])
 @pytest.mark.parametrize("words", ["serve", "check", "stats", "--help"])
 async def test_an_interrupted_start_ends_quietly(settings, tmp_path, words, moment):

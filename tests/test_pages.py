@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import shutil
 
 import pytest
 
@@ -103,6 +104,24 @@ async def test_every_page_fits_a_phone_in_light_and_dark(pages):
     for _, page in pages.values():
         assert '<meta name="viewport" content="width=device-width' in page
         assert "prefers-color-scheme" in page and "<link" not in page
+
+
+async def test_a_page_is_light(pages):
+    """Style and script go along with each page; without their comments."""
+    assert len(pages["missing"][1].encode()) < 12 * 1024
+    left_out = [r"/\*", r"(?m)^\s*//", r"(?m)^ ", r"{[#%{]"]
+    assert [mark for mark in left_out if re.search(mark, pages["missing"][1])] == []
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs node")
+async def test_the_script_of_a_page_can_be_parsed(pages):
+    """Also after what is left out."""
+    [script] = re.findall(r"(?s)<script[^>]*>(.*?)</script>", pages["missing"][1])
+    node = await asyncio.create_subprocess_exec(
+        *("node", "--check", "-"), stdin=asyncio.subprocess.PIPE
+    )
+    await node.communicate(script.encode())
+    assert node.returncode == 0
 
 
 async def test_no_nonce_is_used_twice(server, addresses):

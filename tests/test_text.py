@@ -1,9 +1,55 @@
-"""Our own texts: how a question is named, and what a tap sends."""
+"""Our own texts: how a question is named, what a tap sends, and where each is used."""
+
+import ast
+import re
+import tomllib
 
 import pytest
 
+from conftest import ROOT
 from wechat import show
-from wxgpt import excerpt, tap_link
+from wxgpt import Texts, excerpt, tap_link
+
+SOURCE = (ROOT / "wxgpt.py").read_text("utf-8")
+LINES = tomllib.loads((ROOT / "texts.toml").read_text("utf-8"))
+FAILED = "failed_"  # before the reason why a question failed
+
+
+def names_used():
+    """Return the names of texts that the server and its pages read, but for failures."""
+    attributes = [
+        x for x in ast.walk(ast.parse(SOURCE)) if isinstance(x, ast.Attribute)
+    ]
+    owners = {
+        x: getattr(x.value, "attr", getattr(x.value, "id", "")) for x in attributes
+    }
+    found = {x.attr for x, owner in owners.items() if owner == "texts"}
+    for page in (ROOT / "pages").glob("*.html"):
+        found |= set(re.findall(r"\btexts\.(\w+)", page.read_text("utf-8")))
+    return found - {"append"}  # of a list with the same name
+
+
+def test_each_text_that_is_used_is_there_and_the_other_way_round():
+    """No type checker sees the names of texts.toml."""
+    assert names_used() == {name for name in LINES if not name.startswith(FAILED)}
+
+
+def test_each_failure_has_a_text_and_the_other_way_round():
+    """The reasons are the kinds of errors, and what ends an answer otherwise."""
+    raised = set(re.findall(r'ChatError\(\s*"(\w+)"', SOURCE))
+    reasons = {name.removeprefix(FAILED) for name in LINES if name.startswith(FAILED)}
+    assert raised - {"blocked"} <= reasons  # a blocked answer did not fail
+    assert {reason for reason in reasons if f'"{reason}"' not in SOURCE} == set()
+
+
+def test_a_text_cannot_be_changed_while_the_server_runs():
+    """A name that is not there is an error, too."""
+    texts = Texts({"opened": "你好"})
+    assert texts.opened == "你好"
+    with pytest.raises(AttributeError):
+        texts.opened = "再见"
+    with pytest.raises(AttributeError, match="no text is named hello"):
+        _ = texts.hello
 
 
 @pytest.mark.parametrize(

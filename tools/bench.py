@@ -642,7 +642,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", metavar="FILE", help="write the rows there, too")
     parser.add_argument("--only", nargs="+", choices=MEASURES, metavar="NAME")
     parser.add_argument(
-        "--server", type=pathlib.Path, default=ROOT / "wxgpt.py", help="the wxgpt.py"
+        "--server",
+        type=pathlib.Path,
+        default=ROOT / "wxgpt.py",
+        help="the wxgpt.py, with its files beside it",
     )
     parser.add_argument("--role", help=argparse.SUPPRESS)  # of the other processes
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)

@@ -42,6 +42,9 @@ SETTINGS = Path("etc/wxgpt/wxgpt.toml")
 FILES = {
     "wxgpt.py": f"{HOME}/wxgpt.py",
     "schema.sql": f"{HOME}/schema.sql",
+    "texts.toml": f"{HOME}/texts.toml",
+    "pages": f"{HOME}/pages",
+    "owner": f"{HOME}/owner",
     "wxgpt.service": "etc/systemd/system/wxgpt.service",
 }
 # systemd-nspawn wants to see the second version of control groups, and nothing else.
