@@ -41,9 +41,9 @@ Beside this file: schema.sql; texts.toml, every line people read; pages/, what a
 shows; owner/, the commands that do not serve, which import this file and not the other
 way round.
 
-Sections: 1 constants, 2 configuration, 3 WeChat protocol, text, 4 store,
-5 chat API, 6 answers in progress, 7 services, 8 commands, 9 the path of a message,
-10 pages, 11 HTTP handlers, 12 application, 13 the command line.
+Sections: 1 constants, 2 configuration, 3 WeChat protocol, 4 formulas, 5 chat text,
+6 store, 7 chat API, 8 answers in progress, 9 services, 10 commands, 11 the path of a
+message, 12 pages, 13 HTTP handlers, 14 application, 15 the command line.
 
 Vocabulary: openid (a subscriber of this account), MsgId (a message; the same on every
 attempt), attempt, passive reply, session, turn (a question and its answer), part (one
@@ -2423,7 +2423,7 @@ def excerpt(text: str, length: int = 12) -> str:
 
 
 # ---------------------------------------------------------------------------
-# 4. Store
+# 6. Store
 #
 # SQLite behind one aiosqlite connection. A hop to its thread costs ten times the
 # statement and a commit twice, so a step is one statement where it can be,
@@ -3080,7 +3080,7 @@ async def open_store(path: str) -> Store:
 
 
 # ---------------------------------------------------------------------------
-# 5. Chat API
+# 7. Chat API
 #
 # POST {base_url}/chat/completions, streamed. Providers differ in small things: read
 # every field with care, and take only a finish_reason or [DONE] for the end, since a
@@ -3553,7 +3553,7 @@ class Pictures:
 
 
 # ---------------------------------------------------------------------------
-# 6. Answers in progress
+# 8. Answers in progress
 #
 # Two things live as long as they are needed and are never polled: an Answer, which one
 # task writes and any number read, and a Delivery, in which the attempts of one message
@@ -3604,6 +3604,7 @@ class Subscriber:
         return bool(numbers)
 
 
+LONG_CHARS = 10_000  # of an answer take some ten milliseconds to read
 SENTENCE_SIGN = re.compile(r"[。！？…!?.\n]")
 
 
@@ -3613,12 +3614,26 @@ def markdown_length(markdown: str, chat_length: int) -> int:
     def length(end: int) -> int:
         return len(chat_text(markdown[:end]))
 
-    ends = range(len(markdown) + 1)
-    end = bisect.bisect_right(ends, chat_length, key=length) - 1
+    chat, begin, line = ChatText(), 0, ""  # of the last line that may fit
+    for following in markdown.splitlines(keepends=True):
+        begin, line = begin + len(line), following
+        chat.feed(line)
+        if len(chat.text(has_ended=False)) > chat_length:
+            break
+    ends = [begin, *(begin + found.end() for found in SENTENCE_END.finditer(line))]
+    ends.append(begin + len(line))
+    end = ends[bisect.bisect_right(ends, chat_length, lo=1, key=length) - 1]
     # A mark that is open shows more than the same mark once it is closed.
     while end > 0 and length(end) > chat_length:
         end = markdown.rfind("\n", 0, end)
     return max(0, end)
+
+
+def read_whole(markdown: str) -> ChatText:
+    """Return the chat text of an answer that has ended."""
+    chat = ChatText(markdown)
+    chat.text(has_ended=True)
+    return chat
 
 
 class Answer:
@@ -3651,11 +3666,16 @@ class Answer:
         self.followers: set[asyncio.Event] = set()  # live pages
 
     @classmethod
-    def stored(cls, turn: Turn, subscriber: Subscriber) -> "Answer":
-        """Return the answer of a turn that ended before."""
+    async def stored(cls, turn: Turn, subscriber: Subscriber) -> "Answer":
+        """Return the answer of a turn that ended before.
+
+        A long one is read in a thread: it takes up to a second, and pushes cannot wait.
+        """
         answer = cls(turn, subscriber)
-        answer.replace_text(turn.answer)
-        answer.state, answer.reason = turn.state, turn.reason
+        is_long = len(turn.answer) > LONG_CHARS
+        read = asyncio.to_thread(read_whole, turn.answer) if is_long else None
+        answer.chat = await read if read else read_whole(turn.answer)
+        answer.text, answer.state, answer.reason = turn.answer, turn.state, turn.reason
         return answer
 
     @property
@@ -4001,7 +4021,7 @@ class Answers:
 
 
 # ---------------------------------------------------------------------------
-# 7. Services
+# 9. Services
 # ---------------------------------------------------------------------------
 
 
@@ -4049,7 +4069,7 @@ class Visit:
 
 
 # ---------------------------------------------------------------------------
-# 8. Commands
+# 10. Commands
 #
 # A command is one coroutine: a visit in, the reply's text out. Its name in COMMANDS and
 # its line in `texts.help` are all there is to it. Assistants are commands too: `/NAME`
@@ -4199,7 +4219,7 @@ async def confirm_forget(visit: Visit) -> str | None:
 
 
 # ---------------------------------------------------------------------------
-# 9. The path of a message
+# 11. The path of a message
 #
 # converse writes the answer of one question, in the question's own task. write_answer
 # finds out, in the message's own task, what answers it. reply_to is what a request
@@ -4453,7 +4473,7 @@ async def reading_of(
         turn = await visit.services.store.turn(turn_id)
         if turn is None:
             return None
-        answer = Answer.stored(turn, visit.delivery.subscriber)
+        answer = await Answer.stored(turn, visit.delivery.subscriber)
     if part is None:
         return Reading(answer)
     return Reading(answer, part.start, part, part.is_anew)
@@ -5004,7 +5024,7 @@ async def keep_pruning(services: Services) -> None:
 
 
 # ---------------------------------------------------------------------------
-# 10. Pages
+# 12. Pages
 #
 # Minimal HTML, made for a phone, no outside resource. They work without script: a
 # pending answer then reloads itself every three seconds. How they look stands in
@@ -5262,7 +5282,7 @@ def sse_event(data: dict, event: str = "", number: str = "") -> bytes:
 
 
 # ---------------------------------------------------------------------------
-# 11. HTTP handlers
+# 13. HTTP handlers
 # ---------------------------------------------------------------------------
 
 SERVICES = web.AppKey("services", Services)
@@ -5532,7 +5552,7 @@ async def answer_events(request: web.Request) -> web.StreamResponse:
         stored = await services.store.turn(turn.id)
         if stored is None:  # deleted since its link was looked up
             return error_page(services, 404)
-        answer = Answer.stored(stored, Subscriber(stored.openid))
+        answer = await Answer.stored(stored, Subscriber(stored.openid))
     response = web.StreamResponse(
         headers={
             "Content-Type": "text/event-stream; charset=utf-8",
@@ -5609,7 +5629,7 @@ async def hide_server(request: web.Request, response: web.StreamResponse) -> Non
 
 
 # ---------------------------------------------------------------------------
-# 12. Application
+# 14. Application
 # ---------------------------------------------------------------------------
 
 
@@ -5865,7 +5885,7 @@ async def run_server(config: Config) -> None:
 
 
 # ---------------------------------------------------------------------------
-# 13. The command line
+# 15. The command line
 #
 # What is not serving stands in owner/ and is loaded only when it is asked for: `check`
 # tries each thing that usually goes wrong, `stats` says who asked how much, `demo` lets

@@ -12,6 +12,7 @@ from markdown_it import MarkdownIt
 from markdown_it.renderer import RendererHTML
 
 import wxgpt
+from conftest import ROOT
 from wxgpt import (
     ChatText,
     chat_text,
@@ -372,6 +373,29 @@ WORDS = st.sampled_from(PIECES + LINES) | st.text(max_size=3)
 MARKDOWN = st.lists(WORDS, max_size=60).map("".join)
 MARKS = st.sampled_from([*"*_# 甲a1。(->\n", "**", "\n- ", "\n1. "])
 MANY = settings(max_examples=500, deadline=None)
+
+
+def test_the_same_answer_has_the_same_chat_text_in_every_version():
+    """Offsets of parts that were sent count in it: a change here moves them."""
+    markdown = (ROOT / "tests" / "sim" / "long_answer.md").read_text("utf-8")
+    text = (ROOT / "tests" / "long_answer.txt").read_text("utf-8")
+    assert chat_text(markdown) + "\n" == text
+
+
+@pytest.mark.parametrize(
+    ("markdown", "length", "kept"),
+    [
+        ("一句。**二**句。", 3, "一句。"),
+        ("一句。**二**句。", 6, "一句。**二**句。"),
+        ("# 标题\n\n一句。二句。\n", 9, "# 标题\n\n一句。"),
+        ("一句。二句。", 0, ""),
+        ("一句。二句说来话长，", 3, "一句。"),
+        ("一句。\n\n二句。\n\n三句。", 8, "一句。\n\n二句。\n\n"),
+        ("一句", 99, "一句"),
+    ],
+)
+def test_of_the_markdown_only_what_was_sent_is_kept(markdown, length, kept):
+    assert markdown[: wxgpt.markdown_length(markdown, length)] == kept
 
 
 @pytest.mark.parametrize("markdown", AS_WRITTEN)
