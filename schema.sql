@@ -153,7 +153,7 @@ INSERT INTO platform (id, newest_push, secret) VALUES (1, 0, randomblob(32));
 -- Parts are slices of the chat text, no longer of the Markdown, and offsets count in it;
 -- only a crash writes an answer anew.
 
-ALTER TABLE turn ADD COLUMN chat_chars INTEGER;     -- length of the chat text, once it ended
+ALTER TABLE turn ADD COLUMN chat_chars INTEGER;     -- of an answer that did not end well
 ALTER TABLE part ADD COLUMN is_anew INTEGER NOT NULL DEFAULT 0; -- 1: written again since
 UPDATE part SET start = 0 WHERE reply IS NULL;      -- it counted in the Markdown
 ALTER TABLE part DROP COLUMN generation;

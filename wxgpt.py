@@ -2230,35 +2230,51 @@ def cut_text(text: str, room: int) -> int:
 # --- The chat text of an answer
 
 
+MAX_UNREAD = 12_000  # characters: most answers are shorter, and read when asked for
+
+
 class ChatText:
     """The chat text of an answer that is being written; it only gets longer."""
 
     def __init__(self, markdown: str = "") -> None:
         self.reader, self.writer = MarkdownReader(), ChatWriter()
         self.kinds: collections.Counter[str] = collections.Counter()  # of its tokens
-        self.unread = ""  # so far: asked for less often than it is fed
+        self.unread = [markdown]  # asked for less often than it is fed
+        self.unread_chars = len(markdown)
         self.shown = ""
-        self.feed(markdown)
 
     def feed(self, delta: str) -> None:
         """Add what the model has written."""
-        for begin in range(0, len(delta), MAX_WINDOW):
-            self.unread += delta[begin : begin + MAX_WINDOW]
-            if len(self.unread) >= MAX_WINDOW:  # no long work, nor much memory, at once
-                self.text(False)
+        self.unread.append(delta)
+        self.unread_chars += len(delta)
+        if self.unread_chars > MAX_UNREAD:  # else much work would come at once
+            self.read(MAX_UNREAD - MAX_WINDOW)
 
-    def text(self, has_ended: bool) -> str:
-        """Return the chat text, or what of it nothing that follows can change."""
-        self.reader.feed(self.unread)
-        self.unread = ""
-        if has_ended:
-            self.reader.finish()
+    def read(self, left: int) -> None:
+        """Read what has been added, but for so many characters."""
+        text = "".join(self.unread)
+        end = max(0, len(text) - left)
+        for begin in range(0, end, MAX_WINDOW):
+            self.reader.feed(text[begin : min(end, begin + MAX_WINDOW)])
+            self.write()  # the tokens take far more memory than the text
+        self.unread, self.unread_chars = [text[end:]], len(text) - end
+
+    def write(self) -> None:
+        """Write what has been read."""
         for token in self.reader.tokens:
             self.writer.write(token)
             self.kinds.update([token.type, *(t.type for t in token.children or [])])
         self.reader.tokens.clear()
         self.shown += "".join(self.writer.out)
         self.writer.out.clear()
+
+    def text(self, has_ended: bool) -> str:
+        """Return the chat text, or what of it nothing that follows can change."""
+        if self.unread_chars:
+            self.read(0)
+        if has_ended:
+            self.reader.finish()
+            self.write()
         return self.shown if has_ended else self.shown[: whole_end(self.shown)]
 
     def has_more_on_page(self) -> bool:
@@ -4361,7 +4377,11 @@ async def store_end(services: Services, answer: Answer, ending: Ending | None) -
     """Store how an answer ended, and log it."""
     now, seconds = time.time(), answer.age
     columns: dict[str, object] = {"state": answer.state, "reason": answer.reason}
-    columns |= {"answer": answer.text, "chat_chars": len(answer.shown())}
+    columns["answer"] = answer.text
+    # An unsent part of what is done is sure to have text; the tap that asks a failed
+    # question again is a part behind the end.
+    is_done = answer.state == "done"
+    columns["chat_chars"] = None if is_done else len(answer.shown())
     columns |= {"finished_at": now, "seconds": round(seconds, 3)}
     for name in ("model", "tokens_in", "tokens_out"):
         columns[name] = getattr(ending, name, None)
