@@ -2231,6 +2231,7 @@ def cut_text(text: str, room: int) -> int:
 
 
 MAX_UNREAD = 12_000  # characters: most answers are shorter, and read when asked for
+MAX_PIECES = 100  # of them: each takes far more memory than its few characters
 
 
 class ChatText:
@@ -2247,6 +2248,8 @@ class ChatText:
         """Add what the model has written."""
         self.unread.append(delta)
         self.unread_chars += len(delta)
+        if len(self.unread) > MAX_PIECES:
+            self.unread = ["".join(self.unread)]
         if self.unread_chars > MAX_UNREAD:  # else much work would come at once
             self.read(MAX_UNREAD - MAX_WINDOW)
 
