@@ -2230,7 +2230,7 @@ def cut_text(text: str, room: int) -> int:
 # --- The chat text of an answer
 
 
-MAX_UNREAD = 12_000  # characters: most answers are shorter, and read when asked for
+MAX_UNREAD = 8_000  # characters: most answers are shorter, and read when asked for
 MAX_PIECES = 100  # of them: each takes far more memory than its few characters
 
 
