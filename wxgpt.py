@@ -847,6 +847,25 @@ def accented_text(accent: str, text: str) -> str:
     return re.sub("(.)", rf"\1{accent}", text) if is_vector else f"({text}){accent}"
 
 
+PREFERRED_SIGNS = dict(  # where the table's sign is rare on phones, or another letter
+    pair.split("=")
+    for pair in "leqslant=≤ geqslant=≥ implies=⇒ Longrightarrow=⇒ impliedby=⇐ iff=⇔"
+    " Longleftrightarrow=⇔ longrightarrow=→ dotsb=⋯ epsilon=ε phi=φ perp=⊥ sim=∼ mid=|"
+    " setminus=∖ square=□".split()
+)
+
+
+def symbol_text(name: str) -> str:
+    """Return the character that a command stands for; raise ValueError if none."""
+    from latex2mathml.symbols_parser import convert_symbol  # slow, so not at start
+
+    code = convert_symbol("\\" + name) or ""
+    char = PREFERRED_SIGNS.get(name) or chr(int(code, 16) if code.isalnum() else 0)
+    if unicodedata.category(char)[0] in "MCZ" or char in "√\\":
+        raise ValueError(f"unknown command {name}")
+    return char
+
+
 def alphabet_text(alphabet: str, text: str) -> str:
     """Write one letter in its alphabet (ℝ, 𝐯), and words as they are."""
     is_letter = re.fullmatch("[A-Za-z]", text)
@@ -898,23 +917,6 @@ FORMULA_NAMES = frozenset(
     " min sup inf lim limsup liminf det dim ker deg gcd Pr argmax argmin".split()
 )
 LARGE_SIGNS = "∑∏∐∫∬∭∮∯⋃⋂⨁⨂"
-PREFERRED_SIGNS = dict(  # where the table's sign is rare on phones, or another letter
-    pair.split("=")
-    for pair in "leqslant=≤ geqslant=≥ implies=⇒ Longrightarrow=⇒ impliedby=⇐ iff=⇔"
-    " Longleftrightarrow=⇔ longrightarrow=→ dotsb=⋯ epsilon=ε phi=φ perp=⊥ sim=∼ mid=|"
-    " setminus=∖ square=□".split()
-)
-
-
-def symbol_text(name: str) -> str:
-    """Return the character that a command stands for; raise ValueError if none."""
-    from latex2mathml.symbols_parser import convert_symbol  # slow, so not at start
-
-    code = convert_symbol("\\" + name) or ""
-    char = PREFERRED_SIGNS.get(name) or chr(int(code, 16) if code.isalnum() else 0)
-    if unicodedata.category(char)[0] in "MCZ" or char in "√\\":
-        raise ValueError(f"unknown command {name}")
-    return char
 
 
 @dataclass(frozen=True, slots=True)
