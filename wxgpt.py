@@ -1706,7 +1706,7 @@ class MarkdownReader:
     def feed(self, text: str) -> None:
         """Read what has been added to the text."""
         text = ILLEGAL.sub("", text)
-        if text.isspace() and "\n" not in text and not self.is_in_line:
+        if not text.strip(" \t-*") and not self.is_in_line:
             self.rest += text  # it settles nothing, however much of it comes
             return
         *lines, self.rest = (self.rest + text).split("\n")

@@ -46,7 +46,8 @@ LONG = "".join(f"第{n}句：{SENTENCE}\n\n" for n in range(60))  # some four pa
 
 
 # What needs more than Python: `-m "not system"` leaves it out.
-SYSTEM = "browser clock crash demo disk proxies restart shutdown systemd".split()
+SYSTEM = "browser clock crash demo disk hostile owner proxies restart".split()
+SYSTEM += ["shutdown", "systemd"]
 DEBIAN = ("proxies", "systemd")  # share one root, and each a container
 
 
