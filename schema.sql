@@ -158,3 +158,42 @@ ALTER TABLE part ADD COLUMN is_anew INTEGER NOT NULL DEFAULT 0; -- 1: written ag
 UPDATE part SET start = 0 WHERE reply IS NULL;      -- it counted in the Markdown
 ALTER TABLE part DROP COLUMN generation;
 ALTER TABLE turn DROP COLUMN generation;
+
+-- step 3
+
+-- An answer that is there but was not read is marked on the part that its early reply
+-- offered, and how it was delivered is written once, when that is known.
+
+ALTER TABLE part ADD COLUMN to_mention INTEGER NOT NULL DEFAULT 0; -- 1: to be named
+UPDATE part SET to_mention = 1 WHERE EXISTS (
+    SELECT 1 FROM turn WHERE turn.id = turn_id AND unread = number);
+CREATE INDEX part_to_mention ON part (openid, number) WHERE to_mention = 1;
+-- The tap that asks a failed question again was a part behind the answer's end.
+DELETE FROM part WHERE reply IS NULL AND EXISTS (
+    SELECT 1 FROM turn WHERE turn.id = turn_id AND state IN ('failed', 'broken')
+    AND to_mention = 0 AND start > 0 AND start >= chat_chars);
+CREATE TRIGGER part_sent AFTER UPDATE OF reply ON part BEGIN
+    UPDATE turn SET replied = 1 WHERE id = NEW.turn_id;
+    UPDATE part SET to_mention = 0 WHERE turn_id = NEW.turn_id AND to_mention = 1;
+END;
+CREATE TRIGGER part_made_and_sent AFTER INSERT ON part WHEN NEW.reply IS NOT NULL BEGIN
+    UPDATE turn SET replied = 1 WHERE id = NEW.turn_id;
+    UPDATE part SET to_mention = 0 WHERE turn_id = NEW.turn_id AND to_mention = 1;
+END;
+DROP TRIGGER turn_replied;
+ALTER TABLE reply ADD COLUMN stop INTEGER NOT NULL DEFAULT 0;  -- where its text of the answer ends
+UPDATE reply SET stop = 1 WHERE delivered IS NOT NULL;
+ALTER TABLE reply DROP COLUMN delivered;
+ALTER TABLE reply DROP COLUMN unread;
+CREATE TRIGGER turn_replied AFTER INSERT ON reply WHEN NEW.turn_id IS NOT NULL BEGIN
+    UPDATE turn SET replied = 1 WHERE id = NEW.turn_id;
+END;
+DROP INDEX turn_unread;
+ALTER TABLE turn DROP COLUMN unread;
+ALTER TABLE turn DROP COLUMN chat_chars;
+
+-- A turn as the program reads it.
+CREATE VIEW exchange AS
+    SELECT turn.id, session_id, turn.openid, msg_key, link_key, question, pictures,
+           created_at, asked, assistant, answer, state, reason, model
+    FROM turn JOIN session ON session.id = session_id;

@@ -22,32 +22,37 @@ what is written so far, a tap for the rest, and a link to a page that goes on li
 The path of a message, always upwards in this file:
 
     receive_message -> read_push: is_signed, parse_message
-                    -> take_attempt -> reply_to -> render_text_reply
-                                           |  waits for
-    in the message's task:   write_answer -> a command, a part, or accept_question
-    in the question's task:  converse -> chat_messages -> ChatClient.stream
-                             -> Answer.append -> Store.finish_turn
+                    -> Bot.deliver -> Bot.reply_to -> render_text_reply
+                                          |  waits for
+    in the message's task:   Bot.find_source -> handle_message -> handle_text
+                             -> a command, a part, or accept_question
+    in the question's task:  Bot.converse -> messages_for -> ChatClient.stream
+                             -> Turn.append -> Store.finish_turn
 
-A request only waits and a task only writes; they meet in a Delivery (the attempts of
-one message and the one reply they all get) and in an Answer (what the model writes for
-one question). No request does work that must outlive its connection.
+A request only waits and a task only writes. They meet in a Delivery (the requests of
+one message and the one reply they all get) and in a Turn (a question and its answer,
+which grows while the model writes). No request does work that must outlive its
+connection.
 
-In memory: deliveries of the last minute, answers being written, who waits in which
-order. In SQLite: sessions, questions with their answers, parts, decided replies; a
-question is stored before the model is asked, a reply before it is sent, and what a
-killed process left unfinished is asked again by the next one.
+In memory: deliveries of the last minute, open turns, who waits for what. In SQLite:
+sessions, turns, parts, decided replies; a question is stored before the model is asked,
+a reply before it is sent, and what a killed process left unfinished is asked again by
+the next one.
 
 Beside this file: schema.sql; texts.toml, every line people read; pages/, what a browser
 shows; owner/, the commands that do not serve, which import this file and not the other
 way round.
 
 Sections: 1 constants, 2 configuration, 3 WeChat protocol, 4 formulas, 5 chat text,
-6 store, 7 chat API, 8 answers in progress, 9 services, 10 commands, 11 the path of a
-message, 12 pages, 13 HTTP handlers, 14 application, 15 the command line.
+6 sessions, turns, parts, replies, 7 store, 8 chat API, 9 live state, 10 the bot,
+11 pages, 12 HTTP handlers, 13 application, 14 the command line.
 
-Vocabulary: openid (a subscriber of this account), MsgId (a message; the same on every
-attempt), attempt, passive reply, session, turn (a question and its answer), part (one
-reply's worth of a long answer), delta (a piece of a streamed answer).
+Glossary: openid (a subscriber of this account), message (what came; its MsgId is the
+same every time it is sent), request or attempt (one time it is sent), delivery (all
+requests of a message), passive reply, session (a conversation with one assistant), turn
+(a question and its answer), delta (a piece of a streamed answer), chat text (what the
+chat shows of the model's Markdown), part (a slice of the chat text that one reply
+shows).
 
 Run `python wxgpt.py demo` to try it, `python wxgpt.py --config wxgpt.toml` to serve.
 """
@@ -99,7 +104,7 @@ from collections.abc import (
     Iterator,
     Sequence,
 )
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from xml.etree import ElementTree
 from xml.parsers.expat import ExpatError
 
@@ -128,26 +133,13 @@ ATTEMPT_SECONDS = 5.0  # "五秒内" in 被动回复用户消息, developers.wei
 REPLY_BYTES = 1800  # undocumented; reports of refused texts begin at 1884 bytes
 BODY_BYTES = 64 * 1024  # far above the largest push
 SIGNATURE_SECONDS = 600  # how far a push's timestamp may be off
-HOLD_SECONDS = 3.0  # an attempt that ran over is held so long, then its line is cut
-REPLY_HOURS = 24  # a later copy of a message gets the very same reply for so long
 GRACE_SECONDS = 4.0  # what running answers get at a shutdown
 LINGER_SECONDS = 0.25  # of it; who was let in last sends its request meanwhile
-RESUME_SECONDS = 600  # questions older than that are not asked again after a crash
-ASKINGS = 3  # processes that may take one question to the upstream: once, twice again
 RETRY_PAUSES = (0.5, 1.0)  # seconds before a question is asked again
 RETRY_AFTER_SECONDS = 120  # an upstream that asks for a longer wait is not asked again
-ANSWER_CHARS = 200_000  # an answer that goes on and on is ended there
-STORE_SECONDS = 2.0  # before the end of an answer is stored again after a failure
-SAVE_SECONDS = 1.0  # text so far is stored so often
-LAPSE_SECONDS = 24 * 3600  # a session that ran out is mentioned for so long
-PICTURE_SECONDS = 600  # a picture waits so long for its question
 PICTURE_BYTES = 4 * 1024 * 1024
 PICTURE_FETCHES = 3  # at one time
 PICTURE_TIMEOUT = 20  # seconds to fetch one
-REPEAT_SECONDS = 60  # the same question again within this time joins the first
-RECENT_SECONDS = 3600  # 继续 outside a session looks back so far
-FORGET_SECONDS = 300  # 确认删除 counts for so long
-CHECK_BYTES = 64 * 1024 * 1024  # a larger database is not read through at each start
 BACKLOG = 1024  # connections that wait while the process is replaced
 SD_FIRST_DESCRIPTOR = 3  # sd_listen_fds(3)
 BEIJING = datetime.timezone(datetime.timedelta(hours=8))
@@ -2444,20 +2436,26 @@ def excerpt(text: str, length: int = 12) -> str:
 
 
 # ---------------------------------------------------------------------------
-# 6. Store
+# 6. Sessions, turns, parts, replies
 #
-# SQLite behind one aiosqlite connection. A hop to its thread costs ten times the
-# statement and a commit twice, so a step is one statement where it can be,
-# triggers in schema.sql keep what always goes along, and all that waits hops together
-# and shares one commit. A transaction is one job of the thread: nobody's statement gets
-# between, and nobody's cancellation leaves it open.
+# What the bot is about, each thing once. A Turn is written by one task and read by any
+# number of replies and pages, which wait for its Signals. The others are records.
 # ---------------------------------------------------------------------------
 
-SCHEMA = pathlib.Path(__file__).with_name("schema.sql")
 
+class Signal:
+    """A change that others wait for (Tasks.until), each until it is as they want."""
 
-class StoreError(Exception):
-    """A database that cannot be used; the text is the one line an owner reads."""
+    __slots__ = ("waiting",)
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[Callable[[], bool], asyncio.Future[bool]]] = []
+
+    def look(self) -> None:
+        """Wake those who have what they want; whoever changes something calls this."""
+        for is_wanted, future in self.waiting:
+            if not future.done() and is_wanted():
+                future.set_result(True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -2465,16 +2463,89 @@ class Session:
     """A subscriber's conversation with one assistant."""
 
     id: int
-    openid: str
     assistant: str
     last_at: float  # Unix seconds
     is_busy: bool = False  # a question of it is unanswered: it does not end by itself
-    lapsed_text: str | None = None  # what was said first after it ran out
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """What one reply shows of an answer: its chat text from `start` on."""
+
+    number: int  # 继续N, counted for each subscriber; 0: a question's own reply
+    turn_id: int
+    start: int = 0  # offset in the chat text
+    is_anew: bool = False  # the answer was written again since it was offered
+    reply: str | None = (
+        None  # what was sent of it, so that a second tap brings the same
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The decided reply of a message; every request of it gets the same bytes."""
+
+    content: str  # '': `success`, which is not stored
+    created: int  # CreateTime
+    part: Part | None = None  # what it shows of an answer; None: no model wrote it
+    stop: int = 0  # where in the chat text that ends
+    offered: Part | None = None  # the part that its tap asks for
+    is_early: bool = False  # neither all that is left nor a full part
+    mentions: int | None = None  # a turn that is named under it: its answer is there
+
+    @property
+    def has_text(self) -> bool:
+        """Say whether it carries text of an answer."""
+        return self.part is not None and self.stop > self.part.start
+
+    @property
+    def is_patience(self) -> bool:
+        """Say whether it only asks for patience: nothing can be shown yet."""
+        return self.is_early and not self.has_text
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a streamed answer ended."""
+
+    finish_reason: str
+    model: str
+    tokens_in: int | None
+    tokens_out: int | None
+
+
+def markdown_length(markdown: str, chat_length: int) -> int:
+    """Return how much of a text shows no more than so much of its chat text."""
+
+    def length(end: int) -> int:
+        return len(chat_text(markdown[:end]))
+
+    chat, begin, line = ChatText(), 0, ""  # of the last line that may fit
+    for following in markdown.splitlines(keepends=True):
+        begin, line = begin + len(line), following
+        chat.feed(line)
+        if len(chat.text(has_ended=False)) > chat_length:
+            break
+    ends = [begin, *(begin + found.end() for found in SENTENCE_END.finditer(line))]
+    ends.append(begin + len(line))
+    end = ends[bisect.bisect_right(ends, chat_length, lo=1, key=length) - 1]
+    # A mark that is open shows more than the same mark once it is closed.
+    while end > 0 and length(end) > chat_length:
+        end = markdown.rfind("\n", 0, end)
+    return max(0, end)
+
+
+LONG_CHARS = 10_000  # of an answer take some ten milliseconds to read
+SENTENCE_SIGN = re.compile(r"[。！？…!?.\n]")
+
+
+@dataclass(slots=True, eq=False)
 class Turn:
-    """One question and its answer, as stored; see schema.sql."""
+    """A question and its answer.
+
+    While it is open there is one object, written by the turn's task alone; of a turn
+    that has ended every reader makes one from the row (see schema.sql).
+    """
 
     id: int
     session_id: int
@@ -2484,67 +2555,244 @@ class Turn:
     question: str
     pictures: str | None  # JSON list of URLs, until it is answered
     created_at: float
-    asked: int
+    asked: int  # times it was taken to the upstream
     assistant: str
-    answer: str = ""
+    answer: str = ""  # Markdown
     state: str = "open"
-    reason: str | None = None
+    reason: str | None = None  # a kind of ChatError
     model: str | None = None
+    chat: ChatText = field(default_factory=ChatText)  # what the chat shows of `answer`
+    stops: dict[int, int] = field(
+        default_factory=dict
+    )  # where sent parts end, by start
+    writing: str = field(default_factory=functools.partial(secrets.token_hex, 4))
+    is_queued: bool = False  # the question before it is not answered yet
+    asked_at: float = 0.0  # monotonic: the wall's clock may jump while it is written
+    first_seconds: float | None = None  # from the question to the first text
+    task: asyncio.Task | None = None  # writes it
+    news: Signal = field(default_factory=Signal)  # a sentence more, or the end
+    deltas: Signal = field(default_factory=Signal)  # any change: live pages
+
+    def __post_init__(self) -> None:
+        self.asked_at = time.monotonic() - max(0.0, time.time() - self.created_at)
 
     @property
     def name(self) -> str:
         """Return how the log names this question."""
         return f"turn={self.id} msg={self.msg_key.split()[1]} from={self.openid[:8]}"
 
+    @property
+    def is_open(self) -> bool:
+        """Say whether it is still being written, or waits to be."""
+        return self.state == "open"
 
-TURN = """
-    SELECT turn.id, session_id, turn.openid, msg_key, link_key, question, pictures,
-           created_at, asked, assistant, answer, state, reason, model
-    FROM turn JOIN session ON session.id = session_id
-"""
+    @property
+    def age(self) -> float:
+        """Return the seconds since the question."""
+        return time.monotonic() - self.asked_at
+
+    def shown(self) -> str:
+        """Return the chat text; of a growing answer what will not change any more."""
+        return self.chat.text(has_ended=not self.is_open)
+
+    def has_part(self, start: int) -> bool:
+        """Say whether a reply from `start` on is full, or the answer has ended."""
+        return not self.is_open or size_of(self.shown()[start:]) > REPLY_BYTES
+
+    async def read(self) -> "Turn":
+        """Read the answer that came with the row; return the turn.
+
+        A long one is read in a thread: it takes up to a second, and pushes cannot wait.
+        """
+        if len(self.answer) > LONG_CHARS:
+            await asyncio.to_thread(self.replace_text, self.answer)
+        else:
+            self.replace_text(self.answer)
+        return self
+
+    def replace_text(self, text: str) -> None:
+        """Take another text in place of what was written."""
+        self.answer, self.chat = text, ChatText(text)
+        self.shown()
+
+    def append(self, delta: str) -> None:
+        """Add a delta."""
+        delta = ILLEGAL.sub("", delta)
+        if not self.answer:
+            delta = delta.lstrip()
+            self.first_seconds = round(self.age, 3)
+        self.answer += delta
+        self.chat.feed(delta)
+        # What a reply shows grows with a line or a sentence, not with every token.
+        if self.news.waiting and SENTENCE_SIGN.search(delta):
+            self.news.look()
+        self.deltas.look()
+
+    def restart(self, text: str = "") -> None:
+        """Begin a new writing, after one of which nothing was sent."""
+        self.writing = secrets.token_hex(4)
+        self.replace_text(text)
+        self.deltas.look()
+
+    def drop_thought(self) -> None:
+        """Drop a leading thought when the server omitted <think>."""
+        is_left = "</think>" in self.answer and "<think>" not in self.answer
+        if is_left and not self.stops:
+            self.restart(self.answer.partition("</think>")[2].lstrip())
+
+    def withhold(self) -> None:
+        """Take back what was not sent in a reply."""
+        sent = max(self.stops.values(), default=0)
+        self.replace_text(self.answer[: markdown_length(self.answer, sent)])
+
+    def finish(self, state: str, reason: str | None = None) -> None:
+        """End the answer; everybody who waits learns of it."""
+        self.state, self.reason = state, reason
+        self.news.look()
+        self.deltas.look()
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A numbered part of a long answer; `reply` is what was sent of it, if it was."""
+# ---------------------------------------------------------------------------
+# 7. Store
+#
+# SQLite behind one connection of aiosqlite. Each method is one question or one change,
+# and all of its SQL stands in it:
+#
+#   a message   what is known of it and of its sender: recall; its reply: save_reply,
+#               mark_delivered, mark_read; when it was signed: note_push
+#   a session   start_, end_, touch_, reopen_session, lapsed_session; add_picture
+#   a turn      add_turn, questions_of_day, count_asking, save_texts, begin_anew,
+#               finish_turn; turn, turn_by_link, open_turns, newest_failed, turns_of;
+#               what the model gets of those before it: history
+#   a part      part, unsent_part, oldest_unsent
+#   the rest    add_history_link, history_owner; ask_forget, forget_asked_at, forget;
+#               prune
+#
+# Triggers in schema.sql keep what always goes along with a change.
+# ---------------------------------------------------------------------------
 
-    number: int
-    turn_id: int
-    start: int  # offset in the chat text
-    is_anew: bool = False  # the answer was written again since it was offered
-    reply: str | None = None
-
-
-PART = "SELECT number, turn_id, start, is_anew, reply FROM part"
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """The decided reply of a message key, with all that is stored along with it."""
-
-    key: str
-    openid: str
-    content: str  # '' is `success`, which is not stored
-    created: int  # CreateTime
-    turn_id: int | None = None  # the question whose own reply this is
-    delivered: str | None = None  # the attempt, when it carries text of the answer
-    early: bool = False  # the answer was not ready: name it later if nobody fetches it
-    offered: Part | None = None  # the part that its tap asks for
-    sent: Part | None = None  # the numbered part it carries
-    stop: int = 0  # where that part ends
-    read: int | None = None  # a turn that needs no mention any more
+SCHEMA = pathlib.Path(__file__).with_name("schema.sql")
 
 
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """What is stored around one message: its reply, its turn, its sender's state."""
+class StoreError(Exception):
+    """A database that cannot be used; the text is the one line an owner reads."""
 
-    reply: tuple[str, int, str | None] | None  # content, CreateTime, delivered
-    turn_id: int | None
-    session: Session | None
-    parts: int  # the sender's highest part number
-    unread: tuple[int, int, str] | None  # part number, turn, question
-    pictures: str  # JSON list of URLs that wait for a question
+
+Statement = tuple[str, dict[str, object]]  # with its parameters
+Job = list[Statement]  # several are one transaction
+BUSY = "busy_timeout = 2000"  # milliseconds for another process's lock
+# A full or locked disk; a value that SQLite cannot hold.
+DATABASE_ERRORS = (sqlite3.Error, ValueError, OverflowError)
+
+
+def run_transaction(db: sqlite3.Connection, jobs: list[Job]) -> list[list[list]]:
+    """Run jobs in one transaction; return the rows of their statements."""
+    try:
+        db.execute("BEGIN IMMEDIATE")
+        rows = [[db.execute(*one).fetchall() for one in job] for job in jobs]
+        db.execute("COMMIT")
+        return rows
+    finally:
+        if db.in_transaction:  # it failed; a full disk may have ended it already
+            db.execute("ROLLBACK")
+
+
+def run_alone(db: sqlite3.Connection, job: Job) -> list[list] | Exception:
+    """Run one job; return the rows of its statements, or the error."""
+    try:
+        if len(job) == 1:
+            return [db.execute(*job[0]).fetchall()]
+        return run_transaction(db, [job])[0]
+    except DATABASE_ERRORS as error:
+        return error
+
+
+def run_jobs(db: sqlite3.Connection, jobs: list[Job]) -> list:
+    """Run jobs with one commit; return the rows or the error of each.
+
+    If one fails, nothing was done, and each runs by itself. If another process holds
+    the lock, those that only read get their rows, and nobody waits for it again.
+    """
+    is_locked = False
+    if len(jobs) > 1:
+        try:
+            return run_transaction(db, jobs)
+        except DATABASE_ERRORS as error:
+            name = getattr(error, "sqlite_errorname", "")
+            is_locked = name.startswith("SQLITE_BUSY")
+    if is_locked:
+        db.execute("PRAGMA busy_timeout = 0")
+    results = [run_alone(db, job) for job in jobs]
+    if is_locked:
+        db.execute(f"PRAGMA {BUSY}")
+    return results
+
+
+def truncate_wal(db: sqlite3.Connection) -> bool:
+    """Empty the WAL unless somebody reads it; say whether that was done.
+
+    Nobody waits for the reader: whatever is to be stored would wait as well.
+    """
+    db.execute("PRAGMA busy_timeout = 0")
+    try:
+        [(is_busy, *_)] = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    finally:
+        db.execute(f"PRAGMA {BUSY}")
+    return not is_busy
+
+
+class Batch:
+    """Jobs on their way to the database's thread: all that wait go together.
+
+    A hop to the thread costs ten times a statement and a commit twice, so everything
+    that comes while the thread is at work shares the next hop and one commit; see
+    docs/benchmark.md. Jobs run in the order given, even if nobody waits for them any
+    more, and nobody's statement gets into a job of several.
+    """
+
+    def __init__(self, db: aiosqlite.Connection) -> None:
+        self.db = db
+        self.waiting: list[tuple[Job, asyncio.Future]] = []
+        self.hop: asyncio.Task | None = None  # carries jobs to the thread and back
+
+    def run(self, job: Job) -> asyncio.Future[list[list]]:
+        """Run a job; the rows of its statements come later."""
+        result = asyncio.get_running_loop().create_future()
+        self.waiting.append((job, result))
+        if self.hop is None:
+            self.hop = asyncio.ensure_future(self.carry())
+        return result
+
+    async def call(self, function: Callable, *values: object) -> typing.Any:
+        """Run a function in the connection's thread, with the connection.
+
+        aiosqlite has no public way to run more than one statement in a hop; a test
+        tells when a new version of it goes about this differently.
+        """
+        return await self.db._execute(function, self.db._conn, *values)
+
+    async def carry(self) -> None:
+        """Take what waits to the thread until nothing does; hand out the results."""
+        while self.waiting:
+            batch, self.waiting = self.waiting, []
+            try:
+                results = await self.call(run_jobs, [job for job, _ in batch])
+            except DATABASE_ERRORS as error:  # the connection is closed
+                results = [error] * len(batch)
+            for (_, result), found in zip(batch, results, strict=True):
+                if result.done():  # cancelled
+                    continue
+                if isinstance(found, Exception):
+                    result.set_exception(found)
+                else:
+                    result.set_result(found)
+        self.hop = None
+
+    async def close(self) -> None:
+        """Let all jobs end, then the connection and its thread."""
+        while self.hop:
+            await asyncio.wait({self.hop})
+        await self.db.close()
 
 
 def beijing_day(now: float) -> str:
@@ -2564,54 +2812,20 @@ def split_statements(script: str) -> Iterator[str]:
         yield statement
 
 
-Statement = tuple[str, dict[str, object]]
-BUSY = "busy_timeout = 2000"  # milliseconds for another process's lock
-WAIT: list[Statement] = [(f"PRAGMA {BUSY}", {})]
-NO_WAIT: list[Statement] = [("PRAGMA busy_timeout = 0", {})]
-
-
-def run_job(db: sqlite3.Connection, job: list[Statement]) -> list[list]:
-    """Run one statement, or several as a transaction; return the rows of each."""
-    if len(job) == 1:
-        return [db.execute(*job[0]).fetchall()]
-    try:
-        db.execute("BEGIN IMMEDIATE")
-        rows = [db.execute(*statement).fetchall() for statement in job]
-        db.execute("COMMIT")
-        return rows
-    finally:
-        if db.in_transaction:  # it failed; a full disk may have ended it already
-            db.execute("ROLLBACK")
-
-
-def run_each(db: sqlite3.Connection, jobs: list[list[Statement]]) -> list:
-    """Run jobs in their order; return the rows or the error of each."""
-    results: list = []
-    for job in jobs:
-        try:
-            results.append(run_job(db, job))
-        except (sqlite3.Error, ValueError, OverflowError) as error:
-            results.append(error)
-    return results
-
-
-def run_jobs(db: sqlite3.Connection, jobs: list[list[Statement]]) -> list:
-    """Run jobs with one commit, since that costs more than a statement.
-
-    If one fails, nothing was done, and each runs for itself. If another process holds
-    the lock, who only reads gets rows all the same, and nobody waits a second time.
-    """
-    if len(jobs) == 1:
-        return run_each(db, jobs)
-    try:
-        rows = iter(run_job(db, [statement for job in jobs for statement in job]))
-    except sqlite3.OperationalError as error:
-        if getattr(error, "sqlite_errorname", "").startswith("SQLITE_BUSY"):
-            return run_each(db, [NO_WAIT, *jobs, WAIT])[1:-1]
-        return run_each(db, jobs)
-    except (sqlite3.Error, ValueError, OverflowError):
-        return run_each(db, jobs)
-    return [list(itertools.islice(rows, len(job))) for job in jobs]
+# What is known of a message and of its sender: its reply, the id of its turn; the open
+# session, the highest part number, an answer to mention (part, turn, question), and the
+# pictures that wait for a question (a JSON list of URLs).
+Recalled = tuple[
+    Reply | None,
+    int | None,
+    Session | None,
+    int,
+    tuple[int, int, str] | None,
+    str,
+]
+PICTURE_SECONDS = 600  # a picture waits so long for its question
+LAPSE_SECONDS = 24 * 3600  # so long a session that ran out can be gone on with
+REPLY_HOURS = 24  # a later copy of a message gets the very same reply for so long
 
 
 class Store:
@@ -2622,51 +2836,13 @@ class Store:
 
     def __init__(self, db: aiosqlite.Connection) -> None:
         self.db = db
-        self.waiting: list[tuple[list[Statement], asyncio.Future]] = []  # to be run
-        self.hop: asyncio.Future | None = None  # the thread is at work
-        self.is_wal_behind = False  # it holds deleted text still
+        self.batch = Batch(db)
+        self.run = self.batch.run
+        self.close = self.batch.close
+        self.is_wal_behind = False  # deleted text is still in the WAL
         self.newest_push = 0  # newest timestamp of a signed push, seconds
         self.saved_push = 0  # the one in the database, up to a minute older
         self.secret = b""  # keys the hashes under which questions are counted
-
-    def run(self, job: list[Statement]) -> asyncio.Future[list[list]]:
-        """Run one statement, or several as a transaction; the rows of each come later.
-
-        They are run even if nobody waits for that any more.
-        """
-        result = asyncio.get_running_loop().create_future()
-        self.waiting.append((job, result))
-        if self.hop is None:
-            self.start_hop()
-        return result
-
-    def start_hop(self) -> None:
-        """Let the thread run all that waits.
-
-        Together, by aiosqlite's inner call: a hop for each statement took as much
-        processor time as all else that wxgpt adds to a bare handler, see
-        docs/benchmark.md.
-        """
-        batch, self.waiting = self.waiting, []
-        jobs = [job for job, _ in batch]
-        work = self.db._execute(run_jobs, self.db._conn, jobs)
-        self.hop = asyncio.ensure_future(work)
-        self.hop.add_done_callback(functools.partial(self.end_hop, batch))
-
-    def end_hop(self, batch: list, hop: asyncio.Future) -> None:
-        """Hand out what the thread brought; send it what waits meanwhile."""
-        error = asyncio.CancelledError() if hop.cancelled() else hop.exception()
-        results = [error] * len(batch) if error else hop.result()
-        for (_, result), found in zip(batch, results, strict=True):
-            if result.done():  # cancelled; its statements were run all the same
-                continue
-            if isinstance(found, BaseException):
-                result.set_exception(found)
-            else:
-                result.set_result(found)
-        self.hop = None
-        if self.waiting:
-            self.start_hop()
 
     async def rows(self, query: str, **values: object) -> list:
         """Return all rows of a statement; no cursor stays open."""
@@ -2687,13 +2863,7 @@ class Store:
         self.newest_push = self.saved_push = newest
         self.secret = secret
 
-    async def close(self) -> None:
-        """End the connection and its thread, without which the process lives on."""
-        while self.hop:
-            await asyncio.wait({self.hop})
-        await self.db.close()
-
-    # Messages and replies
+    # A message and its reply
 
     async def note_push(self, timestamp: int) -> None:
         """Keep the newest timestamp of a signed push, written once a minute."""
@@ -2702,15 +2872,15 @@ class Store:
             self.saved_push = self.newest_push
             await self.rows("UPDATE platform SET newest_push = :at", at=timestamp)
 
-    async def recall(self, key: str, openid: str, now: float) -> Memory:
+    async def recall(self, key: str, openid: str, now: float) -> Recalled:
         """Return what is stored around a message, in one hop."""
         query = """
-            SELECT reply.content, reply.created, reply.delivered, turn.id,
-                   (SELECT max(number) FROM part WHERE part.openid = :openid),
-                   missed.unread, missed.id, missed.question,
-                   session.id, session.openid, session.assistant, session.last_at,
+            SELECT reply.content, reply.created, reply.turn_id, reply.stop, turn.id,
+                   session.id, session.assistant, session.last_at,
                    EXISTS (SELECT 1 FROM turn AS open
                            WHERE open.session_id = session.id AND open.state = 'open'),
+                   (SELECT max(number) FROM part WHERE part.openid = :openid),
+                   missed.number, missed.turn_id, asked.question,
                    (SELECT json_group_array(url) FROM (
                         SELECT url FROM picture
                         WHERE openid = :openid AND created_at > :since ORDER BY id))
@@ -2718,77 +2888,81 @@ class Store:
             LEFT JOIN reply ON reply.key = :key
             LEFT JOIN turn ON turn.msg_key = :key
             LEFT JOIN session ON session.openid = :openid AND session.ended_at IS NULL
-            LEFT JOIN turn AS missed ON missed.id = (
-                SELECT min(id) FROM turn WHERE openid = :openid AND unread IS NOT NULL)
+            LEFT JOIN part AS missed ON missed.openid = :openid AND missed.number = (
+                SELECT min(number) FROM part WHERE openid = :openid AND to_mention = 1)
+            LEFT JOIN turn AS asked ON asked.id = missed.turn_id
         """
         since = now - PICTURE_SECONDS
         [row] = await self.rows(query, key=key, openid=openid, since=since)
-        return Memory(
-            reply=row[0:3] if row[0] is not None else None,
-            turn_id=row[3],
-            parts=row[4] or 0,
-            unread=row[5:8] if row[5] is not None else None,
-            session=Session(*row[8:13]) if row[8] is not None else None,
-            pictures=row[13],
-        )
+        reply = None
+        if row[0] is not None:
+            own = None if row[2] is None else Part(0, row[2])
+            reply = Reply(row[0], row[1], own, row[3])
+        session = None if row[5] is None else Session(*row[5:9])
+        mention = None if row[10] is None else row[10:13]
+        return reply, row[4], session, row[9] or 0, mention, row[13]
 
-    def save_reply(self, reply: Reply) -> asyncio.Future:
-        """Store a decided reply, and what it says about parts, as one."""
-        unread = reply.offered.number if reply.offered and reply.early else None
-        insert = """
-            INSERT OR IGNORE INTO reply
-                (key, openid, content, created, turn_id, delivered, unread)
-            VALUES (:key, :openid, :content, :created, :turn_id, :delivered, :unread)
+    def save_reply(self, key: str, openid: str, reply: Reply) -> asyncio.Future:
+        """Store a decided reply, and what it says about parts, as one.
+
+        Triggers note that its question was replied to, and that an answer whose part
+        was sent needs no mention.
         """
-        values = {name: getattr(reply, name) for name in ("key", "openid", "content")}
-        values |= {n: getattr(reply, n) for n in ("created", "turn_id", "delivered")}
-        values |= {"unread": unread}
-        return self.run([(insert, values), *self.part_statements(reply)])
+        part, offered = reply.part, reply.offered
+        is_own = part is not None and part.number == 0
+        query = """
+            INSERT OR IGNORE INTO reply (key, openid, content, created, turn_id, stop)
+            VALUES (:key, :openid, :content, :created, :turn_id, :stop)
+        """
+        values: dict[str, object] = {
+            "key": key,
+            "openid": openid,
+            "content": reply.content,
+            "created": reply.created,
+            "turn_id": part.turn_id if part and is_own else None,
+            "stop": reply.stop if is_own else 0,
+        }
+        job: Job = [(query, values)]
+        if offered:
+            query = """
+                INSERT OR IGNORE INTO part
+                    (openid, number, turn_id, start, offered_at, to_mention)
+                VALUES (:openid, :number, :turn_id, :start, :created, :to_mention)
+            """
+            to_mention = is_own and reply.is_early
+            job.append((query, values | asdict(offered) | {"to_mention": to_mention}))
+        if part and not is_own and not reply.is_patience:
+            query = """
+                INSERT INTO part
+                    (openid, number, turn_id, start, offered_at, reply, stop)
+                VALUES (:openid, :number, :turn_id, :start, :created, :content, :stop)
+                ON CONFLICT DO UPDATE SET reply = excluded.reply, stop = excluded.stop
+                WHERE part.reply IS NULL
+            """
+            job.append((query, values | asdict(part) | {"stop": reply.stop}))
+        if reply.mentions:
+            query = "UPDATE part SET to_mention = 0 WHERE turn_id = :id"
+            job.append((query, {"id": reply.mentions}))
+        return self.run(job)
 
-    def part_statements(self, reply: Reply) -> Iterator[Statement]:
-        """Yield what stores what a reply says about parts, in its transaction."""
-        for part in filter(None, (reply.sent, reply.offered)):
-            insert = """
-                INSERT OR IGNORE INTO part (openid, number, turn_id, start, offered_at)
-                VALUES (:openid, :number, :turn_id, :start, :at)
-            """
-            yield (
-                insert,
-                {
-                    "openid": reply.openid,
-                    "number": part.number,
-                    "turn_id": part.turn_id,
-                    "start": part.start,
-                    "at": reply.created,
-                },
-            )
-        if reply.sent:
-            update = """
-                UPDATE part SET reply = :reply, stop = :stop
-                WHERE openid = :openid AND number = :number AND reply IS NULL
-            """
-            values = {"openid": reply.openid, "number": reply.sent.number}
-            yield update, values | {"reply": reply.content, "stop": reply.stop}
-            update = """
-                UPDATE turn SET unread = NULL, replied = 1,
-                    delivered = coalesce(delivered, 'part') WHERE id = :id
-            """
-            yield update, {"id": reply.sent.turn_id}
-        if reply.read:
-            yield "UPDATE turn SET unread = NULL WHERE id = :id", {"id": reply.read}
+    def mark_delivered(self, turn_id: int, how: str) -> asyncio.Future:
+        """Note how an answer was delivered, once it was or was not.
 
-    async def mark_delivered(self, turn_id: int, how: str | None) -> None:
-        """Correct how an answer was delivered: another attempt took it, or none."""
-        query = "UPDATE turn SET delivered = :how WHERE id = :id"
-        await self.rows(query, how=how, id=turn_id)
+        An attempt that took it counts; 'part' and 'lost' only if none did before.
+        """
+        query = """
+            UPDATE turn SET delivered = iif(:how IN ('part', 'lost'),
+                coalesce(delivered, :how), :how) WHERE id = :id
+        """
+        return self.run([(query, {"id": turn_id, "how": how})])
 
     async def mark_read(self, turn_id: int) -> None:
         """Note that an answer was read on its page."""
-        query = """
-            UPDATE turn SET unread = NULL, delivered = coalesce(delivered, 'page')
-            WHERE id = :id
-        """
-        await self.rows(query, id=turn_id)
+        queries = (
+            "UPDATE turn SET delivered = coalesce(delivered, 'page') WHERE id = :id",
+            "UPDATE part SET to_mention = 0 WHERE turn_id = :id",
+        )
+        await self.run([(query, {"id": turn_id}) for query in queries])
 
     # Sessions
 
@@ -2801,7 +2975,7 @@ class Store:
         [(number,)] = await self.rows(
             query, openid=openid, assistant=assistant, now=now
         )
-        return Session(number, openid, assistant, now)
+        return Session(number, assistant, now)
 
     async def end_session(self, session_id: int, now: float, text: str | None) -> None:
         """End a session, with the text that found it run out."""
@@ -2814,15 +2988,24 @@ class Store:
         with contextlib.suppress(sqlite3.OperationalError):
             await self.rows(query, now=now, id=session_id)
 
-    async def lapsed_session(self, openid: str, since: float) -> Session | None:
-        """Return the newest session; with its text if it ran out and was not asked."""
+    async def lapsed_session(
+        self, openid: str, since: float
+    ) -> tuple[Session, str] | None:
+        """Return the newest session and the text that found it run out.
+
+        None if it did not run out, or that text was asked since.
+        """
         query = """
-            SELECT id, openid, assistant, last_at, 0, lapsed_text FROM session
+            SELECT id, assistant, last_at, lapsed_text FROM session
             WHERE openid = :openid AND coalesce(ended_at, :since + 1) > :since
             ORDER BY id DESC LIMIT 1
         """
-        rows = await self.rows(query, openid=openid, since=since)
-        return Session(*rows[0]) if rows else None
+        for number, assistant, last_at, text in await self.rows(
+            query, openid=openid, since=since
+        ):
+            if text is not None:
+                return Session(number, assistant, last_at), text
+        return None
 
     async def reopen_session(self, session_id: int, now: float) -> None:
         """Open a lapsed session again, with its conversation."""
@@ -2836,10 +3019,10 @@ class Store:
 
     # Turns
 
-    async def add_turn(self, turn: Turn, most: int, most_of_all: int) -> Turn | None:
-        """Store an accepted question and count it; return it with its id.
+    async def add_turn(self, turn: Turn, most: int, most_of_all: int) -> bool:
+        """Store an accepted question, count it, and give it its id.
 
-        None, and nothing is stored, when the day's questions are used up (0: any).
+        False, and nothing is stored, when the day's questions are used up (0: any).
         Triggers count under a keyed hash, which outlives a deletion until midnight.
         """
         query = """
@@ -2853,17 +3036,24 @@ class Store:
                      OR who = '' AND questions >= :most_of_all AND :most_of_all > 0))
             RETURNING id
         """
-        names = ("session_id", "openid", "msg_key", "link_key", "question", "pictures")
-        columns = {
-            name: getattr(turn, name) for name in (*names, "asked", "created_at")
-        }
-        columns |= {"day": beijing_day(turn.created_at), "most": most}
-        columns |= {
-            "counted_as": self.counted_as(turn.openid),
-            "most_of_all": most_of_all,
-        }
-        rows = await self.rows(query, **columns)
-        return replace(turn, id=rows[0][0]) if rows else None
+        rows = await self.rows(
+            query,
+            session_id=turn.session_id,
+            openid=turn.openid,
+            msg_key=turn.msg_key,
+            link_key=turn.link_key,
+            question=turn.question,
+            pictures=turn.pictures,
+            asked=turn.asked,
+            created_at=turn.created_at,
+            day=beijing_day(turn.created_at),
+            counted_as=self.counted_as(turn.openid),
+            most=most,
+            most_of_all=most_of_all,
+        )
+        if rows:
+            [(turn.id,)] = rows
+        return bool(rows)
 
     def counted_as(self, openid: str) -> str:
         """Return the hash under which a subscriber's questions are counted."""
@@ -2880,10 +3070,10 @@ class Store:
         """Count that a stored question now goes to the model, before it does."""
         await self.rows("UPDATE turn SET asked = asked + 1 WHERE id = :id", id=turn_id)
 
-    async def save_texts(self, texts: list[tuple[int, str]]) -> None:
+    async def save_texts(self, turns: list[Turn]) -> None:
         """Store what is written so far of turns."""
         query = "UPDATE turn SET answer = :text WHERE id = :id AND state = 'open'"
-        await self.run([(query, {"id": turn, "text": text}) for turn, text in texts])
+        await self.run([(query, {"id": t.id, "text": t.answer}) for t in turns])
 
     async def begin_anew(self, turn_id: int) -> None:
         """Let what is not sent of a turn begin at its start: it is written again."""
@@ -2893,17 +3083,29 @@ class Store:
         """
         await self.rows(query, id=turn_id)
 
-    async def finish_turn(self, turn_id: int, columns: dict[str, object]) -> None:
-        """Store the end of an answer: its columns by name, in one statement."""
+    async def finish_turn(self, turn: Turn, ending: "Ending | None") -> None:
+        """Store how an answer ended, in one statement."""
         query = """
-            UPDATE turn SET answer = :answer, chat_chars = :chat_chars, state = :state,
-                reason = :reason, finished_at = :finished_at, model = :model,
+            UPDATE turn SET answer = :answer, state = :state, reason = :reason,
+                finished_at = :finished_at, model = :model,
                 tokens_in = :tokens_in, tokens_out = :tokens_out, seconds = :seconds,
                 first_seconds = :first_seconds,
                 pictures = iif(:state IN ('failed', 'broken'), pictures, NULL)
             WHERE id = :id
         """
-        await self.rows(query, id=turn_id, **columns)
+        await self.rows(
+            query,
+            id=turn.id,
+            answer=turn.answer,
+            state=turn.state,
+            reason=turn.reason,
+            finished_at=time.time(),
+            model=ending.model if ending else None,
+            tokens_in=ending.tokens_in if ending else None,
+            tokens_out=ending.tokens_out if ending else None,
+            seconds=round(turn.age, 3),
+            first_seconds=turn.first_seconds,
+        )
 
     async def history(self, turn: Turn, chars: int) -> list[tuple[str, str]]:
         """Return whole exchanges before a turn, oldest first, within `chars`."""
@@ -2919,23 +3121,21 @@ class Store:
             chosen.append(row)
         return chosen[::-1]
 
-    async def turns(self, where: str, **values: object) -> list[Turn]:
-        """Return the turns that a condition names."""
-        return [
-            Turn(*row) for row in await self.rows(f"{TURN} WHERE {where}", **values)
-        ]
-
     async def turn(self, turn_id: int) -> Turn | None:
         """Return a turn."""
-        return next(iter(await self.turns("turn.id = :id", id=turn_id)), None)
+        rows = await self.rows("SELECT * FROM exchange WHERE id = :id", id=turn_id)
+        return Turn(*rows[0]) if rows else None
 
     async def turn_by_link(self, link_key: str) -> Turn | None:
         """Return the turn that an answer's link shows."""
-        return next(iter(await self.turns("link_key = :key", key=link_key)), None)
+        query = "SELECT * FROM exchange WHERE link_key = :key"
+        rows = await self.rows(query, key=link_key)
+        return Turn(*rows[0]) if rows else None
 
     async def open_turns(self) -> tuple[list[Turn], set[int]]:
         """Return the unfinished turns in order, and their sessions that are open."""
-        turns = await self.turns("state = 'open' ORDER BY turn.id")
+        query = "SELECT * FROM exchange WHERE state = 'open' ORDER BY id"
+        turns = [Turn(*row) for row in await self.rows(query)]
         query = """
             SELECT session_id FROM turn JOIN session ON session.id = session_id
             WHERE state = 'open' AND ended_at IS NULL
@@ -2944,28 +3144,41 @@ class Store:
 
     async def newest_failed(self, openid: str, since: float) -> Turn | None:
         """Return the newest question if it failed and is not older than `since`."""
-        where = "turn.openid = :openid ORDER BY turn.id DESC LIMIT 1"
-        for turn in await self.turns(where, openid=openid):
+        query = """
+            SELECT * FROM exchange WHERE openid = :openid ORDER BY id DESC LIMIT 1
+        """
+        for row in await self.rows(query, openid=openid):
+            turn = Turn(*row)
             if turn.created_at > since and turn.state in ("failed", "broken"):
                 return turn
         return None
 
     async def turns_of(self, openid: str, before: int, count: int) -> list[Turn]:
         """Return a subscriber's turns below an id, newest first."""
-        where = "turn.openid = :o AND turn.id < :b ORDER BY turn.id DESC LIMIT :n"
-        return await self.turns(where, o=openid, b=before, n=count)
+        query = """
+            SELECT * FROM exchange WHERE openid = :openid AND id < :before
+            ORDER BY id DESC LIMIT :count
+        """
+        rows = await self.rows(query, openid=openid, before=before, count=count)
+        return [Turn(*row) for row in rows]
 
     # Parts
 
     async def part(self, openid: str, number: int) -> Part | None:
         """Return a numbered part of this subscriber."""
-        query = f"{PART} WHERE openid = :openid AND number = :number"
+        query = """
+            SELECT number, turn_id, start, is_anew, reply FROM part
+            WHERE openid = :openid AND number = :number
+        """
         rows = await self.rows(query, openid=openid, number=number)
         return Part(*rows[0]) if rows else None
 
     async def unsent_part(self, turn_id: int) -> Part | None:
         """Return the part of a turn that is offered and not sent."""
-        query = f"{PART} WHERE turn_id = :id AND reply IS NULL ORDER BY number LIMIT 1"
+        query = """
+            SELECT number, turn_id, start, is_anew, reply FROM part
+            WHERE turn_id = :id AND reply IS NULL ORDER BY number LIMIT 1
+        """
         rows = await self.rows(query, id=turn_id)
         return Part(*rows[0]) if rows else None
 
@@ -2979,11 +3192,7 @@ class Store:
         query = """
             SELECT turn.id FROM turn
             LEFT JOIN part ON turn_id = turn.id AND reply IS NULL
-            WHERE turn.openid = :openid
-              AND (replied = 0 OR number IS NOT NULL
-                   AND (state IN ('open', 'cut', 'blocked', 'ended')
-                        OR unread IS NOT NULL
-                        OR coalesce(chat_chars, length(answer)) > start))
+            WHERE turn.openid = :openid AND (replied = 0 OR number IS NOT NULL)
               AND CASE WHEN :session IS NULL THEN created_at > :since
                        ELSE session_id = :session END
             ORDER BY turn.id LIMIT 1
@@ -3021,10 +3230,16 @@ class Store:
 
     async def forget(self, openid: str) -> None:
         """Delete all that is stored about a subscriber, from the files too."""
-        tables = ["session", "turn", "part", "reply", "picture", "history_link"]
-        tables += ["forget_request"]
-        values: dict[str, object] = {"o": openid}
-        await self.run([(f"DELETE FROM {t} WHERE openid = :o", values) for t in tables])
+        queries = (
+            "DELETE FROM session WHERE openid = :openid",
+            "DELETE FROM turn WHERE openid = :openid",
+            "DELETE FROM part WHERE openid = :openid",
+            "DELETE FROM reply WHERE openid = :openid",
+            "DELETE FROM picture WHERE openid = :openid",
+            "DELETE FROM history_link WHERE openid = :openid",
+            "DELETE FROM forget_request WHERE openid = :openid",
+        )
+        await self.run([(query, {"openid": openid}) for query in queries])
         await self.truncate_wal()
 
     async def truncate_wal(self) -> None:
@@ -3033,23 +3248,18 @@ class Store:
         In the database itself secure_delete has overwritten it.
         """
         self.is_wal_behind = True
-        checkpoint: list[Statement] = [("PRAGMA wal_checkpoint(TRUNCATE)", {})]
-        jobs = [NO_WAIT, checkpoint, WAIT]  # all that is stored would wait with it
-        _, [[(is_busy, *_)]], _ = await asyncio.gather(*map(self.run, jobs))
-        self.is_wal_behind = bool(is_busy)
+        self.is_wal_behind = not await self.batch.call(truncate_wal)
 
     async def prune(self, now: float, link_seconds: float, keep_days: float) -> None:
         """Delete what has served its time: replies, links, counts, old exchanges."""
-        query = "DELETE FROM quota WHERE day < :day"
-        await self.rows(query, day=beijing_day(now))
-        for table, column, seconds in (
-            ("reply", "created", REPLY_HOURS * 3600),
-            ("history_link", "expires_at", link_seconds),
-            ("forget_request", "asked_at", LAPSE_SECONDS),
-            ("picture", "created_at", PICTURE_SECONDS),
+        for query, at in (
+            ("DELETE FROM quota WHERE day < :at", beijing_day(now)),
+            ("DELETE FROM reply WHERE created < :at", now - REPLY_HOURS * 3600),
+            ("DELETE FROM history_link WHERE expires_at < :at", now - link_seconds),
+            ("DELETE FROM forget_request WHERE asked_at < :at", now - LAPSE_SECONDS),
+            ("DELETE FROM picture WHERE created_at < :at", now - PICTURE_SECONDS),
         ):
-            query = f"DELETE FROM {table} WHERE {column} < :at"
-            await self.rows(query, at=now - seconds)
+            await self.rows(query, at=at)
         if keep_days:
             await self.delete_before(now - keep_days * 86400)
 
@@ -3067,8 +3277,15 @@ class Store:
         log.info("%d exchanges older than keep_days deleted", count)
 
 
-PRAGMAS: tuple[str, ...] = (BUSY, "journal_mode = WAL", "synchronous = NORMAL")
-PRAGMAS += ("foreign_keys = ON", "secure_delete = ON", "journal_size_limit = 16777216")
+CHECK_BYTES = 64 * 1024 * 1024  # a larger database is not read through at each start
+PRAGMAS = (
+    BUSY,
+    "journal_mode = WAL",
+    "synchronous = NORMAL",
+    "foreign_keys = ON",
+    "secure_delete = ON",
+    "journal_size_limit = 16777216",
+)
 
 
 async def open_store(path: str) -> Store:
@@ -3101,7 +3318,7 @@ async def open_store(path: str) -> Store:
 
 
 # ---------------------------------------------------------------------------
-# 7. Chat API
+# 8. Chat API
 #
 # POST {base_url}/chat/completions, streamed. Providers differ in small things: read
 # every field with care, and take only a finish_reason or [DONE] for the end, since a
@@ -3122,16 +3339,6 @@ class ChatError(Exception):
         self.after = after  # seconds the upstream asks to wait before
         self.parameter = ""  # a field of the request that the upstream refuses
         self.words = ""  # the upstream's, for `check` only
-
-
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """How a streamed answer ended."""
-
-    finish_reason: str
-    model: str
-    tokens_in: int | None
-    tokens_out: int | None
 
 
 class EventDecoder:
@@ -3379,6 +3586,9 @@ async def read_error(response: aiohttp.ClientResponse) -> ChatError:
     return error_of(response.status, body, response.headers)
 
 
+ANSWER_CHARS = 200_000  # an answer that goes on and on is ended there
+
+
 async def read_unstreamed(
     response: aiohttp.ClientResponse,
 ) -> AsyncIterator[str | Ending]:
@@ -3574,252 +3784,120 @@ class Pictures:
 
 
 # ---------------------------------------------------------------------------
-# 8. Answers in progress
+# 9. Live state
 #
-# Two things live as long as they are needed and are never polled: an Answer, which one
-# task writes and any number read, and a Delivery, in which the attempts of one message
-# meet. Answers owns both and every task.
+# What lives in memory while something goes on, and is gone after a restart: the tasks
+# and those who wait, a subscriber's open questions, the requests of one message.
 # ---------------------------------------------------------------------------
 
 
-class Subscriber:
-    """What is known in memory of a subscriber while something of theirs is going on.
-
-    Lives in a weak dictionary: deliveries and answers keep it alive.
-    """
-
-    def __init__(self, openid: str) -> None:
-        self.openid = openid
-        self.lock = asyncio.Lock()  # messages are taken up in the order they came
-        self.answers: list[typing.Any] = []  # unfinished Answers, the oldest first
-        self.parts: int | None = None  # highest part number; None: not read yet
-        self.unread: dict[int, tuple[int, str]] = {}  # part number: turn, question
-        # Numbers of the parts offered lately, by turn and start.
-        self.offers: dict[tuple[int, int], int] = {}
-
-    def number_of(self, turn_id: int, start: int) -> int:
-        """Return the number a part was offered by before, or a new one."""
-        at = (turn_id, start)
-        if at not in self.offers:
-            self.offers[at] = self.next_part()
-        return self.offers[at]
-
-    def next_part(self) -> int:
-        """Return a part number that was never used."""
-        self.parts = (self.parts or 0) + 1
-        return self.parts
-
-    def remember(self, memory: Memory) -> None:
-        """Take over from the store what only changes here from now on."""
-        if self.parts is None:
-            self.parts = memory.parts
-            if memory.unread:
-                number, turn_id, question = memory.unread
-                self.unread[number] = (turn_id, question)
-
-    def has_read(self, turn_id: int) -> bool:
-        """Note that an answer needs no mention; say whether it did."""
-        numbers = [n for n, (turn, _) in self.unread.items() if turn == turn_id]
-        for number in numbers:
-            del self.unread[number]
-        return bool(numbers)
+def end_wait(future: asyncio.Future[bool]) -> None:
+    """Let a wait end without what it waited for."""
+    if not future.done():
+        future.set_result(False)
 
 
-LONG_CHARS = 10_000  # of an answer take some ten milliseconds to read
-SENTENCE_SIGN = re.compile(r"[。！？…!?.\n]")
+class Tasks:
+    """Every task of the process, and every wait, so that a shutdown can end them."""
 
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.running: set[asyncio.Task] = set()
+        self.waits: dict[asyncio.Future[bool], asyncio.TimerHandle] = {}
+        self.closes_at: float | None = None  # loop's clock; set at a shutdown
 
-def markdown_length(markdown: str, chat_length: int) -> int:
-    """Return how much of a text shows no more than so much of its chat text."""
+    def start(
+        self, work: Awaitable[None], name: str, fail: Callable[[], None] | None = None
+    ) -> asyncio.Task:
+        """Run work as a task; if it breaks, `fail` is called, so nobody waits on."""
+        task = self.loop.create_task(self.edge(work, name, fail))
+        self.running.add(task)
+        task.add_done_callback(self.running.discard)
+        return task
 
-    def length(end: int) -> int:
-        return len(chat_text(markdown[:end]))
+    async def edge(
+        self, work: Awaitable[None], name: str, fail: Callable[[], None] | None
+    ) -> None:
+        """Await work at the edge of its task."""
+        try:
+            await work
+        except Exception as error:
+            is_known = isinstance(error, sqlite3.Error)  # a full or locked disk
+            log.error("%s broke off: %s", name, error, exc_info=not is_known)
+            if fail:
+                fail()
 
-    chat, begin, line = ChatText(), 0, ""  # of the last line that may fit
-    for following in markdown.splitlines(keepends=True):
-        begin, line = begin + len(line), following
-        chat.feed(line)
-        if len(chat.text(has_ended=False)) > chat_length:
-            break
-    ends = [begin, *(begin + found.end() for found in SENTENCE_END.finditer(line))]
-    ends.append(begin + len(line))
-    end = ends[bisect.bisect_right(ends, chat_length, lo=1, key=length) - 1]
-    # A mark that is open shows more than the same mark once it is closed.
-    while end > 0 and length(end) > chat_length:
-        end = markdown.rfind("\n", 0, end)
-    return max(0, end)
+    async def until(
+        self, news: Signal, is_wanted: Callable[[], bool], deadline: float
+    ) -> bool:
+        """Wait until something is as wanted, which `news` tells; say whether it is.
 
-
-def read_whole(markdown: str) -> ChatText:
-    """Return the chat text of an answer that has ended."""
-    chat = ChatText(markdown)
-    chat.text(has_ended=True)
-    return chat
-
-
-class Answer:
-    """The text a model writes for one turn.
-
-    Written by the turn's task alone; read by replies, parts and live pages.
-    """
-
-    def __init__(self, turn: Turn, subscriber: Subscriber) -> None:
-        self.turn = turn
-        self.subscriber = subscriber
-        self.text = ""  # Markdown
-        self.chat = ChatText()  # what is shown of it in the chat
-        self.writing = secrets.token_hex(4)  # tells live pages if it is written anew
-        self.state = "open"  # as in schema.sql
-        self.reason: str | None = None  # a kind of ChatError
-        self.first_seconds: float | None = None  # from the question to the first text
-        # Loop's clock when it was asked: the wall's may jump while it is written.
-        asked_ago = max(0.0, time.time() - turn.created_at)
-        self.asked_at = asyncio.get_running_loop().time() - asked_ago
-        self.task: asyncio.Task | None = None  # writes it
-        self.is_resumed = False  # a process before this one asked it, too
-        self.is_sent = False  # some of this writing was sent in a reply
-        self.seen = 0  # how much of the chat text `newly_shown` has returned
-        self.stops: dict[int, int] = {}  # where the part from an offset ends, once sent
-        self.turn_came: asyncio.Future[bool] = (
-            asyncio.get_running_loop().create_future()
-        )
-        self.readings: list[Reading] = []  # of replies that are not decided
-        self.followers: set[asyncio.Event] = set()  # live pages
-
-    @classmethod
-    async def stored(cls, turn: Turn, subscriber: Subscriber) -> "Answer":
-        """Return the answer of a turn that ended before.
-
-        A long one is read in a thread: it takes up to a second, and pushes cannot wait.
+        It ends at the deadline (loop's clock), and before that at a shutdown.
         """
-        answer = cls(turn, subscriber)
-        is_long = len(turn.answer) > LONG_CHARS
-        read = asyncio.to_thread(read_whole, turn.answer) if is_long else None
-        answer.chat = await read if read else read_whole(turn.answer)
-        answer.text, answer.state, answer.reason = turn.answer, turn.state, turn.reason
-        return answer
+        while not is_wanted():
+            if self.closes_at is not None:
+                deadline = min(deadline, self.closes_at)
+            future: asyncio.Future[bool] = self.loop.create_future()
+            self.waits[future] = self.loop.call_at(deadline, end_wait, future)
+            news.waiting.append((is_wanted, future))
+            try:
+                if not await future:
+                    return is_wanted()
+            finally:
+                self.waits.pop(future).cancel()
+                news.waiting.remove((is_wanted, future))
+        return True
 
-    @property
-    def is_open(self) -> bool:
-        """Say whether it is still being written, or waits to be."""
-        return self.state == "open"
+    def shut(self, at: float) -> None:
+        """Let all waits end by then, those to come as well."""
+        self.closes_at = at
+        for future, timer in self.waits.items():
+            if timer.when() > at:
+                timer.cancel()
+                self.waits[future] = self.loop.call_at(at, end_wait, future)
 
-    @property
-    def age(self) -> float:
-        """Return the seconds since the question."""
-        return asyncio.get_running_loop().time() - self.asked_at
-
-    def shown(self) -> str:
-        """Return its chat text; of a growing answer what will not change any more."""
-        return self.chat.text(has_ended=not self.is_open)
-
-    def newly_shown(self, before: int) -> str:
-        """Return what the chat text gained since the last call, and some before it."""
-        shown = self.shown()
-        start, self.seen = max(0, self.seen - 4 * before), len(shown)
-        return shown[start:]
-
-    def append(self, delta: str) -> None:
-        """Add a delta."""
-        delta = ILLEGAL.sub("", delta)
-        if not self.text:
-            delta = delta.lstrip()
-            self.first_seconds = round(self.age, 3)
-        self.text += delta
-        self.chat.feed(delta)
-        # What is shown grows with a line or a sentence, not with every token.
-        if self.readings and SENTENCE_SIGN.search(delta):
-            self.tell_readings()
-        self.wake_followers()
-
-    def replace_text(self, text: str) -> None:
-        """Take another text in place of what was written."""
-        self.text, self.chat, self.seen = text, ChatText(), 0
-        self.chat.feed(text)
-
-    def withhold(self) -> None:
-        """Take back what was not sent in a reply."""
-        sent = max(self.stops.values(), default=0)
-        self.replace_text(self.text[: markdown_length(self.text, sent)])
-
-    def drop_thought(self) -> None:
-        """Leave out a thought whose opening tag the server swallowed."""
-        if "</think>" in self.text and "<think>" not in self.text and not self.is_sent:
-            rest = self.text.partition("</think>")[2].lstrip()
-            self.restart()
-            self.append(rest)
-
-    def restart(self) -> None:
-        """Begin a new writing, after one of which nothing was sent."""
-        self.writing = secrets.token_hex(4)
-        self.replace_text("")
-        for reading in self.readings:
-            reading.ready.clear()
-        self.wake_followers()
-
-    def begin_anew(self) -> None:
-        """Let who waits for a later part of an earlier writing begin again."""
-        for reading in self.readings:
-            reading.is_anew = reading.is_anew or reading.start > 0
-            reading.start = 0
-
-    def finish(self, state: str, reason: str | None = None) -> None:
-        """End the writing; everybody who waits learns of it."""
-        self.state, self.reason = state, reason
-        for reading in self.readings:
-            reading.ready.set()
-        self.readings.clear()
-        self.wake_followers()
-
-    def add_reading(self, reading: "Reading") -> None:
-        """Let a reading know when its part is full, or the answer has ended."""
-        if not self.is_open:
-            reading.ready.set()
-            return
-        self.readings.append(reading)
-        self.tell_readings()
-
-    def tell_readings(self) -> None:
-        """Tell those whose part is full."""
-        for reading in self.readings:
-            if not reading.ready.is_set() and self.is_full(reading.start):
-                reading.ready.set()
-
-    def is_full(self, start: int) -> bool:
-        """Say whether more is shown from `start` than one reply holds."""
-        return size_of(self.shown()[start:]) > REPLY_BYTES
-
-    def wake_followers(self) -> None:
-        """Let the live pages look."""
-        for news in self.followers:
-            news.set()
+    async def close(self) -> None:
+        """Cancel all tasks, and wait until they have ended."""
+        for task in list(self.running):
+            task.cancel()
+        await asyncio.gather(*self.running, return_exceptions=True)
 
 
-@dataclass(slots=True)
-class Reading:
-    """What a reply is made of: the chat text of an answer from an offset on."""
+class Subscriber:
+    """What memory holds of a subscriber with a message or a question in progress.
 
-    answer: Answer
-    start: int = 0
-    part: Part | None = None  # the numbered part, None for the question's own reply
-    is_anew: bool = False  # the answer was written again since the part was offered
-    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    Lives in a weak dictionary: deliveries and the tasks of questions keep it alive.
+    """
 
-    def note_sent(self, reply: Reply) -> None:
-        """Keep in memory what a decided reply means for the answer."""
-        answer = self.answer
-        if reply.stop > self.start:
-            answer.is_sent = True
-            answer.stops[self.start] = reply.stop
-        if reply.early and reply.offered:
-            mention = (answer.turn.id, answer.turn.question)
-            answer.subscriber.unread[reply.offered.number] = mention
-        if reply.sent:
-            answer.subscriber.has_read(answer.turn.id)
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()  # messages are taken up in the order they came
+        self.turns: list[Turn] = []  # unfinished, the oldest first
+        self.parts: int | None = None  # highest part number; None: not read yet
+        # Numbers of the parts offered lately, by turn and start.
+        self.offered: dict[tuple[int, int], int] = {}
+        # Answers whose early reply was not gone on with: part number and question.
+        self.to_mention: dict[int, tuple[int, str]] = {}
+
+    def offer(self, turn_id: int, start: int) -> Part:
+        """Return the part of a turn from `start` on, by a number that is always its."""
+        if (turn_id, start) not in self.offered:
+            self.parts = (self.parts or 0) + 1
+            self.offered[turn_id, start] = self.parts
+        return Part(self.offered[turn_id, start], turn_id, start)
+
+    def forget(self) -> None:
+        """Forget all but what holds the subscriber's messages in order."""
+        self.parts = 0
+        self.turns.clear()
+        self.offered.clear()
+        self.to_mention.clear()
+
+
+Source = str | tuple[Turn, Part]  # a fixed text ('' says nothing), or part of an answer
 
 
 class Delivery:
-    """The attempts of one message, and the one reply that all of them get."""
+    """The requests of one message, what answers it, and the one reply they all get."""
 
     def __init__(self, message: Message, subscriber: Subscriber, first: float) -> None:
         self.message = message
@@ -3828,16 +3906,15 @@ class Delivery:
         self.newest = -1e9  # loop's clock at the newest request
         self.seen = 0  # requests that count as attempts
         self.earlier = 0  # 1: a process before this one saw some, too
-        self.fixed: str | None = None  # a reply that no model writes
-        self.reading: Reading | None = None  # or what it is made of
-        self.is_own = False  # the reading is of the question that this message asked
-        self.exact = False  # the fixed reply is a repeat: nothing is added to it
-        self.keep = True  # False: nothing about this message is to be stored
-        self.ready = asyncio.Event()  # the reply can be decided
+        self.session: Session | None = None  # open, and not idle for too long
+        self.lapsed: Session | None = None  # open in the store, but it ran out
+        self.pictures = "[]"  # JSON list of URLs that wait for a question
+        self.source: Source | None = None  # what answers it, once that is known
+        self.is_repeat = False  # its reply was sent before: nothing is added to it
+        self.is_kept = True  # False: nothing about this message is to be stored
         self.reply: Reply | None = None  # as decided
-        self.decided = asyncio.Event()
         self.stored: asyncio.Future | None = None  # storing the decided reply
-        self.delivered: str | None = None  # newest attempt that took it, or lost
+        self.news = Signal()  # `source` or `reply` is there
 
     def arrive(self, now: float, half_attempt: float) -> int:
         """Count a request; return which attempt it is in this process.
@@ -3849,23 +3926,21 @@ class Delivery:
         self.newest = now
         return self.seen
 
-    def answer_with(self, found: str | Reading) -> None:
-        """Answer with a fixed text ('' says nothing), or with what a model writes."""
-        if isinstance(found, str):
-            self.fixed = found
-            self.ready.set()
-            return
-        self.reading, found.ready = found, self.ready
-        found.answer.add_reading(found)
+    def is_answered(self) -> bool:
+        """Say whether it is known what answers the message."""
+        return self.reply is not None or self.source is not None
 
-    def repeat(self, before: tuple[str, int, str | None], turn_id: int | None) -> None:
-        """Answer with the reply that was decided before."""
-        content, created, delivered = before
-        key, openid = self.message.key, self.message.openid
-        self.reply = Reply(key, openid, content, created, turn_id, delivered)
-        self.earlier = 1
-        self.decided.set()
-        self.ready.set()
+    def is_ready(self) -> bool:
+        """Say whether the reply can be complete."""
+        if self.reply or not isinstance(self.source, tuple):
+            return self.is_answered()
+        turn, part = self.source
+        return turn.has_part(part.start)
+
+    def answer_with(self, source: Source) -> None:
+        """Answer with a fixed text, or with what a model writes."""
+        self.source = source
+        self.news.look()
 
 
 class MuteGuard:
@@ -3889,224 +3964,27 @@ class MuteGuard:
         return True
 
 
-class Answers:
-    """All deliveries, answers, subscribers and tasks of the process.
-
-    Open it after the store, and `close` it before.
-    """
-
-    def __init__(self, config: Config) -> None:
-        self.attempts = config.wechat.attempts
-        self.attempt_timeout = config.wechat.attempt_timeout
-        self.all_attempts = self.attempt_timeout * config.wechat.attempts
-        self.guard = MuteGuard(config.wechat.mute_guard)
-        self.slots = asyncio.Semaphore(config.limits.at_once)  # first come first
-        self.deliveries: dict[str, Delivery] = {}
-        self.answers: dict[int, Answer] = {}  # being written or waiting, by turn
-        self.queues: dict[int, collections.deque[Answer]] = {}  # by session, in order
-        self.subscribers: weakref.WeakValueDictionary[str, Subscriber] = (
-            weakref.WeakValueDictionary()
-        )
-        self.tasks: set[asyncio.Task] = set()
-        self.loop = asyncio.get_running_loop()
-        self.opened = self.loop.time()
-        self.waits: set[asyncio.Timeout] = set()
-        self.closes_at: float | None = None  # loop's clock; set at a shutdown
-
-    # Tasks
-
-    def start(
-        self, work: Awaitable[None], name: str, fail: Callable[[], None] = lambda: None
-    ) -> asyncio.Task:
-        """Run work as a task; if it breaks, `fail` is called, so nobody waits on."""
-        task = self.loop.create_task(self.edge(work, name, fail))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-        return task
-
-    async def edge(
-        self, work: Awaitable[None], name: str, fail: Callable[[], None]
-    ) -> None:
-        """Await work at the edge of its task."""
-        try:
-            await work
-        except Exception as error:
-            is_known = isinstance(error, sqlite3.Error)  # a full or locked disk
-            log.error("%s broke off: %s", name, error, exc_info=not is_known)
-            fail()
-
-    def shut(self, at: float) -> None:
-        """Let all waits end by then, live pages now, and everything else by `close`."""
-        self.closes_at = at
-        for answer in self.answers.values():
-            answer.wake_followers()
-        for wait in self.waits:
-            if not wait.expired():  # else its task is about to run
-                wait.reschedule(min(at, wait.when() or at))
-
-    async def close(self) -> None:
-        """Let running answers end until the time given by `shut`; then cancel all."""
-        writing = [
-            a.task for a in self.answers.values() if a.task and a.turn_came.done()
-        ]
-        if writing and self.closes_at:
-            await asyncio.wait(
-                writing, timeout=max(0, self.closes_at - self.loop.time())
-            )
-        for task in list(self.tasks):
-            task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
-
-    async def wait_for(self, event: asyncio.Event, until: float) -> bool:
-        """Wait for an event; False when `until` or the shutdown came first."""
-        if event.is_set():
-            return True
-        if self.closes_at is not None:
-            until = min(until, self.closes_at)
-        wait = asyncio.timeout_at(until)
-        self.waits.add(wait)
-        try:
-            async with wait:
-                while not event.is_set():  # a restart may have cleared it
-                    await event.wait()
-        except TimeoutError:
-            pass
-        finally:
-            self.waits.discard(wait)
-        return event.is_set()
-
-    def running(self) -> list[Answer]:
-        """Return the answers that are being written and have text."""
-        return [a for a in self.answers.values() if a.text and a.is_open]
-
-    # Deliveries
-
-    def subscriber(self, openid: str) -> Subscriber:
-        """Return the record of a subscriber, a new one if nothing of theirs goes on."""
-        found = self.subscribers.get(openid)
-        if found is None:
-            found = self.subscribers[openid] = Subscriber(openid)
-        return found
-
-    def new_delivery(self, message: Message, now: float) -> Delivery:
-        """Return the delivery of a message key that was not seen lately."""
-        first = now
-        if now - self.opened < 2 * self.attempt_timeout:
-            # Attempts before this one may have met nobody: reckon from CreateTime, a
-            # whole second that began up to one second before.
-            age = time.time() - message.created - 1
-            first = now - max(0, age)
-        delivery = Delivery(message, self.subscriber(message.openid), first)
-        self.deliveries[message.key] = delivery
-        # Long after the last attempt a copy is answered from the store.
-        self.loop.call_later(
-            4 * self.all_attempts, self.deliveries.pop, message.key, None
-        )
-        return delivery
-
-    def is_last_chance(self, delivery: Delivery, attempt: int, arrived: float) -> bool:
-        """Say whether WeChat will not ask again after this request."""
-        late = self.all_attempts - 1.5 * self.attempt_timeout
-        count = attempt + delivery.earlier
-        return count >= self.attempts or arrived - delivery.first > late
-
-    # Answers
-
-    def add_answer(self, answer: Answer) -> None:
-        """Queue an answer in its session; it is its turn if nobody is before."""
-        self.answers[answer.turn.id] = answer
-        answer.subscriber.answers.append(answer)
-        queue = self.queues.setdefault(answer.turn.session_id, collections.deque())
-        queue.append(answer)
-        if len(queue) == 1:
-            answer.turn_came.set_result(True)
-
-    def remove_answer(self, answer: Answer) -> None:
-        """Take an ended answer out; the next question of its session begins."""
-        self.answers.pop(answer.turn.id, None)
-        if answer in answer.subscriber.answers:
-            answer.subscriber.answers.remove(answer)
-        queue = self.queues.get(answer.turn.session_id)
-        if queue and answer in queue:
-            queue.remove(answer)
-        if queue and not queue[0].turn_came.done():
-            queue[0].turn_came.set_result(True)
-        if not queue:
-            self.queues.pop(answer.turn.session_id, None)
-
-    def close_session(self, session_id: int) -> None:
-        """Let the queued questions of an ended session know that they are not asked."""
-        for answer in self.queues.get(session_id, ()):
-            if not answer.turn_came.done():
-                answer.turn_came.set_result(False)
-
-
 # ---------------------------------------------------------------------------
-# 9. Services
-# ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Services:
-    """The long-lived parts of the process, built once by the application."""
-
-    config: Config
-    store: Store
-    chat: dict[str, ChatClient]  # by assistant
-    pictures: Pictures
-    answers: Answers
-    cipher: Cipher | None  # in safe mode
-    blocked: BlockedWords
-
-    @property
-    def texts(self) -> Texts:
-        """Return the lines a subscriber reads."""
-        return self.config.texts
-
-    def page_link(self, turn: Turn, words: str) -> str:
-        """Return a link to an answer's page."""
-        return web_link(words, f"{self.config.public_url}/a/{turn.link_key}")
-
-
-@dataclass(frozen=True, slots=True)
-class Visit:
-    """One message being answered: who came, and to which session."""
-
-    services: Services
-    delivery: Delivery
-    session: Session | None  # open, and not idle for too long
-    lapsed: Session | None  # open in the store, but it ran out
-    pictures: str  # JSON list of URLs that wait for a question
-
-    @property
-    def openid(self) -> str:
-        """Return who sent the message."""
-        return self.delivery.message.openid
-
-    @property
-    def texts(self) -> Texts:
-        """Return the lines a subscriber reads."""
-        return self.services.config.texts
-
-
-# ---------------------------------------------------------------------------
-# 10. Commands
+# 10. The bot
 #
-# A command is one coroutine: a visit in, the reply's text out. Its name in COMMANDS and
-# its line in `texts.help` are all there is to it. Assistants are commands too: `/NAME`
-# opens a session with it.
+# Everything between a message and its reply, as methods of one class, in four pieces:
+# the question's task (converse), what answers a message (handle_), the commands, and
+# what a request does (deliver, reply_to, compose). It knows nothing of HTTP.
+#
+# A command is one method; its name in COMMANDS and its line in `texts.help` are all
+# there is to it. Assistants are commands too: `/NAME` opens a session with it.
 # ---------------------------------------------------------------------------
 
-Command = Callable[[Visit], Awaitable[str]]
+Command = Callable[["Bot", Delivery], Awaitable[str]]
 COMMANDS: dict[str, Command] = {}
 
 
 def command(name: str) -> Callable[[Command], Command]:
-    """Enter a coroutine as the command `/name`."""
+    """Enter a method as the command `/name`."""
 
-    def enter(function: Command) -> Command:
-        COMMANDS[name] = function
-        return function
+    def enter(method: Command) -> Command:
+        COMMANDS[name] = method
+        return method
 
     return enter
 
@@ -4138,6 +4016,941 @@ def find_assistant(text: str, names: typing.Iterable[str]) -> tuple[str, str] | 
     return None
 
 
+def shortened(messages: list[dict], is_last: bool) -> list[dict]:
+    """Return messages without the older half of the conversation, at last all of it."""
+    head = [m for m in messages if m["role"] == "system"]
+    rest = messages[len(head) :]
+    begin = len(rest) if is_last else (len(rest) // 4 + 1) * 2
+    return head + rest[min(begin, len(rest) - 1) :]
+
+
+def failed_state(turn: Turn, kind: str) -> str:
+    """Return the state of an answer that did not end well."""
+    if kind == "blocked":
+        return "blocked"
+    return "broken" if turn.answer else "failed"
+
+
+def ending_words(texts: Texts, turn: Turn, retry: str) -> str:
+    """Return what is said after the text of an ended answer; '' if it ended well.
+
+    `retry` is how its question is asked again, where that may help.
+    """
+    fixed = {
+        "done": "",
+        "cut": texts.cut_short,
+        "ended": texts.session_ended,
+        "blocked": texts.blocked_answer,
+    }
+    if turn.state in fixed:
+        return fixed[turn.state]
+    name = turn.reason or "empty"
+    if turn.state == "broken" and name != "given_up":
+        name = "broken"
+    return getattr(texts, f"failed_{name}").format(tap=retry)
+
+
+def continue_tap(number: int) -> str:
+    """Return the tap for a numbered part; its visible words may be typed as well."""
+    return tap_link(f"继续{number}")
+
+
+def cut_reply(text: str, room: int) -> int:
+    """Return how much of a chat text goes into `room` bytes once it is harmless."""
+    cut = cut_text(text, room)
+    while (over := size_of(harmless(text[:cut])) - room) > 0:
+        cut = cut_text(text, size_of(text[:cut]) - over)
+    return cut
+
+
+def log_failure(name: str, stored: asyncio.Future) -> None:
+    """Log that something about a message could not be stored."""
+    if error := stored.exception():
+        log.error("%s not stored: %s", name, error)
+
+
+ASKINGS = 3  # how many processes may take one question to the upstream
+RESUME_SECONDS = 600  # a question older than that is not asked again after a crash
+STORE_SECONDS = 2.0  # before the end of an answer is stored again after a failure
+SAVE_SECONDS = 1.0  # how often the text so far is stored
+REPEAT_SECONDS = 60  # the same question again within this time joins the first
+RECENT_SECONDS = 3600  # how far back 继续 and 重试 look outside a session
+FORGET_SECONDS = 300  # how long 确认删除 counts
+HOLD_SECONDS = 3.0  # how long a timed-out request is kept open before it is dropped
+# Behind a link of an answer; the page shows the link's words alone.
+SHOWN_ADDRESS = re.compile("（[!-~]{1,2000}）")
+
+
+class Bot:
+    """The bot of one account. `open_bot` opens it; `close` ends all that goes on."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        chat: dict[str, ChatClient],  # by assistant
+        pictures: Pictures,
+        blocked: BlockedWords,
+        cipher: Cipher | None,  # in safe mode
+    ) -> None:
+        self.config = config
+        self.texts = config.texts
+        self.store = store
+        self.chat = chat
+        self.pictures = pictures
+        self.blocked = blocked
+        self.cipher = cipher
+        self.tasks = Tasks()
+        self.guard = MuteGuard(config.wechat.mute_guard)
+        self.slots = asyncio.Semaphore(config.limits.at_once)  # first come first
+        self.deliveries: dict[str, Delivery] = {}  # of the last minute, by message key
+        self.turns: dict[int, Turn] = {}  # being written or waiting
+        self.subscribers: weakref.WeakValueDictionary[str, Subscriber] = (
+            weakref.WeakValueDictionary()
+        )
+        # By session: its questions are answered one after another.
+        self.locks: weakref.WeakValueDictionary[int, asyncio.Lock] = (
+            weakref.WeakValueDictionary()
+        )
+        self.opened_at = self.tasks.loop.time()
+        self.warned: dict[str, int] = {}  # in which minute something was warned of
+
+    def shut(self, at: float) -> None:
+        """Let all waits end by then (loop's clock), and live pages now."""
+        self.tasks.shut(at)
+        for turn in self.turns.values():
+            turn.deltas.look()
+
+    async def close(self) -> None:
+        """Let running answers end until the time given to `shut`; then cancel all."""
+        writing = [t.task for t in self.turns.values() if t.task and not t.is_queued]
+        if writing and self.tasks.closes_at:
+            left = self.tasks.closes_at - self.tasks.loop.time()
+            await asyncio.wait(writing, timeout=max(0, left))
+        await self.tasks.close()
+
+    def subscriber(self, openid: str) -> Subscriber:
+        """Return the record of a subscriber, a new one if nothing of theirs goes on."""
+        found = self.subscribers.get(openid)
+        if found is None:
+            found = self.subscribers[openid] = Subscriber()
+        return found
+
+    def warn(self, words: str) -> None:
+        """Warn of something that may go on and on, once a minute."""
+        minute = int(self.tasks.loop.time() // 60)
+        if self.warned.get(words) != minute:
+            self.warned[words] = minute
+            log.warning("%s", words)
+
+    def tappable(self, text: str) -> str:
+        """Return one of our own texts with the commands in it as taps."""
+        return with_taps(text, [*self.config.assistants, *COMMANDS])
+
+    def page_link(self, turn: Turn, words: str) -> str:
+        """Return a link to an answer's page."""
+        return web_link(words, f"{self.config.public_url}/a/{turn.link_key}")
+
+    # The question's task
+
+    def question_words(self, turn: Turn) -> str:
+        """Return a question without the marks of its pictures."""
+        count = len(json.loads(turn.pictures or "[]"))
+        return turn.question.removeprefix(self.texts.word_picture * count)
+
+    async def messages_for(self, turn: Turn) -> list[dict]:
+        """Return what the model gets: system prompt, the session so far, the question.
+
+        Raise ChatError if a picture of the question cannot be fetched.
+        """
+        prompt = self.config.assistants[turn.assistant].system_prompt
+        messages: list[dict] = []
+        if prompt:
+            messages.append({"role": "system", "content": prompt})
+        chars = self.config.session.context_chars
+        for question, answer in await self.store.history(turn, chars):
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": answer})
+        content: str | list[dict] = turn.question
+        if urls := json.loads(turn.pictures or "[]"):
+            content = [{"type": "text", "text": self.question_words(turn)}]
+            for url in await asyncio.gather(*map(self.pictures.fetch, urls)):
+                picture = {"url": url, "detail": "low"}
+                content.append({"type": "image_url", "image_url": picture})
+        return [*messages, {"role": "user", "content": content}]
+
+    def show(self, turn: Turn, guard: WordGuard, delta: str, is_end: bool) -> None:
+        """Append what of a stream may be shown; raise ChatError for a blocked word.
+
+        Links and tags part a word in the Markdown that is whole in the chat: so what is
+        shown is looked through as well, before anybody who waits can be told.
+        """
+        text, is_blocked = guard.feed(delta, is_end)
+        if text and not is_blocked and not self.blocked.words:
+            turn.append(text)
+        elif text and not is_blocked:
+            before = len(turn.shown())
+            turn.append(text)
+            shown = turn.shown()[max(0, before - 4 * self.blocked.longest) :]
+            on_page = SHOWN_ADDRESS.sub("", shown)
+            is_blocked = self.blocked.are_in(shown) or self.blocked.are_in(on_page)
+        if is_blocked:
+            raise ChatError("blocked", "a blocked word in the answer")
+
+    async def write_text(
+        self,
+        turn: Turn,
+        stream: AsyncGenerator[str | Ending, None],
+        is_resumed: bool,
+    ) -> Ending:
+        """Append what the model streams; return the Ending, or raise ChatError."""
+        guard = WordGuard(self.blocked)
+        ending = Ending("length", "", None, None)  # of an answer that goes on for ever
+        async with contextlib.aclosing(stream):
+            async for item in stream:
+                if isinstance(item, Ending):
+                    ending = item
+                    break
+                if is_resumed and not turn.answer:
+                    await self.begin_anew(turn)
+                self.show(turn, guard, item[: ANSWER_CHARS - len(turn.answer)], False)
+                if len(turn.answer) >= ANSWER_CHARS:
+                    break
+        self.show(turn, guard, "", True)
+        if ending.finish_reason in ("content_filter", "sensitive"):
+            if not turn.stops:
+                turn.restart()  # withdrawn
+            raise ChatError("refused", f"finish_reason {ending.finish_reason}")
+        turn.drop_thought()
+        if not turn.answer.strip():
+            raise ChatError("empty", f"finish_reason {ending.finish_reason}", True)
+        return ending
+
+    async def begin_anew(self, turn: Turn) -> None:
+        """Let parts of an earlier process's writing that were not sent begin at 0."""
+        await self.store.begin_anew(turn.id)
+        for delivery in self.deliveries.values():
+            if isinstance(delivery.source, tuple) and delivery.source[0] is turn:
+                part = delivery.source[1]
+                is_anew = part.is_anew or part.start > 0
+                delivery.source = turn, replace(part, start=0, is_anew=is_anew)
+
+    async def ask_model(
+        self, turn: Turn, messages: list[dict], is_resumed: bool
+    ) -> Ending:
+        """Write the answer, up to twice again if that may help; raise ChatError."""
+        client = self.chat[turn.assistant]
+        end = self.tasks.loop.time() + client.settings.timeout
+        for pause in (*RETRY_PAUSES, None):
+            stream = client.stream(messages, end)
+            try:
+                return await self.write_text(turn, stream, is_resumed)
+            except ChatError as error:
+                is_last, fewer = pause == RETRY_PAUSES[-1], messages
+                if error.kind == "long":
+                    fewer = shortened(messages, is_last)
+                if len(fewer) < len(messages):
+                    error.passing, error.after = True, 0.0
+                if not error.passing or turn.stops or pause is None:
+                    raise
+                pause *= random.uniform(0.75, 1)
+                pause = pause if error.after is None else error.after
+                if self.tasks.loop.time() + pause > end:
+                    raise
+                log.warning("%s asked again after %s", turn.name, error)
+                messages = fewer
+            turn.restart()
+            await asyncio.sleep(pause)
+        raise AssertionError("the last try returns or raises")
+
+    async def write(self, turn: Turn, is_resumed: bool, earlier: str) -> None:
+        """Let the model answer a question, and store the end."""
+        ending: Ending | None = None
+        try:
+            async with self.slots:
+                messages = await self.messages_for(turn)
+                if is_resumed or not turn.asked:
+                    await self.store.count_asking(turn.id)
+                ending = await self.ask_model(turn, messages, is_resumed)
+            turn.model = ending.model
+            turn.finish("cut" if ending.finish_reason == "length" else "done")
+        except ChatError as error:
+            level = logging.ERROR if error.kind == "setup" else logging.WARNING
+            log.log(level, "%s failed: %s", turn.name, error)
+            if error.kind == "blocked":
+                turn.withhold()
+            elif earlier and not turn.answer:
+                turn.replace_text(earlier)
+            turn.finish(failed_state(turn, error.kind), error.kind)
+        finally:
+            if turn.is_open:  # cancelled: the next process goes on from the text so far
+                await self.save_texts([turn])
+            else:
+                await self.store_end(turn, ending)
+
+    async def converse(
+        self,
+        turn: Turn,
+        subscriber: Subscriber,  # kept alive until the answer has ended
+        is_resumed: bool,
+        earlier: str,
+    ) -> None:
+        """Answer a question after those before it, unless its session ends meanwhile.
+
+        `earlier` is what a process before this one had written of the answer.
+        """
+        lock = self.locks.setdefault(turn.session_id, asyncio.Lock())
+        async with lock:
+            if turn.is_open:
+                turn.is_queued = False
+                await self.write(turn, is_resumed, earlier)
+
+    async def save_texts(self, turns: list[Turn]) -> None:
+        """Store the text of unfinished answers; a failure costs only that."""
+        turns = [turn for turn in turns if turn.answer]
+        try:
+            if turns:
+                await self.store.save_texts(turns)
+        except sqlite3.Error as error:
+            log.error("text so far not stored: %s", error)
+
+    async def store_end(self, turn: Turn, ending: Ending | None = None) -> None:
+        """Store how an answer ended, and log it; readers have it from memory before."""
+        while True:  # the next question of the session needs it stored
+            try:
+                await self.store.finish_turn(turn, ending)
+                break
+            except sqlite3.Error as error:
+                log.error("%s not stored yet: %s", turn.name, error)
+                await asyncio.sleep(STORE_SECONDS)
+        state = f"{turn.state} {turn.reason or ''}".strip()
+        given, taken = (ending.tokens_in, ending.tokens_out) if ending else (None, None)
+        log.info(
+            "%s %s after %.1f s, tokens %s in %s out",
+            turn.name,
+            state,
+            turn.age,
+            given,
+            taken,
+        )
+        self.drop(turn)
+
+    def drop(self, turn: Turn) -> None:
+        """Take a turn that has ended out of memory."""
+        self.turns.pop(turn.id, None)
+        subscriber = self.subscribers.get(turn.openid)
+        if subscriber and turn in subscriber.turns:
+            subscriber.turns.remove(turn)
+
+    def end_unwritten(self, turn: Turn, state: str, reason: str | None = None) -> None:
+        """End an answer that nobody writes, or nobody any more."""
+        turn.finish(state, reason)
+        self.tasks.start(self.store_end(turn), turn.name, lambda: self.drop(turn))
+
+    def start_turn(
+        self,
+        turn: Turn,
+        subscriber: Subscriber,
+        is_resumed: bool = False,
+        earlier: str = "",
+    ) -> None:
+        """Start the task that answers a question, after those before it."""
+
+        def fail() -> None:
+            if turn.is_open:
+                self.end_unwritten(turn, failed_state(turn, "trouble"), "trouble")
+            else:
+                self.drop(turn)
+
+        self.turns[turn.id] = turn
+        subscriber.turns.append(turn)
+        turn.is_queued = True
+        work = self.converse(turn, subscriber, is_resumed, earlier)
+        turn.task = self.tasks.start(work, turn.name, fail)
+
+    def end_queued(self, subscriber: Subscriber) -> None:
+        """End the questions that wait in a session which is ended: they are not asked.
+
+        What is being written is finished, and stays readable by its links.
+        """
+        for turn in list(subscriber.turns):
+            if turn.is_open and turn.is_queued:
+                self.end_unwritten(turn, "ended")
+
+    async def resume_turns(self) -> None:
+        """Take up the questions that the process before this one left unfinished."""
+        now = time.time()
+        turns, open_sessions = await self.store.open_turns()
+        for turn in turns:
+            subscriber, earlier = self.subscriber(turn.openid), turn.answer
+            if turn.asked >= ASKINGS or now - turn.created_at > RESUME_SECONDS:
+                self.turns[turn.id] = await turn.read()
+                self.end_unwritten(turn, "broken" if earlier else "failed", "given_up")
+            elif not turn.asked and turn.session_id not in open_sessions:
+                self.turns[turn.id] = turn
+                self.end_unwritten(turn, "ended")
+            else:
+                turn.answer = ""
+                self.start_turn(turn, subscriber, turn.asked > 0, earlier)
+                log.info("%s resumed, asked %d times before", turn.name, turn.asked)
+
+    # What answers a message
+
+    async def part_of(self, turn_id: int, part: Part | None) -> Source | None:
+        """Return a part of a turn (None: all of it) that is being written or stored.
+
+        None if the turn was deleted since its id was read.
+        """
+        turn = self.turns.get(turn_id)
+        if turn is None:
+            turn = await self.store.turn(turn_id)
+            if turn is None:
+                return None
+            await turn.read()
+        return turn, part or Part(0, turn_id)
+
+    async def unsent_part(self, delivery: Delivery, turn_id: int) -> Source | None:
+        """Return the unsent part of a turn, numbered now if it was not offered before.
+
+        None if the turn was deleted meanwhile.
+        """
+        part = await self.store.unsent_part(turn_id)
+        part = part or delivery.subscriber.offer(turn_id, 0)
+        return await self.part_of(turn_id, part)
+
+    def refuse_question(self, delivery: Delivery, question: str) -> str:
+        """Return why a question is not accepted, '' if it is; refusals cost nothing."""
+        texts, limits = self.texts, self.config.limits
+        waiting = sum(turn.is_open for turn in delivery.subscriber.turns)
+        try:
+            self.blocked.refresh()
+        except (OSError, UnicodeError) as error:
+            log.error("blocked words not read, the last ones stay in force: %s", error)
+        if limits.allow and delivery.message.openid not in limits.allow:
+            return texts.not_allowed
+        if len(question) > limits.question_chars:
+            most = limits.question_chars
+            return texts.too_long.format(count=len(question), most=most)
+        if waiting >= limits.waiting:
+            return texts.too_many.format(count=waiting)
+        return texts.blocked_question if self.blocked.are_in(question) else ""
+
+    async def refuse_for_today(self, openid: str) -> str:
+        """Return which of the day's limits is used up."""
+        most = self.config.limits.questions_per_day
+        asked = await self.store.questions_of_day(openid, time.time())
+        if most and asked >= most:
+            return self.texts.day_over.format(count=most)
+        return self.texts.all_over
+
+    async def accept_question(
+        self,
+        delivery: Delivery,
+        session: Session,
+        question: str,
+        pictures: str | None = None,
+    ) -> Source:
+        """Store a question and start its answer; or say why not.
+
+        `pictures` are those of a question that is asked again.
+        """
+        subscriber, limits = delivery.subscriber, self.config.limits
+        before = [t for t in subscriber.turns if t.session_id == session.id]
+        for turn in before:
+            # With a picture that came since, the same words are a new question.
+            is_same = (
+                self.question_words(turn) == question and delivery.pictures == "[]"
+            )
+            if is_same and turn.age < REPEAT_SECONDS:
+                if source := await self.unsent_part(delivery, turn.id):
+                    return source
+        if refusal := self.refuse_question(delivery, question):
+            return refusal
+        pictures = delivery.pictures if pictures is None else pictures
+        marks = self.texts.word_picture * len(json.loads(pictures))
+        turn = Turn(
+            id=0,
+            session_id=session.id,
+            openid=delivery.message.openid,
+            msg_key=delivery.message.key,
+            link_key=secrets.token_urlsafe(16),
+            question=marks + question,
+            pictures=pictures if marks else None,
+            created_at=time.time(),
+            asked=0 if before else 1,  # it goes to the upstream at once
+            assistant=session.assistant,
+        )
+        most, most_of_all = limits.questions_per_day, limits.all_per_day
+        if not await self.store.add_turn(turn, most, most_of_all):
+            return await self.refuse_for_today(turn.openid)
+        self.start_turn(turn, subscriber)
+        log.info("%s accepted, %d waiting", turn.name, len(subscriber.turns))
+        return turn, Part(0, turn.id)
+
+    async def handle_message(self, delivery: Delivery) -> Source:
+        """Return what answers a message that has no reply yet."""
+        message, limits = delivery.message, self.config.limits
+        if message.openid in limits.deny and message.event != "unsubscribe":
+            return ""
+        match message.msg_type, message.event:
+            case "text", _:
+                return await self.handle_text(delivery)
+            case "event", "subscribe":
+                return self.tappable(self.config.replies.subscribe)
+            case "event", "unsubscribe":
+                await self.forget_all(delivery)
+                return ""
+            case "event", _:
+                return ""
+            case "image", _ if delivery.session and message.picture_url:
+                url, now = message.picture_url, time.time()
+                await self.store.add_picture(message.openid, url, now)
+                tap = tap_link(self.texts.word_describe)
+                return self.texts.picture_kept.format(tap=tap)
+        return self.texts.unsupported if delivery.session else ""
+
+    async def handle_text(self, delivery: Delivery) -> Source:
+        """Return what answers a text: the first rung of a ladder that fits.
+
+        Outside a session that is mostly nothing: other auto-replies live there.
+        """
+        text, session = delivery.message.content.strip(), delivery.session
+        config, is_words = self.config, bool(text) and text not in STICKER_TEXTS
+        if method := find_command(text):
+            log.info("%s command %s", delivery.message.name, method.__name__)
+            return await method(self, delivery)
+        if opened := find_assistant(text, config.assistants):
+            return await self.open_and_ask(delivery, *opened)
+        if session and not is_words:
+            return self.texts.unsupported
+        if (source := await self.handle_tap(delivery, folded(text))) is not None:
+            return source
+        if session:
+            return await self.accept_question(delivery, session, text)
+        if text in config.replies.keywords:
+            return self.tappable(config.replies.keywords[text])
+        if not is_words:
+            return ""
+        if config.session.auto_open:
+            first = next(iter(config.assistants))
+            return await self.open_and_ask(delivery, first, text)
+        if delivery.lapsed:  # it ran out, and nobody was told yet
+            now = time.time()
+            await self.store.end_session(delivery.lapsed.id, now, text)
+            if now - delivery.lapsed.last_at < LAPSE_SECONDS:
+                tap, question = tap_link(self.texts.word_resume), excerpt(text)
+                return self.texts.session_lapsed.format(tap=tap, question=question)
+        return self.tappable(config.replies.outside)
+
+    async def handle_tap(self, delivery: Delivery, words: str) -> Source | None:
+        """Return what answers a tap, which may be typed, too; None when it is none now.
+
+        Only 继续 and 重试 with a number always are; what is behind others may be gone.
+        """
+        texts, retry = self.texts, folded(self.texts.word_retry)
+        tap = re.fullmatch(rf"(继续|{re.escape(retry)})\s*([0-9]{{1,9}})", words)
+        if tap and tap[1] == retry:
+            turn = await self.store.turn(int(tap[2]))
+            return await self.retry(delivery, turn) or texts.no_retry
+        if tap:
+            return await self.continue_part(delivery, int(tap[2]))
+        if words == "继续":
+            return await self.continue_oldest(delivery)
+        if words == retry:
+            since = time.time() - RECENT_SECONDS
+            turn = await self.store.newest_failed(delivery.message.openid, since)
+            return await self.retry(delivery, turn)
+        if words == folded(texts.word_forget):
+            return await self.confirm_forget(delivery)
+        if words == folded(texts.word_resume):
+            return await self.resume_session(delivery)
+        return None
+
+    async def continue_part(self, delivery: Delivery, number: int) -> Source:
+        """Return part N of this subscriber: the same text again if it was sent."""
+        part = await self.store.part(delivery.message.openid, number)
+        if part and part.reply is not None:
+            delivery.is_repeat = True
+            return part.reply
+        source = await self.part_of(part.turn_id, part) if part else None
+        return source or self.texts.no_part.format(number=number)
+
+    async def continue_oldest(self, delivery: Delivery) -> Source | None:
+        """Return the oldest part not sent yet, of the session or of the last hour."""
+        openid, since = delivery.message.openid, time.time() - RECENT_SECONDS
+        session_id = delivery.session.id if delivery.session else None
+        turn_id = await self.store.oldest_unsent(openid, session_id, since)
+        return None if turn_id is None else await self.unsent_part(delivery, turn_id)
+
+    async def retry(self, delivery: Delivery, turn: Turn | None) -> Source | None:
+        """Ask a failed question of theirs again; None if there is none to be asked."""
+        if turn is None or turn.openid != delivery.message.openid:
+            return None
+        if turn.state not in ("failed", "broken"):
+            return None
+        if turn.assistant not in self.config.assistants:
+            return None
+        session = delivery.session or await self.open_session(delivery, turn.assistant)
+        words, pictures = self.question_words(turn), turn.pictures or "[]"
+        return await self.accept_question(delivery, session, words, pictures)
+
+    async def resume_session(self, delivery: Delivery) -> Source | None:
+        """Open the session that ran out again, and ask the text that came too late."""
+        since = time.time() - LAPSE_SECONDS
+        found = await self.store.lapsed_session(delivery.message.openid, since)
+        if found is None or found[0].assistant not in self.config.assistants:
+            return None
+        session, text = found
+        await self.store.reopen_session(session.id, time.time())
+        return await self.accept_question(delivery, session, text)
+
+    async def open_and_ask(
+        self, delivery: Delivery, assistant: str, question: str
+    ) -> Source:
+        """Open a session unless this assistant has one open; ask what came along."""
+        session, allow = delivery.session, self.config.limits.allow
+        if allow and delivery.message.openid not in allow:
+            return self.texts.not_allowed
+        is_new = session is None or session.assistant != assistant
+        if session is None or is_new:
+            session = await self.open_session(delivery, assistant)
+        if question:
+            return await self.accept_question(delivery, session, question)
+        if not is_new:
+            return self.texts.still_open
+        minutes = f"{round(self.config.session.ttl / 60, 1):g}"
+        text = self.texts.opened.format(assistant=assistant, minutes=minutes)
+        return self.tappable(text)
+
+    async def open_session(self, delivery: Delivery, assistant: str) -> Session:
+        """Open a session; one that was open ends."""
+        openid = delivery.message.openid
+        session = await self.store.start_session(openid, assistant, time.time())
+        self.end_queued(delivery.subscriber)
+        return session
+
+    # Commands
+
+    @command("stop")
+    async def stop(self, delivery: Delivery) -> str:
+        """End the session; what is being written goes on, what waits is not asked."""
+        if delivery.session is None:
+            return self.texts.no_session.format(tap=tap_link("/chatgpt"))
+        await self.store.end_session(delivery.session.id, time.time(), None)
+        self.end_queued(delivery.subscriber)
+        tap = tap_link(f"/{delivery.session.assistant}")
+        return self.texts.stopped.format(tap=tap)
+
+    @command("clear")
+    async def clear(self, delivery: Delivery) -> str:
+        """End the session and open a new one with the same assistant."""
+        if delivery.session is None:
+            return self.texts.no_session.format(tap=tap_link("/chatgpt"))
+        await self.open_session(delivery, delivery.session.assistant)
+        return self.texts.cleared
+
+    @command("history")
+    async def history(self, delivery: Delivery) -> str:
+        """Return a link to the subscriber's history; the one before ends."""
+        minutes = self.config.history.history_minutes
+        until = time.time() + minutes * 60
+        key = await self.store.add_history_link(delivery.message.openid, until)
+        page = web_link(self.texts.word_history, f"{self.config.public_url}/h/{key}")
+        return self.texts.history.format(minutes=f"{minutes:g}", page=page)
+
+    @command("help")
+    async def help(self, delivery: Delivery) -> str:
+        """List the assistants and commands."""
+        line, names = self.texts.help_assistant, self.config.assistants
+        lines = [line.format(tap=tap_link(f"/{n}"), assistant=n) for n in names]
+        return self.tappable(self.texts.help.format(assistants="\n".join(lines)))
+
+    @command("forget")
+    async def forget(self, delivery: Delivery) -> str:
+        """Ask for the confirmation without which nothing is deleted."""
+        await self.store.ask_forget(delivery.message.openid, time.time())
+        minutes, tap = f"{FORGET_SECONDS / 60:g}", tap_link(self.texts.word_forget)
+        return self.texts.forget_ask.format(minutes=minutes, tap=tap)
+
+    async def confirm_forget(self, delivery: Delivery) -> str | None:
+        """Delete all about the sender; None if they did not ask for it before."""
+        asked_at = await self.store.forget_asked_at(delivery.message.openid)
+        if not asked_at:
+            return None
+        if time.time() - asked_at > FORGET_SECONDS:
+            return self.texts.forget_late
+        await self.forget_all(delivery)
+        return self.texts.forgotten
+
+    async def forget_all(self, delivery: Delivery) -> None:
+        """Delete a sender's data, end what runs, and keep nothing of this message."""
+        subscriber = delivery.subscriber
+        for one in self.deliveries.values():
+            one.is_kept = one.is_kept and one.subscriber is not subscriber
+        for turn in subscriber.turns:
+            turn.finish("ended")
+            if turn.task:
+                turn.task.cancel()
+            self.turns.pop(turn.id, None)
+        await self.store.forget(delivery.message.openid)
+        subscriber.forget()
+
+    # The message's task
+
+    async def find_source(self, delivery: Delivery) -> None:
+        """Find out what answers a message, one of a subscriber after the other."""
+        message, subscriber = delivery.message, delivery.subscriber
+        async with subscriber.lock:
+            now = time.time()
+            recalled = await self.store.recall(message.key, message.openid, now)
+            reply, turn_id, session, parts, mention, pictures = recalled
+            if subscriber.parts is None:
+                subscriber.parts = parts
+                if mention:
+                    number, missed_id, question = mention
+                    subscriber.to_mention[missed_id] = (number, question)
+            if reply:  # a copy of a message that was answered before
+                delivery.earlier = 1
+                self.hand_out(delivery, reply)
+                return
+            if turn_id is not None:  # asked by a process before this one
+                delivery.earlier = 1
+                # Of a turn that is deleted meanwhile nothing is said: to ask it again
+                # would store it again.
+                source = await self.part_of(turn_id, None) or ""
+                if isinstance(source, tuple):
+                    delivery.first = min(delivery.first, source[0].asked_at)
+                delivery.answer_with(source)
+                return
+            delivery.pictures = pictures
+            if session and session.assistant in self.config.assistants:
+                is_idle = now - session.last_at > self.config.session.ttl
+                if is_idle and not session.is_busy:
+                    delivery.lapsed = session
+                else:
+                    delivery.session = session
+            source = await self.handle_message(delivery)
+            is_question = isinstance(source, tuple) and source[1].number == 0
+            if delivery.session and message.msg_type != "event" and not is_question:
+                await self.store.touch_session(delivery.session.id, time.time())
+        delivery.answer_with(source)
+
+    # What a request does
+
+    def patience(self, turn: Turn, number: int) -> str:
+        """Return what is said while nothing can be shown yet."""
+        text = self.texts.queued if turn.is_queued else self.texts.thinking
+        return text.format(
+            question=excerpt(turn.question),
+            seconds=round(turn.age),
+            tap=continue_tap(number),
+            page=self.page_link(turn, self.texts.word_page),
+        )
+
+    def tail(self, turn: Turn, number: int) -> str:
+        """Return the lines under a part that has another one behind it."""
+        page = self.page_link(turn, self.texts.word_page)
+        more = self.texts.more.format(tap=continue_tap(number), page=page)
+        return f"{self.config.replies.label_line}\n\n{more}"
+
+    def rest_of(self, turn: Turn, start: int, head: str) -> str:
+        """Return all that is left to say of an ended answer, of any size."""
+        text = harmless(turn.shown()[start:].strip("\n"))
+        word = self.texts.word_retry
+        words = ending_words(self.texts, turn, tap_link(word, f"{word}{turn.id}"))
+        if not text:
+            return words or self.texts.no_more
+        content = f"{head}{text}{self.config.replies.label_line}"
+        if words:
+            content += f"\n\n{words}"
+        if turn.chat.has_more_on_page():
+            link = "\n" + self.page_link(turn, self.texts.word_typeset)
+            content += link if size_of(content + link) <= REPLY_BYTES else ""
+        return content
+
+    def compose(self, delivery: Delivery) -> Reply:
+        """Return the reply a message gets now: a fixed text, or part of an answer."""
+        now, source = int(time.time()), delivery.source
+        if not isinstance(source, tuple):
+            return Reply(self.texts.trouble if source is None else source, now)
+        turn, part = source
+        shown, subscriber = turn.shown(), delivery.subscriber
+        head = self.texts.anew + "\n" if part.is_anew else ""
+        if not turn.is_open:
+            content = self.rest_of(turn, part.start, head)
+            if size_of(content) <= REPLY_BYTES:
+                return Reply(content, now, part, stop=len(shown))
+        # Not all of it: where a part ends is fixed once, for all who read it.
+        is_early = not turn.has_part(part.start)
+        longest = head + self.tail(turn, (subscriber.parts or 0) + 1)
+        room = REPLY_BYTES - size_of(longest)
+        rest = shown[part.start :]
+        stop = turn.stops.get(part.start) or part.start + cut_reply(rest, room)
+        text = harmless(shown[part.start : stop].strip("\n"))
+        if text:
+            offered = subscriber.offer(turn.id, stop)
+            content = head + text + self.tail(turn, offered.number)
+            return Reply(content, now, part, stop, offered, is_early)
+        # Nothing can be shown yet.
+        offered = part if part.number else subscriber.offer(turn.id, part.start)
+        content = self.patience(turn, offered.number)
+        return Reply(content, now, part, part.start, offered, is_early=True)
+
+    def mention(self, delivery: Delivery, reply: Reply) -> Reply:
+        """Return a reply with an answer named under it that came but was not read."""
+        if not reply.content or delivery.is_repeat:
+            return reply
+        own_id = reply.part.turn_id if reply.part else None
+        for turn_id, (number, question) in delivery.subscriber.to_mention.items():
+            if turn_id == own_id or turn_id in self.turns:
+                continue
+            tap = continue_tap(number)
+            line = self.texts.unread.format(question=excerpt(question), tap=tap)
+            content = f"{reply.content}\n\n{line}"
+            if size_of(content) <= REPLY_BYTES:
+                return replace(reply, content=content, mentions=turn_id)
+        return reply
+
+    def decide(self, delivery: Delivery) -> None:
+        """Fix the reply of a message for all its requests, and begin to store it."""
+        reply = self.mention(delivery, self.compose(delivery))
+        to_mention = delivery.subscriber.to_mention
+        if reply.mentions:
+            del to_mention[reply.mentions]
+        if isinstance(delivery.source, tuple):
+            turn, part = delivery.source
+            if reply.has_text:
+                turn.stops[part.start] = reply.stop
+            if reply.offered and reply.is_early and part.number == 0:
+                to_mention[turn.id] = (reply.offered.number, turn.question)
+            elif not reply.is_patience:
+                to_mention.pop(turn.id, None)
+        if reply.content and delivery.is_kept:
+            message = delivery.message
+            delivery.stored = self.store.save_reply(message.key, message.openid, reply)
+            delivery.stored.add_done_callback(
+                functools.partial(log_failure, f"{message.name} reply")
+            )
+        self.hand_out(delivery, reply)
+
+    def hand_out(self, delivery: Delivery, reply: Reply) -> None:
+        """Let every request of a message have its reply."""
+        delivery.reply = reply
+        delivery.news.look()
+        if isinstance(delivery.source, tuple):
+            delivery.source[0].news.look()
+
+    def is_last_chance(self, delivery: Delivery, number: int, arrived: float) -> bool:
+        """Say whether WeChat will not ask again after this request."""
+        wechat = self.config.wechat
+        late = (wechat.attempts - 1.5) * wechat.attempt_timeout
+        return (
+            number + delivery.earlier >= wechat.attempts
+            or arrived - delivery.first > late
+        )
+
+    def deliver(self, message: Message, arrived: float) -> tuple[Delivery, int]:
+        """Return the delivery that a request belongs to, and which attempt it is.
+
+        The first request starts the work.
+        """
+        timeout = self.config.wechat.attempt_timeout
+        delivery = self.deliveries.get(message.key)
+        if delivery is None:
+            first = arrived
+            if arrived - self.opened_at < 2 * timeout:
+                # Attempts before this one may have met nobody: reckon from CreateTime,
+                # a whole second that began up to one second before.
+                first -= max(0, time.time() - message.created - 1)
+            delivery = Delivery(message, self.subscriber(message.openid), first)
+            self.deliveries[message.key] = delivery
+            # Long after the last attempt a copy is answered from the store.
+            seconds = 4 * self.config.wechat.attempts * timeout
+            self.tasks.loop.call_later(seconds, self.deliveries.pop, message.key, None)
+            trouble = functools.partial(delivery.answer_with, self.texts.trouble)
+            self.tasks.start(self.find_source(delivery), message.name, trouble)
+        return delivery, delivery.arrive(arrived, timeout / 2)
+
+    async def until_ready(self, delivery: Delivery, deadline: float) -> bool:
+        """Wait until a message's reply can be complete; False at the deadline."""
+        news, tasks = delivery.news, self.tasks
+        if not await tasks.until(news, delivery.is_answered, deadline):
+            return False
+        if isinstance(delivery.source, tuple):
+            news = delivery.source[0].news
+        return await tasks.until(news, delivery.is_ready, deadline)
+
+    async def reply_to(
+        self, delivery: Delivery, number: int, arrived: float
+    ) -> Reply | None:
+        """Return the reply for this request, or None: WeChat is to ask again."""
+        wechat, loop = self.config.wechat, self.tasks.loop
+        over = arrived + wechat.attempt_timeout
+        # 1. Wait until the reply can be complete.
+        is_ready = await self.until_ready(delivery, over - wechat.margin)
+        # 2. If it is not, and WeChat will ask again, wait on. A timeout is charged now:
+        #    a burst of them, charged when WeChat hangs up, would all pass the guard.
+        is_last = is_ready or self.is_last_chance(delivery, number, arrived)
+        if not is_last and self.guard.charge(loop.time()):
+            if not await self.until_ready(delivery, over):
+                # WeChat has stopped reading, but an answer here would end its retries:
+                # hold the line and say nothing, unless another request gets the reply.
+                news = delivery.news
+                await self.tasks.until(
+                    news, lambda: delivery.reply is not None, over + HOLD_SECONDS
+                )
+                if delivery.reply is None:
+                    return None
+        # 3. Decide once for all requests: all there is, or a word of patience. It is
+        #    stored before it is sent, if that does not take too long.
+        if delivery.reply is None:
+            self.decide(delivery)
+        if delivery.stored:
+            left = over - wechat.margin / 2 - loop.time()
+            await asyncio.wait({delivery.stored}, timeout=max(0, left))
+        return delivery.reply
+
+    def note_delivery(self, delivery: Delivery, number: int, is_taken: bool) -> None:
+        """Note how text of an answer was delivered: once that is known, for `stats`."""
+        reply = delivery.reply
+        if reply is None or reply.part is None or not reply.has_text:
+            return
+        if not delivery.is_kept:
+            return
+        how = "lost"
+        if is_taken:
+            how = "part" if reply.part.number else str(number + delivery.earlier)
+        stored = self.store.mark_delivered(reply.part.turn_id, how)
+        stored.add_done_callback(functools.partial(log_failure, delivery.message.name))
+
+    # What goes on beside the messages
+
+    async def keep_saving(self) -> None:
+        """Store the texts of running answers every second, until cancelled."""
+        saved: dict[int, tuple[str, int]] = {}  # turn: writing, characters
+        while True:
+            await asyncio.sleep(SAVE_SECONDS)
+            running = [turn for turn in self.turns.values() if turn.is_open]
+            states = {turn.id: (turn.writing, len(turn.answer)) for turn in running}
+            news = [turn for turn in running if saved.get(turn.id) != states[turn.id]]
+            await self.save_texts(news)
+            saved = states
+            if self.store.is_wal_behind:
+                with contextlib.suppress(sqlite3.Error):  # next time; saving must go on
+                    await self.store.truncate_wal()
+
+    async def keep_pruning(self) -> None:
+        """Delete what has served its time, every hour, until cancelled."""
+        link_seconds = self.config.history.link_hours * 3600
+        days = self.config.history.keep_days
+        while True:
+            try:
+                await self.store.prune(time.time(), link_seconds, days)
+            except sqlite3.Error as error:
+                log.error("old replies not deleted: %s", error)
+            await asyncio.sleep(3600)
+
+
 def check_commands(config: Config) -> None:
     """Raise ConfigError for an assistant named like a command, or a reply too long."""
     replies, names = config.replies, [*config.assistants, *COMMANDS]
@@ -4150,906 +4963,8 @@ def check_commands(config: Config) -> None:
         demand(is_free, f"assistants.{name}", name, "a name that is no command's")
 
 
-def tappable(visit: Visit, text: str) -> str:
-    """Return one of our own texts with the commands in it as taps."""
-    return with_taps(text, [*visit.services.config.assistants, *COMMANDS])
-
-
-async def open_session(visit: Visit, assistant: str) -> Session:
-    """Open a session; one that was open ends, and what is queued there is not asked."""
-    answers = visit.services.answers
-    session = await visit.services.store.start_session(
-        visit.openid, assistant, time.time()
-    )
-    for answer in visit.delivery.subscriber.answers:
-        answers.close_session(answer.turn.session_id)
-    return session
-
-
-@command("stop")
-async def stop(visit: Visit) -> str:
-    """End the session: what is being written goes on, what is queued is not asked."""
-    if visit.session is None:
-        return visit.texts.no_session.format(tap=tap_link("/chatgpt"))
-    await visit.services.store.end_session(visit.session.id, time.time(), None)
-    visit.services.answers.close_session(visit.session.id)
-    return visit.texts.stopped.format(tap=tap_link(f"/{visit.session.assistant}"))
-
-
-@command("clear")
-async def clear(visit: Visit) -> str:
-    """End the session and open a new one with the same assistant."""
-    if visit.session is None:
-        return visit.texts.no_session.format(tap=tap_link("/chatgpt"))
-    await open_session(visit, visit.session.assistant)
-    return visit.texts.cleared
-
-
-@command("history")
-async def history(visit: Visit) -> str:
-    """Return a link to the subscriber's history; the one before ends."""
-    minutes = visit.services.config.history.history_minutes
-    until = time.time() + minutes * 60
-    key = await visit.services.store.add_history_link(visit.openid, until)
-    url = f"{visit.services.config.public_url}/h/{key}"
-    page = web_link(visit.texts.word_history, url)
-    return visit.texts.history.format(minutes=f"{minutes:g}", page=page)
-
-
-@command("help")
-async def show_help(visit: Visit) -> str:
-    """List the assistants and commands."""
-    line, names = visit.texts.help_assistant, visit.services.config.assistants
-    lines = [line.format(tap=tap_link(f"/{name}"), assistant=name) for name in names]
-    text = visit.texts.help.format(assistants="\n".join(lines))
-    return tappable(visit, text)
-
-
-@command("forget")
-async def forget(visit: Visit) -> str:
-    """Ask for the confirmation without which nothing is deleted."""
-    await visit.services.store.ask_forget(visit.openid, time.time())
-    tap = tap_link(visit.texts.word_forget)
-    return visit.texts.forget_ask.format(minutes=f"{FORGET_SECONDS / 60:g}", tap=tap)
-
-
-async def forget_all(visit: Visit) -> None:
-    """Delete a subscriber's data, end what runs, and keep nothing of this message."""
-    answers, subscriber = visit.services.answers, visit.delivery.subscriber
-    for delivery in answers.deliveries.values():
-        delivery.keep = delivery.keep and delivery.subscriber is not subscriber
-    for answer in list(subscriber.answers):
-        answer.finish("ended")
-        answer.task.cancel()
-        answers.remove_answer(answer)
-    await visit.services.store.forget(visit.openid)
-    subscriber.parts = 0
-    subscriber.unread.clear()
-    subscriber.offers.clear()
-
-
-async def confirm_forget(visit: Visit) -> str | None:
-    """Delete all about the sender; None when nobody asked for it in the last day."""
-    asked_at = await visit.services.store.forget_asked_at(visit.openid)
-    if not asked_at:
-        return None
-    if time.time() - asked_at > FORGET_SECONDS:
-        return visit.texts.forget_late
-    await forget_all(visit)
-    return visit.texts.forgotten
-
-
 # ---------------------------------------------------------------------------
-# 11. The path of a message
-#
-# converse writes the answer of one question, in the question's own task. write_answer
-# finds out, in the message's own task, what answers it. reply_to is what a request
-# does: wait, decide, hand out.
-# ---------------------------------------------------------------------------
-
-
-def words_of(texts: Texts, turn: Turn) -> str:
-    """Return a question without the marks of its pictures."""
-    return turn.question.removeprefix(
-        texts.word_picture * len(json.loads(turn.pictures or "[]"))
-    )
-
-
-async def question_content(services: Services, turn: Turn) -> str | list[dict]:
-    """Return a question as the model gets it, with its pictures; raise ChatError."""
-    urls = json.loads(turn.pictures or "[]")
-    if not urls:
-        return turn.question
-    pictures = await asyncio.gather(*map(services.pictures.fetch, urls))
-    content: list[dict] = [{"type": "text", "text": words_of(services.texts, turn)}]
-    for url in pictures:
-        content.append(
-            {"type": "image_url", "image_url": {"url": url, "detail": "low"}}
-        )
-    return content
-
-
-async def chat_messages(services: Services, turn: Turn) -> list[dict]:
-    """Return what the model gets: system prompt, the session so far, the question."""
-    prompt = services.config.assistants[turn.assistant].system_prompt
-    messages = [{"role": "system", "content": prompt}] if prompt else []
-    chars = services.config.session.context_chars
-    for question, answer in await services.store.history(turn, chars):
-        messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": answer})
-    content = await question_content(services, turn)
-    return [*messages, {"role": "user", "content": content}]
-
-
-SHOWN_ADDRESS = re.compile("（[!-~]{1,2000}）")
-
-
-def show(answer: Answer, guard: WordGuard, delta: str, is_end: bool = False) -> None:
-    """Append what of a stream may be shown; raise ChatError for a blocked word.
-
-    Links and tags part a word in the Markdown that is whole in the chat: so what is
-    shown is looked through as well, before anybody who waits can be told.
-    """
-    text, is_blocked = guard.feed(delta, is_end)
-    if text and not is_blocked:
-        answer.append(text)
-    if text and not is_blocked and guard.blocked.words:
-        shown = answer.newly_shown(guard.blocked.longest)
-        on_page = SHOWN_ADDRESS.sub("", shown)  # where a link shows its label alone
-        is_blocked = guard.blocked.are_in(shown) or guard.blocked.are_in(on_page)
-    if is_blocked:
-        raise ChatError("blocked", "a blocked word in the answer")
-
-
-async def begin_anew(services: Services, answer: Answer) -> None:
-    """Let what was not sent of an earlier process's writing begin at the start."""
-    await services.store.begin_anew(answer.turn.id)
-    answer.begin_anew()
-
-
-async def write_text(
-    services: Services, answer: Answer, stream: AsyncGenerator[str | Ending, None]
-) -> Ending:
-    """Append what the model streams; return the Ending, or raise ChatError."""
-    guard = WordGuard(services.blocked)
-    ending = Ending("length", "", None, None)  # of an answer that goes on for ever
-    async with contextlib.aclosing(stream):
-        async for item in stream:
-            if isinstance(item, Ending):
-                ending = item
-                break
-            if answer.is_resumed and not answer.text:  # before its text is seen
-                await begin_anew(services, answer)
-            show(answer, guard, item[: ANSWER_CHARS - len(answer.text)])
-            if len(answer.text) >= ANSWER_CHARS:
-                break
-    show(answer, guard, "", is_end=True)
-    if ending.finish_reason in ("content_filter", "sensitive"):
-        if not answer.is_sent:
-            answer.restart()  # withdrawn
-        raise ChatError("refused", f"finish_reason {ending.finish_reason}")
-    answer.drop_thought()
-    if not answer.text.strip():
-        raise ChatError("empty", f"finish_reason {ending.finish_reason}", True)
-    return ending
-
-
-def shortened(messages: list[dict], is_last: bool) -> list[dict]:
-    """Return messages without the older half of the conversation, at last all of it."""
-    head = [m for m in messages if m["role"] == "system"]
-    rest = messages[len(head) :]
-    begin = len(rest) if is_last else (len(rest) // 4 + 1) * 2
-    return head + rest[min(begin, len(rest) - 1) :]
-
-
-async def ask_model(services: Services, answer: Answer, messages: list[dict]) -> Ending:
-    """Write the answer, up to twice again if that may help; raise ChatError."""
-    client = services.chat[answer.turn.assistant]
-    end = services.answers.loop.time() + client.settings.timeout
-    for pause in (*RETRY_PAUSES, None):
-        try:
-            return await write_text(services, answer, client.stream(messages, end))
-        except ChatError as error:
-            is_last, fewer = pause == RETRY_PAUSES[-1], messages
-            if error.kind == "long":
-                fewer = shortened(messages, is_last)
-            if len(fewer) < len(messages):
-                error.passing, error.after = True, 0.0
-            if not error.passing or answer.is_sent or pause is None:
-                raise
-            pause *= random.uniform(0.75, 1)
-            pause = pause if error.after is None else error.after
-            if services.answers.loop.time() + pause > end:
-                raise
-            log.warning("%s asked again after %s", answer.turn.name, error)
-            messages = fewer
-        answer.restart()
-        await asyncio.sleep(pause)
-    raise AssertionError("the last try returns or raises")
-
-
-async def store_text_so_far(services: Services, answers: list[Answer]) -> None:
-    """Store the text of unfinished answers; a failure costs only that."""
-    texts = [(answer.turn.id, answer.text) for answer in answers if answer.text]
-    try:
-        if texts:
-            await services.store.save_texts(texts)
-    except sqlite3.Error as error:
-        log.error("text so far not stored: %s", error)
-
-
-async def store_end(services: Services, answer: Answer, ending: Ending | None) -> None:
-    """Store how an answer ended, and log it."""
-    now, seconds = time.time(), answer.age
-    columns: dict[str, object] = {"state": answer.state, "reason": answer.reason}
-    columns["answer"] = answer.text
-    # An unsent part of what is done is sure to have text; the tap that asks a failed
-    # question again is a part behind the end.
-    is_done = answer.state == "done"
-    columns["chat_chars"] = None if is_done else len(answer.shown())
-    columns |= {"finished_at": now, "seconds": round(seconds, 3)}
-    for name in ("model", "tokens_in", "tokens_out"):
-        columns[name] = getattr(ending, name, None)
-    columns["first_seconds"] = answer.first_seconds
-    while True:  # readers have the answer already; what is next needs it stored
-        try:
-            await services.store.finish_turn(answer.turn.id, columns)
-            break
-        except sqlite3.Error as error:
-            log.error("%s not stored yet: %s", answer.turn.name, error)
-            await asyncio.sleep(STORE_SECONDS)
-    tokens = f"{columns['tokens_in']} in {columns['tokens_out']} out"
-    state = f"{answer.state} {answer.reason or ''}".strip()
-    log.info("%s %s after %.1f s, tokens %s", answer.turn.name, state, seconds, tokens)
-
-
-def failed_state(answer: Answer, kind: str) -> str:
-    """Return the state of an answer that did not end well."""
-    if kind == "blocked":
-        return "blocked"
-    return "broken" if answer.text else "failed"
-
-
-async def converse(services: Services, answer: Answer) -> None:
-    """Answer one question: wait for its turn, ask the model, store the end."""
-    turn, answers = answer.turn, services.answers
-    ending: Ending | None = None
-    try:
-        if not await answer.turn_came:
-            answer.finish("ended")
-            return
-        async with answers.slots:
-            messages = await chat_messages(services, turn)
-            if not turn.asked or answer.is_resumed:
-                await services.store.count_asking(turn.id)
-            ending = await ask_model(services, answer, messages)
-        answer.finish("cut" if ending.finish_reason == "length" else "done")
-    except ChatError as error:
-        level = logging.ERROR if error.kind == "setup" else logging.WARNING
-        log.log(level, "%s failed: %s", turn.name, error)
-        if error.kind == "blocked":
-            answer.withhold()
-        elif turn.answer and not answer.text:  # better what an earlier process wrote
-            answer.replace_text(turn.answer)
-        answer.finish(failed_state(answer, error.kind), error.kind)
-    finally:
-        if answer.is_open:  # cancelled: the next process goes on from what is stored
-            await store_text_so_far(services, [answer])
-        else:
-            await store_end(services, answer, ending)
-            answers.remove_answer(answer)
-
-
-async def end_unwritten(services: Services, answer: Answer) -> None:
-    """Store the end of an answer that nobody writes; readers have it until then."""
-    await store_end(services, answer, None)
-    services.answers.remove_answer(answer)
-
-
-def start_writing(services: Services, answer: Answer) -> None:
-    """Queue an answer and start the task that writes it."""
-
-    def fail() -> None:
-        if answer.is_open:
-            answer.finish(failed_state(answer, "trouble"), "trouble")
-            services.answers.start(end_unwritten(services, answer), answer.turn.name)
-        else:
-            services.answers.remove_answer(answer)
-
-    services.answers.add_answer(answer)
-    work = converse(services, answer)
-    answer.task = services.answers.start(work, answer.turn.name, fail)
-
-
-async def resume_answers(services: Services) -> None:
-    """Take up the questions that the process before this one left unfinished."""
-    now = time.time()
-    turns, open_sessions = await services.store.open_turns()
-    for turn in turns:
-        answer = Answer(turn, services.answers.subscriber(turn.openid))
-        answer.is_resumed = turn.asked > 0
-        if turn.asked >= ASKINGS or now - turn.created_at > RESUME_SECONDS:
-            answer.replace_text(turn.answer)
-            answer.finish("broken" if turn.answer else "failed", "given_up")
-        elif not turn.asked and turn.session_id not in open_sessions:
-            answer.finish("ended")
-        if answer.is_open:
-            start_writing(services, answer)
-            log.info("%s resumed, asked %d times before", turn.name, turn.asked)
-        else:  # beside the start, which a full disk must not stop
-            services.answers.answers[turn.id] = answer
-            services.answers.start(end_unwritten(services, answer), turn.name)
-
-
-# Finding out what answers a message
-
-Found = str | Reading  # a fixed text, or something to read; '' says nothing
-
-
-async def reading_of(
-    visit: Visit, turn_id: int, part: Part | None = None
-) -> Reading | None:
-    """Return a reading of a turn, being written or stored, from a part on.
-
-    None if the turn was deleted since its id was read.
-    """
-    answer = visit.services.answers.answers.get(turn_id)
-    if answer is None:
-        turn = await visit.services.store.turn(turn_id)
-        if turn is None:
-            return None
-        answer = await Answer.stored(turn, visit.delivery.subscriber)
-    if part is None:
-        return Reading(answer)
-    return Reading(answer, part.start, part, part.is_anew)
-
-
-async def continue_turn(visit: Visit, turn_id: int) -> Reading | None:
-    """Return the unsent part of a turn, numbered now if it was not offered before.
-
-    None if the turn was deleted meanwhile.
-    """
-    part = await visit.services.store.unsent_part(turn_id)
-    if part is None:
-        part = Part(visit.delivery.subscriber.number_of(turn_id, 0), turn_id, 0)
-    return await reading_of(visit, turn_id, part)
-
-
-def refuse_question(visit: Visit, question: str) -> str:
-    """Return why a question is not accepted, '' if it is; refusals cost nothing."""
-    texts, limits = visit.texts, visit.services.config.limits
-    waiting, blocked = len(visit.delivery.subscriber.answers), visit.services.blocked
-    try:
-        blocked.refresh()
-    except (OSError, UnicodeError) as error:
-        log.error("blocked words not read, the last ones stay in force: %s", error)
-    if limits.allow and visit.openid not in limits.allow:
-        return texts.not_allowed
-    if len(question) > limits.question_chars:
-        return texts.too_long.format(count=len(question), most=limits.question_chars)
-    if waiting >= limits.waiting:
-        return texts.too_many.format(count=waiting)
-    return texts.blocked_question if blocked.are_in(question) else ""
-
-
-async def refuse_for_today(visit: Visit, now: float) -> str:
-    """Return which of the day's limits is used up."""
-    most = visit.services.config.limits.questions_per_day
-    asked = await visit.services.store.questions_of_day(visit.openid, now)
-    if most and asked >= most:
-        return visit.texts.day_over.format(count=most)
-    return visit.texts.all_over
-
-
-async def accept_question(
-    visit: Visit, session: Session, question: str, pictures: str | None = None
-) -> Found:
-    """Store a question and start its answer; or say why not."""
-    services, subscriber, now = visit.services, visit.delivery.subscriber, time.time()
-    for answer in subscriber.answers:
-        is_same = words_of(visit.texts, answer.turn) == question
-        is_same = is_same and answer.turn.session_id == session.id
-        # With a picture that came since, the same words are a new question.
-        if is_same and answer.age < REPEAT_SECONDS and visit.pictures == "[]":
-            if reading := await continue_turn(visit, answer.turn.id):
-                return reading
-    if refusal := refuse_question(visit, question):
-        await services.store.touch_session(session.id, now)
-        return refusal
-    pictures = visit.pictures if pictures is None else pictures
-    pictures = None if pictures == "[]" else pictures
-    if pictures:
-        question = visit.texts.word_picture * len(json.loads(pictures)) + question
-    turn = await services.store.add_turn(
-        Turn(
-            id=0,
-            session_id=session.id,
-            openid=visit.openid,
-            msg_key=visit.delivery.message.key,
-            link_key=secrets.token_urlsafe(16),
-            question=question,
-            pictures=pictures,
-            created_at=now,
-            asked=0 if services.answers.queues.get(session.id) else 1,
-            assistant=session.assistant,
-        ),
-        services.config.limits.questions_per_day,
-        services.config.limits.all_per_day,
-    )
-    if turn is None:
-        return await refuse_for_today(visit, now)
-    answer = Answer(turn, subscriber)
-    start_writing(services, answer)
-    visit.delivery.is_own = True
-    log.info("%s accepted, %d waiting", turn.name, len(subscriber.answers))
-    return Reading(answer)
-
-
-async def continue_part(visit: Visit, number: int) -> Found:
-    """Return part N of this subscriber: the very text again if it was sent before."""
-    part = await visit.services.store.part(visit.openid, number)
-    if part and part.reply is not None:
-        visit.delivery.exact = True
-        return part.reply
-    reading = await reading_of(visit, part.turn_id, part) if part else None
-    return reading or visit.texts.no_part.format(number=number)
-
-
-async def continue_oldest(visit: Visit) -> Found | None:
-    """Return the oldest part not sent yet, of the session or of the last hour."""
-    session_id = visit.session.id if visit.session else None
-    since = time.time() - RECENT_SECONDS
-    store = visit.services.store
-    turn_id = await store.oldest_unsent(visit.openid, session_id, since)
-    return None if turn_id is None else await continue_turn(visit, turn_id)
-
-
-async def retry(visit: Visit, number: str | None) -> Found | None:
-    """Ask a failed question again: the one behind a tap, or the newest."""
-    store = visit.services.store
-    if number:
-        part = await store.part(visit.openid, int(number))
-        turn = await store.turn(part.turn_id) if part else None
-    else:
-        turn = await store.newest_failed(visit.openid, time.time() - RECENT_SECONDS)
-    if turn is None or turn.assistant not in visit.services.config.assistants:
-        return visit.texts.no_retry if number else None
-    session = visit.session or await open_session(visit, turn.assistant)
-    words = words_of(visit.texts, turn)
-    return await accept_question(visit, session, words, turn.pictures or "[]")
-
-
-async def resume_session(visit: Visit) -> Found | None:
-    """Open the session that ran out again, and ask the text that came too late."""
-    store, since = visit.services.store, time.time() - LAPSE_SECONDS
-    session = await store.lapsed_session(visit.openid, since)
-    if session is None or session.lapsed_text is None:
-        return None
-    if session.assistant not in visit.services.config.assistants:
-        return None
-    await store.reopen_session(session.id, time.time())
-    return await accept_question(visit, session, session.lapsed_text)
-
-
-async def answer_tap(visit: Visit, text: str) -> Found | None:
-    """Return what answers a tap, which may be typed, too; None when it is none now."""
-    words, again = folded(text), folded(visit.texts.word_retry)
-    pattern = rf"(继续|{re.escape(again)})\s*([0-9]{{1,9}})?"
-    if match := re.fullmatch(pattern, words):
-        if match[1] == again:
-            return await retry(visit, match[2])
-        if match[2]:
-            return await continue_part(visit, int(match[2]))
-        return await continue_oldest(visit)
-    if words == folded(visit.texts.word_forget):
-        return await confirm_forget(visit)
-    if words == folded(visit.texts.word_resume):
-        return await resume_session(visit)
-    return None
-
-
-async def answer_command(visit: Visit, text: str) -> Found | None:
-    """Return what answers a text that is not a question; None for one that may be."""
-    if function := find_command(text):
-        log.info("%s command %s", visit.delivery.message.name, function.__name__)
-        return await function(visit)
-    if visit.session and (text in STICKER_TEXTS or not text):
-        return visit.texts.unsupported
-    return await answer_tap(visit, text)
-
-
-async def open_and_ask(visit: Visit, assistant: str, question: str) -> Found:
-    """Open a session unless one with this assistant is open; ask what came along."""
-    session, allow = visit.session, visit.services.config.limits.allow
-    if allow and visit.openid not in allow:
-        return visit.texts.not_allowed
-    is_new = False
-    if session is None or session.assistant != assistant:
-        session, is_new = await open_session(visit, assistant), True
-    if question:
-        return await accept_question(visit, session, question)
-    if not is_new:
-        await visit.services.store.touch_session(session.id, time.time())
-        return visit.texts.still_open
-    minutes = f"{round(visit.services.config.session.ttl / 60, 1):g}"
-    text = visit.texts.opened.format(assistant=assistant, minutes=minutes)
-    return tappable(visit, text)
-
-
-async def answer_outside(visit: Visit, text: str) -> Found:
-    """Return what answers a text outside a session; mostly nothing."""
-    config, lapsed = visit.services.config, visit.lapsed
-    if text in config.replies.keywords:
-        return tappable(visit, config.replies.keywords[text])
-    if not text or text in STICKER_TEXTS:
-        return ""
-    if config.session.auto_open:
-        return await open_and_ask(visit, next(iter(config.assistants)), text)
-    if lapsed:  # it ran out, and nobody was told yet
-        await visit.services.store.end_session(lapsed.id, time.time(), text)
-        if time.time() - lapsed.last_at < LAPSE_SECONDS:
-            tap = tap_link(visit.texts.word_resume)
-            return visit.texts.session_lapsed.format(tap=tap, question=excerpt(text))
-    return tappable(visit, config.replies.outside)
-
-
-async def answer_text(visit: Visit) -> Found:
-    """Return what answers a text: a command, a part, a question, or nothing."""
-    text, session = visit.delivery.message.content.strip(), visit.session
-    names = () if find_command(text) else visit.services.config.assistants
-    if opened := find_assistant(text, names):
-        return await open_and_ask(visit, *opened)
-    found = await answer_command(visit, text)
-    if found is None and session:
-        return await accept_question(visit, session, text)
-    if found is None:
-        return await answer_outside(visit, text)
-    if session:
-        await visit.services.store.touch_session(session.id, time.time())
-    return found
-
-
-async def find_answer(visit: Visit) -> Found:
-    """Return what answers a message that has no reply yet."""
-    message = visit.delivery.message
-    is_denied = visit.openid in visit.services.config.limits.deny
-    if is_denied and message.event != "unsubscribe":
-        return ""
-    match message.msg_type, message.event:
-        case "text", _:
-            return await answer_text(visit)
-        case "event", "subscribe":
-            return tappable(visit, visit.services.config.replies.subscribe)
-        case "event", "unsubscribe":
-            await forget_all(visit)
-            return ""
-        case "event", _:
-            return ""
-    if visit.session is None:
-        return ""
-    store, now = visit.services.store, time.time()
-    await store.touch_session(visit.session.id, now)
-    if message.msg_type != "image" or not message.picture_url:
-        return visit.texts.unsupported
-    await store.add_picture(visit.openid, message.picture_url, now)
-    return visit.texts.picture_kept.format(tap=tap_link(visit.texts.word_describe))
-
-
-async def join_turn(visit: Visit, turn_id: int) -> Found:
-    """Return a reading of the turn that this message asked longer ago.
-
-    Nothing is said of one that was deleted meanwhile: asking it again would store it.
-    """
-    delivery, reading = visit.delivery, await reading_of(visit, turn_id)
-    if reading is None:
-        return ""
-    delivery.is_own, delivery.earlier = True, 1
-    delivery.first = min(delivery.first, reading.answer.asked_at)
-    return reading
-
-
-async def write_answer(services: Services, delivery: Delivery) -> None:
-    """Find out what answers a message, one message of a subscriber after the other."""
-    message, subscriber = delivery.message, delivery.subscriber
-    async with subscriber.lock:
-        now = time.time()
-        memory = await services.store.recall(message.key, message.openid, now)
-        subscriber.remember(memory)
-        session, lapsed = memory.session, None
-        if session and session.assistant not in services.config.assistants:
-            session = None  # it was taken out of the settings
-        idle = now - session.last_at if session else 0
-        if session and not session.is_busy and idle > services.config.session.ttl:
-            session, lapsed = None, session
-        visit = Visit(services, delivery, session, lapsed, memory.pictures)
-        if memory.reply:
-            delivery.repeat(memory.reply, memory.turn_id)
-            return
-        if memory.turn_id is not None:
-            found = await join_turn(visit, memory.turn_id)
-        else:
-            found = await find_answer(visit)
-    delivery.answer_with(found)
-
-
-# Deciding a reply
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """The text of a reply that reads an answer."""
-
-    content: str
-    stop: int  # offset at which the next part begins
-    carries: bool  # it has text of the answer
-    offered: Part | None = None  # what its tap asks for
-    early: bool = False  # neither complete nor a full part
-
-
-def continue_tap(number: int) -> str:
-    """Return the tap for a numbered part; its visible words may be typed as well."""
-    return tap_link(f"继续{number}")
-
-
-def ending_words(texts: Texts, state: str, reason: str | None, number: int) -> str:
-    """Return what is said after the text of an ended answer; '' if it ended well.
-
-    The tap for the retry carries a part's number.
-    """
-    fixed = {"done": "", "cut": texts.cut_short, "ended": texts.session_ended}
-    fixed["blocked"] = texts.blocked_answer
-    if state in fixed:
-        return fixed[state]
-    name = reason or "empty"
-    if state == "broken" and name != "given_up":
-        name = "broken"
-    tap = tap_link(texts.word_retry, f"{texts.word_retry}{number}")
-    return getattr(texts, f"failed_{name}").format(tap=tap)
-
-
-def word_of_patience(services: Services, answer: Answer, number: int) -> str:
-    """Return what is said while nothing can be shown yet."""
-    texts, turn = services.texts, answer.turn
-    text = texts.thinking if answer.turn_came.done() else texts.queued
-    return text.format(
-        question=excerpt(turn.question),
-        seconds=round(answer.age),
-        tap=continue_tap(number),
-        page=services.page_link(turn, texts.word_page),
-    )
-
-
-def draft_ending(
-    services: Services, reading: Reading, subscriber: Subscriber, head: str
-) -> Draft:
-    """Return the reply with all that is left of an ended answer, of any size."""
-    answer, shown = reading.answer, reading.answer.shown()
-    text, stop = harmless(shown[reading.start :].strip("\n")), len(shown)
-    words, part = ending_words(services.texts, answer.state, answer.reason, 0), None
-    if "msgmenucontent" in words:  # the retry finds the question by a part's number
-        part = Part(subscriber.number_of(answer.turn.id, stop), answer.turn.id, stop)
-        words = ending_words(services.texts, answer.state, answer.reason, part.number)
-    if not text and not words:
-        return Draft(services.texts.no_more, stop, True)
-    body = text and f"{head}{text}{services.config.replies.label_line}"
-    content = "\n\n".join(filter(None, (body, words)))
-    if text and has_more_on_page(answer.text):
-        link = "\n" + services.page_link(answer.turn, services.texts.word_typeset)
-        content += link if size_of(content + link) <= REPLY_BYTES else ""
-    return Draft(content, stop, bool(text), part)
-
-
-def cut_reply(text: str, room: int) -> int:
-    """Return how much of a chat text goes into `room` bytes once it is harmless."""
-    cut = cut_text(text, room)
-    while (over := size_of(harmless(text[:cut])) - room) > 0:
-        cut = cut_text(text, size_of(text[:cut]) - over)
-    return cut
-
-
-def tail_of(services: Services, turn: Turn, number: int) -> str:
-    """Return the lines under a part that has another one behind it."""
-    texts = services.texts
-    page = services.page_link(turn, texts.word_page)
-    more = texts.more.format(tap=continue_tap(number), page=page)
-    return f"{services.config.replies.label_line}\n\n{more}"
-
-
-def draft_reply(services: Services, reading: Reading, subscriber: Subscriber) -> Draft:
-    """Return the reply that shows an answer from where it is read."""
-    answer, begin, turn = reading.answer, reading.start, reading.answer.turn
-    head = services.texts.anew + "\n" if reading.is_anew else ""
-    if not answer.is_open:
-        ended = draft_ending(services, reading, subscriber, head)
-        if size_of(ended.content) <= REPLY_BYTES:
-            return ended
-    longest = tail_of(services, turn, (subscriber.parts or 0) + 1)
-    is_full = not answer.is_open or answer.is_full(begin)
-    shown, room = answer.shown(), REPLY_BYTES - size_of(head + longest)
-    # Where a part ends is fixed once, for all who read it.
-    stop = answer.stops.get(begin) or begin + cut_reply(shown[begin:], room)
-    text = harmless(shown[begin:stop].strip("\n"))
-    if not text and reading.part:
-        words = word_of_patience(services, answer, reading.part.number)
-        return Draft(words, begin, False, reading.part, early=True)
-    part = Part(subscriber.number_of(turn.id, stop), turn.id, stop)
-    if not text:
-        words = word_of_patience(services, answer, part.number)
-        return Draft(words, begin, False, part, early=True)
-    text = head + text + tail_of(services, turn, part.number)
-    return Draft(text, stop, True, part, early=not is_full)
-
-
-def mention_unread(
-    services: Services, delivery: Delivery, content: str
-) -> tuple[str, int | None]:
-    """Return a reply with an unread answer named under it, and that answer's turn."""
-    if not content or delivery.exact:
-        return content, None
-    own = delivery.reading.answer.turn.id if delivery.reading else None
-    for number, (turn_id, question) in delivery.subscriber.unread.items():
-        if turn_id == own or turn_id in services.answers.answers:
-            continue
-        tap = continue_tap(number)
-        line = services.texts.unread.format(question=excerpt(question), tap=tap)
-        if size_of(f"{content}\n\n{line}") <= REPLY_BYTES:
-            return f"{content}\n\n{line}", turn_id
-    return content, None
-
-
-def compose(services: Services, delivery: Delivery, attempt: int) -> Reply:
-    """Return the reply that a message gets now."""
-    message, reading, now = delivery.message, delivery.reading, int(time.time())
-    if reading is None:
-        text = services.texts.trouble if delivery.fixed is None else delivery.fixed
-        content, read = mention_unread(services, delivery, text)
-        return Reply(message.key, message.openid, content, now, read=read)
-    draft = draft_reply(services, reading, delivery.subscriber)
-    content, read = mention_unread(services, delivery, draft.content)
-    is_own, has_ended = delivery.is_own, not reading.answer.is_open
-    return Reply(
-        message.key,
-        message.openid,
-        content,
-        now,
-        turn_id=reading.answer.turn.id if is_own else None,
-        delivered=str(attempt) if is_own and draft.carries else None,
-        early=is_own and draft.early,
-        offered=draft.offered,
-        sent=reading.part if has_ended or draft.carries else None,
-        stop=draft.stop,
-        read=read,
-    )
-
-
-def note_stored(delivery: Delivery, stored: asyncio.Future) -> None:
-    """Log a reply that could not be stored."""
-    if error := stored.exception():
-        log.error("%s reply not stored: %s", delivery.message.name, error)
-
-
-def decide(services: Services, delivery: Delivery, attempt: int) -> None:
-    """Fix the reply of a message for all its copies, and begin to store it."""
-    reply = delivery.reply = compose(services, delivery, attempt)
-    delivery.decided.set()
-    delivery.ready.set()  # open copies wait for this one
-    if delivery.reading:
-        delivery.reading.note_sent(reply)
-    if reply.read is not None:
-        delivery.subscriber.has_read(reply.read)
-    if reply.content and delivery.keep:
-        delivery.stored = services.store.save_reply(reply)
-        delivery.stored.add_done_callback(functools.partial(note_stored, delivery))
-
-
-# What a request does
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """One request of WeChat for one message."""
-
-    delivery: Delivery
-    number: int
-    arrived: float  # loop's clock
-
-    @property
-    def name(self) -> str:
-        """Return how the log names it."""
-        return f"{self.delivery.message.name} attempt={self.number}"
-
-
-def take_attempt(services: Services, message: Message, arrived: float) -> Attempt:
-    """Return the attempt that a request is; the first one starts the work."""
-    answers = services.answers
-    delivery = answers.deliveries.get(message.key)
-    if delivery is None:
-        delivery = answers.new_delivery(message, arrived)
-        work = write_answer(services, delivery)
-        trouble = services.texts.trouble
-        answers.start(work, message.name, lambda: delivery.answer_with(trouble))
-    number = delivery.arrive(arrived, answers.attempt_timeout / 2)
-    return Attempt(delivery, number, arrived)
-
-
-async def reply_to(services: Services, attempt: Attempt) -> Reply | None:
-    """Return the reply for this request, or None: WeChat is to ask again.
-
-    Decided while this request waits, as soon as the answer is complete or its first
-    part full; or with what there is when nobody will ask again.
-    """
-    answers, wechat = services.answers, services.config.wechat
-    delivery, over = attempt.delivery, attempt.arrived + wechat.attempt_timeout
-    is_ready = delivery.reply or await answers.wait_for(
-        delivery.ready, over - wechat.margin
-    )
-    if not is_ready:
-        last = answers.is_last_chance(delivery, attempt.number, attempt.arrived)
-        # Charged now: a burst of waits charged when WeChat hangs up would all pass.
-        if not last and answers.guard.charge(answers.loop.time()):
-            in_time = await answers.wait_for(delivery.ready, over)
-            # Later than that WeChat does not read this line any more, but an answer
-            # here would end its retries: hold it, and say nothing.
-            held = in_time or await answers.wait_for(
-                delivery.decided, over + HOLD_SECONDS
-            )
-            if not held:
-                return None
-    if delivery.reply is None:
-        decide(services, delivery, attempt.number + delivery.earlier)
-    if delivery.stored:
-        left = over - wechat.margin / 2 - answers.loop.time()
-        await asyncio.wait({delivery.stored}, timeout=max(0, left))
-    return delivery.reply
-
-
-def note_delivery(services: Services, attempt: Attempt, is_taken: bool) -> None:
-    """Correct how an answer was delivered: the newest line that took it counts.
-
-    The reply was stored as delivered by the attempt that decided it.
-    """
-    delivery, reply = attempt.delivery, attempt.delivery.reply
-    if reply is None or reply.turn_id is None or reply.delivered is None:
-        return
-    number = str(attempt.number + delivery.earlier)
-    before = delivery.delivered or reply.delivered
-    if is_taken:
-        delivery.delivered = number
-    elif before == number:
-        delivery.delivered = "lost"
-    if delivery.delivered not in (None, before):
-        work = services.store.mark_delivered(reply.turn_id, delivery.delivered)
-        services.answers.start(work, attempt.name)
-
-
-async def keep_saving(services: Services) -> None:
-    """Store the texts of running answers every second, until cancelled."""
-    saved: dict[int, tuple[str, int]] = {}  # turn: writing, characters
-    while True:
-        await asyncio.sleep(SAVE_SECONDS)
-        running = {a: (a.writing, len(a.text)) for a in services.answers.running()}
-        news = [a for a, state in running.items() if saved.get(a.turn.id) != state]
-        await store_text_so_far(services, news)
-        saved = {a.turn.id: state for a, state in running.items()}
-        if services.store.is_wal_behind:
-            with contextlib.suppress(sqlite3.Error):  # next time; saving must go on
-                await services.store.truncate_wal()
-
-
-async def keep_pruning(services: Services) -> None:
-    """Delete what has served its time, every hour, until cancelled."""
-    link_seconds = services.config.history.link_hours * 3600
-    days = services.config.history.keep_days
-    while True:
-        try:
-            await services.store.prune(time.time(), link_seconds, days)
-        except sqlite3.Error as error:
-            log.error("old replies not deleted: %s", error)
-        await asyncio.sleep(3600)
-
-
-# ---------------------------------------------------------------------------
-# 12. Pages
+# 11. Pages
 #
 # Minimal HTML, made for a phone, no outside resource. They work without script: a
 # pending answer then reloads itself every three seconds. How they look stands in
@@ -5184,11 +5099,6 @@ def render_markdown(texts: Texts, markdown: str, above: int = 0) -> str:
     return body + (element("p", rest, "plain") if rest else "")
 
 
-def plain_words(text: str) -> str:
-    """Return a reply's words without its links; one at the end goes altogether."""
-    return re.sub(r"<[^>]*>", "", re.sub(r"<a [^>]*>[^<]*</a>\s*$", "", text)).strip()
-
-
 def clock(seconds: float, form: str = "%Y-%m-%d %H:%M") -> str:
     """Return a time as people in China read it."""
     return datetime.datetime.fromtimestamp(seconds, BEIJING).strftime(form)
@@ -5255,8 +5165,7 @@ def render_page(name: str, texts: Texts, **values: object) -> Page:
 
 def bad_ending(texts: Texts, turn: Turn) -> str:
     """Return what a page says below an answer; '' if it ended well."""
-    told = ending_words(texts, turn.state, turn.reason, 0)
-    return plain_words(told) + ("\n" + texts.page_retry if "<a " in told else "")
+    return ending_words(texts, turn, "\n" + texts.page_retry)
 
 
 def render_answer(texts: Texts, turn: Turn) -> Page:
@@ -5271,10 +5180,10 @@ def render_answer(texts: Texts, turn: Turn) -> Page:
     )
 
 
-def render_live(texts: Texts, turn: Turn, seconds: float) -> Page:
+def render_live(texts: Texts, turn: Turn) -> Page:
     """Return the page of an answer that is being written, with the text so far."""
-    title = excerpt(turn.question, 30)
-    return render_page("live", texts, title=title, turn=turn, seconds=round(seconds))
+    title, seconds = excerpt(turn.question, 30), round(turn.age)
+    return render_page("live", texts, title=title, turn=turn, seconds=seconds)
 
 
 def render_history(texts: Texts, turns: list[Turn], older: str, folds: bool) -> Page:
@@ -5307,41 +5216,34 @@ def sse_event(data: dict, event: str = "", number: str = "") -> bytes:
 
 
 # ---------------------------------------------------------------------------
-# 13. HTTP handlers
+# 12. HTTP handlers
 # ---------------------------------------------------------------------------
 
-SERVICES = web.AppKey("services", Services)
+BOT = web.AppKey("bot", Bot)
 BODY_SECONDS = 10.0
 PING_SECONDS = 15.0
 PROBE_PATH = "/healthz/stream"
 FOLLOW_SECONDS = 0.1  # a live page is told of new text so often at most
 
 
-@functools.lru_cache(maxsize=8)
-def warn_once(words: str, minute: int) -> None:
-    """Warn once a minute: the cache remembers the words and the minute."""
-    log.warning("%s", words)
-
-
-def is_fresh(services: Services, timestamp: str) -> bool:
+def is_fresh(bot: Bot, timestamp: str) -> bool:
     """Say whether a signed timestamp is near our clock or near the newest push.
 
     If only our clock is off, pushes stay accepted.
     """
     if not re.fullmatch(r"[0-9]{1,12}", timestamp):
         return False
-    at, newest = int(timestamp), services.store.newest_push
+    at, newest = int(timestamp), bot.store.newest_push
     if abs(time.time() - at) <= SIGNATURE_SECONDS:
         return True
     if at < newest - SIGNATURE_SECONDS:
         return False
-    words = "our clock and WeChat's timestamps are more than ten minutes apart"
-    warn_once(words, int(time.monotonic() // 60))
+    bot.warn("our clock and WeChat's timestamps are more than ten minutes apart")
     return True
 
 
 def is_from_wechat(
-    services: Services, request: web.Request, encrypted: str | None = None
+    bot: Bot, request: web.Request, encrypted: str | None = None
 ) -> bool:
     """Say whether a request is rightly signed and fresh.
 
@@ -5350,10 +5252,10 @@ def is_from_wechat(
     query, sealed = request.query, () if encrypted is None else (encrypted,)
     timestamp, nonce = query.get("timestamp", ""), query.get("nonce", "")
     signature = query.get("msg_signature" if sealed else "signature", "")
-    token = services.config.wechat.token
+    token = bot.config.wechat.token
     if not is_signed(token, signature, timestamp, nonce, *sealed):
         return False
-    if not is_fresh(services, timestamp):
+    if not is_fresh(bot, timestamp):
         log.warning("a signed request with a stale timestamp was refused")
         return False
     return True
@@ -5361,10 +5263,9 @@ def is_from_wechat(
 
 async def verify_url(request: web.Request) -> web.Response:
     """Answer the console's verification with the echostr."""
-    services = request.app[SERVICES]
-    if not is_from_wechat(services, request):
-        words = "verification with a wrong signature: is the token the same?"
-        warn_once(words, int(time.monotonic() // 60))
+    bot = request.app[BOT]
+    if not is_from_wechat(bot, request):
+        bot.warn("verification with a wrong signature: is the token the same?")
         return web.Response(status=403)
     log.info("verified by WeChat's console")
     return web.Response(text=request.query.get("echostr", ""))
@@ -5374,11 +5275,11 @@ def outcome_of(reply: Reply) -> str:
     """Return how the log names what a reply brought."""
     if not reply.content:
         return "nothing to say"
-    if reply.sent:
-        return f"part {reply.sent.number} sent"
-    if reply.early:
-        return "answered early" if reply.delivered else "asked for patience"
-    return "replied"
+    if reply.is_patience:
+        return "asked for patience"
+    if reply.part and reply.part.number:
+        return f"part {reply.part.number} sent"
+    return "answered early" if reply.is_early else "replied"
 
 
 def cut_line(request: web.Request) -> web.Response:
@@ -5388,57 +5289,54 @@ def cut_line(request: web.Request) -> web.Response:
     return web.Response()
 
 
-async def answer_attempt(request: web.Request, attempt: Attempt) -> web.StreamResponse:
+async def answer_request(
+    request: web.Request, delivery: Delivery, number: int, arrived: float
+) -> web.StreamResponse:
     """Wait for the reply and write it, or cut the line; log what became of it."""
-    services, loop = request.app[SERVICES], asyncio.get_running_loop()
+    bot, message, loop = request.app[BOT], delivery.message, asyncio.get_running_loop()
+    name = f"{message.name} attempt={number}"
     try:
-        reply = await reply_to(services, attempt)
+        reply = await bot.reply_to(delivery, number, arrived)
         if reply is None:
-            log.info("%s held to the end, cut", attempt.name)
+            log.info("%s held to the end, cut", name)
             return cut_line(request)
-        body = render_text_reply(attempt.delivery.message, reply.content, reply.created)
-        if services.cipher and reply.content:  # `success` is never encrypted
-            body = services.cipher.seal(body, reply.created)
+        body = render_text_reply(message, reply.content, reply.created)
+        if bot.cipher and reply.content:  # `success` is never encrypted
+            body = bot.cipher.seal(body, reply.created)
         response = web.Response(body=body, content_type="text/xml", charset="utf-8")
         await response.prepare(request)
         await response.write_eof()
     except (asyncio.CancelledError, ConnectionResetError) as gone:
-        seconds = loop.time() - attempt.arrived
-        log.info("%s WeChat hung up after %.1f s", attempt.name, seconds)
-        note_delivery(services, attempt, False)
+        log.info("%s WeChat hung up after %.1f s", name, loop.time() - arrived)
+        bot.note_delivery(delivery, number, is_taken=False)
         if isinstance(gone, asyncio.CancelledError):
             raise
         return web.Response()
-    note_delivery(services, attempt, True)
-    log.info(
-        "%s %s after %.1f s",
-        attempt.name,
-        outcome_of(reply),
-        loop.time() - attempt.arrived,
-    )
+    bot.note_delivery(delivery, number, is_taken=True)
+    log.info("%s %s after %.1f s", name, outcome_of(reply), loop.time() - arrived)
     return response
 
 
-def refuse_plain(services: Services, request: web.Request) -> web.Response:
+def refuse_plain(bot: Bot, request: web.Request) -> web.Response:
     """Refuse a push in the clear; of a rightly signed one the owner reads why."""
-    if is_from_wechat(services, request):
+    if is_from_wechat(bot, request):
         words = "a push that is not encrypted was refused: is the console in 安全模式?"
-        warn_once(words, int(time.monotonic() // 60))
+        bot.warn(words)
     return web.Response(status=403)
 
 
-async def note_time(services: Services, timestamp: int) -> None:
+async def note_time(bot: Bot, timestamp: int) -> None:
     """Note when a push was signed; one that cannot be stored is taken all the same."""
     try:
-        await services.store.note_push(timestamp)
+        await bot.store.note_push(timestamp)
     except sqlite3.Error as error:
         log.error("newest timestamp not stored: %s", error)
 
 
 async def read_push(request: web.Request) -> Message | web.Response:
     """Return the message of a rightly signed push, or the response to anything else."""
-    services, encrypted = request.app[SERVICES], ""
-    if not services.cipher and not is_from_wechat(services, request):
+    bot, encrypted = request.app[BOT], ""
+    if not bot.cipher and not is_from_wechat(bot, request):
         return web.Response(status=403)
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -5449,19 +5347,19 @@ async def read_push(request: web.Request) -> Message | web.Response:
         body = b""  # torn or badly packed: nothing that can be read
     except web.HTTPRequestEntityTooLarge:
         # Too long to be opened; the plain signature still tells a stranger.
-        if services.cipher and not is_from_wechat(services, request):
+        if bot.cipher and not is_from_wechat(bot, request):
             return web.Response(status=403)
         raise
-    if services.cipher:
+    if bot.cipher:
         encrypted = parse_envelope(body)
         if not encrypted:
-            return refuse_plain(services, request)
-        if not is_from_wechat(services, request, encrypted):
+            return refuse_plain(bot, request)
+        if not is_from_wechat(bot, request, encrypted):
             return web.Response(status=403)
-    await note_time(services, int(request.query["timestamp"]))
+    await note_time(bot, int(request.query["timestamp"]))
     try:
-        if services.cipher:
-            body = services.cipher.open(encrypted)
+        if bot.cipher:
+            body = bot.cipher.open(encrypted)
         return parse_message(body)
     except BadMessage as error:
         log.warning("unreadable push: %s", error)
@@ -5470,12 +5368,13 @@ async def read_push(request: web.Request) -> Message | web.Response:
 
 async def receive_message(request: web.Request) -> web.StreamResponse:
     """Answer a push with a passive reply; a signed one never gets another status."""
-    services, arrived = request.app[SERVICES], asyncio.get_running_loop().time()
+    bot, arrived = request.app[BOT], asyncio.get_running_loop().time()
     try:
         message = await read_push(request)
         if isinstance(message, web.Response):
             return message
-        return await answer_attempt(request, take_attempt(services, message, arrived))
+        delivery, number = bot.deliver(message, arrived)
+        return await answer_request(request, delivery, number, arrived)
     except web.HTTPException:
         raise  # 413
     except Exception:
@@ -5497,87 +5396,85 @@ def html_response(page: Page, status: int = 200) -> web.Response:
     )
 
 
-def error_page(services: Services, status: int) -> web.Response:
+def error_page(bot: Bot, status: int) -> web.Response:
     """Return the page of an unknown (404) or expired (410) link."""
-    texts = services.texts
+    texts = bot.texts
     words = texts.page_expired if status == 410 else texts.page_missing
     return html_response(render_error(texts, words), status)
 
 
 async def find_linked(request: web.Request) -> Turn | web.Response:
     """Return the turn of a link, or the page that says why there is none."""
-    services = request.app[SERVICES]
-    turn = await services.store.turn_by_link(request.match_info["key"])
+    bot = request.app[BOT]
+    turn = await bot.store.turn_by_link(request.match_info["key"])
     if turn is None:
-        return error_page(services, 404)
-    hours = services.config.history.link_hours
+        return error_page(bot, 404)
+    hours = bot.config.history.link_hours
     if time.time() - turn.created_at > hours * 3600:
-        return error_page(services, 410)
+        return error_page(bot, 410)
     return turn
 
 
 async def answer_page(request: web.Request) -> web.Response:
     """Show one question and its answer, live while it is being written."""
-    services, turn = request.app[SERVICES], await find_linked(request)
+    bot, turn = request.app[BOT], await find_linked(request)
     if isinstance(turn, web.Response):
         return turn
-    answer = services.answers.answers.get(turn.id)
-    if answer:  # newer than what is stored
-        turn = replace(
-            turn, answer=answer.text, state=answer.state, reason=answer.reason
-        )
-    if turn.state == "open":
-        seconds = answer.age if answer else time.time() - turn.created_at
-        return html_response(render_live(services.texts, turn, seconds))
-    if subscriber := services.answers.subscribers.get(turn.openid):
-        subscriber.has_read(turn.id)
+    turn = bot.turns.get(turn.id, turn)  # newer than what is stored
+    if turn.is_open:
+        return html_response(render_live(bot.texts, turn))
+    if subscriber := bot.subscribers.get(turn.openid):
+        subscriber.to_mention.pop(turn.id, None)
     try:
-        await services.store.mark_read(turn.id)
+        await bot.store.mark_read(turn.id)
     except sqlite3.Error as error:  # a full disk does not keep people from reading
         log.error("%s not stored as read: %s", turn.name, error)
     # In a thread: the worst of answers takes most of a second, and pushes cannot wait.
-    return html_response(await asyncio.to_thread(render_answer, services.texts, turn))
+    return html_response(await asyncio.to_thread(render_answer, bot.texts, turn))
 
 
-async def follow(services: Services, answer: Answer, last: str) -> AsyncIterator[bytes]:
-    """Yield an answer's events from what the viewer has until it ends."""
+async def follow(bot: Bot, turn: Turn, last: str) -> AsyncIterator[bytes]:
+    """Yield an answer's events from what the viewer has until it ends.
+
+    `last` is the id of the newest event a viewer got: WRITING:OFFSET.
+    """
     writing, _, known = last.partition(":")
     offset = int(known) if re.fullmatch("[0-9]{1,9}", known) else 0
-    news = asyncio.Event()
-    answer.followers.add(news)
-    try:
-        while services.answers.closes_at is None:
-            news.clear()
-            if writing not in ("", answer.writing) or offset > len(answer.text):
-                offset = 0
-                yield sse_event({}, "reset", f"{answer.writing}:0")
-            writing = answer.writing
-            if delta := answer.text[offset:]:
-                offset += len(delta)
-                yield sse_event({"text": delta}, number=f"{writing}:{offset}")
-            if not answer.is_open:
-                yield sse_event({"state": answer.state}, "done")
-                return
-            if offset:
-                await asyncio.sleep(FOLLOW_SECONDS)  # several tokens, one event
-            until = asyncio.get_running_loop().time() + PING_SECONDS
-            if not await services.answers.wait_for(news, until):
-                yield b": ping\n\n"
-    finally:
-        answer.followers.discard(news)
+
+    def has_news() -> bool:
+        is_same = writing == turn.writing and offset == len(turn.answer)
+        return not (is_same and turn.is_open and bot.tasks.closes_at is None)
+
+    while bot.tasks.closes_at is None:
+        if writing not in ("", turn.writing) or offset > len(turn.answer):
+            offset = 0
+            yield sse_event({}, "reset", f"{turn.writing}:0")
+        writing = turn.writing
+        if delta := turn.answer[offset:]:
+            offset += len(delta)
+            yield sse_event({"text": delta}, number=f"{writing}:{offset}")
+        if not turn.is_open:
+            yield sse_event({"state": turn.state}, "done")
+            return
+        if offset:
+            await asyncio.sleep(FOLLOW_SECONDS)  # several tokens, one event
+        until = bot.tasks.loop.time() + PING_SECONDS
+        if not await bot.tasks.until(turn.deltas, has_news, until):
+            yield b": ping\n\n"
 
 
 async def answer_events(request: web.Request) -> web.StreamResponse:
     """Stream an answer as it is written; end with its final state."""
-    services, turn = request.app[SERVICES], await find_linked(request)
+    bot, turn = request.app[BOT], await find_linked(request)
     if isinstance(turn, web.Response):
         return turn
-    answer = services.answers.answers.get(turn.id)
-    if answer is None:
-        stored = await services.store.turn(turn.id)
-        if stored is None:  # deleted since its link was looked up
-            return error_page(services, 404)
-        answer = await Answer.stored(stored, Subscriber(stored.openid))
+    if turn.id in bot.turns:
+        turn = bot.turns[turn.id]
+    else:
+        stored = await bot.store.turn(turn.id)  # it may have ended meanwhile
+        if stored is None:  # or was deleted
+            return error_page(bot, 404)
+        turn = stored
     response = web.StreamResponse(
         headers={
             "Content-Type": "text/event-stream; charset=utf-8",
@@ -5588,7 +5485,7 @@ async def answer_events(request: web.Request) -> web.StreamResponse:
     with contextlib.suppress(ConnectionResetError):
         await response.prepare(request)
         last = request.headers.get("Last-Event-ID", "")
-        async for event in follow(services, answer, last):
+        async for event in follow(bot, turn, last):
             await response.write(event)
         await response.write_eof()
     return response
@@ -5602,29 +5499,29 @@ def number_in(request: web.Request, name: str) -> int | None:
 
 async def history_page(request: web.Request) -> web.Response:
     """Show a subscriber's history, newest first."""
-    services, key = request.app[SERVICES], request.match_info["key"]
-    owner = await services.store.history_owner(key)
+    bot, key = request.app[BOT], request.match_info["key"]
+    owner = await bot.store.history_owner(key)
     if owner is None:
-        return error_page(services, 404)
+        return error_page(bot, 404)
     openid, expires_at = owner
     if time.time() > expires_at:
-        return error_page(services, 410)
+        return error_page(bot, 410)
     only, below = number_in(request, "only"), number_in(request, "before")
     if only is not None:
-        turns = await services.store.turns_of(openid, only + 1, 1)
+        turns = await bot.store.turns_of(openid, only + 1, 1)
         turns = [turn for turn in turns if turn.id == only]
     else:
         below = 2**62 if below is None else below
-        turns = await services.store.turns_of(openid, below, HISTORY_COUNT + 1)
+        turns = await bot.store.turns_of(openid, below, HISTORY_COUNT + 1)
     older = f"?before={turns[HISTORY_COUNT - 1].id}" if turns[HISTORY_COUNT:] else ""
-    page = (services.texts, turns[:HISTORY_COUNT], older, only is None)
+    page = (bot.texts, turns[:HISTORY_COUNT], older, only is None)
     return html_response(await asyncio.to_thread(render_history, *page))
 
 
 async def health(request: web.Request) -> web.Response:
     """Say whether the database answers."""
     try:
-        await request.app[SERVICES].store.rows("SELECT 1")
+        await request.app[BOT].store.rows("SELECT 1")
     except sqlite3.Error as error:
         return web.json_response({"status": str(error)}, status=503)
     return web.json_response({"status": "ok"})
@@ -5654,7 +5551,7 @@ async def hide_server(request: web.Request, response: web.StreamResponse) -> Non
 
 
 # ---------------------------------------------------------------------------
-# 14. Application
+# 13. Application
 # ---------------------------------------------------------------------------
 
 
@@ -5718,32 +5615,26 @@ def make_blocked(config: Config) -> BlockedWords:
 
 
 @contextlib.asynccontextmanager
-async def open_services(config: Config) -> AsyncIterator[Services]:
+async def open_bot(config: Config) -> AsyncIterator[Bot]:
     """Open everything that lives as long as the process, closed in reverse order."""
     store = await open_store(config.database.path)
     try:
-        async with open_chat(config) as chat:
-            services = Services(
-                config,
-                store,
-                *chat,
-                Answers(config),
-                make_cipher(config),
-                make_blocked(config),
-            )
+        async with open_chat(config) as (chat, pictures):
+            blocked, cipher = make_blocked(config), make_cipher(config)
+            bot = Bot(config, store, chat, pictures, blocked, cipher)
             try:
-                yield services
+                yield bot
             finally:
-                await services.answers.close()
+                await bot.close()
     finally:
         await store.close()
 
 
-def make_app(services: Services) -> web.Application:
+def make_app(bot: Bot) -> web.Application:
     """Return the application with all its routes."""
     app = web.Application(client_max_size=BODY_BYTES)
-    app[SERVICES] = services
-    path = services.config.server.path.rstrip("/")
+    app[BOT] = bot
+    path = bot.config.server.path.rstrip("/")
     app.add_routes(
         [
             web.get(path, verify_url),
@@ -5808,14 +5699,14 @@ async def keep_watchdog(seconds: float) -> None:
         await asyncio.sleep(seconds)
 
 
-def start_upkeep(services: Services) -> None:
+def start_upkeep(bot: Bot) -> None:
     """Start what goes on beside the messages."""
-    works = [keep_saving(services), keep_pruning(services)]
+    works = [bot.keep_saving(), bot.keep_pruning()]
     if os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
         if seconds := float(os.environ.get("WATCHDOG_USEC", 0)) / 2e6:
             works.append(keep_watchdog(seconds))
     for work in works:
-        services.answers.start(work, "upkeep")
+        bot.tasks.start(work, "upkeep")
 
 
 async def hear_out(runner: web.AppRunner) -> None:
@@ -5827,12 +5718,11 @@ async def hear_out(runner: web.AppRunner) -> None:
 
 
 @contextlib.asynccontextmanager
-async def open_server(config: Config) -> AsyncIterator[tuple[Services, int]]:
-    """Serve inside the block; give the services and the port. Ends in order."""
-    async with open_services(config) as services:
-        answers = services.answers
+async def open_server(config: Config) -> AsyncIterator[tuple[Bot, int]]:
+    """Serve inside the block; give the bot and the port. Ends in order."""
+    async with open_bot(config) as bot:
         runner = web.AppRunner(
-            make_app(services),
+            make_app(bot),
             access_log=None,
             handler_cancellation=True,  # a hung-up request ends; its work is elsewhere
             # Twice so long for a client that does not read, and ten seconds in all.
@@ -5842,14 +5732,14 @@ async def open_server(config: Config) -> AsyncIterator[tuple[Services, int]]:
         try:
             listener = listen(config.server.host, config.server.port)
             site = web.SockSite(runner, listener, backlog=BACKLOG)
-            await resume_answers(services)  # before a retry can ask for one of them
+            await bot.resume_turns()  # before a retry can ask for one of them
             await site.start()
-            start_upkeep(services)
-            yield services, runner.addresses[0][1]
+            start_upkeep(bot)
+            yield bot, runner.addresses[0][1]
             await site.stop()
             await hear_out(runner)
         finally:
-            answers.shut(answers.loop.time() + GRACE_SECONDS - LINGER_SECONDS)
+            bot.shut(bot.tasks.loop.time() + GRACE_SECONDS - LINGER_SECONDS)
             await runner.cleanup()
 
 
@@ -5910,7 +5800,7 @@ async def run_server(config: Config) -> None:
 
 
 # ---------------------------------------------------------------------------
-# 15. The command line
+# 14. The command line
 #
 # What is not serving stands in owner/ and is loaded only when it is asked for: `check`
 # tries each thing that usually goes wrong, `stats` says who asked how much, `demo` lets

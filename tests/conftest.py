@@ -132,7 +132,7 @@ class Server:
     port: int
     wechat: WeChat = field(init=False)  # these two are open as long as `platform`
     http: aiohttp.ClientSession = field(init=False)
-    services: wxgpt.Services | None = None
+    bot: wxgpt.Bot | None = None
     process: asyncio.subprocess.Process | None = None
     log: list[str] = field(default_factory=list)
     posted: dict[int, asyncio.Event] = field(default_factory=dict)
@@ -246,9 +246,9 @@ async def serve(
             path.write_text(toml(merged(settings, changes)), "utf-8")
             config = wxgpt.load_config(path)
             opened = wxgpt.open_server(config)
-            services, port = await stack.enter_async_context(opened)
+            bot, port = await stack.enter_async_context(opened)
             server = await stack.enter_async_context(platform(port))
-            server.services = services
+            server.bot = bot
             return server
 
         yield start

@@ -145,7 +145,7 @@ async def page_of(server, upstream, script, question="给安看的"):
     """Ask; return the address of the answer's page, linked by the reply or not."""
     upstream.will(script)
     await server.ask(question)
-    [turn] = await server.services.store.turns_of(ANN, 2**62, 1)
+    [turn] = await server.bot.store.turns_of(ANN, 2**62, 1)
     return f"{server.url}/a/{turn.link_key}"
 
 
@@ -583,7 +583,7 @@ TURNS = """
 async def test_the_history_is_readable_at_a_glance(browse, server, upstream):
     """Days as headings, newest first; a long answer folded; a failed one marked."""
     await page_of(server, upstream, LONG, "头一个")
-    store = server.services.store
+    store = server.bot.store
     await store.rows("UPDATE turn SET created_at = created_at - 86400 * 2")
     await page_of(server, upstream, Script("", status=401), "没成的")
     page = await browse.open(await history_of(server))
@@ -623,7 +623,7 @@ async def test_a_folded_answer_opens_without_script(browse, server, upstream):
 
 async def test_older_exchanges_are_behind_a_link(browse, server):
     """Fifty on the first page, the rest behind it."""
-    await server.services.store.rows(TURNS, count=51, o=ANN, at=time.time())
+    await server.bot.store.rows(TURNS, count=51, o=ANN, at=time.time())
     page = await browse.open(await history_of(server))
     await expect(page.locator("article")).to_have_count(50)
     await page.get_by_role("link", name="更早的记录").click()
@@ -656,11 +656,11 @@ async def test_a_page_weighs_less_than_15_kb(server, upstream, gate):
 
 async def test_the_history_is_found_by_its_index(server):
     """No table is read through and nothing is sorted, whatever is in there."""
-    store, queries = server.services.store, []
+    store, queries = server.bot.store, []
     await store.db.set_trace_callback(queries.append)
     await store.turns_of(ANN, 2**62, 50)
     await store.db.set_trace_callback(None)
-    [query] = [query for query in queries if "FROM turn" in query]
+    [query] = [query for query in queries if "FROM exchange" in query]
     plan = [row[-1] for row in await store.rows(f"EXPLAIN QUERY PLAN {query}")]
     assert any("turn USING INDEX turn_by_openid" in step for step in plan)
     assert [step for step in plan if "SCAN" in step or "TEMP B-TREE" in step] == []

@@ -11,8 +11,7 @@ from waiting import within
 
 async def all_stored(server):
     """Wait until no answer is being written, and the end of each is stored."""
-    answers = server.services.answers.answers.values()
-    ended = asyncio.gather(*[answer.task for answer in answers])
+    ended = asyncio.gather(*[turn.task for turn in server.bot.turns.values()])
     await within(10, "end of the answers", ended)
 
 
@@ -34,7 +33,7 @@ def gate():
 @pytest.fixture
 def delete_after(server, gate, monkeypatch):
     """Let a method of the store return only when every exchange is deleted."""
-    store = server.services.store
+    store = server.bot.store
 
     def delete_after(name):
         method = getattr(store, name)
@@ -92,7 +91,7 @@ async def test_a_late_copy_of_its_message_is_met_with_silence(
     await server.wechat.deliver(push)
     await all_stored(server)
     database("DELETE FROM reply")  # as if it had not been decided before a restart
-    server.services.answers.deliveries.clear()
+    server.bot.deliveries.clear()
     delete_after("recall")
     assert (await server.wechat.attempt(push)).text is None
     assert (len(upstream.requests), database("SELECT * FROM turn")) == (1, [])

@@ -47,19 +47,19 @@ def question(number=1, asked=1):
 
 def reply(**values):
     """Return a decided reply."""
-    return wxgpt.Reply(f"{ANN} 1", ANN, "饺子", int(NOW), **values)
+    return wxgpt.Reply("饺子", int(NOW), **values)
 
 
-END = {"answer": "饺子", "chat_chars": 2, "state": "done", "reason": None}
-END |= {"finished_at": NOW, "model": "m", "tokens_in": 1, "tokens_out": 1}
-END |= {"seconds": 1.0, "first_seconds": 0.5}
-PART = wxgpt.Part(1, 1, 0)
+END = wxgpt.Ending("stop", "m", 1, 1)
+OWN, PART = wxgpt.Part(0, 1), wxgpt.Part(1, 1, 0)
 
 CALLS = {
     "recall": lambda s: s.recall(f"{ANN} 1", ANN, NOW),
-    "save_reply": lambda s: s.save_reply(reply(turn_id=1, delivered="1")),
+    "save_reply": lambda s: s.save_reply(f"{ANN} 1", ANN, reply(part=OWN, stop=2)),
     "save_reply with parts": lambda s: s.save_reply(
-        reply(turn_id=1, offered=wxgpt.Part(2, 1, 5), sent=PART, stop=5, read=1)
+        f"{ANN} 1",
+        ANN,
+        reply(part=PART, stop=5, offered=wxgpt.Part(2, 1, 5), mentions=1),
     ),
     "mark_delivered": lambda s: s.mark_delivered(1, "2"),
     "mark_read": lambda s: s.mark_read(1),
@@ -70,9 +70,9 @@ CALLS = {
     "add_turn": lambda s: s.add_turn(question(), 100, 2000),
     "questions_of_day": lambda s: s.questions_of_day(ANN, NOW),
     "count_asking": lambda s: s.count_asking(1),
-    "save_texts": lambda s: s.save_texts([(1, "饺"), (2, "面")]),
+    "save_texts": lambda s: s.save_texts([question(1), question(2)]),
     "begin_anew": lambda s: s.begin_anew(1),
-    "finish_turn": lambda s: s.finish_turn(1, END),
+    "finish_turn": lambda s: s.finish_turn(question(), END),
     "history": lambda s: s.history(question(), 12000),
     "turn": lambda s: s.turn(1),
     "turn_by_link": lambda s: s.turn_by_link("link1"),

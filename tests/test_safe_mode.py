@@ -210,7 +210,7 @@ async def open_safe(serve):
         async def start(**changes):
             served = await serve(**merged({"wechat": SAFE}, changes))
             server = await stack.enter_async_context(platform(served.port, **SAFE))
-            server.services = served.services
+            server.bot = served.bot
             return server
 
         yield start
@@ -397,7 +397,6 @@ async def test_a_stale_push_is_refused(serve, stored, caplog, mode):
 @pytest.mark.parametrize("mode", [{}, SAFE], ids=["plain", "safe"])
 async def test_a_clock_of_ours_that_is_off_refuses_nobody(serve, caplog, mode):
     """Pushes of another day that agree among themselves are taken; one warning."""
-    wxgpt.warn_once.cache_clear()
     served, then = await serve(wechat=mode), int(time.time()) + 86400
     async with platform(served.port, **mode) as server:
         for seconds in range(3):
@@ -418,7 +417,6 @@ async def test_a_verification_makes_no_push_stale(serve, caplog):
 
 async def test_a_push_in_the_clear_is_told_in_the_log(serve, caplog):
     """In safe mode it is refused, and the owner reads why; a stranger's leaves no line."""
-    wxgpt.warn_once.cache_clear()
     served = await serve(wechat=SAFE)
     async with platform(served.port) as server:
         push = server.wechat.text(ANN, "/chatgpt")

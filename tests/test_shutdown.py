@@ -161,10 +161,10 @@ async def test_a_wait_that_ends_with_the_shutdown_is_answered(serve, upstream):
     push = server.wechat.text(ANN, "/chatgpt 问")
     waiting = asyncio.create_task(server.wechat.attempt(push))
     await upstream.arrival("问")
-    answers, loop = server.services.answers, asyncio.get_running_loop()
-    [at] = {wait.when() for wait in answers.waits}
+    tasks, loop = server.bot.tasks, asyncio.get_running_loop()
+    [at] = {timer.when() for timer in tasks.waits.values()}
     shutting = loop.create_future()
-    loop.call_at(at, lambda: shutting.set_result(answers.shut(at)))
+    loop.call_at(at, lambda: shutting.set_result(tasks.shut(at)))
     await within(30, "moment of the shutdown", shutting)
     assert (await waiting).text.startswith("到这里为止。")
 
