@@ -141,12 +141,12 @@ TROUBLES = (
         "look at {api_key}: is it a key of {url}?",
     ),
     (
-        r"status (3..|404|405)|InvalidURL|not JSON|not an object",
+        r"status (3..|404|405)|InvalidURL|not JSON",
         "URL: no chat API at {url}: {detail}",
         "look at {way}: it ends with the version, as in https://api.openai.com/v1",
     ),
     (
-        r"without an end",
+        r"ended early",
         "stream: {detail}",
         "is there a chat API at {url}? Or does a gateway cut streams?",
     ),
@@ -351,9 +351,6 @@ class Doctor:
                 else:
                     first, text = first or time.monotonic() - began, text + item
         except ChatError as error:
-            if error.after == 0.0:  # a field was refused; questions go on without it
-                await self.check_assistant(name, client)
-                return
             self.say("fail", f"assistant {name}", *self.diagnose(name, error))
             return
         self.say_speed(name, first, tokens, len(text))
