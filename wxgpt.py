@@ -3459,15 +3459,17 @@ class ChatClient:
         loop = asyncio.get_running_loop()
         first = loop.time() + self.settings.first_token_timeout
         try:
-            async with asyncio.timeout_at(min(end, first)) as limit:
-                async with await self.post(messages) as response:
-                    async for item in self.read(response, limit, end):
-                        yield item
+            async with (
+                asyncio.timeout_at(min(end, first)) as limit,
+                await self.post(messages) as response,
+            ):
+                async for item in self.read(response, limit, end):
+                    yield item
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise ChatError("unreachable", str(error), is_retryable=True) from error
         except TimeoutError as error:
-            is_early = loop.time() < end
-            raise ChatError("slow", "time limit", is_retryable=is_early) from error
+            is_time_left = loop.time() < end
+            raise ChatError("slow", "time limit", is_retryable=is_time_left) from error
         except (aiohttp.ClientError, ConnectionError) as error:
             # Not its message, which may quote the answer.
             name = type(error).__name__
@@ -3510,7 +3512,7 @@ class ChatClient:
         yield completion.ending()
 
 
-PICTURE_BYTES = 4 * 1024 * 1024  # providers refuse much larger ones
+PICTURE_BYTES = 4 * 1024 * 1024  # a third more in a request, as base64
 PICTURE_FETCHES = 3  # at the same time, for all subscribers
 PICTURE_TIMEOUT = 20  # seconds for one picture
 MAGIC = {

@@ -308,7 +308,7 @@ def test_the_words_of_a_provider_are_kept_apart_from_the_log_line():
     ids=str,
 )
 def test_an_error_says_whether_and_when_to_ask_again(headers, wait):
-    """A wish of the provider is one thing, its hope another."""
+    """Whether that may help is one thing, how long to wait first another."""
     error = error_in(refusal(503, **headers))
     assert (error.is_retryable, error.retry_in) == wait
 
