@@ -135,11 +135,6 @@ BODY_BYTES = 64 * 1024  # far above the largest push
 SIGNATURE_SECONDS = 600  # how far a push's timestamp may be off
 GRACE_SECONDS = 4.0  # what running answers get at a shutdown
 LINGER_SECONDS = 0.25  # of it; who was let in last sends its request meanwhile
-RETRY_PAUSES = (0.5, 1.0)  # seconds before a question is asked again
-RETRY_AFTER_SECONDS = 120  # an upstream that asks for a longer wait is not asked again
-PICTURE_BYTES = 4 * 1024 * 1024
-PICTURE_FETCHES = 3  # at one time
-PICTURE_TIMEOUT = 20  # seconds to fetch one
 BACKLOG = 1024  # connections that wait while the process is replaced
 SD_FIRST_DESCRIPTOR = 3  # sd_listen_fds(3)
 BEIJING = datetime.timezone(datetime.timedelta(hours=8))
@@ -3320,48 +3315,68 @@ async def open_store(path: str) -> Store:
 # ---------------------------------------------------------------------------
 # 8. Chat API
 #
-# POST {base_url}/chat/completions, streamed. Providers differ in small things: read
-# every field with care, and take only a finish_reason or [DONE] for the end, since a
-# connection that closes in mid-answer raises nothing.
+# POST {base_url}/chat/completions, streamed. Providers differ in many small things, so
+# each field of their JSON is checked before it is used. Only a finish_reason or [DONE]
+# ends an answer: a connection that closes halfway raises nothing.
 # ---------------------------------------------------------------------------
 
 
+@dataclass(eq=False, repr=False)
 class ChatError(Exception):
-    """A failed answer: the kind chooses the sentence, the detail is for the log."""
+    """A failed answer: its kind selects the text that the subscriber gets.
 
-    def __init__(
-        self, kind: str, detail: str, passing: bool = False, after: float | None = None
-    ) -> None:
-        super().__init__(f"{kind}: {detail}")
-        # slow, unreachable, busy, setup, refused, long, blind, picture, empty, broken
-        self.kind = kind
-        self.passing = passing  # asking again may help
-        self.after = after  # seconds the upstream asks to wait before
-        self.parameter = ""  # a field of the request that the upstream refuses
-        self.words = ""  # the upstream's, for `check` only
+    As a string it is fit for the log: it quotes neither provider nor subscriber.
+    """
+
+    # slow, unreachable, busy, setup, refused, long, blind, picture, empty, broken
+    kind: str
+    detail: str  # for the log
+    is_retryable: bool = False  # asking again may help
+    retry_in: float | None = None  # seconds the provider wants us to wait, if it says
+    status: int | None = None  # of the response, None if there was none
+    code: str = ""  # the provider's code for the failure, or else its type
+    words: str = ""  # its message, for `check` only: may repeat the key or a question
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.detail}"
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # frozen=True would refuse __traceback__, too, which contextlib sets.
+        if name in vars(self):
+            raise AttributeError(f"{name} of an error cannot be changed")
+        super().__setattr__(name, value)
+
+
+@dataclass(eq=False, repr=False)
+class FieldRefused(ChatError):
+    """The provider does not accept a field of the request."""
+
+    field: str = ""
+
+
+EVENT_BYTES = 1 << 20  # more in one event would only fill the memory
 
 
 class EventDecoder:
-    """Event-stream payloads out of bytes in any pieces, as the HTML standard parses.
+    """Parses an event stream as the HTML standard does, from chunks of any size.
 
-    But for a byte order mark at the beginning, which no chat API was seen to send.
+    It ignores the byte order mark: no chat API is known to send one.
     """
 
-    def __init__(self, limit: int = 1 << 20) -> None:
-        self.rest = b""  # of a line that is not complete
-        self.data: list[bytes] = []  # of an event that is not complete
-        self.size = 0  # its bytes
-        self.limit = limit
+    def __init__(self) -> None:
+        self.line = b""  # the unfinished line
+        self.data: list[bytes] = []  # the data lines of the unfinished event
+        self.size = 0  # their bytes
         self.after_cr = False  # a LF that comes next belongs to the CR before
 
     def feed(self, chunk: bytes) -> list[str]:
-        """Return the payloads that are complete with this chunk; raise ChatError."""
+        """Return the payloads that this chunk completes; raise ChatError."""
         if self.after_cr and chunk[:1] == b"\n":
             chunk = chunk[1:]
-        text = self.rest + chunk
+        text = self.line + chunk
         self.after_cr = text.endswith(b"\r")
         lines = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-        self.rest = lines.pop()
+        self.line = lines.pop()
         payloads = []
         for line in lines:
             if line.startswith(b"data:") or line == b"data":
@@ -3370,20 +3385,20 @@ class EventDecoder:
             elif not line and self.data:
                 payloads.append(b"\n".join(self.data).decode("utf-8", "replace"))
                 self.data, self.size = [], 0
-        if len(self.rest) + self.size > self.limit:
+        if len(self.line) + self.size > EVENT_BYTES:
             raise ChatError("broken", "an event of the stream is longer than 1 MiB")
         return payloads
 
 
 class ThoughtFilter:
-    """Leaves out `<think>…</think>` at the beginning of an answer, in any pieces."""
+    """Removes `<think>…</think>` from the start of an answer, however it is split."""
 
     def __init__(self) -> None:
-        self.held = ""  # what may still turn out to be a thought
+        self.held = ""  # text that may still turn out to be a thought
         self.state = "start"
 
     def feed(self, delta: str) -> str:
-        """Return what of the text so far is visible and was not returned before."""
+        """Return the text that is now known to be visible."""
         if self.state == "answer":
             return delta
         self.held = (self.held + delta).lstrip()
@@ -3399,16 +3414,16 @@ class ThoughtFilter:
         if after.strip():
             self.state = "answer"
             return after.lstrip()
-        # Of a thought only what may be the beginning of its end is kept.
+        # Of a thought, keep only what may be the start of its closing tag.
         self.held = end or self.held[-len("</think>") :]
         return ""
 
     def flush(self) -> str:
-        """Return what was held back at the end: a thought never closed is no answer."""
+        """Return the text still held at the end; an unclosed thought is not shown."""
         return self.held if self.state == "start" else ""
 
 
-# What providers say in the code, type or message of an error, and what it means here.
+# What an error means, by the first pattern that its code, type or message contains.
 MEANINGS = (
     ("long", r"context_(length|size)|context ?window|maximum context|code=1261\b"),
     ("long", r"model token limit|available context"),
@@ -3419,12 +3434,24 @@ MEANINGS = (
     ("setup", r"arrearage|code=1113\b"),
     ("setup", r"model_not_found|无可用渠道"),
 )
-REFUSED_PARAMETER = r"unsupported_parameter|unsupported_value|unknown_parameter"
-WORD = re.compile(r"[A-Za-z0-9_.:\[\]-]{1,64}")  # more may be what somebody wrote
+FIELD_REFUSED = r"unsupported_parameter|unsupported_value|unknown_parameter"
+# A code or an id. Anything longer or with blanks may be what a subscriber wrote.
+WORD = re.compile(r"[A-Za-z0-9_.:\[\]-]{1,64}")
+RETRY_AFTER_SECONDS = 120  # nobody waits longer: then the question has failed
+
+
+def kind_of(status: int, text: str) -> str:
+    """Return the kind of an error by its status, and by its code, type and message."""
+    for kind, pattern in MEANINGS:
+        if re.search(pattern, text, re.IGNORECASE):
+            return kind
+    if status in (408, 409, 429) or status >= 500:
+        return "busy"
+    return "broken" if status == 200 else "setup"
 
 
 def retry_after(headers: typing.Mapping[str, str]) -> float | None:
-    """Return how many seconds the upstream asks to wait, None if it does not say."""
+    """Return how many seconds the provider wants us to wait, None if it names none."""
     text, seconds = headers.get("retry-after", ""), 0.0
     with contextlib.suppress(ValueError, OverflowError):
         seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
@@ -3435,102 +3462,76 @@ def retry_after(headers: typing.Mapping[str, str]) -> float | None:
     return seconds if seconds > 0 else None  # nor is NaN
 
 
-def error_of(
-    status: int, body: object, headers: typing.Mapping[str, str] = {}
+def make_error(
+    status: int, body: object, headers: typing.Mapping[str, str]
 ) -> ChatError:
-    """Return the error that a status and a body mean; the words may be of any shape."""
+    """Return the error that a response means; its body may have any shape."""
     error = body.get("error") or body if isinstance(body, dict) else body
     error = error if isinstance(error, dict) else {"message": error}
     message = str(error.get("message") or error.get("detail") or "")[:300]
-    words = {name: str(error.get(name) or "") for name in ("code", "type", "param")}
-    words = {name: word for name, word in words.items() if WORD.fullmatch(word)}
-    known = " ".join(f"{name}={word}" for name, word in words.items())
-    if status == 200 and re.fullmatch("[45][0-9]{2}", words.get("code", "")):
-        status = int(words["code"])  # a gateway tells what it met behind itself
-    kind = "busy" if status in (408, 409, 429) or status >= 500 else "setup"
-    kind = "broken" if status == 200 else kind
-    for meaning, pattern in MEANINGS:
-        if re.search(pattern, f"{known} {message}", re.IGNORECASE):
-            kind = meaning
-            break
-    # The message is not logged: it may repeat the key, or what was asked.
-    request_id = WORD.match(headers.get("x-request-id", "")) or ["-"]
-    detail = f"status {status} {known} request {request_id[0]}"
-    result = ChatError(kind, detail, kind in ("busy", "broken"), retry_after(headers))
-    result.words = message
-    if result.after is not None and result.after > RETRY_AFTER_SECONDS:
-        result.passing, result.after = False, None
+    names = {name: str(error.get(name) or "") for name in ("code", "type", "param")}
+    names = {name: word for name, word in names.items() if WORD.fullmatch(word)}
+    code, param = names.get("code", ""), names.get("param", "")
+    if status == 200 and re.fullmatch("[45][0-9]{2}", code):
+        status = int(code)  # a gateway passes on the status that it received
+    if code in ("", str(status)):  # which says nothing more
+        code = names.get("type", "")
+    summary = " ".join(f"{name}={word}" for name, word in names.items())
+    kind = kind_of(status, f"{summary} {message}")
+    is_retryable, retry_in = kind in ("busy", "broken"), retry_after(headers)
+    if retry_in is not None and retry_in > RETRY_AFTER_SECONDS:
+        is_retryable, retry_in = False, None
     if headers.get("x-should-retry") in ("true", "false"):
-        result.passing = headers["x-should-retry"] == "true"
-    if re.search(REFUSED_PARAMETER, known):
-        result.parameter = words.get("param", "")
-    return result
+        is_retryable = headers["x-should-retry"] == "true"
+    request_id = WORD.match(headers.get("x-request-id", ""))
+    detail = f"status {status} {summary} request {request_id[0] if request_id else '-'}"
+    known = (kind, detail, is_retryable, retry_in, status, code)
+    if param and re.search(FIELD_REFUSED, summary):
+        return FieldRefused(*known, words=message, field=param.partition(".")[0])
+    return ChatError(*known, words=message)  # by name: args are in its repr
 
 
 def read_event(payload: str) -> dict:
-    """Return the JSON object of one event; raise ChatError, also for an error in it."""
+    """Return the JSON object of an event; raise ChatError, also for an error in it."""
     try:
         event = json.loads(payload)
-    except (ValueError, RecursionError):
-        raise ChatError("broken", "an event is not JSON", True) from None
-    if not isinstance(event, dict):
-        raise ChatError("broken", "an event is not an object", True)
+        if not isinstance(event, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        raise ChatError("broken", "an event is not JSON", is_retryable=True) from error
     if event.get("error") or event.get("object") == "error":
-        raise error_of(200, event)
+        raise make_error(200, event, {})
     return event
 
 
-def first_choice(event: dict) -> dict:
-    """Return the first choice of an event, or an empty one."""
-    choices = event.get("choices")
-    first = choices[0] if isinstance(choices, list) and choices else None
-    return first if isinstance(first, dict) else {}
+def as_dict(value: object) -> dict:
+    """Return a value if it is a dict, otherwise an empty one."""
+    return value if isinstance(value, dict) else {}
 
 
-def visible_text(part: object) -> str:
-    """Return the text of a delta or message; hidden reasoning is in other fields."""
-    if not isinstance(part, dict):
-        return ""
-    text = part.get("content") or part.get("refusal")
-    return text if isinstance(text, str) else ""
-
-
-def is_thinking(delta: object) -> bool:
-    """Say whether a delta has hidden reasoning."""
-    names = ("reasoning_content", "reasoning")
-    return isinstance(delta, dict) and any(delta.get(name) for name in names)
-
-
-def make_ending(reason: str, model: object, usage: object) -> Ending:
-    """Return the Ending of the loosely typed values of a stream."""
-    usage = usage if isinstance(usage, dict) else {}
-    tokens = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-    is_count = [isinstance(n, int) and 0 <= n < 2**31 for n in tokens]
-    given, taken = (
-        n if fits else None for n, fits in zip(tokens, is_count, strict=True)
-    )
-    reason = reason if WORD.fullmatch(reason) else "odd"
-    return Ending(reason, ILLEGAL.sub("", str(model)[:100]), given, taken)
+def as_count(value: object) -> int | None:
+    """Return a value if it is a number that the database can hold, otherwise None."""
+    return value if isinstance(value, int) and 0 <= value < 2**31 else None
 
 
 class Completion:
-    """What a stream has said so far; fed with its bytes in any pieces."""
+    """Everything a stream has said so far; fed with its chunks."""
 
     def __init__(self, model: str) -> None:
         self.decoder = EventDecoder()
         self.thoughts = ThoughtFilter()
-        self.reason = ""  # why the text ended, once it has
-        self.names_reasons = False  # the upstream has a field for it
+        self.reason = ""  # the finish_reason; empty while the answer goes on
+        self.reason_when_done = "stop"  # the reason if [DONE] comes without one
         self.usage: object = {}
         self.model: object = model
-        self.is_alive = False  # the newest piece had text or hidden reasoning
-        self.is_over = False  # nothing more is to come
-        self.error: ChatError | None = None  # raised when the text before is shown
+        self.has_progress = False  # the last chunk had text or hidden reasoning
+        self.is_over = False  # [DONE] was read
+        self.error: ChatError | None = None  # to be raised behind the text before it
 
     def feed(self, chunk: bytes) -> str:
-        """Return the visible text of a piece; what is wrong in it is in `error`."""
+        """Return the visible text of a chunk; set `error` if something is wrong."""
         texts: list[str] = []
-        self.is_alive = False
+        self.has_progress = False
         try:
             for payload in self.decoder.feed(chunk):
                 texts.append(self.read(payload))
@@ -3538,103 +3539,75 @@ class Completion:
             self.error = error
         return "".join(texts)
 
-    def read(self, payload: str) -> str:
-        """Return the visible text of an event; behind the reason only usage counts."""
+    def read(self, payload: str, part: str = "delta") -> str:
+        """Return the visible text of an event; raise ChatError."""
         if payload.strip() == "[DONE]":
-            # llama.cpp's server ends an answer so when it turns to another.
-            missing = "length" if self.names_reasons else "stop"
-            self.reason, self.is_over = self.reason or missing, True
+            self.reason = self.reason or self.reason_when_done
+            self.is_over = True
         if self.is_over:
             return ""
         event = read_event(payload)
         self.usage = event.get("usage") or self.usage
-        if self.reason:
+        if self.reason:  # only usage follows
             return ""
         self.model = event.get("model") or self.model
-        choice = first_choice(event)
-        text = visible_text(choice.get("delta"))
-        self.is_alive = self.is_alive or bool(text) or is_thinking(choice.get("delta"))
-        self.names_reasons |= "finish_reason" in choice
-        self.reason = str(choice.get("finish_reason") or "")
+        choices = event.get("choices")
+        choice = as_dict(choices[0] if isinstance(choices, list) and choices else None)
+        if "finish_reason" in choice:
+            self.reason = str(choice["finish_reason"] or "")
+            # Null until [DONE]: llama.cpp's server does so when it drops an answer.
+            self.reason_when_done = "length"
+        delta = as_dict(choice.get(part))
+        text = delta.get("content") or delta.get("refusal")
+        text = text if isinstance(text, str) else ""
+        if text or delta.get("reasoning_content") or delta.get("reasoning"):
+            self.has_progress = True
         return self.thoughts.feed(text)
 
     def ending(self) -> Ending:
-        """Return how it ended."""
-        return make_ending(self.reason, self.model, self.usage)
+        """Return how the answer ended."""
+        usage = as_dict(self.usage)
+        return Ending(
+            self.reason if WORD.fullmatch(self.reason) else "odd",
+            ILLEGAL.sub("", str(self.model)[:100]),
+            as_count(usage.get("prompt_tokens")),
+            as_count(usage.get("completion_tokens")),
+        )
 
 
-async def read_body(response: aiohttp.ClientResponse, limit: int) -> str:
-    """Return at most `limit` bytes of a body as text."""
+async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    """Return a body, cut after `limit` bytes."""
     body = b""
     async for chunk in response.content.iter_any():
         body += chunk
         if len(body) >= limit:
             break
-    return body[:limit].decode("utf-8", "replace")
+    return body[:limit]
+
+
+ERROR_BYTES = 64 * 1024  # it may be a web page, which says all in its first lines
+ERROR_SECONDS = 2  # for its body: the status alone says most
 
 
 async def read_error(response: aiohttp.ClientResponse) -> ChatError:
-    """Return the error of a response that is not a 200; its body gets two seconds."""
+    """Return the error that a response other than a 200 means."""
     text = ""
     with contextlib.suppress(TimeoutError, aiohttp.ClientError, ConnectionError):
-        async with asyncio.timeout(2):
-            text = await read_body(response, BODY_BYTES)
+        async with asyncio.timeout(ERROR_SECONDS):
+            text = (await read_body(response, ERROR_BYTES)).decode("utf-8", "replace")
     try:
         body = json.loads(text)
     except (ValueError, RecursionError):
         body = re.sub(r"<[^>]*>|\s+", " ", text).strip()
-    return error_of(response.status, body, response.headers)
+    return make_error(response.status, body, response.headers)
 
 
-ANSWER_CHARS = 200_000  # an answer that goes on and on is ended there
-
-
-async def read_unstreamed(
-    response: aiohttp.ClientResponse,
-) -> AsyncIterator[str | Ending]:
-    """Yield the answer of a server that does not stream; raise ChatError."""
-    event = read_event(await read_body(response, 8 * ANSWER_CHARS))
-    choice = first_choice(event)
-    thoughts = ThoughtFilter()
-    if text := thoughts.feed(visible_text(choice.get("message"))) + thoughts.flush():
-        yield text
-    reason = str(choice.get("finish_reason") or "stop")
-    yield make_ending(reason, event.get("model"), event.get("usage"))
-
-
-async def read_usage(content: aiohttp.StreamReader, completion: Completion) -> None:
-    """Read the usage behind a finish_reason; it gets two seconds to come."""
-    with contextlib.suppress(TimeoutError, aiohttp.ClientError, ConnectionError):
-        async with asyncio.timeout(2):
-            while not (completion.is_over or completion.error):
-                chunk = await content.readany()
-                completion.feed(chunk)
-                completion.is_over = completion.is_over or not chunk
-
-
-class Deadline:
-    """The time limits of one answer: to the first token, between tokens, in all."""
-
-    def __init__(self, settings: AssistantSettings, end: float) -> None:
-        self.idle = settings.idle_timeout
-        self.end = end  # loop's clock
-        first = asyncio.get_running_loop().time() + settings.first_token_timeout
-        self.timeout = asyncio.timeout_at(min(end, first))
-        self.moved_at = -1e9  # loop's clock; a timer for every token costs too much
-
-    def extend(self) -> None:
-        """Let the idle time begin again: the model is at work.
-
-        It lasts up to a tenth longer, so that the timer is seldom moved.
-        """
-        now = asyncio.get_running_loop().time()
-        if now - self.moved_at >= 0.1 * self.idle:
-            self.moved_at = now
-            self.timeout.reschedule(min(self.end, now + 1.1 * self.idle))
+ANSWER_CHARS = 200_000  # an answer that goes on and on is cut there
+USAGE_SECONDS = 2  # how long a complete answer waits for its usage
 
 
 class ChatClient:
-    """One assistant's chat API. Holds no connection; any number may stream."""
+    """One assistant's chat API. Any number of answers may stream at the same time."""
 
     def __init__(
         self, settings: AssistantSettings, http: aiohttp.ClientSession
@@ -3643,10 +3616,10 @@ class ChatClient:
         self.http = http
         base = settings.base_url.strip().rstrip("/").removesuffix("/chat/completions")
         self.url = f"{base}/chat/completions"
-        self.refused: set[str] = set()  # fields that the upstream does not take
+        self.refused: set[str] = set()  # fields that the provider does not accept
 
     def request_body(self, messages: list[dict]) -> dict:
-        """Return the request's JSON, without the fields that were refused before."""
+        """Return the JSON of a request, without the fields refused before."""
         body = {"model": self.settings.model, "messages": messages, "stream": True}
         body["stream_options"] = {"include_usage": True}
         if self.settings.model == DEFAULT_MODEL:
@@ -3655,85 +3628,101 @@ class ChatClient:
         body |= self.settings.extra
         return {name: value for name, value in body.items() if name not in self.refused}
 
-    def learn(self, error: ChatError, left_out: set[str]) -> None:
-        """Leave out a field that was refused from now on, and let the question pass.
+    async def post(self, messages: list[dict]) -> aiohttp.ClientResponse:
+        """Return the response to a question, to be closed; raise ChatError.
 
-        `left_out` is what the request went without: refused all the same, it is no use.
+        An optional field that the provider refuses is left out from then on.
         """
-        name = error.parameter.partition(".")[0]
         optional = {*self.settings.extra, "stream_options", "reasoning_effort"}
-        if name not in optional - left_out:
-            return
-        error.passing, error.after = True, 0.0
-        if name not in self.refused:
-            self.refused.add(name)
-            log.warning("%s refuses %s, asked without it from now on", self.url, name)
+        while True:
+            body = self.request_body(messages)
+            response = await self.http.post(
+                self.url,
+                json=body,
+                headers={"Authorization": f"Bearer {self.settings.api_key.strip()}"},
+                proxy=self.settings.proxy or None,
+                allow_redirects=False,
+            )
+            if response.status == 200:
+                return response
+            async with response:
+                error = await read_error(response)
+            if not (
+                isinstance(error, FieldRefused)
+                and error.field in optional
+                and error.field in body
+            ):
+                raise error
+            if error.field not in self.refused:  # else another question found it out
+                self.refused.add(error.field)
+                log.warning("%s refuses %s: no longer sent", self.url, error.field)
 
     async def stream(
         self, messages: list[dict], end: float
     ) -> AsyncGenerator[str | Ending, None]:
         """Yield the visible deltas, then the Ending, before `end`; raise ChatError.
 
-        Leaving the iterator early closes the connection and ends the upstream's work.
+        Leaving the iterator early closes the connection, which stops the provider.
         """
-        deadline, left_out = Deadline(self.settings, end), set(self.refused)
+        loop = asyncio.get_running_loop()
+        first = loop.time() + self.settings.first_token_timeout
         try:
-            async with deadline.timeout, self.post(messages) as response:
-                async for item in self.read(response, deadline):
+            async with (
+                asyncio.timeout_at(min(end, first)) as limit,
+                await self.post(messages) as response,
+            ):
+                async for item in self.read(response, limit, end):
                     yield item
-        except ChatError as error:
-            self.learn(error, left_out)
-            raise
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            raise ChatError("unreachable", str(error), True) from None
-        except TimeoutError:
-            is_left = asyncio.get_running_loop().time() < end  # to ask again
-            raise ChatError("slow", "time limit", is_left) from None
+            raise ChatError("unreachable", str(error), is_retryable=True) from error
+        except TimeoutError as error:
+            is_time_left = loop.time() < end
+            raise ChatError("slow", "time limit", is_retryable=is_time_left) from error
         except (aiohttp.ClientError, ConnectionError) as error:
-            # Its words may quote the answer.
-            raise ChatError("broken", type(error).__name__, True) from None
-
-    def post(self, messages: list[dict]) -> typing.Any:
-        """Return the request as a context manager."""
-        return self.http.post(
-            self.url,
-            json=self.request_body(messages),
-            headers={"Authorization": f"Bearer {self.settings.api_key.strip()}"},
-            proxy=self.settings.proxy or None,
-            allow_redirects=False,
-        )
+            # Not its message, which may quote the answer.
+            name = type(error).__name__
+            raise ChatError("broken", name, is_retryable=True) from error
 
     async def read(
-        self, response: aiohttp.ClientResponse, deadline: Deadline
+        self, response: aiohttp.ClientResponse, limit: asyncio.Timeout, end: float
     ) -> AsyncIterator[str | Ending]:
         """Yield a response's visible deltas and its Ending; raise ChatError."""
-        if response.status != 200:
-            raise await read_error(response)
-        if response.content_type == "application/json":
-            async for item in read_unstreamed(response):
-                yield item
-            return
         completion, chunk = Completion(self.settings.model), b"\n"
+        if response.content_type == "application/json":
+            # A server that does not stream sends one event, with all of the message.
+            body = await read_body(response, 8 * ANSWER_CHARS)
+            text = completion.read(body.decode("utf-8", "replace"), "message")
+            completion.reason, completion.is_over = completion.reason or "stop", True
+            if text:
+                yield text
+        loop, idle = asyncio.get_running_loop(), self.settings.idle_timeout
         while chunk and not completion.reason:
             chunk = await response.content.readany()
             # Some servers omit the blank line behind the last event.
             text = completion.feed(chunk or b"\n\n")
-            if completion.is_alive:
-                deadline.extend()
+            if completion.has_progress:
+                limit.reschedule(min(end, loop.time() + idle))
             if text:
                 yield text
             if completion.error and not completion.reason:
                 raise completion.error
         if not completion.reason:
-            raise ChatError("broken", "the stream ended without an end", True)
-        deadline.timeout.reschedule(None)  # the answer is whole
-        if not completion.is_over:
-            await read_usage(response.content, completion)
+            raise ChatError("broken", "the stream ended early", is_retryable=True)
+        # The answer is complete, whatever happens while its usage is awaited.
+        limit.reschedule(None)
+        with contextlib.suppress(TimeoutError, aiohttp.ClientError, ConnectionError):
+            async with asyncio.timeout(USAGE_SECONDS):
+                while chunk and not completion.is_over and not completion.error:
+                    chunk = await response.content.readany()
+                    completion.feed(chunk)
         if text := completion.thoughts.flush():
             yield text
         yield completion.ending()
 
 
+PICTURE_BYTES = 4 * 1024 * 1024  # a third more in a request, as base64
+PICTURE_FETCHES = 3  # at the same time, for all subscribers
+PICTURE_TIMEOUT = 20  # seconds for one picture
 MAGIC = {
     "image/jpeg": rb"\xff\xd8\xff",
     "image/png": rb"\x89PNG\r\n\x1a\n",
@@ -3743,7 +3732,7 @@ MAGIC = {
 
 
 class Pictures:
-    """Fetches what subscribers sent, from WeChat's hosts only, a few at one time."""
+    """Fetches subscribers' pictures, from WeChat's hosts only, a few at a time."""
 
     def __init__(self, hosts: tuple[str, ...], http: aiohttp.ClientSession) -> None:
         self.hosts, self.http = hosts, http
@@ -3752,19 +3741,19 @@ class Pictures:
     async def fetch(self, url: str) -> str:
         """Return a picture as a data URL; raise ChatError.
 
-        Inlined since the upstream may not reach WeChat's hosts.
+        Its own URL would not do: a provider abroad may not reach WeChat's hosts.
         """
         try:
-            parts = urllib.parse.urlsplit(url)
-            if (
-                parts.scheme not in ("http", "https")
-                or parts.hostname not in self.hosts
-            ):
+            target = urllib.parse.urlsplit(url)
+            is_web = target.scheme in ("http", "https")
+            if not is_web or target.hostname not in self.hosts:
                 raise ChatError("picture", "its host is not in picture_hosts")
             async with self.slots, asyncio.timeout(PICTURE_TIMEOUT):
                 body = await self.read(url)
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise ChatError("picture", f"not fetched: {type(error).__name__}") from None
+            # Not its message, which may have the URL.
+            name = type(error).__name__
+            raise ChatError("picture", f"not fetched: {name}") from error
         for kind, magic in MAGIC.items():
             if re.match(magic, body, re.DOTALL):
                 return f"data:{kind};base64,{base64.b64encode(body).decode()}"
@@ -3775,12 +3764,10 @@ class Pictures:
         async with self.http.get(url, allow_redirects=False) as response:
             if response.status != 200:
                 raise ChatError("picture", f"status {response.status}")
-            body = b""
-            async for chunk in response.content.iter_any():
-                body += chunk
-                if len(body) > PICTURE_BYTES:
-                    raise ChatError("picture", "larger than 4 MB")
-            return body
+            body = await read_body(response, PICTURE_BYTES + 1)
+        if len(body) > PICTURE_BYTES:
+            raise ChatError("picture", "larger than 4 MB")
+        return body
 
 
 # ---------------------------------------------------------------------------
@@ -4074,6 +4061,7 @@ RESUME_SECONDS = 600  # a question older than that is not asked again after a cr
 STORE_SECONDS = 2.0  # before the end of an answer is stored again after a failure
 SAVE_SECONDS = 1.0  # how often the text so far is stored
 REPEAT_SECONDS = 60  # the same question again within this time joins the first
+RETRY_PAUSES = (0.5, 1.0)  # seconds before a question is asked again
 RECENT_SECONDS = 3600  # how far back 继续 and 重试 look outside a session
 FORGET_SECONDS = 300  # how long 确认删除 counts
 HOLD_SECONDS = 3.0  # how long a timed-out request is kept open before it is dropped
@@ -4223,7 +4211,8 @@ class Bot:
             raise ChatError("refused", f"finish_reason {ending.finish_reason}")
         turn.drop_thought()
         if not turn.answer.strip():
-            raise ChatError("empty", f"finish_reason {ending.finish_reason}", True)
+            reason = f"finish_reason {ending.finish_reason}"
+            raise ChatError("empty", reason, is_retryable=True)
         return ending
 
     async def begin_anew(self, turn: Turn) -> None:
@@ -4238,7 +4227,7 @@ class Bot:
     async def ask_model(
         self, turn: Turn, messages: list[dict], is_resumed: bool
     ) -> Ending:
-        """Write the answer, up to twice again if that may help; raise ChatError."""
+        """Write the answer, asking up to three times; raise ChatError."""
         client = self.chat[turn.assistant]
         end = self.tasks.loop.time() + client.settings.timeout
         for pause in (*RETRY_PAUSES, None):
@@ -4246,22 +4235,25 @@ class Bot:
             try:
                 return await self.write_text(turn, stream, is_resumed)
             except ChatError as error:
-                is_last, fewer = pause == RETRY_PAUSES[-1], messages
-                if error.kind == "long":
-                    fewer = shortened(messages, is_last)
-                if len(fewer) < len(messages):
-                    error.passing, error.after = True, 0.0
-                if not error.passing or turn.stops or pause is None:
+                if pause is None or turn.stops:
                     raise
-                pause *= random.uniform(0.75, 1)
-                pause = pause if error.after is None else error.after
+                fewer = messages
+                if error.kind == "long":
+                    fewer = shortened(messages, is_last=pause == RETRY_PAUSES[-1])
+                if len(fewer) < len(messages):
+                    messages, pause = fewer, 0.0
+                elif not error.is_retryable:
+                    raise
+                elif error.retry_in is not None:
+                    pause = error.retry_in
+                else:
+                    pause *= random.uniform(0.75, 1)
                 if self.tasks.loop.time() + pause > end:
                     raise
                 log.warning("%s asked again after %s", turn.name, error)
-                messages = fewer
             turn.restart()
             await asyncio.sleep(pause)
-        raise AssertionError("the last try returns or raises")
+        raise AssertionError("the last attempt returns or raises")
 
     async def write(self, turn: Turn, is_resumed: bool, earlier: str) -> None:
         """Let the model answer a question, and store the end."""

@@ -17,12 +17,16 @@ import subprocess
 import sys
 import time
 
+import aiohttp
 import pytest
-from aiohttp import ClientSession, web
+from aiohttp import ClientSession, RequestInfo, web
+from aiohttp.client_reqrep import ConnectionKey
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from multidict import CIMultiDict, CIMultiDictProxy
+from yarl import URL
 
 from conftest import (
     ANN,
@@ -36,7 +40,9 @@ from conftest import (
     toml,
 )
 from fake_openai import Script, Thought, fails, says
+from owner.check import Doctor
 from waiting import within
+from wxgpt import AssistantSettings, ChatError, Config, Texts, WeChatSettings
 
 PORT_LINE = "✗ public_url: port "
 DAY = 86400
@@ -678,6 +684,179 @@ async def test_an_https_address_that_is_not_reached_is_a_warning(check):
     """Only a certificate that was seen can be wrong."""
     checking = check(public_url=f"https://127.0.0.1:{free_port()}")
     await assert_found(checking, r"^! certificate: .*phone", r"^! verification .*phone")
+
+
+# check: what an error means, without a provider
+
+
+def failed(kind="setup", cause=None, **fields):
+    """Make an error of a chat API, raised from a cause."""
+    error = ChatError(kind, "some detail", **fields)
+    error.__cause__ = cause
+    return error
+
+
+def unconnected(kind, os_error, host="api.example"):
+    """Make one of aiohttp's errors about a connection that was not made."""
+    key = ConnectionKey(host, 443, True, True, None, None, None, None)
+    return kind(key, os_error)
+
+
+def untrusted(code, message):
+    """Make the error for a certificate that OpenSSL finds wrong."""
+    error = ssl.SSLCertVerificationError(1, message)
+    error.verify_code, error.verify_message = code, message
+    return unconnected(aiohttp.ClientConnectorCertificateError, error)
+
+
+def refused_by_proxy(status):
+    """Make the error for a tunnel that a proxy did not open."""
+    info = RequestInfo(
+        URL("https://api.example"), "CONNECT", CIMultiDictProxy(CIMultiDict())
+    )
+    return aiohttp.ClientHttpProxyError(info, (), status=status)
+
+
+BROKEN, AWAY = "broken", "unreachable"
+GAI = socket.gaierror(-2, "Name or service not known")
+REFUSED = ConnectionRefusedError(111, "Connection refused")
+TOO_DEEP, NO_JSON = RecursionError(), json.JSONDecodeError("no", "<p>", 0)
+TLS = ssl.SSLError(1, "wrong version number")
+TLS.reason = "WRONG_VERSION_NUMBER"
+FINDINGS = {
+    "no name": (
+        failed(AWAY, unconnected(aiohttp.ClientConnectorDNSError, GAI)),
+        "name: api.example does not resolve → look at assistants.x.base_url, and",
+    ),
+    "no name of a proxy": (
+        failed(
+            AWAY, unconnected(aiohttp.ClientConnectorDNSError, GAI, "proxy.example")
+        ),
+        "name: proxy.example does not resolve → look at assistants.x.proxy, and",
+    ),
+    "expired": (
+        failed(AWAY, untrusted(10, "has expired")),
+        "TLS: .*has expired → is the",
+    ),
+    "not valid yet": (
+        failed(AWAY, untrusted(9, "not yet")),
+        "TLS: .*not yet → is the date",
+    ),
+    "another host": (
+        failed(AWAY, untrusted(62, "bad host")),
+        "TLS: .* → look at the host",
+    ),
+    "another IP": (
+        failed(AWAY, untrusted(64, "bad IP")),
+        "TLS: .* → look at the host in",
+    ),
+    "no issuer": (failed(AWAY, untrusted(20, "no issuer")), "TLS: .* → apt install"),
+    "no TLS": (
+        failed(AWAY, unconnected(aiohttp.ClientConnectorSSLError, TLS)),
+        "TLS: api.example: it speaks no TLS there .* → look at .*: http://",
+    ),
+    "no proxy": (
+        failed(AWAY, unconnected(aiohttp.ClientProxyConnectionError, REFUSED)),
+        "proxy: api.example: Connection refused → is it running",
+    ),
+    "password for a tunnel": (
+        failed(BROKEN, refused_by_proxy(407)),
+        "proxy: it wants a user",
+    ),
+    "password for a proxy": (failed(status=407), "proxy: it wants a user"),
+    "no tunnel": (
+        failed(BROKEN, refused_by_proxy(403)),
+        "proxy: it does not lead to api.example: status 403 → look at the proxy's",
+    ),
+    "nobody listens": (
+        failed(AWAY, unconnected(aiohttp.ClientConnectorError, REFUSED)),
+        "connection: api.example: Connection refused → look at assistants.x.base_url; where",
+    ),
+    "nobody answers": (
+        failed(AWAY, aiohttp.ConnectionTimeoutError()),
+        "connection: .* → ",
+    ),
+    "reset": (
+        failed(BROKEN, aiohttp.ClientOSError(104, "x")),
+        "connection: .*: Connection reset by peer → ",
+    ),
+    "hangs up": (
+        failed(BROKEN, aiohttp.ServerDisconnectedError()),
+        "connection: api.example hangs up .* https://, or another port",
+    ),
+    "no URL": (
+        failed(BROKEN, aiohttp.InvalidURL("x")),
+        "URL: no chat API at https://api",
+    ),
+    "no JSON": (failed(BROKEN, NO_JSON), "URL: no chat API .*some detail → "),
+    "deep JSON": (failed(BROKEN, TOO_DEEP), "URL: no chat API .*some detail → "),
+    "cut": (
+        failed(BROKEN, aiohttp.ClientPayloadError()),
+        "stream: some detail → is there",
+    ),
+    "no end": (failed(BROKEN), "stream: some detail → is there a chat API at https"),
+    "in a 200": (failed(BROKEN, status=200, words="x"), "answer: status 200 “x” → try"),
+    "402": (failed(status=402), "balance: status 402 → top up"),
+    "quota": (failed(status=429, code="insufficient_quota"), "balance: status 429"),
+    "GLM": (
+        failed(status=429, code="1113", words="余额"),
+        "balance: status 429 “余额” →",
+    ),
+    "limit": (failed(code="project_spend_limit_exceeded"), "balance: "),
+    "in words": (failed(status=403, words="Insufficient Balance"), "balance: "),
+    "country": (failed(status=403, words="Country not supported"), "country: .*proxy"),
+    "model": (
+        failed(status=404, code="model_not_found"),
+        "model: .* not know m: .*x.model",
+    ),
+    "gateway": (failed("setup", status=503, words="无可用渠道"), "model: "),
+    "401": (
+        failed(status=401),
+        "key: api.example refuses it: status 401 → look at .*x.api_k",
+    ),
+    "403": (failed(status=403), "key: "),
+    "302": (
+        failed(status=302),
+        "URL: no chat API at https://api.example/v1: status 302",
+    ),
+    "404": (failed(status=404), "URL: .*: it ends with the version"),
+    "405": (failed(status=405), "URL: "),
+    "429": (failed("busy", status=429), "limit: status 429 → wait"),
+    "400": (failed(status=400), "request: .* → look at assistants.x.extra"),
+    "422": (failed(status=422), "request: "),
+    "filtered": (failed("refused", status=400), "request: "),
+    "408": (failed("busy", status=408), "provider: "),
+    "503": (
+        failed("busy", status=503),
+        "provider: api.example fails: status 503 → try",
+    ),
+    "slow": (
+        failed("slow", TimeoutError()),
+        "time: no word within 60 s → switch thinking",
+    ),
+}
+
+
+CONFIG = Config(
+    public_url="http://wx.example.com",
+    wechat=WeChatSettings(token=TOKEN),
+    assistants={
+        "x": AssistantSettings(
+            base_url="https://api.example/v1",
+            proxy="http://proxy.example:3128",
+            api_key="sk-x",
+            model="m",
+        )
+    },
+    texts=Texts({}),
+)
+
+
+@pytest.mark.parametrize("error, line", FINDINGS.values(), ids=FINDINGS)
+def test_an_error_has_its_finding(error, line):
+    """By its cause, then by what the provider says, its status, and its kind."""
+    found = Doctor(CONFIG, {}).diagnose("x", error)
+    assert re.match(line, found) and found.count(" → ") == 1
 
 
 # check: colour

@@ -1,12 +1,13 @@
 """Whatever the chat API does: a plain sentence, a clean log line, and no hammering.
 
-The table of the stack notes, section 1. What a body means is asked of `error_of` and
+The table of the stack notes, section 1. What a body means is asked of `make_error` and
 `Completion`; some of each table go through WeChat's door, from the fake by script. What
 no HTTP library would send comes from a wire of raw bytes.
 """
 
 import asyncio
 import contextlib
+import dataclasses
 import email.utils
 import gzip
 import json
@@ -64,7 +65,7 @@ def error(message="", **fields):
 def error_in(script):
     """Return what wxgpt makes of a scripted refusal."""
     headers = CIMultiDict(script.headers)
-    return wxgpt.error_of(script.status, script.body, headers)
+    return wxgpt.make_error(script.status, script.body, headers)
 
 
 def read(script):
@@ -227,7 +228,7 @@ def test_what_will_not_pass_is_known_by_its_status_and_words(name):
     """The right kind, no second call, and a cause for the log that quotes nobody."""
     script, sentence, cause = FINAL[name]
     error = error_in(script)
-    assert (error.kind, error.passing) == (KIND[sentence], False)
+    assert (error.kind, error.is_retryable) == (KIND[sentence], False)
     assert cause in str(error) and quoted(str(error)) == []
 
 
@@ -255,6 +256,97 @@ async def test_the_request_id_of_a_failure_is_logged(server, upstream, caplog):
     upstream.will(refusal(401, x_request_id="req_7f3a"))
     await server.ask(QUESTION)
     assert "req_7f3a" in told(caplog)[0]
+
+
+# The fields of an error
+
+# A refusal, and the status and code of its error.
+FIELDS = {
+    "a code": (refusal(401, error(code="invalid_api_key")), 401, "invalid_api_key"),
+    "a type": (refusal(429, error(type="slow_down")), 429, "slow_down"),
+    "a code before a type": (
+        refusal(429, error(type="insufficient_quota", code="credit_exhausted")),
+        429,
+        "credit_exhausted",
+    ),
+    "a number": (refusal(400, error(code=1261)), 400, "1261"),
+    "the status again": (refusal(429, error(type="quota", code="429")), 429, "quota"),
+    "an error in a 200": (Script(body=error(type="billing", code=402)), 402, "billing"),
+    "a sentence": (refusal(400, {"error": {"code": QUOTE}}), 400, ""),
+    "a page": (refusal(502, f"<h1>{QUOTE}</h1>"), 502, ""),
+    "a list": (refusal(500, [QUOTE]), 500, ""),
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_an_error_has_its_status_and_code(name):
+    """Whatever the body is; a type stands in for a code that says nothing."""
+    script, status, code = FIELDS[name]
+    error = error_in(script)
+    assert (error.status, error.code) == (status, code)
+    assert str(error).startswith(f"{error.kind}: status {status} ")
+
+
+def test_the_words_of_a_provider_are_kept_apart_from_the_log_line():
+    """`check` shows them to the owner."""
+    error = error_in(refusal(401, {"error": {"message": QUOTE}}))
+    assert error.words == QUOTE
+    assert quoted(str(error)) == [] and quoted(repr(error)) == []
+
+
+@pytest.mark.parametrize(
+    ("headers", "wait"),
+    [
+        ({}, (True, None)),
+        ({"Retry_After": "0"}, (True, None)),
+        ({"Retry_After": "7"}, (True, 7.0)),
+        ({"Retry_After": "120"}, (True, 120.0)),
+        ({"Retry_After": "121"}, (False, None)),
+        ({"Retry_After": "121", "x_should_retry": "true"}, (True, None)),
+        ({"Retry_After": "7", "x_should_retry": "false"}, (False, 7.0)),
+    ],
+    ids=str,
+)
+def test_an_error_says_whether_and_when_to_ask_again(headers, wait):
+    """Whether that may help is one thing, how long to wait first another."""
+    error = error_in(refusal(503, **headers))
+    assert (error.is_retryable, error.retry_in) == wait
+
+
+@pytest.mark.parametrize(
+    ("param", "code", "name"),
+    [
+        ("top_p", "unsupported_parameter", "top_p"),
+        ("thinking.type", "unknown_parameter", "thinking"),
+        ("top_p", "unsupported_value", "top_p"),
+    ],
+)
+def test_a_refused_field_is_an_error_of_its_own(param, code, name):
+    """It names the field of the request, also where only its inside is wrong."""
+    error = error_in(refusal(400, {"error": {"param": param, "code": code}}))
+    assert isinstance(error, wxgpt.FieldRefused)
+    assert (error.field, error.kind, error.is_retryable) == (name, "setup", False)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"param": "top_p", "code": "odd"}, {"code": "unsupported_value"}]
+)
+def test_an_error_without_a_refused_field_names_none(fields):
+    """A parameter is only mentioned, or a value refused without a name."""
+    assert type(error_in(refusal(400, {"error": fields}))) is wxgpt.ChatError
+
+
+REFUSED_FIELD = refusal(400, error(param="top_p", code="unsupported_value"))
+
+
+@pytest.mark.parametrize("script", [REFUSED_FIELD, refusal(503)], ids=["field", "503"])
+def test_no_field_of_an_error_can_be_set(script):
+    """But contextlib and others may say where it was raised, and why."""
+    error = error_in(script)
+    for name in (field.name for field in dataclasses.fields(error)):
+        with pytest.raises(AttributeError, match=f"{name} of an error"):
+            setattr(error, name, getattr(error, name))
+    error.__cause__, error.__traceback__ = OSError("why"), None
 
 
 # What may pass: asked again, and the second answer is the answer
@@ -316,8 +408,8 @@ STREAMS += ["a list in a stream", "half an event", "a deep event"]
 def test_what_may_pass_is_known_by_its_status_and_headers(name):
     """It is worth a second call, and the wait is what the upstream says."""
     error = error_in(PASSING[name])
-    assert error.passing and error.kind == ("setup" if "400" in name else "busy")
-    assert error.after in (0.02, 0.05, 0.2) and quoted(str(error)) == []
+    assert error.is_retryable and error.kind == ("setup" if "400" in name else "busy")
+    assert error.retry_in in (0.02, 0.05, 0.2) and quoted(str(error)) == []
 
 
 @pytest.mark.parametrize("name", STREAMS)
@@ -325,7 +417,7 @@ def test_an_error_in_a_stream_is_worth_a_second_call(name):
     """The text before it is there, no end is, and the log quotes nobody."""
     completion, text = read(PASSING[name])
     assert (text, completion.reason) == ("写了一半", "")
-    assert completion.error.passing and quoted(str(completion.error)) == []
+    assert completion.error.is_retryable and quoted(str(completion.error)) == []
 
 
 # A status, a wait, an error in a stream, and what is no stream at all.
