@@ -82,7 +82,6 @@ import re
 import secrets
 import socket
 import sqlite3
-import string
 import sys
 import time
 import tomllib
@@ -159,20 +158,12 @@ STICKER_TEXTS = ("【收到不支持的消息类型，暂无法显示】", "[Uns
 ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-DEFAULT_MODEL = "gpt-6-luna"  # thinks by default: gets reasoning_effort "none"
-WELCOME = "欢迎关注！发 /chatgpt 就能和 AI 聊天，发 /help 看用法。"
-DEFAULT_PROMPT = (
-    "你在微信里和人聊天。用对方的语言，先给结论，一般不超过 200 字，需要时再展开。"
-    "少用标题和表格，公式用普通文字写。"
-)
-
-
 # ---------------------------------------------------------------------------
 # 2. Configuration
 #
-# One TOML file. A setting is one field: its type, default, bounds and comment stand
-# together, and the file is checked against the fields. What subscribers read stands in
-# texts.toml; the settings' [texts] change it line by line.
+# One TOML file. Each setting is one dataclass field with its type, default, bounds and
+# comment, and the file is checked against these fields. What subscribers read is in
+# texts.toml; [texts] in the settings replaces single lines of it.
 # ---------------------------------------------------------------------------
 
 
@@ -180,43 +171,40 @@ class ConfigError(Exception):
     """A setting that cannot be used; the text is the one line an owner reads."""
 
 
-def setting(
-    default: object, comment: str, *bounds: float, secret: bool = False
-) -> typing.Any:
-    """Return the field of one setting, with its bounds; default MISSING: required."""
-    meta = {"comment": comment, "bounds": bounds, "secret": secret}
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=meta)
-    return field(default=default, metadata=meta)
+def bounded(default: float, least: float, most: float) -> typing.Any:
+    """Return the field of a number with the range it may have."""
+    return field(default=default, metadata={"bounds": (least, most)})
+
+
+def secret(default: object = MISSING) -> typing.Any:
+    """Return the field of a value that is never shown; without a default: required."""
+    return field(default=default, metadata={"secret": True})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
     """Where to listen."""
 
-    host: str = setting("127.0.0.1", "address to listen on")
-    port: int = setting(8080, "port to listen on; 0: any free one", 0, 65535)
-    path: str = setting("/wechat", "path of WeChat's URL, a slash behind or not")
+    host: str = "127.0.0.1"  # address to listen on
+    port: int = bounded(8080, 0, 65535)  # port to listen on; 0: any free one
+    path: str = "/wechat"  # path of WeChat's URL, with or without a slash at its end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeChatSettings:
     """The account, and the platform's timing."""
 
-    token: str = setting(MISSING, "the token typed into WeChat's console", secret=True)
-    app_id: str = setting("", "AppID; together with aes_key: safe mode")
-    aes_key: str = setting("", "EncodingAESKey, 43 characters", secret=True)
-    attempt_timeout: float = setting(ATTEMPT_SECONDS, "seconds per attempt", 0.2, 60)
-    attempts: int = setting(ATTEMPTS, "requests WeChat makes for one message", 1, 10)
-    reply_margin: float = setting(
-        0.8, "a reply that cannot wait leaves so many seconds before the end", 0, 30
-    )
-    mute_guard: int = setting(
-        30, "attempts that may run over in five minutes; 0: none", 0, 1_000_000
-    )
-    picture_hosts: tuple[str, ...] = setting(
-        ("mmbiz.qpic.cn", "mmecoa.qpic.cn", "wx.qlogo.cn"), "hosts of pictures"
-    )
+    token: str = secret()  # the token typed into WeChat's console
+    app_id: str = ""  # AppID; together with aes_key it turns on safe mode
+    aes_key: str = secret("")  # EncodingAESKey, 43 characters
+    attempt_timeout: float = bounded(ATTEMPT_SECONDS, 0.2, 60)  # seconds per attempt
+    attempts: int = bounded(ATTEMPTS, 1, 10)  # requests WeChat makes for one message
+    # A reply that cannot wait any longer leaves this many seconds before the timeout.
+    reply_margin: float = bounded(0.8, 0, 30)
+    # How many attempts may time out within five minutes; 0: none.
+    mute_guard: int = bounded(30, 0, 1_000_000)
+    # Hosts from which pictures may be fetched.
+    picture_hosts: tuple[str, ...] = ("mmbiz.qpic.cn", "mmecoa.qpic.cn", "wx.qlogo.cn")
 
     @property
     def margin(self) -> float:
@@ -224,52 +212,63 @@ class WeChatSettings:
         return min(self.reply_margin, self.attempt_timeout / 2)
 
 
+DEFAULT_MODEL = "gpt-6-luna"  # thinks by default: gets reasoning_effort "none"
+DEFAULT_PROMPT = (
+    "你在微信里和人聊天。用对方的语言，先给结论，一般不超过 200 字，需要时再展开。"
+    "少用标题和表格，公式用普通文字写。"
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AssistantSettings:
     """One assistant: an OpenAI-compatible chat API and how to ask it."""
 
-    base_url: str = setting("https://api.openai.com/v1", "base URL of the chat API")
-    api_key: str = setting(MISSING, "key of the chat API", secret=True)
-    model: str = setting(DEFAULT_MODEL, "name of the model")
-    system_prompt: str = setting(DEFAULT_PROMPT, "system prompt; empty: none")
-    proxy: str = setting("", "http, https or socks proxy towards the API", secret=True)
-    extra: dict = setting({}, "table merged into the request body")
-    first_token_timeout: float = setting(60.0, "seconds to the first token", 0.05, 3600)
-    idle_timeout: float = setting(60.0, "seconds between tokens", 0.05, 3600)
-    timeout: float = setting(240.0, "seconds for one answer in all", 0.05, 86400)
+    base_url: str = "https://api.openai.com/v1"  # base URL of the chat API
+    api_key: str = secret()  # key of the chat API
+    model: str = DEFAULT_MODEL  # name of the model
+    system_prompt: str = DEFAULT_PROMPT  # empty: none
+    proxy: str = secret("")  # http, https or socks proxy to reach the API through
+    extra: dict = field(default_factory=dict)  # merged into the request body
+    first_token_timeout: float = bounded(60.0, 0.05, 3600)  # seconds to the first token
+    idle_timeout: float = bounded(60.0, 0.05, 3600)  # seconds between two tokens
+    timeout: float = bounded(240.0, 0.05, 86400)  # seconds for a whole answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionSettings:
     """How long a conversation lasts, and how much of it the model gets."""
 
-    ttl: float = setting(300.0, "idle seconds until a session ends", 1, 31_536_000)
-    context_chars: int = setting(12000, "characters of it sent along", 0, 10_000_000)
-    auto_open: bool = setting(False, "any text opens the first assistant")
+    ttl: float = bounded(300.0, 1, 31_536_000)  # idle seconds until a session ends
+    context_chars: int = bounded(12000, 0, 10_000_000)  # how much of it is sent along
+    auto_open: bool = False  # any text outside a session opens the first assistant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitSettings:
     """What strangers may cost."""
 
-    questions_per_day: int = setting(100, "per subscriber and day; 0: any", 0, 10**9)
-    all_per_day: int = setting(2000, "of all together per day; 0: any", 0, 10**9)
-    question_chars: int = setting(2000, "longest question", 1, 1_000_000)
-    waiting: int = setting(3, "questions one subscriber may have unanswered", 1, 1000)
-    at_once: int = setting(64, "upstream calls at one time", 1, 1_000_000)
-    allow: tuple[str, ...] = setting((), "openids: only these")
-    deny: tuple[str, ...] = setting((), "openids: never these")
-    blocked_words: str = setting("", "a file, one word a line")
+    questions_per_day: int = bounded(100, 0, 10**9)  # for each subscriber; 0: no limit
+    all_per_day: int = bounded(2000, 0, 10**9)  # for all subscribers together; 0: same
+    question_chars: int = bounded(2000, 1, 1_000_000)  # longest question
+    waiting: int = bounded(3, 1, 1000)  # unanswered questions one subscriber may have
+    at_once: int = bounded(64, 1, 1_000_000)  # upstream calls at the same time
+    allow: tuple[str, ...] = ()  # openids: only these may ask
+    deny: tuple[str, ...] = ()  # openids: these get no answer
+    blocked_words: str = ""  # a file, one word a line
+
+
+WELCOME = "欢迎关注！发 /chatgpt 就能和 AI 聊天，发 /help 看用法。"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplySettings:
     """Replies that no model writes."""
 
-    subscribe: str = setting(WELCOME, "on following; empty: silence")
-    outside: str = setting("", "to text outside a session; empty: silence")
-    label: str = setting("（AI 生成）", "ends each part of a model's text; empty: none")
-    keywords: dict[str, str] = setting({}, "exact text = reply, outside a session")
+    subscribe: str = WELCOME  # to a new subscriber; empty: silence
+    outside: str = ""  # to text outside a session; empty: silence
+    label: str = "（AI 生成）"  # ends each part of a model's text; empty: none
+    # Outside a session: exact text = reply.
+    keywords: dict[str, str] = field(default_factory=dict)
 
     @property
     def label_line(self) -> str:
@@ -281,77 +280,55 @@ class ReplySettings:
 class HistorySettings:
     """How long things can be read."""
 
-    link_hours: float = setting(72.0, "hours an answer's link works", 1e-6, 876_000)
-    history_minutes: float = setting(120.0, "minutes a history link works", 1e-4, 1e8)
-    keep_days: float = setting(0.0, "days until deletion; 0: never", 0, 36_500)
+    link_hours: float = bounded(72.0, 1e-6, 876_000)  # how long an answer's link works
+    history_minutes: float = bounded(120.0, 1e-4, 1e8)  # how long a history link works
+    keep_days: float = bounded(0.0, 0, 36_500)  # days until deletion; 0: never
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatabaseSettings:
     """Where everything is kept."""
 
-    path: str = setting("", "file; empty: wxgpt.db in the state directory")
+    path: str = ""  # a file; empty: wxgpt.db in the state directory
 
 
 class Texts:
     """Every line a subscriber can read, by its name in texts.toml: `texts.opened`."""
 
-    __slots__ = ("_lines",)
-
     def __init__(self, lines: typing.Mapping[str, str]) -> None:
-        self._lines = types.MappingProxyType(dict(lines))
+        vars(self).update(lines)
 
-    def __getattr__(self, name: str) -> str:
-        try:
-            return self._lines[name]
-        except KeyError:
-            raise AttributeError(f"no text is named {name}") from None
+    def __getattr__(self, name: str) -> str:  # only called for a name that is missing
+        raise AttributeError(f"no text is named {name}")
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Texts) and self._lines == other._lines
+        return isinstance(other, Texts) and vars(self) == vars(other)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """All settings, checked; `load_config` makes it."""
 
-    public_url: str = setting(MISSING, "how a subscriber's phone reaches this server")
-    server: ServerSettings = field(default_factory=ServerSettings)
+    public_url: str  # how a subscriber's phone reaches this server
+    server: ServerSettings
     wechat: WeChatSettings
     assistants: dict[str, AssistantSettings]
-    session: SessionSettings = field(default_factory=SessionSettings)
-    limits: LimitSettings = field(default_factory=LimitSettings)
-    replies: ReplySettings = field(default_factory=ReplySettings)
+    session: SessionSettings
+    limits: LimitSettings
+    replies: ReplySettings
     texts: Texts
-    history: HistorySettings = field(default_factory=HistorySettings)
-    database: DatabaseSettings = field(default_factory=DatabaseSettings)
+    history: HistorySettings
+    database: DatabaseSettings
 
 
-def all_are(kind: type) -> Callable[[typing.Iterable], bool]:
-    """Return a test for every item to be of one type."""
-    return lambda items: all(isinstance(item, kind) for item in items)
-
-
-# A field's type: what an owner may write for it, and the test for that.
-KINDS: dict[object, tuple[str, Callable[[object], bool]]] = {
-    str: ("text", lambda v: isinstance(v, str)),
-    bool: ("true or false", lambda v: isinstance(v, bool)),
-    int: ("a whole number", lambda v: type(v) is int),
-    float: ("a number", lambda v: type(v) in (int, float)),
-    dict: ("a table", lambda v: isinstance(v, dict)),
-    tuple[str, ...]: (
-        "a list of texts",
-        lambda v: isinstance(v, list) and all_are(str)(v),
-    ),
-    dict[str, str]: (
-        "a table of texts",
-        lambda v: isinstance(v, dict) and all_are(str)(v.values()),
-    ),
-}
+def require(is_met: object, name: str, found: object, accepted: str) -> None:
+    """Raise ConfigError, which names the setting, unless a condition is met."""
+    if not is_met:
+        raise ConfigError(f"{name}: found {found!r}, accepted is {accepted}")
 
 
 def read_toml(path: str | os.PathLike) -> dict[str, typing.Any]:
-    """Return what a TOML file has; raise ConfigError with one line."""
+    """Return the contents of a TOML file; raise ConfigError with one line."""
     try:
         return tomllib.loads(pathlib.Path(path).read_text("utf-8"))
     except OSError as error:
@@ -360,23 +337,40 @@ def read_toml(path: str | os.PathLike) -> dict[str, typing.Any]:
         raise ConfigError(f"{path}: not TOML: {error}") from None
 
 
-def checked(value: object, entry: typing.Any, name: str) -> object:
+# How an owner is told which type a setting has.
+TYPE_NAMES: dict[object, str] = {
+    str: "text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    dict: "a table",
+    tuple[str, ...]: "a list of texts",
+    dict[str, str]: "a table of texts",
+}
+
+
+def has_type(value: typing.Any, kind: object) -> bool:
+    """Say whether a TOML value has the type of a setting."""
+    if kind == tuple[str, ...]:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if kind == dict[str, str]:
+        return isinstance(value, dict) and has_type([*value.values()], tuple[str, ...])
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def read_value(value: typing.Any, entry: dataclasses.Field, name: str) -> object:
     """Return the value of one setting; raise ConfigError with what is accepted."""
-    if entry.type not in KINDS:  # a table that was read before
-        return value
-    wanted, fits = KINDS[entry.type]
-    bounds = entry.metadata.get("bounds")
-    if fits(value) and (not bounds or bounds[0] <= value <= bounds[1]):
+    accepted, bounds = TYPE_NAMES[entry.type], entry.metadata.get("bounds")
+    if has_type(value, entry.type) and (not bounds or bounds[0] <= value <= bounds[1]):
         return tuple(value) if isinstance(value, list) else value
-    found = repr(value) if value is not MISSING else "nothing"
-    if entry.metadata.get("secret") and value is not MISSING:
-        found = "something else"
-    limits = f" from {bounds[0]:g} to {bounds[1]:g}" if bounds else ""
-    raise ConfigError(f"{name}: found {found}, accepted is {wanted}{limits}")
+    found = "something else" if entry.metadata.get("secret") else repr(value)
+    found = "nothing" if value is MISSING else found
+    accepted += f" from {bounds[0]:g} to {bounds[1]:g}" if bounds else ""
+    raise ConfigError(f"{name}: found {found}, accepted is {accepted}")
 
 
 def check_names(table: dict, known: typing.Iterable[str], prefix: str) -> None:
-    """Raise ConfigError for a setting that there is not."""
+    """Raise ConfigError for a setting that does not exist."""
     for key in table:
         if key not in known:
             shown = key if key.isprintable() else repr(key)  # the error is one line
@@ -384,91 +378,84 @@ def check_names(table: dict, known: typing.Iterable[str], prefix: str) -> None:
             raise ConfigError(f"{prefix}{shown}: unknown setting, accepted are {names}")
 
 
-def read_table(kind: type, table: object, name: str) -> typing.Any:
-    """Return a TOML table as its settings class; raise ConfigError."""
+def read_table(kind: typing.Any, table: object, name: str) -> typing.Any:
+    """Return a TOML table as an instance of its settings class; raise ConfigError."""
     if not isinstance(table, dict):
         raise ConfigError(f"{name}: found {table!r}, accepted is a table")
-    known, dot = {entry.name: entry for entry in fields(kind)}, name and name + "."
-    check_names(table, known, dot)
+    prefix = f"{name}." if name else ""
+    check_names(table, [entry.name for entry in fields(kind)], prefix)
     values = {}
-    for key, entry in known.items():
-        if isinstance(entry.type, type) and dataclasses.is_dataclass(entry.type):
-            values[key] = read_table(entry.type, table.get(key, {}), dot + key)
-        elif key in table or entry.default is entry.default_factory is MISSING:
-            values[key] = checked(table.get(key, MISSING), entry, dot + key)
+    for entry in fields(kind):
+        key, where = entry.name, prefix + entry.name
+        is_required = entry.default is MISSING and entry.default_factory is MISSING
+        if dataclasses.is_dataclass(entry.type):
+            values[key] = read_table(entry.type, table.get(key, {}), where)
+        elif key in table and entry.type not in TYPE_NAMES:  # has been read already
+            values[key] = table[key]
+        elif key in table or is_required:
+            values[key] = read_value(table.get(key, MISSING), entry, where)
     return kind(**values)
 
 
+# The environment variables that fill in what the file leaves out of `chatgpt`.
 VARIABLES = {"api_key": "OPENAI_API_KEY", "base_url": "OPENAI_BASE_URL"}
 
 
-def place_of(
+def setting_source(
     name: str, key: str, one: AssistantSettings, environ: typing.Mapping[str, str]
 ) -> str:
-    """Return where an assistant's setting stands: its name, or the variable's."""
-    variable = VARIABLES.get(key, "") if name == "chatgpt" else ""
-    if variable and environ.get(variable) == getattr(one, key):
+    """Return where an assistant's setting comes from: its name, or a variable."""
+    variable = VARIABLES.get(key, "")
+    if name == "chatgpt" and environ.get(variable) == getattr(one, key):
         return f"{variable} in the environment"
     return f"assistants.{name}.{key}"
 
 
-def read_assistants(table: object, environ: typing.Mapping[str, str]) -> dict:
-    """Return the assistants by name, `chatgpt` filled up from the environment."""
-    if not isinstance(table, dict) or not all_are(dict)(table.values()):
-        # Without what was found: a key may stand in a wrong place.
+def read_assistants(table: typing.Any, environ: typing.Mapping[str, str]) -> dict:
+    """Return the assistants by name; raise ConfigError."""
+    is_table = isinstance(table, dict)
+    if not is_table or not all(isinstance(one, dict) for one in table.values()):
+        # Does not say what was found: it may be a key in the wrong place.
         raise ConfigError("assistants: found no tables, accepted is a table of tables")
     if "chatgpt" not in table and not environ.get("OPENAI_API_KEY"):
         raise ConfigError("assistants.chatgpt: found nothing, accepted is a table")
-    given = VARIABLES.items()
-    filled = {key: environ[name] for key, name in given if environ.get(name)}
-    table = {**table, "chatgpt": filled | table.get("chatgpt", {})}
+    chatgpt = dict(table.get("chatgpt", {}))
+    for key, variable in VARIABLES.items():
+        if environ.get(variable):
+            chatgpt.setdefault(key, environ[variable])
     return {
         name: read_table(AssistantSettings, one, f"assistants.{name}")
-        for name, one in table.items()
+        for name, one in {**table, "chatgpt": chatgpt}.items()
     }
-
-
-def placeholders(text: str) -> set[str]:
-    """Return what stands in braces, format and all; raise ValueError if broken."""
-    return {
-        name + (f"!{how}" if how else "") + (f":{form}" if form else "")
-        for _, name, form, how in string.Formatter().parse(text)
-        if name is not None
-    }
-
-
-def demand(holds: object, name: str, found: object, wanted: str) -> None:
-    """Raise ConfigError unless something holds."""
-    if not holds:
-        raise ConfigError(f"{name}: found {found!r}, accepted is {wanted}")
 
 
 TEXTS = pathlib.Path(__file__).with_name("texts.toml")
 
 
-def read_texts(changes: object) -> Texts:
+def read_texts(changes: typing.Any) -> Texts:
     """Return the lines of texts.toml with an owner's changes; raise ConfigError.
 
-    A changed line may have no other placeholders than the one it replaces.
+    A changed line may leave out placeholders of the default, but not have others.
     """
     lines = read_toml(TEXTS)
     for name, line in lines.items():
-        demand(isinstance(line, str), f"{TEXTS}: {name}", line, "text")
-    demand(isinstance(changes, dict), "texts", changes, "a table")
-    changed = typing.cast(dict, changes)
-    check_names(changed, lines, "texts.")
-    for name, line in changed.items():
-        demand(isinstance(line, str), f"texts.{name}", line, "text")
-        allowed = placeholders(lines[name])
+        require(isinstance(line, str), f"{TEXTS}: {name}", line, "text")
+    require(isinstance(changes, dict), "texts", changes, "a table")
+    check_names(changes, lines, "texts.")
+    for name, line in changes.items():
+        require(isinstance(line, str), f"texts.{name}", line, "text")
+        accepted = sorted(set(re.findall(r"\{(\w+)\}", lines[name])))
         try:
-            strange = placeholders(line) - allowed
-        except ValueError as error:
+            # Some placeholders are texts, others numbers: any format must suit both.
+            line.format_map(dict.fromkeys(accepted, ""))
+            line.format_map(dict.fromkeys(accepted, 0))
+        except KeyError as error:
+            names = ", ".join(f"{{{name}}}" for name in accepted) or "none"
+            found = f"found {{{error.args[0]}}}, accepted are {names}"
+            raise ConfigError(f"texts.{name}: {found}") from None
+        except (ValueError, LookupError, AttributeError) as error:
             raise ConfigError(f"texts.{name}: {error}") from None
-        if strange:
-            names = ", ".join(f"{{{name}}}" for name in sorted(allowed)) or "none"
-            found = f"found {{{strange.pop()}}}, accepted are {names}"
-            raise ConfigError(f"texts.{name}: {found}")
-    return Texts(lines | changed)
+    return Texts(lines | changes)
 
 
 def check_assistant(
@@ -477,49 +464,49 @@ def check_assistant(
     """Raise ConfigError for an assistant that cannot work."""
     where = f"assistants.{name}"
     is_name = name and not re.search(r"[\s/]", name)
-    demand(is_name, where, name, "a name without spaces and slashes")
+    require(is_name, where, name, "a name without spaces and slashes")
     is_url = re.match(r"https?://[^/]", one.base_url.strip())
-    place = place_of(name, "base_url", one, environ)
-    demand(is_url, place, one.base_url, "an http(s) URL")
+    source = setting_source(name, "base_url", one, environ)
+    require(is_url, source, one.base_url, "an http(s) URL")
     is_key = re.fullmatch(r"[!-~]+", one.api_key.strip())  # it goes into a header
     found = "something else" if one.api_key.strip() else ""
-    place = place_of(name, "api_key", one, environ)
-    demand(is_key, place, found, "the key of the API, without blanks")
+    source = setting_source(name, "api_key", one, environ)
+    require(is_key, source, found, "the key of the API, without blanks")
     is_proxy = re.match(r"(https?|socks[45]h?)://|$", one.proxy)
-    demand(is_proxy, f"{where}.proxy", "***", "an http, https or socks URL")
-    has_socks = importlib.util.find_spec("aiohttp_socks")
-    is_usable = has_socks or not one.proxy.startswith("socks")
-    wanted = "http(s), or socks after: pip install aiohttp-socks"
-    demand(is_usable, f"{where}.proxy", "***", wanted)
-    for key in {"model", "messages", "stream"} & set(one.extra):
-        demand(False, f"{where}.extra.{key}", one.extra[key], "anything but this key")
+    require(is_proxy, f"{where}.proxy", "***", "an http, https or socks URL")
+    if one.proxy.startswith("socks"):
+        has_package = importlib.util.find_spec("aiohttp_socks")
+        accepted = "http(s), or socks after: pip install aiohttp-socks"
+        require(has_package, f"{where}.proxy", "***", accepted)
+    for key in ("model", "messages", "stream"):
+        is_free, value = key not in one.extra, one.extra.get(key)
+        require(is_free, f"{where}.extra.{key}", value, "anything but this key")
+
+
+def is_public_url(url: str) -> bool:
+    """Say whether links can begin with a URL: a host, maybe a port and a path."""
+    try:
+        port = urllib.parse.urlsplit(url).port
+    except ValueError:  # not a number, or above 65535
+        return False
+    pattern = r"https?://[^\s/?#@:][^\s/?#@]*(/[^\s?#]*)?"
+    return port != 0 and re.fullmatch(pattern, url) is not None
 
 
 def check_values(config: Config, environ: typing.Mapping[str, str]) -> None:
-    """Raise ConfigError for what cannot work."""
-    url, path, token = config.public_url, config.server.path, config.wechat.token
-    is_url = False
-    with contextlib.suppress(ValueError):  # for a port that is none
-        has_port = urllib.parse.urlsplit(url).port != 0
-        pattern = r"https?://[^\s/?#@:][^\s/?#@]*(/[^\s?#]*)?"
-        is_url = has_port and bool(re.fullmatch(pattern, url))
-    demand(is_url, "public_url", url, "http:// or https:// and a host")
-    demand(
-        re.fullmatch(r"(/[\w.~-]+)+/?", path),
-        "server.path",
-        path,
-        "a path like /wechat",
-    )
-    is_token = re.fullmatch(r"[A-Za-z0-9]{3,32}", token)
-    demand(is_token, "wechat.token", "***", "3 to 32 letters and digits")
-    app_id, aes_key = config.wechat.app_id, config.wechat.aes_key
-    half = "only app_id" if app_id else "only aes_key"
-    both = "app_id and aes_key, or neither"
-    demand(bool(app_id) == bool(aes_key), "wechat.aes_key", half, both)
-    is_key = not aes_key or re.fullmatch(r"[A-Za-z0-9]{43}", aes_key)
-    demand(
-        is_key, "wechat.aes_key", f"{len(aes_key)} characters", "43 letters and digits"
-    )
+    """Raise ConfigError for settings that cannot work."""
+    url, path, wechat = config.public_url, config.server.path, config.wechat
+    require(is_public_url(url), "public_url", url, "http:// or https:// and a host")
+    is_path = re.fullmatch(r"(/[\w.~-]+)+/?", path)
+    require(is_path, "server.path", path, "a path like /wechat")
+    is_token = re.fullmatch(r"[A-Za-z0-9]{3,32}", wechat.token)
+    require(is_token, "wechat.token", "***", "3 to 32 letters and digits")
+    is_complete = bool(wechat.app_id) == bool(wechat.aes_key)
+    found = "only app_id" if wechat.app_id else "only aes_key"
+    require(is_complete, "wechat.aes_key", found, "app_id and aes_key, or neither")
+    is_key = re.fullmatch(r"([A-Za-z0-9]{43})?", wechat.aes_key)
+    found = f"{len(wechat.aes_key)} characters"
+    require(is_key, "wechat.aes_key", found, "43 letters and digits")
     for name, one in config.assistants.items():
         check_assistant(name, one, environ)
 
@@ -534,32 +521,30 @@ def load_config(
     table["texts"] = read_texts(table.get("texts", {}))
     config = read_table(Config, table, "")
     check_values(config, environ)
-    state = environ.get("STATE_DIRECTORY", "").split(":")[0]
-    if not state and os.path.isdir("/var/lib/wxgpt"):
-        state = "/var/lib/wxgpt"
-    file = config.database.path or str(pathlib.Path(state) / "wxgpt.db")
+    folder = environ.get("STATE_DIRECTORY", "").split(":")[0]
+    if not folder and os.path.isdir("/var/lib/wxgpt"):
+        folder = "/var/lib/wxgpt"
+    database = config.database.path or str(pathlib.Path(folder) / "wxgpt.db")
     return replace(
         config,
         public_url=config.public_url.rstrip("/"),
-        database=DatabaseSettings(path=file),
+        database=DatabaseSettings(path=database),
     )
 
 
-def effective(config: Config) -> Iterator[str]:
-    """Yield the settings as lines for the log, secrets masked, long texts left out."""
+def effective_settings(config: Config) -> Iterator[str]:
+    """Yield the settings as lines for the log, without secrets and the long prompt."""
     yield f"public_url={config.public_url}"
-    tables = {name: getattr(config, name) for name in ("server", "wechat", "session")}
-    tables |= {
-        name: getattr(config, name) for name in ("limits", "history", "database")
-    }
-    tables |= {f"assistants.{name}": one for name, one in config.assistants.items()}
-    for name, table in tables.items():
-        shown = [
-            f"{e.name}={'***' if e.metadata['secret'] and value else value!r}"
-            for e in fields(table)
-            if (value := getattr(table, e.name)) != DEFAULT_PROMPT
-        ]
-        yield f"[{name}] {' '.join(shown)}"
+    names = ("server", "wechat", "session", "limits", "history", "database")
+    tables = [(name, getattr(config, name)) for name in names]
+    tables += [(f"assistants.{name}", one) for name, one in config.assistants.items()]
+    for name, table in tables:
+        line = f"[{name}]"
+        for entry in fields(table):
+            value = getattr(table, entry.name)
+            shown = "***" if value and entry.metadata.get("secret") else repr(value)
+            line += f" {entry.name}={shown}" if value != DEFAULT_PROMPT else ""
+        yield line
 
 
 # ---------------------------------------------------------------------------
@@ -4144,10 +4129,10 @@ def check_commands(config: Config) -> None:
     for text in (replies.subscribe, replies.outside, *replies.keywords.values()):
         size = size_of(with_taps(text, names))
         wanted = f"at most {REPLY_BYTES} bytes with taps"
-        demand(size <= REPLY_BYTES, "replies", f"{size} bytes", wanted)
+        require(size <= REPLY_BYTES, "replies", f"{size} bytes", wanted)
     for name in config.assistants:
         is_free = folded(name) not in COMMANDS
-        demand(is_free, f"assistants.{name}", name, "a name that is no command's")
+        require(is_free, f"assistants.{name}", name, "a name that is no command's")
 
 
 def tappable(visit: Visit, text: str) -> str:
@@ -5928,7 +5913,7 @@ def serve_command(config: Config) -> int:
     """Run the server; return the exit status."""
     load_pages()
     set_up_log()
-    for line in effective(config):
+    for line in effective_settings(config):
         log.info("%s", line)
     try:
         asyncio.run(run_server(config))
@@ -5984,7 +5969,7 @@ def run_command(words: list[str]) -> int:
     config = load_config(arguments.config, os.environ)
     wanted = "one of your own: everybody knows this one"
     is_own = config.wechat.token != EXAMPLE_TOKEN
-    demand(is_own, "wechat.token", EXAMPLE_TOKEN, wanted)
+    require(is_own, "wechat.token", EXAMPLE_TOKEN, wanted)
     check_commands(config)
     # What stands in owner/ imports wxgpt: this module, which is not to be loaded twice.
     sys.modules.setdefault("wxgpt", sys.modules[__name__])

@@ -42,7 +42,7 @@ from wxgpt import (
     make_cipher,
     open_chat,
     open_server,
-    place_of,
+    setting_source,
     signature_of,
 )
 
@@ -321,7 +321,7 @@ class Doctor:
     def diagnose(self, name: str, error: ChatError) -> tuple[str, str]:
         """Return at which step a question failed and how, and how to mend it."""
         one = self.config.assistants[name]
-        place = functools.partial(place_of, name, one=one, environ=self.environ)
+        place = functools.partial(setting_source, name, one=one, environ=self.environ)
         host, detail, signs = evidence_of(error, one)
         is_proxy = host == urllib.parse.urlsplit(one.proxy).hostname
         names = ("proxy", "base_url", "api_key", "model")
