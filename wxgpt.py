@@ -556,7 +556,7 @@ def effective_settings(config: Config) -> Iterator[str]:
 
 
 class BadMessage(Exception):
-    """A signed body that cannot be read; answered `success`, so that it ends."""
+    """A signed body that cannot be read; answering `success` ends WeChat's retries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -575,19 +575,19 @@ class Message:
 
     @property
     def key(self) -> str:
-        """Return what is the same on every attempt of this message and on no other."""
+        """Return what every attempt of this message has in common, and no other has."""
         if self.msg_id:
             return f"{self.openid} {self.msg_id}"
         return f"{self.openid} {self.created} {self.event} {self.event_key}"
 
     @property
     def name(self) -> str:
-        """Return how the log names it: MsgId or event, and a piece of the openid."""
+        """Return its name in the log: MsgId or event, and the start of the openid."""
         return f"msg={self.msg_id or self.event or '-'} from={self.openid[:8]}"
 
 
 def signature_of(token: str, *values: str) -> str:
-    """Return WeChat's signature of values (消息与事件推送: sorted, joined, SHA-1)."""
+    """Return WeChat's signature (消息与事件推送): the SHA-1 of the values, sorted."""
     joined = b"".join(sorted(v.encode("utf-8", "replace") for v in (token, *values)))
     return hashlib.sha1(joined).hexdigest()
 
@@ -598,85 +598,75 @@ def is_signed(token: str, signature: str, *values: str) -> bool:
     return hmac.compare_digest(expected, signature.encode("utf-8", "replace"))
 
 
-def read_xml(body: bytes) -> dict:
-    """Return the fields of a push; raise BadMessage."""
+def read_xml(body: bytes) -> dict[str, str]:
+    """Return the text fields of a push; raise BadMessage."""
+    # Control characters that a subscriber pasted arrive as they are.
+    text = ILLEGAL.sub("", body.decode("utf-8", "ignore"))
     try:
-        tree = xmltodict.parse(body)
-    except (ExpatError, ValueError, LookupError):  # the last: an unknown encoding
-        # Control characters that a subscriber pasted reach us as they are.
-        try:
-            tree = xmltodict.parse(ILLEGAL.sub("", body.decode("utf-8", "ignore")))
-        except (ExpatError, ValueError, LookupError) as error:
-            raise BadMessage(f"not readable as XML: {error}") from None
-    root = tree.get("xml")
+        root = xmltodict.parse(text).get("xml")
+    except (ExpatError, ValueError) as error:
+        raise BadMessage(f"not readable as XML: {error}") from None
     if not isinstance(root, dict):
         raise BadMessage("no fields inside <xml>")
-    return root
+    return {name: value for name, value in root.items() if isinstance(value, str)}
 
 
 def parse_envelope(body: bytes) -> str:
-    """Return what a push in safe mode encrypts; '' for anything else."""
-    try:
-        encrypted = read_xml(body).get("Encrypt")
-    except BadMessage:
-        return ""
-    return encrypted if isinstance(encrypted, str) else ""
+    """Return the encrypted part of a push in safe mode; '' for anything else."""
+    with contextlib.suppress(BadMessage):
+        return read_xml(body).get("Encrypt", "")
+    return ""
 
 
 def parse_message(body: bytes) -> Message:
     """Return the message of a push in plain mode; raise BadMessage."""
     root = read_xml(body)
-
-    def text(name: str) -> str:
-        value = root.get(name)
-        return value if isinstance(value, str) else ""
-
-    openid, account = text("FromUserName"), text("ToUserName")
-    if not openid and "Encrypt" in root:
+    if "FromUserName" not in root and "Encrypt" in root:
         raise BadMessage("encrypted, but app_id and aes_key are not set")
-    if not openid or not account or not text("MsgType"):
+    if not all(map(root.get, ("FromUserName", "ToUserName", "MsgType"))):
         raise BadMessage("no FromUserName, ToUserName or MsgType")
-    created = text("CreateTime")
+    created = root.get("CreateTime", "")
     return Message(
-        openid=openid,
-        account=account,
-        msg_type=text("MsgType").lower(),
+        openid=root["FromUserName"],
+        account=root["ToUserName"],
+        msg_type=root["MsgType"].lower(),
         created=int(created) if re.fullmatch(r"[0-9]{1,12}", created) else 0,
-        msg_id=text("MsgId"),
-        content=text("Content"),
-        event=text("Event").lower(),
-        event_key=text("EventKey"),
-        picture_url=text("PicUrl"),
+        msg_id=root.get("MsgId", ""),
+        content=root.get("Content", ""),
+        event=root.get("Event", "").lower(),
+        event_key=root.get("EventKey", ""),
+        picture_url=root.get("PicUrl", ""),
     )
 
 
 class Cipher:
-    """Safe mode (消息加解密说明): the envelope around every push and reply.
+    """Opens and seals the envelope of safe mode (消息加解密说明).
 
-    AES-256-CBC, padded to 32 bytes, around 16 bytes of salt, a length, XML and AppID.
+    Inside it are 16 bytes of salt, a length, the XML and the AppID, padded to 32 bytes
+    and encrypted with AES-256-CBC.
     """
 
     def __init__(self, token: str, app_id: str, aes_key: str) -> None:
         from cryptography.hazmat.primitives import ciphers, padding  # slow to import
 
         self.token, self.app_id = token, app_id.encode()
-        # The 43rd character may carry two stray bits; this decoding does not mind them.
-        key = base64.b64decode(aes_key + "=")
-        algorithm, mode = ciphers.algorithms.AES(key), ciphers.modes.CBC(key[:16])
-        self.key, self.aes = key, ciphers.Cipher(algorithm, mode)
+        # The 43rd character may have two bits too many, which b64decode ignores.
+        self.key = key = base64.b64decode(aes_key + "=")
+        self.aes = ciphers.Cipher(
+            ciphers.algorithms.AES(key), ciphers.modes.CBC(key[:16])
+        )
         self.padding = padding.PKCS7(256)
 
     def open(self, encrypted: str) -> bytes:
         """Return the XML of a push whose signature was checked; raise BadMessage."""
+        decryptor, unpadder = self.aes.decryptor(), self.padding.unpadder()
         try:
-            decryptor, unpadder = self.aes.decryptor(), self.padding.unpadder()
             sealed = base64.b64decode(encrypted, validate=True)
             padded = decryptor.update(sealed) + decryptor.finalize()
             plain = unpadder.update(padded) + unpadder.finalize()
         except ValueError as error:
-            raise BadMessage(
-                f"cannot be decrypted, is aes_key right? {error}"
-            ) from None
+            words = f"cannot be decrypted, is aes_key right? {error}"
+            raise BadMessage(words) from None
         end = 20 + int.from_bytes(plain[16:20], "big")
         if len(plain) < 20 or end > len(plain):
             raise BadMessage("a wrong length inside the encrypted push")
@@ -685,14 +675,13 @@ class Cipher:
         return plain[20:end]
 
     def seal(self, body: bytes, created: int) -> bytes:
-        """Return the envelope of a reply, the same bytes whenever it is made."""
-        salt = hmac.digest(self.key, body, "sha256")  # in place of random bytes
+        """Return the envelope of a reply, always the same bytes for the same reply."""
+        salt = hmac.digest(self.key, body, "sha256")  # random bytes would differ
         plain = salt[:16] + len(body).to_bytes(4, "big") + body + self.app_id
         encryptor, padder = self.aes.encryptor(), self.padding.padder()
         padded = padder.update(plain) + padder.finalize()
-        sealed = base64.b64encode(
-            encryptor.update(padded) + encryptor.finalize()
-        ).decode()
+        encrypted = encryptor.update(padded) + encryptor.finalize()
+        sealed = base64.b64encode(encrypted).decode()
         nonce, timestamp = salt.hex()[:10], str(created)
         signature = signature_of(self.token, timestamp, nonce, sealed)
         return (
@@ -712,7 +701,7 @@ def cdata(text: str) -> str:
 def render_text_reply(message: Message, content: str, created: int) -> bytes:
     """Return the passive reply's body: XML, or `success` for an empty content."""
     if not content:
-        return b"success"  # an empty Content would show the fault text
+        return b"success"  # WeChat shows its error text for an empty Content
     return (
         f"<xml><ToUserName>{cdata(message.openid)}</ToUserName>"
         f"<FromUserName>{cdata(message.account)}</FromUserName>"
@@ -723,19 +712,20 @@ def render_text_reply(message: Message, content: str, created: int) -> bytes:
 
 
 def size_of(text: str) -> int:
-    """Return the bytes WeChat counts: UTF-8."""
+    """Return the size of a text as WeChat counts it: in bytes of UTF-8."""
     return len(text.encode())
 
 
-def harmless(text: str) -> str:
-    """Return text in which nothing is a link for WeChat: only our own are."""
+def escape_links(text: str) -> str:
+    """Return text in which WeChat finds no link: only our own may be tapped."""
     return re.sub(r"<(?=/?a)", "<\u200b", text, flags=re.IGNORECASE)
 
 
 def tap_link(words: str, content: str = "") -> str:
-    """Return a link that sends `content` (or the words) as the subscriber's message.
+    """Return a link that sends `content`, or else its words, for the subscriber.
 
-    Android decodes the content twice and needs a non-empty id; so it stays plain.
+    Android decodes the content twice, so it keeps only characters that survive this,
+    and ignores links whose msgmenuid is empty.
     """
     sent = re.sub(r"[^\w()./_-]", "", content or words)
     return (
@@ -745,9 +735,10 @@ def tap_link(words: str, content: str = "") -> str:
 
 def with_taps(text: str, names: typing.Iterable[str]) -> str:
     """Return one of our own texts with each `/NAME` in it as a tap."""
-    wanted = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
-    pattern = rf"(?<![\w/\"'=.>])/(?:{wanted})(?![\w/.])"
-    flags = re.ASCII | re.IGNORECASE  # Chinese is written without spaces around
+    longest_first = sorted(map(re.escape, names), key=len, reverse=True)
+    pattern = rf"(?<![\w/\"'=.>])/(?:{'|'.join(longest_first)})(?![\w/.])"
+    # ASCII, so that \w is no Chinese character: Chinese puts no spaces around a name.
+    flags = re.ASCII | re.IGNORECASE
     return re.sub(pattern, lambda match: tap_link(match[0]), text, flags=flags)
 
 
@@ -2425,7 +2416,7 @@ class WordGuard:
 def excerpt(text: str, length: int = 12) -> str:
     """Return the first characters of a question in one line, harmless."""
     line = " ".join(text.split())
-    return harmless(line if len(line) <= length else line[:length] + "…")
+    return escape_links(line if len(line) <= length else line[:length] + "…")
 
 
 # ---------------------------------------------------------------------------
@@ -4809,7 +4800,7 @@ def draft_ending(
 ) -> Draft:
     """Return the reply with all that is left of an ended answer, of any size."""
     answer, shown = reading.answer, reading.answer.shown()
-    text, stop = harmless(shown[reading.start :].strip("\n")), len(shown)
+    text, stop = escape_links(shown[reading.start :].strip("\n")), len(shown)
     words, part = ending_words(services.texts, answer.state, answer.reason, 0), None
     if "msgmenucontent" in words:  # the retry finds the question by a part's number
         part = Part(subscriber.number_of(answer.turn.id, stop), answer.turn.id, stop)
@@ -4827,7 +4818,7 @@ def draft_ending(
 def cut_reply(text: str, room: int) -> int:
     """Return how much of a chat text goes into `room` bytes once it is harmless."""
     cut = cut_text(text, room)
-    while (over := size_of(harmless(text[:cut])) - room) > 0:
+    while (over := size_of(escape_links(text[:cut])) - room) > 0:
         cut = cut_text(text, size_of(text[:cut]) - over)
     return cut
 
@@ -4853,7 +4844,7 @@ def draft_reply(services: Services, reading: Reading, subscriber: Subscriber) ->
     shown, room = answer.shown(), REPLY_BYTES - size_of(head + longest)
     # Where a part ends is fixed once, for all who read it.
     stop = answer.stops.get(begin) or begin + cut_reply(shown[begin:], room)
-    text = harmless(shown[begin:stop].strip("\n"))
+    text = escape_links(shown[begin:stop].strip("\n"))
     if not text and reading.part:
         words = word_of_patience(services, answer, reading.part.number)
         return Draft(words, begin, False, reading.part, early=True)
