@@ -119,42 +119,27 @@ log = logging.getLogger("wxgpt")
 # ---------------------------------------------------------------------------
 # 1. Constants
 #
-# What the platform fixes, with where that is known from.
+# Facts about the platform, with their source. Other constants stand above the function
+# that uses them.
 # ---------------------------------------------------------------------------
 
 ATTEMPTS = 3  # requests per message; the documents say "三次重试", practice is 3 in all
 ATTEMPT_SECONDS = 5.0  # "五秒内" in 被动回复用户消息, developers.weixin.qq.com
 REPLY_BYTES = 1800  # undocumented; reports of refused texts begin at 1884 bytes
-BODY_BYTES = 64 * 1024  # far above the largest push
-SIGNATURE_SECONDS = 600  # how far a push's timestamp may be off
-HOLD_SECONDS = 3.0  # an attempt that ran over is held so long, then its line is cut
-REPLY_HOURS = 24  # a later copy of a message gets the very same reply for so long
-GRACE_SECONDS = 4.0  # what running answers get at a shutdown
-LINGER_SECONDS = 0.25  # of it; who was let in last sends its request meanwhile
-RESUME_SECONDS = 600  # questions older than that are not asked again after a crash
-ASKINGS = 3  # processes that may take one question to the upstream: once, twice again
+BODY_BYTES = 64 * 1024  # far more than the largest push has
 RETRY_PAUSES = (0.5, 1.0)  # seconds before a question is asked again
 RETRY_AFTER_SECONDS = 120  # an upstream that asks for a longer wait is not asked again
-ANSWER_CHARS = 200_000  # an answer that goes on and on is ended there
-STORE_SECONDS = 2.0  # before the end of an answer is stored again after a failure
-SAVE_SECONDS = 1.0  # text so far is stored so often
-LAPSE_SECONDS = 24 * 3600  # a session that ran out is mentioned for so long
+ANSWER_CHARS = 200_000  # an endless answer is cut off here
 PICTURE_SECONDS = 600  # a picture waits so long for its question
 PICTURE_BYTES = 4 * 1024 * 1024
 PICTURE_FETCHES = 3  # at one time
 PICTURE_TIMEOUT = 20  # seconds to fetch one
-REPEAT_SECONDS = 60  # the same question again within this time joins the first
-RECENT_SECONDS = 3600  # 继续 outside a session looks back so far
-FORGET_SECONDS = 300  # 确认删除 counts for so long
-CHECK_BYTES = 64 * 1024 * 1024  # a larger database is not read through at each start
-BACKLOG = 1024  # connections that wait while the process is replaced
-SD_FIRST_DESCRIPTOR = 3  # sd_listen_fds(3)
 BEIJING = datetime.timezone(datetime.timedelta(hours=8))
 
-# WeChat sends stickers as text with one of these (seen in many projects' reports).
+# WeChat delivers a sticker as one of these texts (from reports to many projects).
 STICKER_TEXTS = ("【收到不支持的消息类型，暂无法显示】", "[Unsupported Message]")
 
-# What XML 1.0 cannot carry, lone surrogates included; WeChat shows a fault for it.
+# What XML 1.0 cannot contain, lone surrogates included; WeChat shows an error for it.
 ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -2590,6 +2575,10 @@ def run_jobs(db: sqlite3.Connection, jobs: list[list[Statement]]) -> list:
     return [list(itertools.islice(rows, len(job))) for job in jobs]
 
 
+REPLY_HOURS = 24  # for how long a later copy of a message gets the same reply
+LAPSE_SECONDS = 24 * 3600  # for how long it is mentioned that a session ran out
+
+
 class Store:
     """All that outlives the process. `open_store` opens it; `close` ends its thread.
 
@@ -3047,6 +3036,9 @@ PRAGMAS: tuple[str, ...] = (BUSY, "journal_mode = WAL", "synchronous = NORMAL")
 PRAGMAS += ("foreign_keys = ON", "secure_delete = ON", "journal_size_limit = 16777216")
 
 
+CHECK_BYTES = 64 * 1024 * 1024  # larger databases are not checked: it takes seconds
+
+
 async def open_store(path: str) -> Store:
     """Return the store of a file, made or brought up to date; raise StoreError."""
     try:
@@ -3060,8 +3052,7 @@ async def open_store(path: str) -> Store:
         store = Store(await aiosqlite.connect(path, isolation_level=None))
         undo.push_async_callback(store.close)
         try:
-            # Before anything is written. It reads the whole file, so a start with a
-            # million answers would take many seconds: a large one goes unchecked.
+            # Checked before anything is written. This reads the whole file.
             is_small = os.path.getsize(path) <= CHECK_BYTES
             check = await store.rows("PRAGMA quick_check(1)") if is_small else []
             if check not in ([], [("ok",)]):
@@ -4181,6 +4172,9 @@ async def show_help(visit: Visit) -> str:
     return tappable(visit, text)
 
 
+FORGET_SECONDS = 300  # how long 确认删除 counts after /forget
+
+
 @command("forget")
 async def forget(visit: Visit) -> str:
     """Ask for the confirmation without which nothing is deleted."""
@@ -4354,6 +4348,9 @@ async def store_text_so_far(services: Services, answers: list[Answer]) -> None:
         log.error("text so far not stored: %s", error)
 
 
+STORE_SECONDS = 2.0  # until storing the end of an answer is tried again
+
+
 async def store_end(services: Services, answer: Answer, ending: Ending | None) -> None:
     """Store how an answer ended, and log it."""
     now, seconds = time.time(), answer.age
@@ -4437,6 +4434,10 @@ def start_writing(services: Services, answer: Answer) -> None:
     answer.task = services.answers.start(work, answer.turn.name, fail)
 
 
+RESUME_SECONDS = 600  # older questions are not asked again after a restart
+ASKINGS = 3  # how many times a question is sent upstream across restarts
+
+
 async def resume_answers(services: Services) -> None:
     """Take up the questions that the process before this one left unfinished."""
     now = time.time()
@@ -4517,6 +4518,9 @@ async def refuse_for_today(visit: Visit, now: float) -> str:
     return visit.texts.all_over
 
 
+REPEAT_SECONDS = 60  # the same question within this time joins the first one
+
+
 async def accept_question(
     visit: Visit, session: Session, question: str, pictures: str | None = None
 ) -> Found:
@@ -4569,6 +4573,9 @@ async def continue_part(visit: Visit, number: int) -> Found:
         return part.reply
     reading = await reading_of(visit, part.turn_id, part) if part else None
     return reading or visit.texts.no_part.format(number=number)
+
+
+RECENT_SECONDS = 3600  # how far 继续 and 重试 look back outside a session
 
 
 async def continue_oldest(visit: Visit) -> Found | None:
@@ -4948,6 +4955,9 @@ def take_attempt(services: Services, message: Message, arrived: float) -> Attemp
     return Attempt(delivery, number, arrived)
 
 
+HOLD_SECONDS = 3.0  # how long a timed-out request is kept open before we drop it
+
+
 async def reply_to(services: Services, attempt: Attempt) -> Reply | None:
     """Return the reply for this request, or None: WeChat is to ask again.
 
@@ -4996,6 +5006,9 @@ def note_delivery(services: Services, attempt: Attempt, is_taken: bool) -> None:
     if delivery.delivered not in (None, before):
         work = services.store.mark_delivered(reply.turn_id, delivery.delivered)
         services.answers.start(work, attempt.name)
+
+
+SAVE_SECONDS = 1.0  # how often the text of running answers is stored
 
 
 async def keep_saving(services: Services) -> None:
@@ -5297,6 +5310,9 @@ FOLLOW_SECONDS = 0.1  # a live page is told of new text so often at most
 def warn_once(words: str, minute: int) -> None:
     """Warn once a minute: the cache remembers the words and the minute."""
     log.warning("%s", words)
+
+
+SIGNATURE_SECONDS = 600  # how far a push's timestamp may be off
 
 
 def is_fresh(services: Services, timestamp: str) -> bool:
@@ -5634,40 +5650,33 @@ async def hide_server(request: web.Request, response: web.StreamResponse) -> Non
 # ---------------------------------------------------------------------------
 
 
-def socks_connector(proxy: str) -> aiohttp.BaseConnector:
-    """Return a connector through a socks proxy."""
-    # Optional; its lack was found when the settings were read.
-    import aiohttp_socks  # type: ignore[import-not-found, unused-ignore]
-
-    return aiohttp_socks.ProxyConnector.from_url(proxy, limit=0)
-
-
 @contextlib.asynccontextmanager
 async def open_chat(
     config: Config,
 ) -> AsyncIterator[tuple[dict[str, ChatClient], Pictures]]:
-    """Open the connections to the chat APIs: one client session, no cap on connections.
+    """Open the HTTP sessions; give a client for each assistant, and one for pictures.
 
-    `at_once` bounds the number of calls; a socks proxy needs a session of its own.
+    Connections are not limited, since `at_once` limits the calls.
     """
+    timeout = aiohttp.ClientTimeout(total=None, connect=15, sock_connect=10)
     async with contextlib.AsyncExitStack() as stack:
-        timeout = aiohttp.ClientTimeout(total=None, connect=15, sock_connect=10)
-        plain = await stack.enter_async_context(
-            aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0), timeout=timeout
-            )
-        )
+
+        async def open_http(connector: aiohttp.BaseConnector) -> aiohttp.ClientSession:
+            http = aiohttp.ClientSession(connector=connector, timeout=timeout)
+            return await stack.enter_async_context(http)
+
+        direct = await open_http(aiohttp.TCPConnector(limit=0))
         clients = {}
         for name, assistant in config.assistants.items():
-            http = plain
+            http = direct
             if assistant.proxy.startswith("socks"):
-                connector = socks_connector(assistant.proxy)
-                http = await stack.enter_async_context(
-                    aiohttp.ClientSession(connector=connector, timeout=timeout)
-                )
-                assistant = replace(assistant, proxy="")
+                # Optional; load_config has checked that it is installed.
+                import aiohttp_socks  # type: ignore[import-not-found, unused-ignore]
+
+                proxy = aiohttp_socks.ProxyConnector.from_url(assistant.proxy, limit=0)
+                http, assistant = await open_http(proxy), replace(assistant, proxy="")
             clients[name] = ChatClient(assistant, http)
-        yield clients, Pictures(config.wechat.picture_hosts, plain)
+        yield clients, Pictures(config.wechat.picture_hosts, direct)
 
 
 def make_cipher(config: Config) -> Cipher | None:
@@ -5678,13 +5687,12 @@ def make_cipher(config: Config) -> Cipher | None:
     try:
         return Cipher(wechat.token, wechat.app_id, wechat.aes_key)
     except ImportError:
-        raise ConfigError(
-            "wechat.aes_key: safe mode needs: pip install cryptography"
-        ) from None
+        words = "wechat.aes_key: safe mode needs: pip install cryptography"
+        raise ConfigError(words) from None
 
 
 def make_blocked(config: Config) -> BlockedWords:
-    """Return the list of blocked words; raise ConfigError if it cannot be read."""
+    """Return the blocked words; raise ConfigError if their file cannot be read."""
     blocked = BlockedWords(config.limits.blocked_words)
     try:
         blocked.refresh()
@@ -5738,11 +5746,15 @@ def make_app(services: Services) -> web.Application:
 
 
 def sd_notify(state: str, *descriptors: int) -> None:
-    """Tell systemd a state, and which descriptors to keep (sd_notify(3))."""
+    """Send systemd a state, and descriptors to keep for the next process.
+
+    See sd_notify(3). Nothing is sent, and nothing fails, if systemd does not listen.
+    """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
-    address = "\0" + address[1:] if address.startswith("@") else address
+    if address.startswith("@"):  # an abstract socket
+        address = "\0" + address[1:]
     with (
         contextlib.suppress(OSError),
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out,
@@ -5751,11 +5763,15 @@ def sd_notify(state: str, *descriptors: int) -> None:
         socket.send_fds(out, [state.encode()], descriptors)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Return the listening socket: one that systemd kept, or a new one.
+BACKLOG = 1024  # connections that may wait in the socket during a restart
+SD_FIRST_DESCRIPTOR = 3  # the first one that systemd passes on; sd_listen_fds(3)
 
-    It is kept across restarts, since a proxy that meets nobody answers WeChat 502 at
-    once, and WeChat then burns its attempts within a second.
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return the listening socket: the one systemd kept, or a new one; raise OSError.
+
+    systemd keeps it during a restart. Without it, a proxy would answer WeChat with 502
+    at once, and WeChat would use up its attempts within a second.
     """
     is_kept = os.environ.get("LISTEN_PID") == str(os.getpid())
     if is_kept and os.environ.get("LISTEN_FDNAMES") == "listen":
@@ -5763,7 +5779,7 @@ def listen(host: str, port: int) -> socket.socket:
         wanted = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         if kept.getsockname()[:2] in [address[:2] for *_, address in wanted]:
             return kept
-        # The settings have changed. systemd's copy listens on until it is shut down.
+        # The settings have changed; systemd's copy would listen on, so shut it down.
         kept.shutdown(socket.SHUT_RDWR)
         kept.close()
         sd_notify("FDSTOREREMOVE=1\nFDNAME=listen")
@@ -5777,26 +5793,29 @@ def listen(host: str, port: int) -> socket.socket:
     return new
 
 
-async def keep_watchdog(seconds: float) -> None:
-    """Tell systemd that the event loop turns, until cancelled."""
+async def keep_watchdog() -> None:
+    """Tell systemd that the event loop runs, until cancelled.
+
+    Returns at once if it does not ask for that; sd_watchdog_enabled(3).
+    """
+    pid = str(os.getpid())
+    seconds = float(os.environ.get("WATCHDOG_USEC", 0)) / 1e6
+    if not seconds or os.environ.get("WATCHDOG_PID", pid) != pid:
+        return
     while True:
         sd_notify("WATCHDOG=1")
-        await asyncio.sleep(seconds)
+        await asyncio.sleep(seconds / 2)
 
 
-def start_upkeep(services: Services) -> None:
-    """Start what goes on beside the messages."""
-    works = [keep_saving(services), keep_pruning(services)]
-    if os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
-        if seconds := float(os.environ.get("WATCHDOG_USEC", 0)) / 2e6:
-            works.append(keep_watchdog(seconds))
-    for work in works:
-        services.answers.start(work, "upkeep")
+GRACE_SECONDS = 4.0  # how long running answers may go on after SIGTERM
+# Part of GRACE_SECONDS: connections accepted just before shutdown may still send their
+# request.
+LINGER_SECONDS = 0.25
 
 
-async def hear_out(runner: web.AppRunner) -> None:
-    """Leave those who were let in last, if any, a moment to send their request."""
-    for _ in range(2):  # turns of the loop, which letting somebody in takes
+async def linger(runner: web.AppRunner) -> None:
+    """Give connections that were accepted last, if any, a moment to send a request."""
+    for _ in range(2):  # the event loop needs two rounds to accept a connection
         await asyncio.sleep(0)
     if runner.server and runner.server.connections:
         await asyncio.sleep(LINGER_SECONDS)
@@ -5804,14 +5823,15 @@ async def hear_out(runner: web.AppRunner) -> None:
 
 @contextlib.asynccontextmanager
 async def open_server(config: Config) -> AsyncIterator[tuple[Services, int]]:
-    """Serve inside the block; give the services and the port. Ends in order."""
+    """Serve inside the block; give the services and the port."""
     async with open_services(config) as services:
         answers = services.answers
         runner = web.AppRunner(
             make_app(services),
             access_log=None,
-            handler_cancellation=True,  # a hung-up request ends; its work is elsewhere
-            # Twice so long for a client that does not read, and ten seconds in all.
+            handler_cancellation=True,  # ends a hung-up request; its work goes on
+            # aiohttp waits this long twice for a client that does not read; in all, a
+            # shutdown takes less than ten seconds.
             shutdown_timeout=GRACE_SECONDS + LINGER_SECONDS,
         )
         await runner.setup()
@@ -5820,17 +5840,22 @@ async def open_server(config: Config) -> AsyncIterator[tuple[Services, int]]:
             site = web.SockSite(runner, listener, backlog=BACKLOG)
             await resume_answers(services)  # before a retry can ask for one of them
             await site.start()
-            start_upkeep(services)
+            for work in (
+                keep_saving(services),
+                keep_pruning(services),
+                keep_watchdog(),
+            ):
+                answers.start(work, "upkeep")
             yield services, runner.addresses[0][1]
             await site.stop()
-            await hear_out(runner)
+            await linger(runner)
         finally:
             answers.shut(answers.loop.time() + GRACE_SECONDS - LINGER_SECONDS)
             await runner.cleanup()
 
 
 class JournalFormatter(logging.Formatter):
-    """One line an event; under journald with its priority instead of the time."""
+    """Formats one line an event: with its priority for journald, else with the time."""
 
     PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 
@@ -5839,7 +5864,7 @@ class JournalFormatter(logging.Formatter):
         self.is_journal = is_journal
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the record's lines, each with a priority under journald."""
+        """Return the text of a record; each line of a traceback has its priority."""
         text = super().format(record)
         if not self.is_journal:
             return f"{time.strftime('%H:%M:%S')} {record.levelname.lower()} {text}"
@@ -5851,7 +5876,7 @@ def set_up_log() -> None:
     """Send the log to stderr."""
     handler = logging.StreamHandler()
     handler.setFormatter(JournalFormatter("JOURNAL_STREAM" in os.environ))
-    # What no line shows is not looked up (Logging HOWTO, Optimization).
+    # No line shows these, so do not look them up (Logging HOWTO, Optimization).
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.basicConfig(level=logging.INFO, handlers=[handler])
@@ -5860,7 +5885,7 @@ def set_up_log() -> None:
 
 
 async def run_server(config: Config) -> None:
-    """Serve until SIGTERM or SIGINT; a second one ends at once."""
+    """Serve until SIGTERM or SIGINT; a second one exits at once."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def on_signal() -> None:
@@ -5870,11 +5895,11 @@ async def run_server(config: Config) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    # The database's thread asks a busy loop for the interpreter at every statement;
-    # with the usual 5 ms the slowest of 1,000 waiting got its reply 2 s later.
+    # The database's thread waits for the interpreter lock at every statement. With the
+    # default of 5 ms the slowest of 1,000 waiting requests was answered 2 s later.
     sys.setswitchinterval(0.0005)
-    # What is loaded stays: no collection needs to look through it, nor many through the
-    # little that a message leaves (0.1 ms of processor time a message).
+    # What is loaded by now stays, so the garbage collector need not look at it; and a
+    # message leaves little garbage, so fewer collections save 0.1 ms a message.
     gc.freeze()
     gc.set_threshold(5000)
     async with open_server(config) as (_, port):
@@ -5888,14 +5913,14 @@ async def run_server(config: Config) -> None:
 # ---------------------------------------------------------------------------
 # 15. The command line
 #
-# What is not serving stands in owner/ and is loaded only when it is asked for: `check`
-# tries each thing that usually goes wrong, `stats` says who asked how much, `demo` lets
-# an owner be a subscriber.
+# Without a command the server runs. The other commands are in owner/ and are imported
+# only when they are called: `check` tests what usually goes wrong, `stats` shows who
+# asked how much, and with `demo` an owner can play the subscriber.
 # ---------------------------------------------------------------------------
 
 
-def complain(error: Exception) -> None:
-    """Print the one line that ends the process, as an error in the journal."""
+def print_error(error: object) -> None:
+    """Print the line that says why the process ends; journald takes it as an error."""
     priority = "<3>" if "JOURNAL_STREAM" in os.environ else ""
     print(f"{priority}wxgpt: {error}", file=sys.stderr)
 
@@ -5909,16 +5934,19 @@ def serve_command(config: Config) -> int:
     try:
         asyncio.run(run_server(config))
     except (StoreError, OSError) as error:
-        complain(error)
+        print_error(error)
         return 1
     return 0
 
 
 def demo_command(arguments: list[str]) -> int:
-    """Run owner/demo.py in this process's place; it takes over the held Ctrl-C."""
+    """Replace this process by owner/demo.py, where Ctrl-C is still blocked at first.
+
+    Returns the exit status only if that file is missing.
+    """
     demo = pathlib.Path(__file__).with_name("owner") / "demo.py"
     if not demo.exists():
-        print(f"wxgpt: {demo} is not there", file=sys.stderr)
+        print_error(f"{demo} is not there")
         return 1
     os.execv(sys.executable, [sys.executable, str(demo), *arguments])
 
@@ -5953,16 +5981,16 @@ COMMAND_WORDS = ("serve", "check", "stats", "--version", "-h", "--help")
 
 
 def run_command(words: list[str]) -> int:
-    """Do what the words of a command line say; return the exit status."""
+    """Run a command line, `serve` if it names no command; return the exit status."""
     if not words or words[0] not in COMMAND_WORDS:
         words = ["serve", *words]
     arguments = make_parser().parse_args(words)
     config = load_config(arguments.config, os.environ)
-    wanted = "one of your own: everybody knows this one"
+    accepted = "one of your own: everybody knows this one"
     is_own = config.wechat.token != EXAMPLE_TOKEN
-    require(is_own, "wechat.token", EXAMPLE_TOKEN, wanted)
+    require(is_own, "wechat.token", EXAMPLE_TOKEN, accepted)
     check_commands(config)
-    # What stands in owner/ imports wxgpt: this module, which is not to be loaded twice.
+    # owner/ imports `wxgpt`: it is to find this module, not to load it a second time.
     sys.modules.setdefault("wxgpt", sys.modules[__name__])
     if arguments.command == "check":
         from owner.check import run_check
@@ -5982,18 +6010,19 @@ def main() -> int:
         return demo_command(words[1:])
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-        with contextlib.ExitStack() as stack:
-            stack.callback(print, end="", flush=True)  # a closed pipe is met here
+        try:
             return run_command(words)
+        finally:
+            print(end="", flush=True)  # raises BrokenPipeError here, not at the exit
     except ConfigError as error:
-        complain(error)
+        print_error(error)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # as in `check | head`; what is left goes nowhere
+    except BrokenPipeError:  # as in `check | head`; drop what is still in the buffer
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    finally:  # Python's own end would complain of a Ctrl-C
+    finally:  # a late Ctrl-C kills quietly; Python would print a traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
