@@ -87,7 +87,6 @@ import re
 import secrets
 import socket
 import sqlite3
-import string
 import sys
 import time
 import tomllib
@@ -125,41 +124,29 @@ log = logging.getLogger("wxgpt")
 # ---------------------------------------------------------------------------
 # 1. Constants
 #
-# What the platform fixes, with where that is known from.
+# Facts about the platform, with their source. Other constants stand above the function
+# that uses them.
 # ---------------------------------------------------------------------------
 
 ATTEMPTS = 3  # requests per message; the documents say "三次重试", practice is 3 in all
 ATTEMPT_SECONDS = 5.0  # "五秒内" in 被动回复用户消息, developers.weixin.qq.com
 REPLY_BYTES = 1800  # undocumented; reports of refused texts begin at 1884 bytes
-BODY_BYTES = 64 * 1024  # far above the largest push
-SIGNATURE_SECONDS = 600  # how far a push's timestamp may be off
-GRACE_SECONDS = 4.0  # what running answers get at a shutdown
-LINGER_SECONDS = 0.25  # of it; who was let in last sends its request meanwhile
-BACKLOG = 1024  # connections that wait while the process is replaced
-SD_FIRST_DESCRIPTOR = 3  # sd_listen_fds(3)
+BODY_BYTES = 64 * 1024  # far more than the largest push has
 BEIJING = datetime.timezone(datetime.timedelta(hours=8))
 
-# WeChat sends stickers as text with one of these (seen in many projects' reports).
+# WeChat delivers a sticker as one of these texts (from reports to many projects).
 STICKER_TEXTS = ("【收到不支持的消息类型，暂无法显示】", "[Unsupported Message]")
 
-# What XML 1.0 cannot carry, lone surrogates included; WeChat shows a fault for it.
+# What XML 1.0 cannot contain, lone surrogates included; WeChat shows an error for it.
 ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-
-
-DEFAULT_MODEL = "gpt-6-luna"  # thinks by default: gets reasoning_effort "none"
-WELCOME = "欢迎关注！发 /chatgpt 就能和 AI 聊天，发 /help 看用法。"
-DEFAULT_PROMPT = (
-    "你在微信里和人聊天。用对方的语言，先给结论，一般不超过 200 字，需要时再展开。"
-    "少用标题和表格，公式用普通文字写。"
-)
 
 
 # ---------------------------------------------------------------------------
 # 2. Configuration
 #
-# One TOML file. A setting is one field: its type, default, bounds and comment stand
-# together, and the file is checked against the fields. What subscribers read stands in
-# texts.toml; the settings' [texts] change it line by line.
+# One TOML file. Each setting is one dataclass field with its type, default, bounds and
+# comment, and the file is checked against these fields. What subscribers read is in
+# texts.toml; [texts] in the settings replaces single lines of it.
 # ---------------------------------------------------------------------------
 
 
@@ -167,43 +154,40 @@ class ConfigError(Exception):
     """A setting that cannot be used; the text is the one line an owner reads."""
 
 
-def setting(
-    default: object, comment: str, *bounds: float, secret: bool = False
-) -> typing.Any:
-    """Return the field of one setting, with its bounds; default MISSING: required."""
-    meta = {"comment": comment, "bounds": bounds, "secret": secret}
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=meta)
-    return field(default=default, metadata=meta)
+def bounded(default: float, least: float, most: float) -> typing.Any:
+    """Return the field of a number with the range it may have."""
+    return field(default=default, metadata={"bounds": (least, most)})
+
+
+def secret(default: object = MISSING) -> typing.Any:
+    """Return the field of a value that is never shown; without a default: required."""
+    return field(default=default, metadata={"secret": True})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
     """Where to listen."""
 
-    host: str = setting("127.0.0.1", "address to listen on")
-    port: int = setting(8080, "port to listen on; 0: any free one", 0, 65535)
-    path: str = setting("/wechat", "path of WeChat's URL, a slash behind or not")
+    host: str = "127.0.0.1"  # address to listen on
+    port: int = bounded(8080, 0, 65535)  # port to listen on; 0: any free one
+    path: str = "/wechat"  # path of WeChat's URL, with or without a slash at its end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeChatSettings:
     """The account, and the platform's timing."""
 
-    token: str = setting(MISSING, "the token typed into WeChat's console", secret=True)
-    app_id: str = setting("", "AppID; together with aes_key: safe mode")
-    aes_key: str = setting("", "EncodingAESKey, 43 characters", secret=True)
-    attempt_timeout: float = setting(ATTEMPT_SECONDS, "seconds per attempt", 0.2, 60)
-    attempts: int = setting(ATTEMPTS, "requests WeChat makes for one message", 1, 10)
-    reply_margin: float = setting(
-        0.8, "a reply that cannot wait leaves so many seconds before the end", 0, 30
-    )
-    mute_guard: int = setting(
-        30, "attempts that may run over in five minutes; 0: none", 0, 1_000_000
-    )
-    picture_hosts: tuple[str, ...] = setting(
-        ("mmbiz.qpic.cn", "mmecoa.qpic.cn", "wx.qlogo.cn"), "hosts of pictures"
-    )
+    token: str = secret()  # the token typed into WeChat's console
+    app_id: str = ""  # AppID; together with aes_key it turns on safe mode
+    aes_key: str = secret("")  # EncodingAESKey, 43 characters
+    attempt_timeout: float = bounded(ATTEMPT_SECONDS, 0.2, 60)  # seconds per attempt
+    attempts: int = bounded(ATTEMPTS, 1, 10)  # requests WeChat makes for one message
+    # A reply that cannot wait any longer leaves this many seconds before the timeout.
+    reply_margin: float = bounded(0.8, 0, 30)
+    # How many attempts may time out within five minutes; 0: none.
+    mute_guard: int = bounded(30, 0, 1_000_000)
+    # Hosts from which pictures may be fetched.
+    picture_hosts: tuple[str, ...] = ("mmbiz.qpic.cn", "mmecoa.qpic.cn", "wx.qlogo.cn")
 
     @property
     def margin(self) -> float:
@@ -211,52 +195,63 @@ class WeChatSettings:
         return min(self.reply_margin, self.attempt_timeout / 2)
 
 
+DEFAULT_MODEL = "gpt-6-luna"  # thinks by default: gets reasoning_effort "none"
+DEFAULT_PROMPT = (
+    "你在微信里和人聊天。用对方的语言，先给结论，一般不超过 200 字，需要时再展开。"
+    "少用标题和表格，公式用普通文字写。"
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AssistantSettings:
     """One assistant: an OpenAI-compatible chat API and how to ask it."""
 
-    base_url: str = setting("https://api.openai.com/v1", "base URL of the chat API")
-    api_key: str = setting(MISSING, "key of the chat API", secret=True)
-    model: str = setting(DEFAULT_MODEL, "name of the model")
-    system_prompt: str = setting(DEFAULT_PROMPT, "system prompt; empty: none")
-    proxy: str = setting("", "http, https or socks proxy towards the API", secret=True)
-    extra: dict = setting({}, "table merged into the request body")
-    first_token_timeout: float = setting(60.0, "seconds to the first token", 0.05, 3600)
-    idle_timeout: float = setting(60.0, "seconds between tokens", 0.05, 3600)
-    timeout: float = setting(240.0, "seconds for one answer in all", 0.05, 86400)
+    base_url: str = "https://api.openai.com/v1"  # base URL of the chat API
+    api_key: str = secret()  # key of the chat API
+    model: str = DEFAULT_MODEL  # name of the model
+    system_prompt: str = DEFAULT_PROMPT  # empty: none
+    proxy: str = secret("")  # http, https or socks proxy to reach the API through
+    extra: dict = field(default_factory=dict)  # merged into the request body
+    first_token_timeout: float = bounded(60.0, 0.05, 3600)  # seconds to the first token
+    idle_timeout: float = bounded(60.0, 0.05, 3600)  # seconds between two tokens
+    timeout: float = bounded(240.0, 0.05, 86400)  # seconds for a whole answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionSettings:
     """How long a conversation lasts, and how much of it the model gets."""
 
-    ttl: float = setting(300.0, "idle seconds until a session ends", 1, 31_536_000)
-    context_chars: int = setting(12000, "characters of it sent along", 0, 10_000_000)
-    auto_open: bool = setting(False, "any text opens the first assistant")
+    ttl: float = bounded(300.0, 1, 31_536_000)  # idle seconds until a session ends
+    context_chars: int = bounded(12000, 0, 10_000_000)  # how much of it is sent along
+    auto_open: bool = False  # any text outside a session opens the first assistant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitSettings:
     """What strangers may cost."""
 
-    questions_per_day: int = setting(100, "per subscriber and day; 0: any", 0, 10**9)
-    all_per_day: int = setting(2000, "of all together per day; 0: any", 0, 10**9)
-    question_chars: int = setting(2000, "longest question", 1, 1_000_000)
-    waiting: int = setting(3, "questions one subscriber may have unanswered", 1, 1000)
-    at_once: int = setting(64, "upstream calls at one time", 1, 1_000_000)
-    allow: tuple[str, ...] = setting((), "openids: only these")
-    deny: tuple[str, ...] = setting((), "openids: never these")
-    blocked_words: str = setting("", "a file, one word a line")
+    questions_per_day: int = bounded(100, 0, 10**9)  # for each subscriber; 0: no limit
+    all_per_day: int = bounded(2000, 0, 10**9)  # for all subscribers together; 0: same
+    question_chars: int = bounded(2000, 1, 1_000_000)  # longest question
+    waiting: int = bounded(3, 1, 1000)  # unanswered questions one subscriber may have
+    at_once: int = bounded(64, 1, 1_000_000)  # upstream calls at the same time
+    allow: tuple[str, ...] = ()  # openids: only these may ask
+    deny: tuple[str, ...] = ()  # openids: these get no answer
+    blocked_words: str = ""  # a file, one word a line
+
+
+WELCOME = "欢迎关注！发 /chatgpt 就能和 AI 聊天，发 /help 看用法。"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplySettings:
     """Replies that no model writes."""
 
-    subscribe: str = setting(WELCOME, "on following; empty: silence")
-    outside: str = setting("", "to text outside a session; empty: silence")
-    label: str = setting("（AI 生成）", "ends each part of a model's text; empty: none")
-    keywords: dict[str, str] = setting({}, "exact text = reply, outside a session")
+    subscribe: str = WELCOME  # to a new subscriber; empty: silence
+    outside: str = ""  # to text outside a session; empty: silence
+    label: str = "（AI 生成）"  # ends each part of a model's text; empty: none
+    # Outside a session: exact text = reply.
+    keywords: dict[str, str] = field(default_factory=dict)
 
     @property
     def label_line(self) -> str:
@@ -268,77 +263,55 @@ class ReplySettings:
 class HistorySettings:
     """How long things can be read."""
 
-    link_hours: float = setting(72.0, "hours an answer's link works", 1e-6, 876_000)
-    history_minutes: float = setting(120.0, "minutes a history link works", 1e-4, 1e8)
-    keep_days: float = setting(0.0, "days until deletion; 0: never", 0, 36_500)
+    link_hours: float = bounded(72.0, 1e-6, 876_000)  # how long an answer's link works
+    history_minutes: float = bounded(120.0, 1e-4, 1e8)  # how long a history link works
+    keep_days: float = bounded(0.0, 0, 36_500)  # days until deletion; 0: never
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatabaseSettings:
     """Where everything is kept."""
 
-    path: str = setting("", "file; empty: wxgpt.db in the state directory")
+    path: str = ""  # a file; empty: wxgpt.db in the state directory
 
 
 class Texts:
     """Every line a subscriber can read, by its name in texts.toml: `texts.opened`."""
 
-    __slots__ = ("_lines",)
-
     def __init__(self, lines: typing.Mapping[str, str]) -> None:
-        self._lines = types.MappingProxyType(dict(lines))
+        vars(self).update(lines)
 
-    def __getattr__(self, name: str) -> str:
-        try:
-            return self._lines[name]
-        except KeyError:
-            raise AttributeError(f"no text is named {name}") from None
+    def __getattr__(self, name: str) -> str:  # only called for a name that is missing
+        raise AttributeError(f"no text is named {name}")
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Texts) and self._lines == other._lines
+        return isinstance(other, Texts) and vars(self) == vars(other)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """All settings, checked; `load_config` makes it."""
 
-    public_url: str = setting(MISSING, "how a subscriber's phone reaches this server")
-    server: ServerSettings = field(default_factory=ServerSettings)
+    public_url: str  # how a subscriber's phone reaches this server
+    server: ServerSettings
     wechat: WeChatSettings
     assistants: dict[str, AssistantSettings]
-    session: SessionSettings = field(default_factory=SessionSettings)
-    limits: LimitSettings = field(default_factory=LimitSettings)
-    replies: ReplySettings = field(default_factory=ReplySettings)
+    session: SessionSettings
+    limits: LimitSettings
+    replies: ReplySettings
     texts: Texts
-    history: HistorySettings = field(default_factory=HistorySettings)
-    database: DatabaseSettings = field(default_factory=DatabaseSettings)
+    history: HistorySettings
+    database: DatabaseSettings
 
 
-def all_are(kind: type) -> Callable[[typing.Iterable], bool]:
-    """Return a test for every item to be of one type."""
-    return lambda items: all(isinstance(item, kind) for item in items)
-
-
-# A field's type: what an owner may write for it, and the test for that.
-KINDS: dict[object, tuple[str, Callable[[object], bool]]] = {
-    str: ("text", lambda v: isinstance(v, str)),
-    bool: ("true or false", lambda v: isinstance(v, bool)),
-    int: ("a whole number", lambda v: type(v) is int),
-    float: ("a number", lambda v: type(v) in (int, float)),
-    dict: ("a table", lambda v: isinstance(v, dict)),
-    tuple[str, ...]: (
-        "a list of texts",
-        lambda v: isinstance(v, list) and all_are(str)(v),
-    ),
-    dict[str, str]: (
-        "a table of texts",
-        lambda v: isinstance(v, dict) and all_are(str)(v.values()),
-    ),
-}
+def require(is_met: object, name: str, found: object, accepted: str) -> None:
+    """Raise ConfigError, which names the setting, unless a condition is met."""
+    if not is_met:
+        raise ConfigError(f"{name}: found {found!r}, accepted is {accepted}")
 
 
 def read_toml(path: str | os.PathLike) -> dict[str, typing.Any]:
-    """Return what a TOML file has; raise ConfigError with one line."""
+    """Return the contents of a TOML file; raise ConfigError with one line."""
     try:
         return tomllib.loads(pathlib.Path(path).read_text("utf-8"))
     except OSError as error:
@@ -347,23 +320,40 @@ def read_toml(path: str | os.PathLike) -> dict[str, typing.Any]:
         raise ConfigError(f"{path}: not TOML: {error}") from None
 
 
-def checked(value: object, entry: typing.Any, name: str) -> object:
+# How an owner is told which type a setting has.
+TYPE_NAMES: dict[object, str] = {
+    str: "text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    dict: "a table",
+    tuple[str, ...]: "a list of texts",
+    dict[str, str]: "a table of texts",
+}
+
+
+def has_type(value: typing.Any, kind: object) -> bool:
+    """Say whether a TOML value has the type of a setting."""
+    if kind == tuple[str, ...]:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if kind == dict[str, str]:
+        return isinstance(value, dict) and has_type([*value.values()], tuple[str, ...])
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def read_value(value: typing.Any, entry: dataclasses.Field, name: str) -> object:
     """Return the value of one setting; raise ConfigError with what is accepted."""
-    if entry.type not in KINDS:  # a table that was read before
-        return value
-    wanted, fits = KINDS[entry.type]
-    bounds = entry.metadata.get("bounds")
-    if fits(value) and (not bounds or bounds[0] <= value <= bounds[1]):
+    accepted, bounds = TYPE_NAMES[entry.type], entry.metadata.get("bounds")
+    if has_type(value, entry.type) and (not bounds or bounds[0] <= value <= bounds[1]):
         return tuple(value) if isinstance(value, list) else value
-    found = repr(value) if value is not MISSING else "nothing"
-    if entry.metadata.get("secret") and value is not MISSING:
-        found = "something else"
-    limits = f" from {bounds[0]:g} to {bounds[1]:g}" if bounds else ""
-    raise ConfigError(f"{name}: found {found}, accepted is {wanted}{limits}")
+    found = "something else" if entry.metadata.get("secret") else repr(value)
+    found = "nothing" if value is MISSING else found
+    accepted += f" from {bounds[0]:g} to {bounds[1]:g}" if bounds else ""
+    raise ConfigError(f"{name}: found {found}, accepted is {accepted}")
 
 
 def check_names(table: dict, known: typing.Iterable[str], prefix: str) -> None:
-    """Raise ConfigError for a setting that there is not."""
+    """Raise ConfigError for a setting that does not exist."""
     for key in table:
         if key not in known:
             shown = key if key.isprintable() else repr(key)  # the error is one line
@@ -371,91 +361,84 @@ def check_names(table: dict, known: typing.Iterable[str], prefix: str) -> None:
             raise ConfigError(f"{prefix}{shown}: unknown setting, accepted are {names}")
 
 
-def read_table(kind: type, table: object, name: str) -> typing.Any:
-    """Return a TOML table as its settings class; raise ConfigError."""
+def read_table(kind: typing.Any, table: object, name: str) -> typing.Any:
+    """Return a TOML table as an instance of its settings class; raise ConfigError."""
     if not isinstance(table, dict):
         raise ConfigError(f"{name}: found {table!r}, accepted is a table")
-    known, dot = {entry.name: entry for entry in fields(kind)}, name and name + "."
-    check_names(table, known, dot)
+    prefix = f"{name}." if name else ""
+    check_names(table, [entry.name for entry in fields(kind)], prefix)
     values = {}
-    for key, entry in known.items():
-        if isinstance(entry.type, type) and dataclasses.is_dataclass(entry.type):
-            values[key] = read_table(entry.type, table.get(key, {}), dot + key)
-        elif key in table or entry.default is entry.default_factory is MISSING:
-            values[key] = checked(table.get(key, MISSING), entry, dot + key)
+    for entry in fields(kind):
+        key, where = entry.name, prefix + entry.name
+        is_required = entry.default is MISSING and entry.default_factory is MISSING
+        if dataclasses.is_dataclass(entry.type):
+            values[key] = read_table(entry.type, table.get(key, {}), where)
+        elif key in table and entry.type not in TYPE_NAMES:  # has been read already
+            values[key] = table[key]
+        elif key in table or is_required:
+            values[key] = read_value(table.get(key, MISSING), entry, where)
     return kind(**values)
 
 
+# The environment variables that fill in what the file leaves out of `chatgpt`.
 VARIABLES = {"api_key": "OPENAI_API_KEY", "base_url": "OPENAI_BASE_URL"}
 
 
-def place_of(
+def setting_source(
     name: str, key: str, one: AssistantSettings, environ: typing.Mapping[str, str]
 ) -> str:
-    """Return where an assistant's setting stands: its name, or the variable's."""
-    variable = VARIABLES.get(key, "") if name == "chatgpt" else ""
-    if variable and environ.get(variable) == getattr(one, key):
+    """Return where an assistant's setting comes from: its name, or a variable."""
+    variable = VARIABLES.get(key, "")
+    if name == "chatgpt" and environ.get(variable) == getattr(one, key):
         return f"{variable} in the environment"
     return f"assistants.{name}.{key}"
 
 
-def read_assistants(table: object, environ: typing.Mapping[str, str]) -> dict:
-    """Return the assistants by name, `chatgpt` filled up from the environment."""
-    if not isinstance(table, dict) or not all_are(dict)(table.values()):
-        # Without what was found: a key may stand in a wrong place.
+def read_assistants(table: typing.Any, environ: typing.Mapping[str, str]) -> dict:
+    """Return the assistants by name; raise ConfigError."""
+    is_table = isinstance(table, dict)
+    if not is_table or not all(isinstance(one, dict) for one in table.values()):
+        # Does not say what was found: it may be a key in the wrong place.
         raise ConfigError("assistants: found no tables, accepted is a table of tables")
     if "chatgpt" not in table and not environ.get("OPENAI_API_KEY"):
         raise ConfigError("assistants.chatgpt: found nothing, accepted is a table")
-    given = VARIABLES.items()
-    filled = {key: environ[name] for key, name in given if environ.get(name)}
-    table = {**table, "chatgpt": filled | table.get("chatgpt", {})}
+    chatgpt = dict(table.get("chatgpt", {}))
+    for key, variable in VARIABLES.items():
+        if environ.get(variable):
+            chatgpt.setdefault(key, environ[variable])
     return {
         name: read_table(AssistantSettings, one, f"assistants.{name}")
-        for name, one in table.items()
+        for name, one in {**table, "chatgpt": chatgpt}.items()
     }
-
-
-def placeholders(text: str) -> set[str]:
-    """Return what stands in braces, format and all; raise ValueError if broken."""
-    return {
-        name + (f"!{how}" if how else "") + (f":{form}" if form else "")
-        for _, name, form, how in string.Formatter().parse(text)
-        if name is not None
-    }
-
-
-def demand(holds: object, name: str, found: object, wanted: str) -> None:
-    """Raise ConfigError unless something holds."""
-    if not holds:
-        raise ConfigError(f"{name}: found {found!r}, accepted is {wanted}")
 
 
 TEXTS = pathlib.Path(__file__).with_name("texts.toml")
 
 
-def read_texts(changes: object) -> Texts:
+def read_texts(changes: typing.Any) -> Texts:
     """Return the lines of texts.toml with an owner's changes; raise ConfigError.
 
-    A changed line may have no other placeholders than the one it replaces.
+    A changed line may leave out placeholders of the default, but not have others.
     """
     lines = read_toml(TEXTS)
     for name, line in lines.items():
-        demand(isinstance(line, str), f"{TEXTS}: {name}", line, "text")
-    demand(isinstance(changes, dict), "texts", changes, "a table")
-    changed = typing.cast(dict, changes)
-    check_names(changed, lines, "texts.")
-    for name, line in changed.items():
-        demand(isinstance(line, str), f"texts.{name}", line, "text")
-        allowed = placeholders(lines[name])
+        require(isinstance(line, str), f"{TEXTS}: {name}", line, "text")
+    require(isinstance(changes, dict), "texts", changes, "a table")
+    check_names(changes, lines, "texts.")
+    for name, line in changes.items():
+        require(isinstance(line, str), f"texts.{name}", line, "text")
+        accepted = sorted(set(re.findall(r"\{(\w+)\}", lines[name])))
         try:
-            strange = placeholders(line) - allowed
-        except ValueError as error:
+            # Some placeholders are texts, others numbers: any format must suit both.
+            line.format_map(dict.fromkeys(accepted, ""))
+            line.format_map(dict.fromkeys(accepted, 0))
+        except KeyError as error:
+            names = ", ".join(f"{{{name}}}" for name in accepted) or "none"
+            found = f"found {{{error.args[0]}}}, accepted are {names}"
+            raise ConfigError(f"texts.{name}: {found}") from None
+        except (ValueError, LookupError, AttributeError) as error:
             raise ConfigError(f"texts.{name}: {error}") from None
-        if strange:
-            names = ", ".join(f"{{{name}}}" for name in sorted(allowed)) or "none"
-            found = f"found {{{strange.pop()}}}, accepted are {names}"
-            raise ConfigError(f"texts.{name}: {found}")
-    return Texts(lines | changed)
+    return Texts(lines | changes)
 
 
 def check_assistant(
@@ -464,49 +447,49 @@ def check_assistant(
     """Raise ConfigError for an assistant that cannot work."""
     where = f"assistants.{name}"
     is_name = name and not re.search(r"[\s/]", name)
-    demand(is_name, where, name, "a name without spaces and slashes")
+    require(is_name, where, name, "a name without spaces and slashes")
     is_url = re.match(r"https?://[^/]", one.base_url.strip())
-    place = place_of(name, "base_url", one, environ)
-    demand(is_url, place, one.base_url, "an http(s) URL")
+    source = setting_source(name, "base_url", one, environ)
+    require(is_url, source, one.base_url, "an http(s) URL")
     is_key = re.fullmatch(r"[!-~]+", one.api_key.strip())  # it goes into a header
     found = "something else" if one.api_key.strip() else ""
-    place = place_of(name, "api_key", one, environ)
-    demand(is_key, place, found, "the key of the API, without blanks")
+    source = setting_source(name, "api_key", one, environ)
+    require(is_key, source, found, "the key of the API, without blanks")
     is_proxy = re.match(r"(https?|socks[45]h?)://|$", one.proxy)
-    demand(is_proxy, f"{where}.proxy", "***", "an http, https or socks URL")
-    has_socks = importlib.util.find_spec("aiohttp_socks")
-    is_usable = has_socks or not one.proxy.startswith("socks")
-    wanted = "http(s), or socks after: pip install aiohttp-socks"
-    demand(is_usable, f"{where}.proxy", "***", wanted)
-    for key in {"model", "messages", "stream"} & set(one.extra):
-        demand(False, f"{where}.extra.{key}", one.extra[key], "anything but this key")
+    require(is_proxy, f"{where}.proxy", "***", "an http, https or socks URL")
+    if one.proxy.startswith("socks"):
+        has_package = importlib.util.find_spec("aiohttp_socks")
+        accepted = "http(s), or socks after: pip install aiohttp-socks"
+        require(has_package, f"{where}.proxy", "***", accepted)
+    for key in ("model", "messages", "stream"):
+        is_free, value = key not in one.extra, one.extra.get(key)
+        require(is_free, f"{where}.extra.{key}", value, "anything but this key")
+
+
+def is_public_url(url: str) -> bool:
+    """Say whether links can begin with a URL: a host, maybe a port and a path."""
+    try:
+        port = urllib.parse.urlsplit(url).port
+    except ValueError:  # not a number, or above 65535
+        return False
+    pattern = r"https?://[^\s/?#@:][^\s/?#@]*(/[^\s?#]*)?"
+    return port != 0 and re.fullmatch(pattern, url) is not None
 
 
 def check_values(config: Config, environ: typing.Mapping[str, str]) -> None:
-    """Raise ConfigError for what cannot work."""
-    url, path, token = config.public_url, config.server.path, config.wechat.token
-    is_url = False
-    with contextlib.suppress(ValueError):  # for a port that is none
-        has_port = urllib.parse.urlsplit(url).port != 0
-        pattern = r"https?://[^\s/?#@:][^\s/?#@]*(/[^\s?#]*)?"
-        is_url = has_port and bool(re.fullmatch(pattern, url))
-    demand(is_url, "public_url", url, "http:// or https:// and a host")
-    demand(
-        re.fullmatch(r"(/[\w.~-]+)+/?", path),
-        "server.path",
-        path,
-        "a path like /wechat",
-    )
-    is_token = re.fullmatch(r"[A-Za-z0-9]{3,32}", token)
-    demand(is_token, "wechat.token", "***", "3 to 32 letters and digits")
-    app_id, aes_key = config.wechat.app_id, config.wechat.aes_key
-    half = "only app_id" if app_id else "only aes_key"
-    both = "app_id and aes_key, or neither"
-    demand(bool(app_id) == bool(aes_key), "wechat.aes_key", half, both)
-    is_key = not aes_key or re.fullmatch(r"[A-Za-z0-9]{43}", aes_key)
-    demand(
-        is_key, "wechat.aes_key", f"{len(aes_key)} characters", "43 letters and digits"
-    )
+    """Raise ConfigError for settings that cannot work."""
+    url, path, wechat = config.public_url, config.server.path, config.wechat
+    require(is_public_url(url), "public_url", url, "http:// or https:// and a host")
+    is_path = re.fullmatch(r"(/[\w.~-]+)+/?", path)
+    require(is_path, "server.path", path, "a path like /wechat")
+    is_token = re.fullmatch(r"[A-Za-z0-9]{3,32}", wechat.token)
+    require(is_token, "wechat.token", "***", "3 to 32 letters and digits")
+    is_complete = bool(wechat.app_id) == bool(wechat.aes_key)
+    found = "only app_id" if wechat.app_id else "only aes_key"
+    require(is_complete, "wechat.aes_key", found, "app_id and aes_key, or neither")
+    is_key = re.fullmatch(r"([A-Za-z0-9]{43})?", wechat.aes_key)
+    found = f"{len(wechat.aes_key)} characters"
+    require(is_key, "wechat.aes_key", found, "43 letters and digits")
     for name, one in config.assistants.items():
         check_assistant(name, one, environ)
 
@@ -521,32 +504,30 @@ def load_config(
     table["texts"] = read_texts(table.get("texts", {}))
     config = read_table(Config, table, "")
     check_values(config, environ)
-    state = environ.get("STATE_DIRECTORY", "").split(":")[0]
-    if not state and os.path.isdir("/var/lib/wxgpt"):
-        state = "/var/lib/wxgpt"
-    file = config.database.path or str(pathlib.Path(state) / "wxgpt.db")
+    folder = environ.get("STATE_DIRECTORY", "").split(":")[0]
+    if not folder and os.path.isdir("/var/lib/wxgpt"):
+        folder = "/var/lib/wxgpt"
+    database = config.database.path or str(pathlib.Path(folder) / "wxgpt.db")
     return replace(
         config,
         public_url=config.public_url.rstrip("/"),
-        database=DatabaseSettings(path=file),
+        database=DatabaseSettings(path=database),
     )
 
 
-def effective(config: Config) -> Iterator[str]:
-    """Yield the settings as lines for the log, secrets masked, long texts left out."""
+def effective_settings(config: Config) -> Iterator[str]:
+    """Yield the settings as lines for the log, without secrets and the long prompt."""
     yield f"public_url={config.public_url}"
-    tables = {name: getattr(config, name) for name in ("server", "wechat", "session")}
-    tables |= {
-        name: getattr(config, name) for name in ("limits", "history", "database")
-    }
-    tables |= {f"assistants.{name}": one for name, one in config.assistants.items()}
-    for name, table in tables.items():
-        shown = [
-            f"{e.name}={'***' if e.metadata['secret'] and value else value!r}"
-            for e in fields(table)
-            if (value := getattr(table, e.name)) != DEFAULT_PROMPT
-        ]
-        yield f"[{name}] {' '.join(shown)}"
+    names = ("server", "wechat", "session", "limits", "history", "database")
+    tables = [(name, getattr(config, name)) for name in names]
+    tables += [(f"assistants.{name}", one) for name, one in config.assistants.items()]
+    for name, table in tables:
+        line = f"[{name}]"
+        for entry in fields(table):
+            value = getattr(table, entry.name)
+            shown = "***" if value and entry.metadata.get("secret") else repr(value)
+            line += f" {entry.name}={shown}" if value != DEFAULT_PROMPT else ""
+        yield line
 
 
 # ---------------------------------------------------------------------------
@@ -558,7 +539,7 @@ def effective(config: Config) -> Iterator[str]:
 
 
 class BadMessage(Exception):
-    """A signed body that cannot be read; answered `success`, so that it ends."""
+    """A signed body that cannot be read; answering `success` ends WeChat's retries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -577,19 +558,19 @@ class Message:
 
     @property
     def key(self) -> str:
-        """Return what is the same on every attempt of this message and on no other."""
+        """Return what every attempt of this message has in common, and no other has."""
         if self.msg_id:
             return f"{self.openid} {self.msg_id}"
         return f"{self.openid} {self.created} {self.event} {self.event_key}"
 
     @property
     def name(self) -> str:
-        """Return how the log names it: MsgId or event, and a piece of the openid."""
+        """Return its name in the log: MsgId or event, and the start of the openid."""
         return f"msg={self.msg_id or self.event or '-'} from={self.openid[:8]}"
 
 
 def signature_of(token: str, *values: str) -> str:
-    """Return WeChat's signature of values (消息与事件推送: sorted, joined, SHA-1)."""
+    """Return WeChat's signature (消息与事件推送): the SHA-1 of the values, sorted."""
     joined = b"".join(sorted(v.encode("utf-8", "replace") for v in (token, *values)))
     return hashlib.sha1(joined).hexdigest()
 
@@ -600,85 +581,75 @@ def is_signed(token: str, signature: str, *values: str) -> bool:
     return hmac.compare_digest(expected, signature.encode("utf-8", "replace"))
 
 
-def read_xml(body: bytes) -> dict:
-    """Return the fields of a push; raise BadMessage."""
+def read_xml(body: bytes) -> dict[str, str]:
+    """Return the text fields of a push; raise BadMessage."""
+    # Control characters that a subscriber pasted arrive as they are.
+    text = ILLEGAL.sub("", body.decode("utf-8", "ignore"))
     try:
-        tree = xmltodict.parse(body)
-    except (ExpatError, ValueError, LookupError):  # the last: an unknown encoding
-        # Control characters that a subscriber pasted reach us as they are.
-        try:
-            tree = xmltodict.parse(ILLEGAL.sub("", body.decode("utf-8", "ignore")))
-        except (ExpatError, ValueError, LookupError) as error:
-            raise BadMessage(f"not readable as XML: {error}") from None
-    root = tree.get("xml")
+        root = xmltodict.parse(text).get("xml")
+    except (ExpatError, ValueError) as error:
+        raise BadMessage(f"not readable as XML: {error}") from None
     if not isinstance(root, dict):
         raise BadMessage("no fields inside <xml>")
-    return root
+    return {name: value for name, value in root.items() if isinstance(value, str)}
 
 
 def parse_envelope(body: bytes) -> str:
-    """Return what a push in safe mode encrypts; '' for anything else."""
-    try:
-        encrypted = read_xml(body).get("Encrypt")
-    except BadMessage:
-        return ""
-    return encrypted if isinstance(encrypted, str) else ""
+    """Return the encrypted part of a push in safe mode; '' for anything else."""
+    with contextlib.suppress(BadMessage):
+        return read_xml(body).get("Encrypt", "")
+    return ""
 
 
 def parse_message(body: bytes) -> Message:
     """Return the message of a push in plain mode; raise BadMessage."""
     root = read_xml(body)
-
-    def text(name: str) -> str:
-        value = root.get(name)
-        return value if isinstance(value, str) else ""
-
-    openid, account = text("FromUserName"), text("ToUserName")
-    if not openid and "Encrypt" in root:
+    if "FromUserName" not in root and "Encrypt" in root:
         raise BadMessage("encrypted, but app_id and aes_key are not set")
-    if not openid or not account or not text("MsgType"):
+    if not all(map(root.get, ("FromUserName", "ToUserName", "MsgType"))):
         raise BadMessage("no FromUserName, ToUserName or MsgType")
-    created = text("CreateTime")
+    created = root.get("CreateTime", "")
     return Message(
-        openid=openid,
-        account=account,
-        msg_type=text("MsgType").lower(),
+        openid=root["FromUserName"],
+        account=root["ToUserName"],
+        msg_type=root["MsgType"].lower(),
         created=int(created) if re.fullmatch(r"[0-9]{1,12}", created) else 0,
-        msg_id=text("MsgId"),
-        content=text("Content"),
-        event=text("Event").lower(),
-        event_key=text("EventKey"),
-        picture_url=text("PicUrl"),
+        msg_id=root.get("MsgId", ""),
+        content=root.get("Content", ""),
+        event=root.get("Event", "").lower(),
+        event_key=root.get("EventKey", ""),
+        picture_url=root.get("PicUrl", ""),
     )
 
 
 class Cipher:
-    """Safe mode (消息加解密说明): the envelope around every push and reply.
+    """Opens and seals the envelope of safe mode (消息加解密说明).
 
-    AES-256-CBC, padded to 32 bytes, around 16 bytes of salt, a length, XML and AppID.
+    Inside it are 16 bytes of salt, a length, the XML and the AppID, padded to 32 bytes
+    and encrypted with AES-256-CBC.
     """
 
     def __init__(self, token: str, app_id: str, aes_key: str) -> None:
         from cryptography.hazmat.primitives import ciphers, padding  # slow to import
 
         self.token, self.app_id = token, app_id.encode()
-        # The 43rd character may carry two stray bits; this decoding does not mind them.
-        key = base64.b64decode(aes_key + "=")
-        algorithm, mode = ciphers.algorithms.AES(key), ciphers.modes.CBC(key[:16])
-        self.key, self.aes = key, ciphers.Cipher(algorithm, mode)
+        # The 43rd character may have two bits too many, which b64decode ignores.
+        self.key = key = base64.b64decode(aes_key + "=")
+        self.aes = ciphers.Cipher(
+            ciphers.algorithms.AES(key), ciphers.modes.CBC(key[:16])
+        )
         self.padding = padding.PKCS7(256)
 
     def open(self, encrypted: str) -> bytes:
         """Return the XML of a push whose signature was checked; raise BadMessage."""
+        decryptor, unpadder = self.aes.decryptor(), self.padding.unpadder()
         try:
-            decryptor, unpadder = self.aes.decryptor(), self.padding.unpadder()
             sealed = base64.b64decode(encrypted, validate=True)
             padded = decryptor.update(sealed) + decryptor.finalize()
             plain = unpadder.update(padded) + unpadder.finalize()
         except ValueError as error:
-            raise BadMessage(
-                f"cannot be decrypted, is aes_key right? {error}"
-            ) from None
+            words = f"cannot be decrypted, is aes_key right? {error}"
+            raise BadMessage(words) from None
         end = 20 + int.from_bytes(plain[16:20], "big")
         if len(plain) < 20 or end > len(plain):
             raise BadMessage("a wrong length inside the encrypted push")
@@ -687,14 +658,13 @@ class Cipher:
         return plain[20:end]
 
     def seal(self, body: bytes, created: int) -> bytes:
-        """Return the envelope of a reply, the same bytes whenever it is made."""
-        salt = hmac.digest(self.key, body, "sha256")  # in place of random bytes
+        """Return the envelope of a reply, always the same bytes for the same reply."""
+        salt = hmac.digest(self.key, body, "sha256")  # random bytes would differ
         plain = salt[:16] + len(body).to_bytes(4, "big") + body + self.app_id
         encryptor, padder = self.aes.encryptor(), self.padding.padder()
         padded = padder.update(plain) + padder.finalize()
-        sealed = base64.b64encode(
-            encryptor.update(padded) + encryptor.finalize()
-        ).decode()
+        encrypted = encryptor.update(padded) + encryptor.finalize()
+        sealed = base64.b64encode(encrypted).decode()
         nonce, timestamp = salt.hex()[:10], str(created)
         signature = signature_of(self.token, timestamp, nonce, sealed)
         return (
@@ -714,7 +684,7 @@ def cdata(text: str) -> str:
 def render_text_reply(message: Message, content: str, created: int) -> bytes:
     """Return the passive reply's body: XML, or `success` for an empty content."""
     if not content:
-        return b"success"  # an empty Content would show the fault text
+        return b"success"  # WeChat shows its error text for an empty Content
     return (
         f"<xml><ToUserName>{cdata(message.openid)}</ToUserName>"
         f"<FromUserName>{cdata(message.account)}</FromUserName>"
@@ -725,19 +695,20 @@ def render_text_reply(message: Message, content: str, created: int) -> bytes:
 
 
 def size_of(text: str) -> int:
-    """Return the bytes WeChat counts: UTF-8."""
+    """Return the size of a text as WeChat counts it: in bytes of UTF-8."""
     return len(text.encode())
 
 
-def harmless(text: str) -> str:
-    """Return text in which nothing is a link for WeChat: only our own are."""
+def escape_links(text: str) -> str:
+    """Return text in which WeChat finds no link: only our own may be tapped."""
     return re.sub(r"<(?=/?a)", "<\u200b", text, flags=re.IGNORECASE)
 
 
 def tap_link(words: str, content: str = "") -> str:
-    """Return a link that sends `content` (or the words) as the subscriber's message.
+    """Return a link that sends `content`, or else its words, for the subscriber.
 
-    Android decodes the content twice and needs a non-empty id; so it stays plain.
+    Android decodes the content twice, so it keeps only characters that survive this,
+    and ignores links whose msgmenuid is empty.
     """
     sent = re.sub(r"[^\w()./_-]", "", content or words)
     return (
@@ -747,9 +718,10 @@ def tap_link(words: str, content: str = "") -> str:
 
 def with_taps(text: str, names: typing.Iterable[str]) -> str:
     """Return one of our own texts with each `/NAME` in it as a tap."""
-    wanted = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
-    pattern = rf"(?<![\w/\"'=.>])/(?:{wanted})(?![\w/.])"
-    flags = re.ASCII | re.IGNORECASE  # Chinese is written without spaces around
+    longest_first = sorted(map(re.escape, names), key=len, reverse=True)
+    pattern = rf"(?<![\w/\"'=.>])/(?:{'|'.join(longest_first)})(?![\w/.])"
+    # ASCII, so that \w is no Chinese character: Chinese puts no spaces around a name.
+    flags = re.ASCII | re.IGNORECASE
     return re.sub(pattern, lambda match: tap_link(match[0]), text, flags=flags)
 
 
@@ -2427,7 +2399,7 @@ class WordGuard:
 def excerpt(text: str, length: int = 12) -> str:
     """Return the first characters of a question in one line, harmless."""
     line = " ".join(text.split())
-    return harmless(line if len(line) <= length else line[:length] + "…")
+    return escape_links(line if len(line) <= length else line[:length] + "…")
 
 
 # ---------------------------------------------------------------------------
@@ -2819,8 +2791,10 @@ Recalled = tuple[
     str,
 ]
 PICTURE_SECONDS = 600  # a picture waits so long for its question
-LAPSE_SECONDS = 24 * 3600  # so long a session that ran out can be gone on with
-REPLY_HOURS = 24  # a later copy of a message gets the very same reply for so long
+
+
+REPLY_HOURS = 24  # for how long a later copy of a message gets the same reply
+LAPSE_SECONDS = 24 * 3600  # for how long it is mentioned that a session ran out
 
 
 class Store:
@@ -3272,7 +3246,6 @@ class Store:
         log.info("%d exchanges older than keep_days deleted", count)
 
 
-CHECK_BYTES = 64 * 1024 * 1024  # a larger database is not read through at each start
 PRAGMAS = (
     BUSY,
     "journal_mode = WAL",
@@ -3281,6 +3254,9 @@ PRAGMAS = (
     "secure_delete = ON",
     "journal_size_limit = 16777216",
 )
+
+
+CHECK_BYTES = 64 * 1024 * 1024  # larger databases are not checked: it takes seconds
 
 
 async def open_store(path: str) -> Store:
@@ -3296,8 +3272,7 @@ async def open_store(path: str) -> Store:
         store = Store(await aiosqlite.connect(path, isolation_level=None))
         undo.push_async_callback(store.close)
         try:
-            # Before anything is written. It reads the whole file, so a start with a
-            # million answers would take many seconds: a large one goes unchecked.
+            # Checked before anything is written. This reads the whole file.
             is_small = os.path.getsize(path) <= CHECK_BYTES
             check = await store.rows("PRAGMA quick_check(1)") if is_small else []
             if check not in ([], [("ok",)]):
@@ -4045,7 +4020,7 @@ def continue_tap(number: int) -> str:
 def cut_reply(text: str, room: int) -> int:
     """Return how much of a chat text goes into `room` bytes once it is harmless."""
     cut = cut_text(text, room)
-    while (over := size_of(harmless(text[:cut])) - room) > 0:
+    while (over := size_of(escape_links(text[:cut])) - room) > 0:
         cut = cut_text(text, size_of(text[:cut]) - over)
     return cut
 
@@ -4747,7 +4722,7 @@ class Bot:
 
     def rest_of(self, turn: Turn, start: int, head: str) -> str:
         """Return all that is left to say of an ended answer, of any size."""
-        text = harmless(turn.shown()[start:].strip("\n"))
+        text = escape_links(turn.shown()[start:].strip("\n"))
         word = self.texts.word_retry
         words = ending_words(self.texts, turn, tap_link(word, f"{word}{turn.id}"))
         if not text:
@@ -4778,7 +4753,7 @@ class Bot:
         room = REPLY_BYTES - size_of(longest)
         rest = shown[part.start :]
         stop = turn.stops.get(part.start) or part.start + cut_reply(rest, room)
-        text = harmless(shown[part.start : stop].strip("\n"))
+        text = escape_links(shown[part.start : stop].strip("\n"))
         if text:
             offered = subscriber.offer(turn.id, stop)
             content = head + text + self.tail(turn, offered.number)
@@ -4949,10 +4924,10 @@ def check_commands(config: Config) -> None:
     for text in (replies.subscribe, replies.outside, *replies.keywords.values()):
         size = size_of(with_taps(text, names))
         wanted = f"at most {REPLY_BYTES} bytes with taps"
-        demand(size <= REPLY_BYTES, "replies", f"{size} bytes", wanted)
+        require(size <= REPLY_BYTES, "replies", f"{size} bytes", wanted)
     for name in config.assistants:
         is_free = folded(name) not in COMMANDS
-        demand(is_free, f"assistants.{name}", name, "a name that is no command's")
+        require(is_free, f"assistants.{name}", name, "a name that is no command's")
 
 
 # ---------------------------------------------------------------------------
@@ -5216,6 +5191,9 @@ BODY_SECONDS = 10.0
 PING_SECONDS = 15.0
 PROBE_PATH = "/healthz/stream"
 FOLLOW_SECONDS = 0.1  # a live page is told of new text so often at most
+
+
+SIGNATURE_SECONDS = 600  # how far a push's timestamp may be off
 
 
 def is_fresh(bot: Bot, timestamp: str) -> bool:
@@ -5547,40 +5525,33 @@ async def hide_server(request: web.Request, response: web.StreamResponse) -> Non
 # ---------------------------------------------------------------------------
 
 
-def socks_connector(proxy: str) -> aiohttp.BaseConnector:
-    """Return a connector through a socks proxy."""
-    # Optional; its lack was found when the settings were read.
-    import aiohttp_socks  # type: ignore[import-not-found, unused-ignore]
-
-    return aiohttp_socks.ProxyConnector.from_url(proxy, limit=0)
-
-
 @contextlib.asynccontextmanager
 async def open_chat(
     config: Config,
 ) -> AsyncIterator[tuple[dict[str, ChatClient], Pictures]]:
-    """Open the connections to the chat APIs: one client session, no cap on connections.
+    """Open the HTTP sessions; give a client for each assistant, and one for pictures.
 
-    `at_once` bounds the number of calls; a socks proxy needs a session of its own.
+    Connections are not limited, since `at_once` limits the calls.
     """
+    timeout = aiohttp.ClientTimeout(total=None, connect=15, sock_connect=10)
     async with contextlib.AsyncExitStack() as stack:
-        timeout = aiohttp.ClientTimeout(total=None, connect=15, sock_connect=10)
-        plain = await stack.enter_async_context(
-            aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0), timeout=timeout
-            )
-        )
+
+        async def open_http(connector: aiohttp.BaseConnector) -> aiohttp.ClientSession:
+            http = aiohttp.ClientSession(connector=connector, timeout=timeout)
+            return await stack.enter_async_context(http)
+
+        direct = await open_http(aiohttp.TCPConnector(limit=0))
         clients = {}
         for name, assistant in config.assistants.items():
-            http = plain
+            http = direct
             if assistant.proxy.startswith("socks"):
-                connector = socks_connector(assistant.proxy)
-                http = await stack.enter_async_context(
-                    aiohttp.ClientSession(connector=connector, timeout=timeout)
-                )
-                assistant = replace(assistant, proxy="")
+                # Optional; load_config has checked that it is installed.
+                import aiohttp_socks  # type: ignore[import-not-found, unused-ignore]
+
+                proxy = aiohttp_socks.ProxyConnector.from_url(assistant.proxy, limit=0)
+                http, assistant = await open_http(proxy), replace(assistant, proxy="")
             clients[name] = ChatClient(assistant, http)
-        yield clients, Pictures(config.wechat.picture_hosts, plain)
+        yield clients, Pictures(config.wechat.picture_hosts, direct)
 
 
 def make_cipher(config: Config) -> Cipher | None:
@@ -5591,13 +5562,12 @@ def make_cipher(config: Config) -> Cipher | None:
     try:
         return Cipher(wechat.token, wechat.app_id, wechat.aes_key)
     except ImportError:
-        raise ConfigError(
-            "wechat.aes_key: safe mode needs: pip install cryptography"
-        ) from None
+        words = "wechat.aes_key: safe mode needs: pip install cryptography"
+        raise ConfigError(words) from None
 
 
 def make_blocked(config: Config) -> BlockedWords:
-    """Return the list of blocked words; raise ConfigError if it cannot be read."""
+    """Return the blocked words; raise ConfigError if their file cannot be read."""
     blocked = BlockedWords(config.limits.blocked_words)
     try:
         blocked.refresh()
@@ -5645,11 +5615,15 @@ def make_app(bot: Bot) -> web.Application:
 
 
 def sd_notify(state: str, *descriptors: int) -> None:
-    """Tell systemd a state, and which descriptors to keep (sd_notify(3))."""
+    """Send systemd a state, and descriptors to keep for the next process.
+
+    See sd_notify(3). Nothing is sent, and nothing fails, if systemd does not listen.
+    """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
-    address = "\0" + address[1:] if address.startswith("@") else address
+    if address.startswith("@"):  # an abstract socket
+        address = "\0" + address[1:]
     with (
         contextlib.suppress(OSError),
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out,
@@ -5658,11 +5632,15 @@ def sd_notify(state: str, *descriptors: int) -> None:
         socket.send_fds(out, [state.encode()], descriptors)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Return the listening socket: one that systemd kept, or a new one.
+BACKLOG = 1024  # connections that may wait in the socket during a restart
+SD_FIRST_DESCRIPTOR = 3  # the first one that systemd passes on; sd_listen_fds(3)
 
-    It is kept across restarts, since a proxy that meets nobody answers WeChat 502 at
-    once, and WeChat then burns its attempts within a second.
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return the listening socket: the one systemd kept, or a new one; raise OSError.
+
+    systemd keeps it during a restart. Without it, a proxy would answer WeChat with 502
+    at once, and WeChat would use up its attempts within a second.
     """
     is_kept = os.environ.get("LISTEN_PID") == str(os.getpid())
     if is_kept and os.environ.get("LISTEN_FDNAMES") == "listen":
@@ -5670,7 +5648,7 @@ def listen(host: str, port: int) -> socket.socket:
         wanted = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         if kept.getsockname()[:2] in [address[:2] for *_, address in wanted]:
             return kept
-        # The settings have changed. systemd's copy listens on until it is shut down.
+        # The settings have changed; systemd's copy would listen on, so shut it down.
         kept.shutdown(socket.SHUT_RDWR)
         kept.close()
         sd_notify("FDSTOREREMOVE=1\nFDNAME=listen")
@@ -5684,26 +5662,29 @@ def listen(host: str, port: int) -> socket.socket:
     return new
 
 
-async def keep_watchdog(seconds: float) -> None:
-    """Tell systemd that the event loop turns, until cancelled."""
+async def keep_watchdog() -> None:
+    """Tell systemd that the event loop runs, until cancelled.
+
+    Returns at once if it does not ask for that; sd_watchdog_enabled(3).
+    """
+    pid = str(os.getpid())
+    seconds = float(os.environ.get("WATCHDOG_USEC", 0)) / 1e6
+    if not seconds or os.environ.get("WATCHDOG_PID", pid) != pid:
+        return
     while True:
         sd_notify("WATCHDOG=1")
-        await asyncio.sleep(seconds)
+        await asyncio.sleep(seconds / 2)
 
 
-def start_upkeep(bot: Bot) -> None:
-    """Start what goes on beside the messages."""
-    works = [bot.keep_saving(), bot.keep_pruning()]
-    if os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
-        if seconds := float(os.environ.get("WATCHDOG_USEC", 0)) / 2e6:
-            works.append(keep_watchdog(seconds))
-    for work in works:
-        bot.tasks.start(work, "upkeep")
+GRACE_SECONDS = 4.0  # how long running answers may go on after SIGTERM
+# Part of GRACE_SECONDS: connections accepted just before shutdown may still send their
+# request.
+LINGER_SECONDS = 0.25
 
 
-async def hear_out(runner: web.AppRunner) -> None:
-    """Leave those who were let in last, if any, a moment to send their request."""
-    for _ in range(2):  # turns of the loop, which letting somebody in takes
+async def linger(runner: web.AppRunner) -> None:
+    """Give connections that were accepted last, if any, a moment to send a request."""
+    for _ in range(2):  # the event loop needs two rounds to accept a connection
         await asyncio.sleep(0)
     if runner.server and runner.server.connections:
         await asyncio.sleep(LINGER_SECONDS)
@@ -5716,8 +5697,9 @@ async def open_server(config: Config) -> AsyncIterator[tuple[Bot, int]]:
         runner = web.AppRunner(
             make_app(bot),
             access_log=None,
-            handler_cancellation=True,  # a hung-up request ends; its work is elsewhere
-            # Twice so long for a client that does not read, and ten seconds in all.
+            handler_cancellation=True,  # ends a hung-up request; its work goes on
+            # aiohttp waits this long twice for a client that does not read; in all, a
+            # shutdown takes less than ten seconds.
             shutdown_timeout=GRACE_SECONDS + LINGER_SECONDS,
         )
         await runner.setup()
@@ -5726,17 +5708,18 @@ async def open_server(config: Config) -> AsyncIterator[tuple[Bot, int]]:
             site = web.SockSite(runner, listener, backlog=BACKLOG)
             await bot.resume_turns()  # before a retry can ask for one of them
             await site.start()
-            start_upkeep(bot)
+            for work in (bot.keep_saving(), bot.keep_pruning(), keep_watchdog()):
+                bot.tasks.start(work, "upkeep")
             yield bot, runner.addresses[0][1]
             await site.stop()
-            await hear_out(runner)
+            await linger(runner)
         finally:
             bot.shut(bot.tasks.loop.time() + GRACE_SECONDS - LINGER_SECONDS)
             await runner.cleanup()
 
 
 class JournalFormatter(logging.Formatter):
-    """One line an event; under journald with its priority instead of the time."""
+    """Formats one line an event: with its priority for journald, else with the time."""
 
     PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 
@@ -5745,7 +5728,7 @@ class JournalFormatter(logging.Formatter):
         self.is_journal = is_journal
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the record's lines, each with a priority under journald."""
+        """Return the text of a record; each line of a traceback has its priority."""
         text = super().format(record)
         if not self.is_journal:
             return f"{time.strftime('%H:%M:%S')} {record.levelname.lower()} {text}"
@@ -5757,7 +5740,7 @@ def set_up_log() -> None:
     """Send the log to stderr."""
     handler = logging.StreamHandler()
     handler.setFormatter(JournalFormatter("JOURNAL_STREAM" in os.environ))
-    # What no line shows is not looked up (Logging HOWTO, Optimization).
+    # No line shows these, so do not look them up (Logging HOWTO, Optimization).
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.basicConfig(level=logging.INFO, handlers=[handler])
@@ -5766,7 +5749,7 @@ def set_up_log() -> None:
 
 
 async def run_server(config: Config) -> None:
-    """Serve until SIGTERM or SIGINT; a second one ends at once."""
+    """Serve until SIGTERM or SIGINT; a second one exits at once."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def on_signal() -> None:
@@ -5776,11 +5759,11 @@ async def run_server(config: Config) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    # The database's thread asks a busy loop for the interpreter at every statement;
-    # with the usual 5 ms the slowest of 1,000 waiting got its reply 2 s later.
+    # The database's thread waits for the interpreter lock at every statement. With the
+    # default of 5 ms the slowest of 1,000 waiting requests was answered 2 s later.
     sys.setswitchinterval(0.0005)
-    # What is loaded stays: no collection needs to look through it, nor many through the
-    # little that a message leaves (0.1 ms of processor time a message).
+    # What is loaded by now stays, so the garbage collector need not look at it; and a
+    # message leaves little garbage, so fewer collections save 0.1 ms a message.
     gc.freeze()
     gc.set_threshold(5000)
     async with open_server(config) as (_, port):
@@ -5794,14 +5777,14 @@ async def run_server(config: Config) -> None:
 # ---------------------------------------------------------------------------
 # 14. The command line
 #
-# What is not serving stands in owner/ and is loaded only when it is asked for: `check`
-# tries each thing that usually goes wrong, `stats` says who asked how much, `demo` lets
-# an owner be a subscriber.
+# Without a command the server runs. The other commands are in owner/ and are imported
+# only when they are called: `check` tests what usually goes wrong, `stats` shows who
+# asked how much, and with `demo` an owner can play the subscriber.
 # ---------------------------------------------------------------------------
 
 
-def complain(error: Exception) -> None:
-    """Print the one line that ends the process, as an error in the journal."""
+def print_error(error: object) -> None:
+    """Print the line that says why the process ends; journald takes it as an error."""
     priority = "<3>" if "JOURNAL_STREAM" in os.environ else ""
     print(f"{priority}wxgpt: {error}", file=sys.stderr)
 
@@ -5810,21 +5793,24 @@ def serve_command(config: Config) -> int:
     """Run the server; return the exit status."""
     load_pages()
     set_up_log()
-    for line in effective(config):
+    for line in effective_settings(config):
         log.info("%s", line)
     try:
         asyncio.run(run_server(config))
     except (StoreError, OSError) as error:
-        complain(error)
+        print_error(error)
         return 1
     return 0
 
 
 def demo_command(arguments: list[str]) -> int:
-    """Run owner/demo.py in this process's place; it takes over the held Ctrl-C."""
+    """Replace this process by owner/demo.py, where Ctrl-C is still blocked at first.
+
+    Returns the exit status only if that file is missing.
+    """
     demo = pathlib.Path(__file__).with_name("owner") / "demo.py"
     if not demo.exists():
-        print(f"wxgpt: {demo} is not there", file=sys.stderr)
+        print_error(f"{demo} is not there")
         return 1
     os.execv(sys.executable, [sys.executable, str(demo), *arguments])
 
@@ -5859,16 +5845,16 @@ COMMAND_WORDS = ("serve", "check", "stats", "--version", "-h", "--help")
 
 
 def run_command(words: list[str]) -> int:
-    """Do what the words of a command line say; return the exit status."""
+    """Run a command line, `serve` if it names no command; return the exit status."""
     if not words or words[0] not in COMMAND_WORDS:
         words = ["serve", *words]
     arguments = make_parser().parse_args(words)
     config = load_config(arguments.config, os.environ)
-    wanted = "one of your own: everybody knows this one"
+    accepted = "one of your own: everybody knows this one"
     is_own = config.wechat.token != EXAMPLE_TOKEN
-    demand(is_own, "wechat.token", EXAMPLE_TOKEN, wanted)
+    require(is_own, "wechat.token", EXAMPLE_TOKEN, accepted)
     check_commands(config)
-    # What stands in owner/ imports wxgpt: this module, which is not to be loaded twice.
+    # owner/ imports `wxgpt`: it is to find this module, not to load it a second time.
     sys.modules.setdefault("wxgpt", sys.modules[__name__])
     if arguments.command == "check":
         from owner.check import run_check
@@ -5888,18 +5874,19 @@ def main() -> int:
         return demo_command(words[1:])
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-        with contextlib.ExitStack() as stack:
-            stack.callback(print, end="", flush=True)  # a closed pipe is met here
+        try:
             return run_command(words)
+        finally:
+            print(end="", flush=True)  # raises BrokenPipeError here, not at the exit
     except ConfigError as error:
-        complain(error)
+        print_error(error)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # as in `check | head`; what is left goes nowhere
+    except BrokenPipeError:  # as in `check | head`; drop what is still in the buffer
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    finally:  # Python's own end would complain of a Ctrl-C
+    finally:  # a late Ctrl-C kills quietly; Python would print a traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

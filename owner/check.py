@@ -41,7 +41,7 @@ from wxgpt import (
     make_cipher,
     open_chat,
     open_server,
-    place_of,
+    setting_source,
     signature_of,
 )
 
@@ -317,7 +317,7 @@ class Doctor:
             detail = f"status {error.status}" if error.status else error.detail
             detail += f" “{words}”" if words else ""
         places = {
-            key: place_of(name, key, one, self.environ)
+            key: setting_source(name, key, one, self.environ)
             for key in ("proxy", "base_url", "api_key", "model", "extra")
         }
         is_proxy = host == urllib.parse.urlsplit(one.proxy).hostname

@@ -1,16 +1,16 @@
-"""Be a subscriber in a terminal: the real server, with WeChat and a model simulated.
+"""Play the subscriber in a terminal: the real server, a simulated WeChat and model.
 
     python wxgpt.py demo
     printf '/chatgpt\n慢慢想 7 秒\n/history\n' | python wxgpt.py demo
 
-The main thread reads lines. All else is one task on an event loop in a second thread:
-it opens the fake model, the server and the phone, and closes them in reverse order
-whatever happens.
+The main thread reads lines. Everything else is one task on an event loop in a second
+thread: it opens the fake model, the server and the phone, and closes them in reverse
+order whatever happens.
 """
 
 import signal
 
-if __name__ == "__main__":  # from here on Ctrl-C waits for `talk`, which ends quietly
+if __name__ == "__main__":  # Ctrl-C waits until `talk` handles it without a traceback
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 
 import argparse
@@ -38,10 +38,10 @@ from picture_host import PictureHost
 from terminal import DIM, Lines, Screen, talk
 from wechat import ANCHOR, Seen, Tap, WeChat, parse_tap
 
-TICK_SECONDS = 0.1
-FOLLOW_SECONDS = 30.0
-HEAD_START_SECONDS = 0.5  # a question in the background leaves before the next line
-WAIT = re.compile(r"(\d+(?:\.\d+)?)\s*(?:秒|s)")
+TICK_SECONDS = 0.1  # how often the clock on the screen moves
+FOLLOW_SECONDS = 30.0  # how long an answer's page is followed
+HEAD_START_SECONDS = 0.5  # for a question in the background, before the next line
+DELAY = re.compile(r"(\d+(?:\.\d+)?)\s*(?:秒|s)")
 OUTCOMES = {
     "answered": "已应答",
     "timeout": "超时",
@@ -69,13 +69,13 @@ SHORT_ANSWER = """\
 LONG_ANSWER = ROOT / "tests" / "sim" / "long_answer.md"
 
 
-def play(question: str, speed: float, seconds: float) -> Script:
-    """Return the fake model's answer; words in the question ask for time and kind."""
+def fake_answer(question: str, speed: float, seconds: float) -> Script:
+    """Return the fake model's answer; the question may ask for a delay, length, error."""
     if "失败" in question:
         return fails(500)
     thought = ""
-    if asked := WAIT.search(question):
-        seconds, thought = float(asked[1]), f"想了 {asked[1]} 秒。"
+    if delay := DELAY.search(question):
+        seconds, thought = float(delay[1]), f"想了 {delay[1]} 秒。"
     text = SHORT_ANSWER.format(question=question[:40], thought=thought)
     if "长" in question:
         text = LONG_ANSWER.read_text("utf-8")
@@ -83,32 +83,34 @@ def play(question: str, speed: float, seconds: float) -> Script:
 
 
 class Progress:
-    """Shows the attempts of one delivery as they come and end."""
+    """Shows the attempts of one delivery while they are made and when they end."""
 
     def __init__(self, screen: Screen, name: str) -> None:
-        self._screen, self._name = screen, name  # named when in the background
+        self._screen, self._name = screen, name  # the name is '' in the foreground
         self._number, self._began = 1, time.monotonic()
-        self._ended = ""
+        self._summary = ""  # of the attempt that ended last
 
     def note(self, number: int, event: str, seconds: float) -> None:
-        """Take in what WeChat tells of an attempt."""
+        """Record an event of an attempt, as WeChat reports it."""
         self._number = number
         if event == "posted":
             return
         outcome = OUTCOMES.get(event, event)
-        self._ended = f"  {self._name}第 {number} 次请求 · {seconds:.1f} 秒 · {outcome}"
+        self._summary = (
+            f"  {self._name}第 {number} 次请求 · {seconds:.1f} 秒 · {outcome}"
+        )
         if not self._screen.is_live:
-            self._screen.line(self._ended)
+            self._screen.line(self._summary)
 
     async def watch(self, delivery: Awaitable[Seen]) -> Seen:
-        """Return what a delivery brings; a clock runs while it is on its way."""
+        """Return the result of a delivery; a clock on the screen runs until then."""
         clock = asyncio.create_task(self._tick())
         try:
             seen = await delivery
         finally:
             clock.cancel()
         if self._screen.is_live:
-            self._screen.line(self._ended, DIM)
+            self._screen.line(self._summary, DIM)
         return seen
 
     async def _tick(self) -> None:
@@ -119,32 +121,32 @@ class Progress:
 
 
 class Phone:
-    """A subscriber's WeChat: what is on its way, and what was shown to be opened."""
+    """A subscriber's WeChat: messages being sent, and the links shown so far."""
 
     def __init__(
         self, platform: Callable[..., WeChat], openid: str, screen: Screen
     ) -> None:
         self._platform, self._openid, self._screen = platform, openid, screen
         self._taps: list[Tap] = []  # of the last reply that had any
-        self._pages: list[str] = []  # all that were shown, by their numbers
-        self._answer = 0  # number of the answer's page shown last, until it was read
-        self._under_way: set[asyncio.Task[None]] = set()
+        self._pages: list[str] = []  # URLs of all pages shown; numbers count from 1
+        self._unread = 0  # number of the newest answer's page until it is opened
+        self._sending: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
-        # A late viewer gets all the text so far in one line.
+        # A page that is opened late gets all the text so far in one line.
         self._http = aiohttp.ClientSession(read_bufsize=2**22)
         self._pictures = await PictureHost().__aenter__()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in self._under_way:
+        for task in self._sending:
             task.cancel()
-        await asyncio.gather(*self._under_way, return_exceptions=True)
+        await asyncio.gather(*self._sending, return_exceptions=True)
         await self._pictures.__aexit__()
         await self._http.close()
 
     async def write(self, line: str, name: str = "") -> None:
-        """Send a line, or tap the link of that number, and show what comes back."""
+        """Send a line, or tap the link with that number, and show the reply."""
         if line.isdecimal() and 0 < int(line) <= len(self._taps):
             tap = self._taps[int(line) - 1]
             self._screen.line(f"  （点「{tap.label}」）", DIM)
@@ -152,10 +154,10 @@ class Phone:
         else:
             await self._deliver(lambda wechat: wechat.send(self._openid, line), name)
 
-    async def write_aside(self, line: str) -> None:
+    async def write_in_background(self, line: str) -> None:
         """Send a line without waiting for the reply."""
         task = asyncio.create_task(self.write(line, f"「{line[:12]}」"))
-        self._under_way.add(task)
+        self._sending.add(task)
         await asyncio.wait([task], timeout=HEAD_START_SECONDS)
 
     async def send_picture(self, path: Path) -> None:
@@ -169,22 +171,23 @@ class Phone:
         )
 
     async def notify(self, event: str) -> None:
-        """Let WeChat tell the server of an event."""
+        """Send an event, as when the subscriber follows the account."""
         await self._deliver(
             lambda wechat: wechat.deliver(wechat.event(self._openid, event))
         )
 
     async def wait(self) -> None:
-        """Wait for all that was sent without waiting."""
-        await asyncio.gather(*self._under_way)
-        self._under_way.clear()
+        """Wait for the replies to everything sent in the background."""
+        await asyncio.gather(*self._sending)
+        self._sending.clear()
 
     async def open_page(self, number: int) -> None:
-        """Open a page and, if an answer is being written on it, see how it ends."""
+        """Open a page; follow an answer that is being written on it to its end."""
         if not 0 < number <= len(self._pages):
             return self._screen.line("  （没有这个网页）", DIM)
         url, name = self._pages[number - 1], f"  网页 {number} · "
-        self._answer = 0 if number == self._answer else self._answer
+        if number == self._unread:
+            self._unread = 0
         try:
             async with asyncio.timeout(FOLLOW_SECONDS):
                 async with self._http.get(url) as page:
@@ -197,10 +200,10 @@ class Phone:
             self._screen.line(f"{name}打不开：{error}", DIM)
 
     async def finish(self) -> None:
-        """Wait for what is on its way, and for the newest answer that has a page."""
+        """Wait for all replies, and for the newest answer if its page is unread."""
         await self.wait()
-        if self._answer:
-            await self.open_page(self._answer)
+        if self._unread:
+            await self.open_page(self._unread)
 
     async def _deliver(
         self, send: Callable[[WeChat], Awaitable[Seen]], name: str = ""
@@ -210,10 +213,10 @@ class Phone:
             seen = await progress.watch(send(wechat))
         self._show(seen)
         for _, url in seen.links:
-            number = self._number(url)
+            number = self._page_number(url)
             self._screen.line(f"  网页 {number} · {url}", DIM)
             if "/a/" in url:
-                self._answer = number
+                self._unread = number
             else:
                 await self.open_page(number)
 
@@ -225,16 +228,18 @@ class Phone:
             self._screen.line(f"  （{seen.reason}）", DIM)
         else:
             self._taps = list(seen.taps) or self._taps
-            marked = functools.partial(self._mark, iter(range(1, len(seen.taps) + 1)))
-            self._screen.bubble(ANCHOR.sub(marked, seen.content))
+            number_link = functools.partial(
+                self._number_link, iter(range(1, len(seen.taps) + 1))
+            )
+            self._screen.bubble(ANCHOR.sub(number_link, seen.content))
 
-    def _mark(self, numbers: Iterator[int], anchor: re.Match[str]) -> str:
+    def _number_link(self, numbers: Iterator[int], anchor: re.Match[str]) -> str:
         url, label = anchor[2].strip(), anchor[3]
         if url.startswith(("http://", "https://")):
-            return f"{label} [网页 {self._number(url)}]"
+            return f"{label} [网页 {self._page_number(url)}]"
         return f"{label} [{next(numbers)}]" if parse_tap(label, url) else label
 
-    def _number(self, url: str) -> int:
+    def _page_number(self, url: str) -> int:
         if url not in self._pages:
             self._pages.append(url)
         return self._pages.index(url) + 1
@@ -253,7 +258,7 @@ class Phone:
 async def read_events(
     stream: aiohttp.ClientResponse,
 ) -> AsyncIterator[tuple[str, dict[str, str]]]:
-    """Yield name and data of the events of a stream."""
+    """Yield the name and data of each event of a stream."""
     event = "message"
     async for line in stream.content:
         name, _, value = line.decode().strip().partition(": ")
@@ -264,8 +269,10 @@ async def read_events(
             event = "message"
 
 
-async def take(line: str, phone: Phone, screen: Screen, server: Child | None) -> None:
-    """Do what a line says: a command of the demo, else something to send."""
+async def run_line(
+    line: str, phone: Phone, screen: Screen, server: Child | None
+) -> None:
+    """Run a command of the demo, or send the line to the account."""
     match line.split():
         case ["/demo"]:
             screen.bubble(HELP)
@@ -282,13 +289,13 @@ async def take(line: str, phone: Phone, screen: Screen, server: Child | None) ->
         case ["/open", number] if number.isdecimal():
             await phone.open_page(int(number))
         case [_, *_, "&"]:
-            await phone.write_aside(line.removesuffix("&").strip())
+            await phone.write_in_background(line.removesuffix("&").strip())
         case [_, *_]:
             await phone.write(line)
 
 
 async def restart(server: Child | None, screen: Screen) -> None:
-    """Kill the server and start it again."""
+    """Kill the server and start it again, if the demo has started it."""
     if not server:
         return screen.line("  （服务器不是演示启动的，不能重启）", DIM)
     began = time.monotonic()
@@ -302,10 +309,12 @@ async def restart(server: Child | None, screen: Screen) -> None:
 async def open_server(
     options: argparse.Namespace, stack: contextlib.AsyncExitStack
 ) -> Child:
-    """Start the fake model, unless there is a key for a real one, and the server."""
+    """Start the server, and a fake model unless there is a key for a real one."""
     base_url = ""
     if not os.environ.get("OPENAI_API_KEY"):
-        answer = functools.partial(play, speed=options.speed, seconds=options.seconds)
+        answer = functools.partial(
+            fake_answer, speed=options.speed, seconds=options.seconds
+        )
         base_url = (await stack.enter_async_context(FakeOpenAI(answer))).base_url
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="wxgpt-demo-"))
     server = Child(Path(folder), base_url, options.log, options.safe)
@@ -314,17 +323,17 @@ async def open_server(
     return server
 
 
-def name_model(options: argparse.Namespace) -> str:
-    """Return in words who answers."""
+def model_name(options: argparse.Namespace) -> str:
+    """Return how the introduction names the one who answers."""
     if options.config:
         return f"按 {options.config} 运行着的服务器"
     is_real = os.environ.get("OPENAI_API_KEY")
     return "真模型（OPENAI_API_KEY）" if is_real else "演示用的假模型"
 
 
-async def demo(options: argparse.Namespace, screen: Screen, lines: Lines) -> None:
-    """Open all that is needed, converse, close it."""
-    screen.line(INTRO.format(model=name_model(options)))
+async def run_demo(options: argparse.Namespace, screen: Screen, lines: Lines) -> None:
+    """Open everything, run the typed lines until the last, close everything."""
+    screen.line(INTRO.format(model=model_name(options)))
     screen.status("  正在启动…")
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(screen.status)
@@ -335,14 +344,14 @@ async def demo(options: argparse.Namespace, screen: Screen, lines: Lines) -> Non
         phone = await stack.enter_async_context(Phone(platform, options.openid, screen))
         stack.callback(screen.status, "  正在收拾…")
         while (line := await lines.next()) not in (None, "/quit"):
-            await take(line, phone, screen, server)
+            await run_line(line, phone, screen, server)
             if server:
                 server.check()
         await phone.finish()
 
 
 def parse_options() -> argparse.Namespace:
-    """Return what the command line says."""
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(
         prog="wxgpt.py demo", description="Try wxgpt without an account or a key."
     )
@@ -361,12 +370,13 @@ def parse_options() -> argparse.Namespace:
 def main() -> int:
     """Run the command line; return the exit status."""
     try:
-        with contextlib.ExitStack() as stack:
-            stack.callback(print, end="", flush=True)  # a closed pipe is met here
+        try:
             options = parse_options()
-        talk(lambda screen, lines: demo(options, screen, lines))
+        finally:
+            print(end="", flush=True)  # raises BrokenPipeError here, not at the exit
+        talk(lambda screen, lines: run_demo(options, screen, lines))
     except BrokenPipeError:
-        # Nobody reads on; what is left in the buffer must not complain at the exit.
+        # Nobody reads the rest: drop it, or Python would report it at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ChildError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`wxgpt.py stats`: who asked how much, from the database, which is only read."""
+"""`wxgpt.py stats`: who asked how much; it only reads the database."""
 
 import collections
 import contextlib
@@ -12,8 +12,9 @@ import typing
 
 from wxgpt import BEIJING, Config, beijing_day
 
+FAILED_STATES = ("failed", "broken", "blocked")
 DELIVERED = ("1", "2", "3", "part", "page", "lost", "none")
-LOST_SHARE = 0.01  # of the replies; fewer may be a bad line or a restart
+LOST_SHARE = 0.01  # of all replies; a bad connection or a restart may explain fewer
 COLUMNS = ("questions", "failures", "tokens in", "tokens out", "median", "p95")
 WAYS = ("1st", "2nd", "3rd", "part", "page", "lost", "none")
 LEGEND = """\
@@ -22,13 +23,13 @@ it was read there; lost: WeChat had hung up; none: it failed, or nobody fetched 
 
 
 def summarise(rows: list[sqlite3.Row]) -> dict[str, object]:
-    """Return the figures of some exchanges."""
+    """Return the figures of some rows of the table turn."""
     seconds = sorted(row["seconds"] for row in rows if row["seconds"] is not None)
     ways = collections.Counter(row["delivered"] or "none" for row in rows)
-    bad = ("failed", "broken", "blocked")
+    failures = [row for row in rows if row["state"] in FAILED_STATES]
     return {
         "questions": len(rows),
-        "failures": sum(row["state"] in bad for row in rows),
+        "failures": len(failures),
         "tokens_in": sum(row["tokens_in"] or 0 for row in rows),
         "tokens_out": sum(row["tokens_out"] or 0 for row in rows),
         "median_seconds": statistics.median(seconds) if seconds else None,
@@ -38,7 +39,7 @@ def summarise(rows: list[sqlite3.Row]) -> dict[str, object]:
 
 
 def gather_stats(config: Config, days: int, is_full: bool) -> dict[str, object]:
-    """Return the figures of the last Beijing days, 0: of all, by day and subscriber."""
+    """Return the figures of the last Beijing days (0: of all) by day and subscriber."""
     path = pathlib.Path(config.database.path).absolute()
     with contextlib.closing(
         sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
@@ -55,12 +56,12 @@ def gather_stats(config: Config, days: int, is_full: bool) -> dict[str, object]:
     for row in rows:
         by_day[beijing_day(row["created_at"])].append(row)
         by_openid[row["openid"]].append(row)
-    most = sorted(by_openid.items(), key=lambda item: -len(item[1]))
+    busiest_first = sorted(by_openid.items(), key=lambda item: -len(item[1]))
     return {
         "days": [{"day": day} | summarise(rows) for day, rows in by_day.items()],
         "subscribers": [
             {"openid": openid if is_full else openid[:8] + "…"} | summarise(rows)
-            for openid, rows in most
+            for openid, rows in busiest_first
         ],
         "total": summarise(rows),
         "reply_margin": config.wechat.margin,
@@ -68,7 +69,7 @@ def gather_stats(config: Config, days: int, is_full: bool) -> dict[str, object]:
 
 
 def table_row(name: str, figures: dict[str, typing.Any]) -> list[str]:
-    """Return the cells of one row."""
+    """Return the cells of one row of a table."""
     cells = [name, *(str(figures[column.replace(" ", "_")]) for column in COLUMNS[:4])]
     for key in ("median_seconds", "p95_seconds"):
         cells.append("-" if figures[key] is None else f"{figures[key]:.1f} s")
@@ -78,7 +79,7 @@ def table_row(name: str, figures: dict[str, typing.Any]) -> list[str]:
 
 
 def print_table(title: str, rows: list[dict], total: dict) -> None:
-    """Print a table with columns as wide as what is in them."""
+    """Print a table whose columns are as wide as their widest cell."""
     table = [[title, *COLUMNS, *WAYS]]
     table += [table_row(row[title], row) for row in rows]
     table.append(table_row("all", total))

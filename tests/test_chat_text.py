@@ -586,7 +586,7 @@ PURE = {
     "render_markdown": lambda text: wxgpt.render_markdown(TEXTS, text),
     "glance": wxgpt.glance,
     "excerpt": wxgpt.excerpt,
-    "harmless": wxgpt.harmless,
+    "escape_links": wxgpt.escape_links,
     "are_in": BLOCKED.are_in,
     "formula_text": lambda text: wxgpt.formula_text(text[:1500]),
     "find_assistant": lambda text: wxgpt.find_assistant(text, ["chatgpt"]),
