@@ -284,6 +284,9 @@ class Texts:
     def __getattr__(self, name: str) -> str:  # only called for a name that is missing
         raise AttributeError(f"no text is named {name}")
 
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{name} cannot be changed while the server runs")
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Texts) and vars(self) == vars(other)
 
@@ -293,15 +296,15 @@ class Config:
     """All settings, checked; `load_config` makes it."""
 
     public_url: str  # how a subscriber's phone reaches this server
-    server: ServerSettings
+    server: ServerSettings = field(default_factory=ServerSettings)
     wechat: WeChatSettings
     assistants: dict[str, AssistantSettings]
-    session: SessionSettings
-    limits: LimitSettings
-    replies: ReplySettings
+    session: SessionSettings = field(default_factory=SessionSettings)
+    limits: LimitSettings = field(default_factory=LimitSettings)
+    replies: ReplySettings = field(default_factory=ReplySettings)
     texts: Texts
-    history: HistorySettings
-    database: DatabaseSettings
+    history: HistorySettings = field(default_factory=HistorySettings)
+    database: DatabaseSettings = field(default_factory=DatabaseSettings)
 
 
 def require(is_met: object, name: str, found: object, accepted: str) -> None:
@@ -2791,8 +2794,6 @@ Recalled = tuple[
     str,
 ]
 PICTURE_SECONDS = 600  # a picture waits so long for its question
-
-
 REPLY_HOURS = 24  # for how long a later copy of a message gets the same reply
 LAPSE_SECONDS = 24 * 3600  # for how long it is mentioned that a session ran out
 
