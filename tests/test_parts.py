@@ -203,6 +203,23 @@ async def test_an_older_retry_asks_its_own_question(server, upstream):
     assert upstream.requests[-1].question == "甲问题"
 
 
+async def test_somebody_elses_question_cannot_be_retried(server, upstream):
+    """The tap carries the question's id, which counts for its subscriber alone."""
+    upstream.will(fails(401))
+    failed = await server.ask("安的问题")
+    seen = await server.wechat.tap(BOB, failed.taps[-1])
+    assert seen.text == "没有找到要重试的问题。"
+    assert len(upstream.requests) == 1
+
+
+async def test_an_answer_that_ended_well_is_not_retried(server, upstream, database):
+    """重试 with the id of a good answer asks nothing again."""
+    await server.ask("好问题")
+    [(number,)] = database("SELECT id FROM turn")
+    assert (await server.ask(f"重试{number}")).text == "没有找到要重试的问题。"
+    assert len(upstream.requests) == 1
+
+
 async def test_the_same_question_again_fetches_the_first(server, upstream):
     """Impatience costs no second call, and brings the answer when it is there."""
     gate = asyncio.Event()

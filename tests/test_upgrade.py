@@ -19,6 +19,7 @@ def first_version(path):
 
     One long answer has ended: of it the first reply and part 2 were sent, part 3 was
     offered. Another question was being answered: of it a part was sent, part 4 offered.
+    A third one ended after an early reply that offered part 5, and was not read.
     """
     schema = (ROOT / "schema.sql").read_text("utf-8")
     [_, first, *_] = re.split(r"(?m)^-- step \d+$", schema)
@@ -37,7 +38,19 @@ def first_version(path):
         )
         done = (1, ANN, f"{ANN} 1", "one", "写完了的", LONG, 0, "done", now - 60)
         open_ = (2, ANN, f"{ANN} 2", "two", "没写完的", LONG[:900], 3, "open", now - 30)
-        db.executemany(turn, (done, open_))
+        unread = (
+            3,
+            ANN,
+            f"{ANN} 3",
+            "three",
+            "没读到的",
+            "四十二。",
+            0,
+            "done",
+            now - 20,
+        )
+        db.executemany(turn, (done, open_, unread))
+        db.execute("UPDATE turn SET unread = 5 WHERE id = 3")
         db.executemany(
             "INSERT INTO part (openid, number, turn_id, start, generation, stop, reply,"
             " offered_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -45,6 +58,7 @@ def first_version(path):
                 (ANN, 2, 1, 500, 0, 900, SENT, now),
                 (ANN, 3, 1, 900, 0, None, None, now),
                 (ANN, 4, 2, 700, 3, None, None, now),
+                (ANN, 5, 3, 0, 0, None, None, now),
             ),
         )
 
@@ -76,6 +90,14 @@ async def test_an_answer_in_mid_air_is_written_anew_and_read_from_its_start(upgr
     """The tap of the old version finds the new text."""
     seen = await upgraded.ask("继续4")
     assert "重新写的。第" in seen.text or seen.text.startswith("重新写的。")
+
+
+async def test_an_answer_that_was_not_read_is_still_named(upgraded):
+    """The first reply has a tap for it, the second has none."""
+    seen = await upgraded.ask("/help")
+    assert seen.text.endswith("「没读到的」有结果了：继续5")
+    assert "没读到的" not in (await upgraded.ask("/help")).text
+    assert (await upgraded.wechat.tap(ANN, seen.taps[-1])).text.startswith("四十二。")
 
 
 async def test_both_versions_end_in_the_same_schema(settings, tmp_path):
