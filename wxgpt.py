@@ -4964,7 +4964,7 @@ def link_tag(address: object, words: str = "") -> str:
     return f'<a href="{html.escape(str(address or ""))}" {rel}>{html.escape(words)}'
 
 
-def mend_tokens(tokens: list[Token], above: int) -> None:
+def fix_headings(tokens: list[Token], above: int) -> None:
     """Let headings step down one by one from a level, and empty headers be cells.
 
     So a screen reader's outline has no holes, whatever a model writes.
@@ -5062,7 +5062,7 @@ def render_markdown(texts: Texts, markdown: str, above: int = 0) -> str:
     if end > RENDER_CHARS:
         end = markdown.rfind("\n", RENDER_CHARS // 2, RENDER_CHARS) + 1 or RENDER_CHARS
     tokens, rest = read_markdown(markdown[:end]), markdown[end:]
-    mend_tokens(tokens, above)
+    fix_headings(tokens, above)
     body = AnswerRenderer(texts).render(tokens, RENDER_OPTIONS, {})
     return body + (element("p", rest, "plain") if rest else "")
 
@@ -5072,14 +5072,14 @@ def clock(seconds: float, form: str = "%Y-%m-%d %H:%M") -> str:
     return datetime.datetime.fromtimestamp(seconds, BEIJING).strftime(form)
 
 
-def glance(markdown: str) -> str:
+def preview(markdown: str) -> str:
     """Return how a long answer begins, in one line without marks and unparsed."""
     marks = r"(?m)^\s*(?:[#>*+-]+ |```.*|~~~.*)|[*`|]+|!?\[(?=[^]]*\]\()|\]\([^)\s]*\)"
     words = re.split(r"\n(?:```|~~~|\|)", markdown[:FOLD_CHARS].strip())[0]
     return excerpt(re.sub(marks, "", words), 80)
 
 
-def lean(text: str) -> str:
+def minified(text: str) -> str:
     """Return a style or script without indentation and whole lines of comment."""
     comment = r"(?ms)^\s*(//[^\n]*|/\*((?!\*/).)*\*/)\s*$"
     return re.sub(r"(?m)^\s+", "", re.sub(comment, "", text))
@@ -5099,10 +5099,10 @@ def load_pages() -> jinja2.Environment:
         lstrip_blocks=True,
         auto_reload=False,
     )
-    pages.filters |= {"clock": clock, "glance": glance}
+    pages.filters |= {"clock": clock, "preview": preview}
     try:
         for name, file in (("style", "page.css"), ("script", "page.js")):
-            pages.globals[name] = Markup(lean((PAGES / file).read_text("utf-8")))
+            pages.globals[name] = Markup(minified((PAGES / file).read_text("utf-8")))
         for name in TEMPLATES:
             pages.get_template(f"{name}.html")
     except jinja2.TemplateNotFound as error:

@@ -584,7 +584,7 @@ PURE = {
     "stable_text": stable_text,
     "cut_text": cut_whole,
     "render_markdown": lambda text: wxgpt.render_markdown(TEXTS, text),
-    "glance": wxgpt.glance,
+    "preview": wxgpt.preview,
     "excerpt": wxgpt.excerpt,
     "escape_links": wxgpt.escape_links,
     "are_in": BLOCKED.are_in,

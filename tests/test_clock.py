@@ -68,8 +68,8 @@ async def test_the_server_sees_the_jump(running, shift, jump):
     server, process = running
     shift(jump)
     await server.ask("/help")
-    await process.says("show_help")
-    [line] = [line for line in process.log if "show_help" in line]
+    await process.says("command help")
+    [line] = [line for line in process.log if "command help" in line]
     assert line.startswith(f"{time.localtime(time.time() + jump).tm_hour:02d}:")
 
 
