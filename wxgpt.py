@@ -775,14 +775,11 @@ def web_link(words: str, url: str) -> str:
 # 4. Formulas
 #
 # Rewriting rules bring LaTeX to a smaller LaTeX. One pass over its tokens turns that
-# into pieces of text, and a row of pieces is joined with the brackets and spaces that
-# keep its meaning. What is not known raises ValueError, and the formula is shown as it
-# was written: rather the source than a lie. latex2mathml names the symbols and writes
-# the MathML of the pages; it gets nothing that was refused here.
+# into pieces of text, which are written one behind another with the brackets and spaces
+# that keep the meaning. What is not known raises ValueError, and the formula is shown
+# as it was written. latex2mathml names the symbols and writes the MathML of the pages;
+# it gets nothing that was refused here.
 # ---------------------------------------------------------------------------
-MAX_FORMULA_CHARS = 1500  # fifteen full lines of an aligned block; longest seen: 679
-MAX_FORMULA_NESTING = 30  # a fraction in a fraction takes two; real ones stay under 12
-
 SUPERSCRIPTS = str.maketrans(
     "0123456789+−=()abcdefghijklmnoprstuvwxyzABDEGHIJKLMNOPRTUVW′∘",
     "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖʳˢᵗᵘᵛʷˣʸᶻᴬᴮᴰᴱᴳᴴᴵᴶᴷᴸᴹᴺᴼᴾᴿᵀᵁⱽᵂ′°",
@@ -799,9 +796,6 @@ ONE_SIGN = re.compile(  # 12 or x₁², 路程, |x|, √2 or √(a+b) or (a+b), 
     rf"|[fghFGPE]{SCRIPTED}\([^()]*\)"
 )
 UNDER_ROOT = re.compile(rf"\d+(?:\.\d+)?|[^\W\d_][₀-₉]*|{IN_BRACKETS}")
-RELATION = r"\s*=+−±·×<>≤≥≠≈≡∼→⇒⇔∈,.;:|，。；：、\u3400-\u9fff"
-ALONE_BEHIND = re.compile(rf"$|[{RELATION}(\[{{⌊⌈⟨‖]")  # what may stand before 1/2
-ALONE_BEFORE = re.compile(rf"$|[{RELATION})\]}}⌋⌉⟩‖]")  # and what after
 DIFFERENTIAL = re.compile(rf"[d∂Δ][{SMALL_SIGNS}]{{0,4}}[^\W\d_]?{SCRIPTED}")
 
 
@@ -872,11 +866,6 @@ def alphabet_text(alphabet: str, text: str) -> str:
     return symbol_text(f"{alphabet}{{{text}}}") if is_letter else bracketed(text)
 
 
-def negated_text(text: str) -> str:
-    """Write a relation with a stroke through it."""
-    return unicodedata.normalize("NFC", text + "\u0338")
-
-
 # A command's arguments, the kind of piece it makes, and what writes that. An argument m
 # is mathematics on one line, M may have several; o stands in square brackets or is
 # missing; t is words.
@@ -893,22 +882,22 @@ FORMULA_COMMANDS: dict[str, tuple[str, str, Callable[..., str]]] = {
         ("quad qquad", "", "", "  ".format),
         ("bmod mod", "", "", " mod ".format),
         ("pmod", "m", "", " (mod {})".format),
+        ("xrightarrow", "om", "", " —{}{}→ ".format),
+        ("hline", "", "", "———\n".format),
+        ("\\", "", "", "\n".format),
         ("overset stackrel", "mm", "", functools.partial(script_text, "^")),
         ("underset", "mm", "", functools.partial(script_text, "_")),
         ("overbrace underbrace", "m", "", bracketed),
+        ("mathbf boldsymbol bm", "m", "", functools.partial(alphabet_text, "mathbf")),
+        ("mathcal mathscr", "m", "", functools.partial(alphabet_text, "mathcal")),
+        ("mathbb", "m", "", functools.partial(alphabet_text, "mathbb")),
+        ("not", "m", "symbol", lambda s: unicodedata.normalize("NFC", s + "\u0338")),
         ("vec overrightarrow", "m", "", functools.partial(accented_text, "\u20d7")),
         ("hat widehat", "m", "", functools.partial(accented_text, "\u0302")),
         ("tilde widetilde", "m", "", functools.partial(accented_text, "\u0303")),
         ("bar overline", "m", "", functools.partial(accented_text, "\u0304")),
         ("dot", "m", "", functools.partial(accented_text, "\u0307")),
         ("ddot", "m", "", functools.partial(accented_text, "\u0308")),
-        ("not", "m", "symbol", negated_text),
-        ("mathbf boldsymbol bm", "m", "", functools.partial(alphabet_text, "mathbf")),
-        ("mathcal mathscr", "m", "", functools.partial(alphabet_text, "mathcal")),
-        ("mathbb", "m", "", functools.partial(alphabet_text, "mathbb")),
-        ("xrightarrow", "om", "", " —{}{}→ ".format),
-        ("hline", "", "", "———\n".format),
-        ("\\", "", "", "\n".format),
     )
     for name in names.split()
 }
@@ -920,7 +909,7 @@ LARGE_SIGNS = "∑∏∐∫∬∭∮∯⋃⋂⨁⨂"
 
 
 @dataclass(frozen=True, slots=True)
-class FormulaPiece:
+class Piece:
     """A sign or a whole construct of a formula, as text."""
 
     text: str
@@ -928,22 +917,27 @@ class FormulaPiece:
     space: str = ""  # before it: " " is a blank of the source, "~" a space asked for
 
 
-def is_torn(before: FormulaPiece, piece: FormulaPiece, after: FormulaPiece) -> bool:
+RELATION = r"\s*=+−±·×<>≤≥≠≈≡∼→⇒⇔∈,.;:|，。；：、\u3400-\u9fff"
+ALONE_BEHIND = re.compile(rf"$|[{RELATION}(\[{{⌊⌈⟨‖]")  # what may stand before 1/2
+ALONE_BEFORE = re.compile(rf"$|[{RELATION})\]}}⌋⌉⟩‖]")  # and what after
+
+
+def needs_brackets(before: Piece, piece: Piece, after: Piece) -> bool:
     """Say whether a fraction, root or box could be read into its neighbours."""
+    is_before_more = not ALONE_BEFORE.match(after.text)
     if piece.kind == "root":
-        return piece.text[-1] != ")" and not ALONE_BEFORE.match(after.text)
+        return piece.text[-1] != ")" and is_before_more
     last = before.text[-1:]
-    if before.kind != "large" and not ALONE_BEHIND.match(last):
-        return True
+    is_behind_more = before.kind != "large" and not ALONE_BEHIND.match(last)
     is_term = piece.kind == "box" and last in tuple("+−·×")
-    return is_term or not ALONE_BEFORE.match(after.text)
+    return is_behind_more or is_term or is_before_more
 
 
-def is_spaced(text: str, before: FormulaPiece, piece: FormulaPiece, first: str) -> bool:
+def needs_space(text: str, before: Piece, piece: Piece) -> bool:
     """Say whether a space belongs between a text and the piece that comes next."""
-    is_factor = re.match(r"[^\W\u3000-\u9fff]|[√∛∜∑∫∞]", first) is not None
+    is_factor = re.match(r"[^\W\u3000-\u9fff]|[√∛∜∑∫∞]", piece.text) is not None
     if before.kind == "name":
-        return is_factor or piece.space != "" and first not in "([|"
+        return is_factor or piece.space != "" and piece.text[0] not in "([|"
     if before.kind == "large" or piece.kind == "name" and re.search(r"[\w)]$", text):
         return True
     if before.kind == "symbol" and piece.space == " ":  # it may only end the command
@@ -951,30 +945,29 @@ def is_spaced(text: str, before: FormulaPiece, piece: FormulaPiece, first: str) 
     return piece.space != "" or is_factor and bool(re.search(r"[_^].$", before.text))
 
 
-def joined_pieces(pieces: list[FormulaPiece]) -> str:
+def render_pieces(pieces: list[Piece]) -> str:
     """Write pieces one behind another, with the brackets and spaces they need."""
-    text = ""
-    before = FormulaPiece("")
-    for piece, after in zip(pieces, [*pieces[1:], before], strict=False):
+    text, before, nothing = "", Piece(""), Piece("")
+    for piece, after in itertools.pairwise([*pieces, nothing]):
         written = piece.text
         if "\n" in written:
             written = f"\n{written}\n"
         elif piece.kind in ("fraction", "root", "box"):
             is_mixed = re.fullmatch(r"[0-9] \d+/\d+", f"{text[-1:]} {written}")
-            if is_mixed and not is_torn(FormulaPiece(""), piece, after):
+            if is_mixed and not needs_brackets(nothing, piece, after):
                 written = " " + written
-            elif is_torn(before, piece, after):
+            elif needs_brackets(before, piece, after):
                 written = f"({written})"
         is_open = not text[-1:].strip() or written[0].isspace()
-        if not is_open and is_spaced(text, before, piece, written[0]):
+        if not is_open and needs_space(text, before, replace(piece, text=written)):
             text += " "
         text += written
         before = piece
-    if "\n" in text:
-        text = "\n".join(filter(None, map(str.strip, text.split("\n"))))
-    return text
+    lines = map(str.strip, text.split("\n"))
+    return "\n".join(filter(None, lines)) if "\n" in text else text
 
 
+MAX_FORMULA_NESTING = 30  # a fraction in a fraction takes two; real ones stay under 12
 ENVIRONMENTS = dict.fromkeys(("align*", "cases", "array"), ("", "", "\n"))
 ENVIRONMENTS |= dict.fromkeys(("matrix", "pmatrix", "bmatrix"), ("[", "]", "; "))
 ENVIRONMENTS |= {"vmatrix": ("|", "|", "; "), "Vmatrix": ("‖", "‖", "; ")}
@@ -986,50 +979,43 @@ class FormulaReader:
     """Reads one formula, token by token, and never goes back."""
 
     def __init__(self, latex: str) -> None:
-        self.tokens: list[str] = [*LATEX_TOKEN.findall(latex), ""]
-        self.at = 0
+        self.tokens: list[str] = [*LATEX_TOKEN.findall(latex), ""][::-1]  # next is last
         self.depth = 0
-
-    @property
-    def next(self) -> str:
-        return self.tokens[self.at]
-
-    def take(self) -> str:
-        self.at += 1
-        return self.tokens[self.at - 1]
+        self.end = ""  # the token that ended the last row
 
     def take_sign(self) -> str:
         """Take the next token that is no space."""
-        token = self.take()
-        return self.take() if token.isspace() else token
+        token = self.tokens.pop()
+        return self.tokens.pop() if token.isspace() else token
 
-    def row(self, *ends: str) -> list[FormulaPiece]:
+    def row(self, *ends: str) -> list[Piece]:
         """Read pieces up to one of the end tokens, and take that too."""
-        pieces: list[FormulaPiece] = []
+        pieces: list[Piece] = []
         space = ""
-        while self.next not in ends:
-            if self.next in LATEX_SPACES or self.next.isspace():
-                space = "~" if self.take() in LATEX_SPACES else space or " "
+        while self.tokens[-1] not in ends:
+            token = self.tokens[-1]
+            if token in LATEX_SPACES or token.isspace():
+                space = "~" if self.tokens.pop() in LATEX_SPACES else space or " "
                 continue
-            new = [] if self.next in ("^", "_", "'") else self.pieces()
+            new = [] if token in ("^", "_", "'") else self.pieces()
             new = [piece for piece in self.scripted(new) if piece.text]
             if new:
                 pieces += [replace(new[0], space=space or new[0].space), *new[1:]]
                 space = ""
-        self.at += 1
+        self.end = self.tokens.pop()
         return pieces
 
-    def scripted(self, bases: list[FormulaPiece]) -> list[FormulaPiece]:
+    def scripted(self, bases: list[Piece]) -> list[Piece]:
         """Add the scripts and primes that follow to what stands before them."""
         scripts = {"_": "", "'": "", "^": ""}
-        while self.next in scripts:
-            mark = self.take()
+        while self.tokens[-1] in scripts:
+            mark = self.tokens.pop()
             if mark != "'" and scripts[mark]:
                 raise ValueError("two scripts")
             scripts[mark] += mark if mark == "'" else self.argument()
         if not any(scripts.values()):
             return bases
-        base = bases[0] if len(bases) == 1 else FormulaPiece(joined_pieces(bases))
+        base = bases[0] if len(bases) == 1 else Piece(render_pieces(bases))
         text = base.text
         if "\n" in text:
             raise ValueError("a script on lines")
@@ -1055,9 +1041,9 @@ class FormulaReader:
                 raise ValueError("mathematics among words")
             return words
         if kind == "o":
-            is_given = self.next == "[" and self.take()
-            return joined_pieces(self.row("]")) if is_given else ""
-        text = joined_pieces(self.pieces()).strip()
+            is_given = self.tokens[-1] == "[" and self.tokens.pop()
+            return render_pieces(self.row("]")) if is_given else ""
+        text = render_pieces(self.pieces()).strip()
         if "\n" in text and kind != "M":
             raise ValueError("lines inside a line")
         return text
@@ -1066,12 +1052,13 @@ class FormulaReader:
         """Return the source of one argument in braces."""
         if self.take_sign() != "{":
             raise ValueError("no braces")
-        start, depth = self.at, 1
+        taken, depth = [], 1
         while depth:
-            depth += {"{": 1, "}": -1}.get(self.take(), 0)
-        return "".join(self.tokens[start : self.at - 1])
+            taken.append(self.tokens.pop())
+            depth += {"{": 1, "}": -1}.get(taken[-1], 0)
+        return "".join(taken[:-1])
 
-    def pieces(self) -> list[FormulaPiece]:
+    def pieces(self) -> list[Piece]:
         """Read one sign, group or command with its arguments."""
         self.depth += 1
         if self.depth > MAX_FORMULA_NESTING:
@@ -1083,20 +1070,20 @@ class FormulaReader:
         elif token in tuple("}&^_#\\"):
             raise ValueError(f"stray {token}")
         elif token[0] != "\\":
-            is_minus = token == "-" and self.next != ">"  # careless for an arrow
-            pieces = [FormulaPiece("−" if is_minus else token)]
+            is_minus = token == "-" and self.tokens[-1] != ">"  # careless for an arrow
+            pieces = [Piece("−" if is_minus else token)]
         elif name in FORMULA_NAMES:
-            pieces = [FormulaPiece(name, "name")]
+            pieces = [Piece(name, "name")]
         elif name in FORMULA_COMMANDS:
             arguments, kind, write = FORMULA_COMMANDS[name]
-            pieces = [FormulaPiece(write(*map(self.argument, arguments)), kind)]
+            pieces = [Piece(write(*map(self.argument, arguments)), kind)]
         elif name == "mathrm":
             pieces = self.pieces()
         elif name == "begin":
-            pieces = [FormulaPiece(self.environment())]
+            pieces = [Piece(self.environment())]
         else:
             char = symbol_text(name)
-            pieces = [FormulaPiece(char, "large" if char in LARGE_SIGNS else "symbol")]
+            pieces = [Piece(char, "large" if char in LARGE_SIGNS else "symbol")]
         self.depth -= 1
         return pieces
 
@@ -1106,21 +1093,21 @@ class FormulaReader:
         if name == "array":
             self.source()  # how its columns are aligned
         rows: list[list[str]] = [[]]
-        end = ""
-        while end != "\\end":
-            rows[-1].append(joined_pieces(self.row("&", "\\\\", "\\end")).strip())
-            end = self.tokens[self.at - 1]
-            if end == "\\\\":
+        while True:
+            rows[-1].append(render_pieces(self.row("&", "\\\\", "\\end")).strip())
+            if self.end == "\\end":
+                break
+            if self.end == "\\\\":
                 rows.append([])
         if self.source() != name:
             raise ValueError("the end of another environment")
         rows = [row for row in rows if any(row)]
         gap = ", " if any(" " in cell for row in rows for cell in row) else " "
         if name == "align*":  # equations side by side, each in two cells
-            for row in rows:
-                row[1::2] = [" " * (cell[1:2] == " ") + cell for cell in row[1::2]]
-                row[2::2] = ["  " + cell for cell in row[2::2]]
             gap = ""
+            for row in rows:
+                row[1::2] = [re.sub("^(?=. )", " ", cell) for cell in row[1::2]]
+                row[2::2] = ["  " + cell for cell in row[2::2]]
         elif name == "cases":  # a value, a comma, its condition; or the sides of x &= 1
             for row in rows:
                 line = "{ " + "\t".join(filter(None, row))
@@ -1132,17 +1119,6 @@ class FormulaReader:
         return opening + re.sub("———,? ", "———\n", end.join(lines)) + closing
 
 
-def reaction_source(match: re.Match[str]) -> str:
-    """Write chemistry as mathematics: 2H2 + O2 -> 2H2O, SO4^2-."""
-    charge = r"\^\{?(\d*[+-])\}?|(?<=[A-Za-z\d)\]])([+-])(?=\s|$)"
-    source = re.sub(charge, r"^{\1\2}", match[1])
-    source = re.sub(r"(?<=[A-Za-z)\]])(\d+)", r"_{\1}", source)
-    source = re.sub(r"->\[([^][]*)\]", r"\\xrightarrow{\1}", source)
-    source = re.sub(r" v(?=\s|$)", "↓", source)
-    return rf"\mathrm{{{source}}}".replace("<=>", "⇌").replace("->", "→")
-
-
-NO_XML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 LATEX_ARRAY = (
     r"\\begin\{(?:array\}\s*\{[^{}]*|aligned)\}([\s\S]*?)\\end\{(?:array|aligned)\}"
 )
@@ -1175,6 +1151,16 @@ LATEX_REWRITES = (
 )
 
 
+def reaction_source(match: re.Match[str]) -> str:
+    """Write chemistry as mathematics: 2H2 + O2 -> 2H2O, SO4^2-."""
+    charge = r"\^\{?(\d*[+-])\}?|(?<=[A-Za-z\d)\]])([+-])(?=\s|$)"
+    source = re.sub(charge, r"^{\1\2}", match[1])
+    source = re.sub(r"(?<=[A-Za-z)\]])(\d+)", r"_{\1}", source)
+    source = re.sub(r"->\[([^][]*)\]", r"\\xrightarrow{\1}", source)
+    source = re.sub(r" v(?=\s|$)", "↓", source)
+    return rf"\mathrm{{{source}}}".replace("<=>", "⇌").replace("->", "→")
+
+
 def simpler_latex(latex: str) -> str:
     """Rewrite LaTeX with fewer commands, in a form that latex2mathml reads."""
     latex = re.sub(r"\\ce\s*\{((?:[^{}]|\{[^{}]*\})*)\}", reaction_source, latex)
@@ -1183,13 +1169,17 @@ def simpler_latex(latex: str) -> str:
     return latex.strip()
 
 
+MAX_FORMULA_CHARS = 1500  # fifteen full lines of an aligned block; longest seen: 679
+NO_XML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+
+
 @functools.lru_cache(256)
 def formula_text(latex: str) -> str | None:
     """Return a formula as text without markup, or None when that would change it."""
     if len(latex) > MAX_FORMULA_CHARS or NO_XML.search(latex):
         return None
     try:
-        text = joined_pieces(FormulaReader(simpler_latex(latex)).row(""))
+        text = render_pieces(FormulaReader(simpler_latex(latex)).row(""))
     except (ValueError, LookupError):  # a LookupError where it ends too early
         return None
     return text.strip() or None
@@ -1217,19 +1207,18 @@ def formula_mathml(latex: str, is_block: bool) -> str | None:
         tree = converter.convert_to_element(simpler_latex(latex))
     except Exception:  # it breaks in many ways, some of them its own
         return None
-    for element in tree.iter():
-        code = re.compile(r"&#x([0-9A-F]{2,6});")
-        element.text = code.sub(lambda m: chr(int(m[1], 16)), element.text or "")
-        is_strange = "\\" in element.text or NO_XML.search(element.text)
-        if is_strange or element.tag not in MATHML_TAGS:
+    for node in tree.iter():
+        reference = r"&#x([0-9A-F]{2,6});"
+        node.text = re.sub(reference, lambda m: chr(int(m[1], 16)), node.text or "")
+        is_strange = "\\" in node.text or NO_XML.search(node.text)
+        if is_strange or node.tag not in MATHML_TAGS:
             return None
-        for name in element.attrib.keys() - MATHML_ATTRIBUTES:
-            del element.attrib[name]
-    signs = []  # digits and Chinese characters, which no notation may lose
-    for writing in ("".join(tree.itertext()), text.replace("∛", "3").replace("∜", "4")):
-        normal = unicodedata.normalize("NFKC", writing)
-        signs.append(collections.Counter(re.findall(r"[\d\u3400-\u9fff]", normal)))
-    if signs[0] != signs[1]:
+        for name in node.attrib.keys() - MATHML_ATTRIBUTES:
+            del node.attrib[name]
+    written = "".join(tree.itertext()), text.replace("∛", "3").replace("∜", "4")
+    forms = (unicodedata.normalize("NFKC", form) for form in written)
+    numerals = [sorted(re.findall(r"[\d\u3400-\u9fff]", form)) for form in forms]
+    if numerals[0] != numerals[1]:  # which no notation may lose
         return None
     rendered: str = ElementTree.tostring(tree, encoding="unicode")
     return rendered
