@@ -1284,6 +1284,7 @@ TAGS = dict(
     link="a", paragraph="p", list_item="li", ordered_list="ol", bullet_list="ul"
 )
 # Each is read by the method of its name: `read_code`.
+ENTITY = r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z][a-z0-9]{1,31});"
 INLINE_MARKS = {
     "newline": r"\n",
     "formula": r"\$\$|\\[(\[]|\\begin\{(?P<environment>\w{1,20}\*?)\}|<!--",
@@ -1300,7 +1301,7 @@ INLINE_MARKS = {
     "tag": r"<(?P<closes>/?)(?P<name>br|b|i|u|em|strong|span|div|p|center|font|mark"
     r"|kbd|details|summary|sub|sup)(?:\s+(?:open\b|[\w-]+\s*=\s*(?:\"[^\"]{0,300}\""
     r"|'[^']{0,300}'|[^\s\"'<>=]+)))*\s*/?>",
-    "entity": r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z][a-z0-9]{1,31});",
+    "entity": ENTITY,
 }
 MARK = re.compile(
     "|".join(f"(?P<{name}>{pattern})" for name, pattern in INLINE_MARKS.items()),
@@ -2010,12 +2011,11 @@ def inline_text(children: list[Token]) -> str:
                 begins.append((len(out), str(child.attrs.get("href"))))
             case "link_close":
                 begin, url = begins.pop()
-                label = "".join(out[begin:])
-                address = re.sub("^mailto:", "", url, flags=re.IGNORECASE)
-                if label and address.startswith("#") or label == address:
-                    continue
-                # Full-width brackets, since phones draw others into the link.
-                out[begin:] = [f"{label}（{address}）" if label else address]
+                url, label = re.sub("(?i)^mailto:", "", url), "".join(out[begin:])
+                if not label:
+                    out.append(url)
+                elif label != url and not url.startswith("#"):
+                    out.append(f"（{url}）")  # phones draw other brackets into the link
             case "sub_close" | "sup_close":
                 begin, _ = begins.pop()
                 mark = "_" if child.tag == "sub" else "^"
@@ -2042,51 +2042,53 @@ class ChatWriter:
         self.is_hidden = False  # it is a diagram
 
     def write(self, token: Token) -> None:
+        """Write a token; each but the text inside a block begins a line."""
+        if token.type != "inline":
+            self.break_line()
         match token.type:
             case "inline" if self.captured is not None:
-                self.captured.append(inline_text(token.children or []))
+                text = inline_text(token.children or [])
+                self.captured.append(text.replace("\n", " "))
             case "inline":
                 self.put(inline_text(token.children or []))
             case "blank":
                 self.break_line(2)
             case "hr":
-                self.put_line("———")
-            case "paragraph_open" | "paragraph_close":
-                self.break_line()
-            case "list_item_open" | "blockquote_open":
-                self.break_line()
-                mark = token.info if token.tag == "li" else "│"
-                self.prefixes.append(f"{mark} " if mark else "")
+                self.put("———")
+            case "list_item_open":
+                self.prefixes.append(f"{token.info} " if token.info else "")
+            case "blockquote_open":
+                self.prefixes.append("│ ")
             case "list_item_close":
-                if mark := self.prefixes.pop().rstrip():  # it is without text
-                    self.put_line(mark)
+                self.put(self.prefixes.pop().rstrip())  # its mark, if it has no text
             case "blockquote_close":
                 self.prefixes.pop()
             case "code_open":
                 self.is_code = True
                 self.is_hidden = token.info.split(" ")[0].lower() == "mermaid"
-                self.put_line("（流程图，在网页里看）" if self.is_hidden else "")
+                self.put("（流程图，在网页里看）" if self.is_hidden else "")
             case "code_line" if token.content.strip() and not self.is_hidden:
-                self.put_line(token.content)
+                self.put(token.content)
             case "code_line" if not self.is_hidden:
                 self.newlines = min(self.newlines + 1, MAX_BLANKS)
             case "fence":
                 self.is_code = False  # its lines have been written
-            case "table_open":
-                self.columns, self.has_rows = [], False
             case "heading_open" | "tr_open":
                 self.captured = []
             case "heading_close":
-                text = "".join(self.captured or []).replace("\n", " ").strip()
+                text = "".join(self.take_captured()).strip()
                 is_plain = len(text) > MAX_HEADING or re.search("[【】《》]|^$", text)
-                self.captured = None
-                self.put_line(text if is_plain else f"【{text}】")
+                self.put(text if is_plain else f"【{text}】")
+            case "table_open":
+                self.columns, self.has_rows = [], False
             case "tr_close":
-                cells = [cell.replace("\n", " ") for cell in self.captured or []]
-                self.captured = None
-                self.write_row(cells)
+                self.write_row(self.take_captured())
             case "table_close" if self.is_wide and not self.has_rows:
-                self.put_line("｜".join(self.columns))
+                self.put("｜".join(self.columns))
+
+    def take_captured(self) -> list[str]:
+        captured, self.captured = self.captured or [], None
+        return captured
 
     def write_row(self, cells: list[str]) -> None:
         """Write a row, or a record of the cells below their columns."""
@@ -2098,19 +2100,14 @@ class ChatWriter:
             pairs = itertools.zip_longest(self.columns, cells, fillvalue="")
             lines = [f"{a}：{b}" if a and b else b for a, b in pairs]
             lines[0] = f"【{lines[0]}】" if lines[0] else ""
-            self.put_line("\n".join(filter(None, lines)))
+            self.put("\n".join(filter(None, lines)))
             self.has_rows = True
         if not self.is_wide:
-            self.put_line("｜".join(cells))
+            self.put("｜".join(cells))
 
     def break_line(self, newlines: int = 1) -> None:
         """Let the next text stand below: on the next line, or behind a blank one."""
         self.newlines = max(self.newlines, newlines)
-
-    def put_line(self, text: str) -> None:
-        self.break_line()
-        self.put(text)
-        self.break_line()
 
     def put(self, text: str) -> None:
         """Write text behind what is on the line; no white space at line ends."""
@@ -2135,22 +2132,106 @@ class ChatWriter:
         self.prefixes = [prefix if prefix == "│ " else "  " for prefix in self.prefixes]
 
 
-# --- Cuts
+# --- The chat text of an answer
 
+MAX_UNREAD = 8_000  # characters: most answers are shorter, and read when asked for
 MAX_HEADINGS = 2000  # characters of headings in a row that go with what follows
 # Lines that no part may end with: headings and list marks go with what follows.
 LEADING = re.compile(r"[ │•]*(?:【[^\n]*】|\d{1,4}[.)、）]|[•☐☑│])")
+
+
+def end_before_leading(text: str) -> int:
+    """Return where a text ends without the headings and list marks at its end."""
+    end = len(text)
+    while end > len(text) - MAX_HEADINGS:
+        last = len(text[:end].rstrip())
+        begin = text.rfind("\n", 0, last) + 1
+        if not LEADING.fullmatch(text, begin, last):
+            return end
+        end = begin
+    return end if end <= 0 else len(text)
+
+
+class ChatText:
+    """The chat text of an answer that is being written; it only gets longer."""
+
+    def __init__(self, markdown: str = "") -> None:
+        self.reader, self.writer = MarkdownReader(), ChatWriter()
+        self.kinds: collections.Counter[str] = collections.Counter()  # of its tokens
+        self.unread = markdown  # asked for less often than it is fed
+        self.shown = ""
+
+    def feed(self, delta: str) -> None:
+        """Add what the model has written."""
+        self.unread += delta
+        if len(self.unread) > MAX_UNREAD:  # else much work would come at once
+            self.read(MAX_UNREAD - MAX_WINDOW)
+
+    def read(self, left: int) -> None:
+        """Read what has been added, but for so many characters."""
+        end = max(0, len(self.unread) - left)
+        for begin in range(0, end, MAX_WINDOW):
+            self.reader.feed(self.unread[begin : min(end, begin + MAX_WINDOW)])
+            self.write()  # the tokens take far more memory than the text
+        self.unread = self.unread[end:]
+
+    def write(self) -> None:
+        """Write what has been read."""
+        for token in self.reader.tokens:
+            self.writer.write(token)
+            self.kinds.update([token.type, *(t.type for t in token.children or [])])
+        self.reader.tokens.clear()
+        self.shown += "".join(self.writer.out)
+        self.writer.out.clear()
+
+    def text(self, has_ended: bool) -> str:
+        """Return the chat text, or what of it nothing that follows can change."""
+        self.read(0)
+        if has_ended:
+            self.reader.finish()
+            self.write()
+        return self.shown if has_ended else self.shown[: end_before_leading(self.shown)]
+
+    def has_more_on_page(self) -> bool:
+        """Say whether the page shows more: code, a table, formulas, pictures, links."""
+        self.read(0)
+        shown = {"table_open", "code_open", "image", "math_inline", "math_block"}
+        is_long = self.kinds["heading_open"] >= 2 or self.kinds["link_open"] >= 3
+        return is_long or not shown.isdisjoint(self.kinds)
+
+
+def chat_text(markdown: str) -> str:
+    """Return the chat text of a whole answer."""
+    return ChatText(markdown).text(has_ended=True)
+
+
+def stable_text(markdown: str) -> str:
+    """Return what may be shown of an answer that grows: no more text changes it."""
+    return ChatText(markdown).text(has_ended=False)
+
+
+def has_more_on_page(markdown: str) -> bool:
+    """Say whether the page shows more of a whole answer than the chat can."""
+    chat = ChatText(markdown)
+    chat.text(has_ended=True)
+    return chat.has_more_on_page()
+
+
+# --- Cuts
+
 UNFINISHED = re.compile(r"(?:.*\W)?(?:No|Dr|Mr|Mrs|Ms|St|Prof|Fig|vs|第 ?\d{1,4})\.")
 RECORD = re.compile(r"【[^\n]*】(?:\n[^\n：]*+：[^\n]*+)*+")
 TABLE_ROW = re.compile(r"[^\n]*｜[^\n]*")
 SHOWN_URL = re.compile(r"https?://[^\s（），。；：！？、】》」”’]+")
 FLAG = "".join(map(chr, range(0x1F1E6, 0x1F200)))  # two of these letters are one
-# Where a part may end, best first, each with how much of the room must be filled.
-BLOCK_END = r"\n\n+", 1 / 2
+# Joiners and what they bind, colours of skin, the flags of regions.
+EMOJI_TAIL = re.compile("(?<=\u200d)|[\u200d🏻-🏿\U000e0020-\U000e007f]")
 PAUSE = (  # not where a formula may be
     r"[，、；：](?!\d)|[,;] |(?<=[A-Za-z]{2}) (?=[A-Za-z]{2})"
     rf"|(?<={CJK.pattern})(?={CJK.pattern})"
 )
+# Where a part may end, best first, each with how much of the room must be filled.
+BLOCK_END = r"\n\n+", 1 / 2
 OTHER_ENDS = [
     (r"\n+", 1 / 3),
     (rf"(?:{SENTENCE_END.pattern}) *", 1 / 4),
@@ -2159,27 +2240,13 @@ OTHER_ENDS = [
 ]
 
 
-def whole_end(text: str) -> int:
-    """Return where a text ends without the headings and list marks at its end."""
-    end = len(text)
-    while end > len(text) - MAX_HEADINGS:
-        stop = len(text[:end].rstrip())
-        begin = text.rfind("\n", 0, stop) + 1
-        if not LEADING.fullmatch(text, begin, stop):
-            return end
-        end = begin
-    return end if end <= 0 else len(text)
-
-
-def joins(text: str, at: int) -> bool:
-    """Say whether a cut at `at` would tear one sign: an accent, an emoji, a flag."""
-    before, after = text[at - 1], text[at : at + 1] or "\n"
-    if unicodedata.category(after)[0] == "M" or "\u200d" in (before, after):
-        return True
-    if "\U0001f3fb" <= after <= "\U0001f3ff" or "\U000e0020" <= after <= "\U000e007f":
-        return True  # a colour of skin, or the flag of a region
+def tears_character(text: str, at: int) -> bool:
+    """Say whether a cut would tear an accented letter, an emoji or a flag."""
+    after = text[at : at + 1] or "\n"
     flags = at - len(text[:at].rstrip(FLAG))
-    return "\U0001f1e6" <= after <= "\U0001f1ff" and flags % 2 == 1
+    is_in_flag = after in FLAG and flags % 2 == 1
+    is_accent = unicodedata.category(after)[0] == "M"
+    return is_in_flag or is_accent or EMOJI_TAIL.match(text, at) is not None
 
 
 def last_end(pattern: str, least: float, text: str, most: int) -> int:
@@ -2189,7 +2256,7 @@ def last_end(pattern: str, least: float, text: str, most: int) -> int:
         line = text[:end].rstrip().rpartition("\n")[2]
         if not least * most <= end <= most or not line or UNFINISHED.fullmatch(line):
             continue
-        if whole_end(text[:end]) == end and not joins(text, end):
+        if end_before_leading(text[:end]) == end and not tears_character(text, end):
             return end
     return 0
 
@@ -2200,8 +2267,9 @@ def torn_begin(text: str, at: int, room: int) -> int:
         begin = text.rfind(blank, 0, at) + len(blank)
         piece = text[begin : begin + room + len(blank)].partition(blank)[0]
         is_known = begin >= len(blank) and kind.fullmatch(piece)
-        if is_known and size_of(piece) <= room and (end := whole_end(text[:begin])):
-            return end
+        if is_known and size_of(piece) <= room:
+            if end := end_before_leading(text[:begin]):
+                return end
     return 0
 
 
@@ -2218,133 +2286,46 @@ def cut_text(text: str, room: int) -> int:
     return end or most
 
 
-# --- The chat text of an answer
-
-
-MAX_UNREAD = 8_000  # characters: most answers are shorter, and read when asked for
-MAX_PIECES = 100  # of them: each takes far more memory than its few characters
-
-
-class ChatText:
-    """The chat text of an answer that is being written; it only gets longer."""
-
-    def __init__(self, markdown: str = "") -> None:
-        self.reader, self.writer = MarkdownReader(), ChatWriter()
-        self.kinds: collections.Counter[str] = collections.Counter()  # of its tokens
-        self.unread = [markdown]  # asked for less often than it is fed
-        self.unread_chars = len(markdown)
-        self.shown = ""
-
-    def feed(self, delta: str) -> None:
-        """Add what the model has written."""
-        self.unread.append(delta)
-        self.unread_chars += len(delta)
-        if len(self.unread) > MAX_PIECES:
-            self.unread = ["".join(self.unread)]
-        if self.unread_chars > MAX_UNREAD:  # else much work would come at once
-            self.read(MAX_UNREAD - MAX_WINDOW)
-
-    def read(self, left: int) -> None:
-        """Read what has been added, but for so many characters."""
-        text = "".join(self.unread)
-        end = max(0, len(text) - left)
-        for begin in range(0, end, MAX_WINDOW):
-            self.reader.feed(text[begin : min(end, begin + MAX_WINDOW)])
-            self.write()  # the tokens take far more memory than the text
-        self.unread, self.unread_chars = [text[end:]], len(text) - end
-
-    def write(self) -> None:
-        """Write what has been read."""
-        for token in self.reader.tokens:
-            self.writer.write(token)
-            self.kinds.update([token.type, *(t.type for t in token.children or [])])
-        self.reader.tokens.clear()
-        self.shown += "".join(self.writer.out)
-        self.writer.out.clear()
-
-    def text(self, has_ended: bool) -> str:
-        """Return the chat text, or what of it nothing that follows can change."""
-        if self.unread_chars:
-            self.read(0)
-        if has_ended:
-            self.reader.finish()
-            self.write()
-        return self.shown if has_ended else self.shown[: whole_end(self.shown)]
-
-    def has_more_on_page(self) -> bool:
-        """Say whether the page shows more: code, a table, formulas, pictures, links."""
-        self.text(False)
-        shown = {"table_open", "code_open", "image", "math_inline", "math_block"}
-        is_long = self.kinds["heading_open"] >= 2 or self.kinds["link_open"] >= 3
-        return is_long or not shown.isdisjoint(self.kinds)
-
-
-def chat_text(markdown: str) -> str:
-    """Return the chat text of a whole answer."""
-    return ChatText(markdown).text(True)
-
-
-def stable_text(markdown: str) -> str:
-    """Return what may be shown of an answer that grows: no more text changes it."""
-    return ChatText(markdown).text(False)
-
-
-def has_more_on_page(markdown: str) -> bool:
-    """Say whether the page shows more of a whole answer than the chat can."""
-    chat = ChatText(markdown)
-    chat.text(True)
-    return chat.has_more_on_page()
-
-
 # --- Blocked words
 #
-# What is compared is what people read: words and texts alike in Unicode's compatibility
-# form, without case, white space, what has no width, and the marks of Markdown.
+# Words and texts are compared as people read them: in Unicode's compatibility form,
+# without case, white space, what has no width, and the marks of Markdown.
 
 IGNORED = re.compile(
     r"[\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
     r"\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e0fff*_~`\\]"
 )
-ENTITY = re.compile(r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z][a-z0-9]{1,31});", re.I)
-ENTITY_OR_CHARACTER = re.compile(rf"{ENTITY.pattern}|.", re.DOTALL | re.IGNORECASE)
-ENTITY_CHARS = 34  # more than any entity has
+ENTITY_OR_CHARACTER = re.compile(rf"{ENTITY}|.", re.DOTALL | re.IGNORECASE | re.ASCII)
+OPEN_ENTITY = re.compile(r"&[^;&]{0,33}\Z")  # none is longer
 MARKS_IN_A_ROW = 30  # of Unicode's stream-safe format (UAX #15)
-
-
-def stream_safe(text: str) -> str:
-    """Return text whose runs of combining marks are cut: normalising is quadratic."""
-    if text.isascii():
-        return text
-    kept, run = [], 0
-    for char in text:
-        run = run + 1 if unicodedata.combining(char) else 0
-        if run <= MARKS_IN_A_ROW:
-            kept.append(char)
-    return "".join(kept)
 
 
 def compared(text: str) -> str:
     """Return a text as blocked words are compared with it."""
-    text = ENTITY.sub(lambda match: html.unescape(match[0]), text)
-    form = unicodedata.normalize("NFKC", stream_safe(text)).casefold()
-    return IGNORED.sub("", form)
+    text = re.sub(ENTITY, lambda entity: html.unescape(entity[0]), text, flags=re.I)
+    kept, marks = [], 0  # normalising a long run of combining marks is quadratic
+    for char in text:
+        marks = marks + 1 if unicodedata.combining(char) else 0
+        if marks <= MARKS_IN_A_ROW:
+            kept.append(char)
+    return IGNORED.sub("", unicodedata.normalize("NFKC", "".join(kept)).casefold())
 
 
-def melts(before: str, after: str) -> bool:
+def combines(before: str, after: str) -> bool:
     """Say whether a character changes the one before: accents, Hangul, kana marks."""
     if after < "\u0300" or "\u3400" <= after <= "\u9fff":
         return False
+    alone = [unicodedata.normalize("NFKC", text) for text in (before, after)]
+    together = unicodedata.normalize("NFKC", before + after)
     first = unicodedata.normalize("NFKD", after)[0]
-    apart = [unicodedata.normalize("NFKC", text) for text in (before, after)]
-    joined = unicodedata.normalize("NFKC", before + after)
-    return unicodedata.combining(first) > 0 or joined != "".join(apart)
+    return unicodedata.combining(first) > 0 or together != "".join(alone)
 
 
 def clusters(text: str) -> Iterator[str]:
-    """Yield each character, or entity, with the accents behind it."""
+    """Yield each character, or entity, with the marks that change it."""
     cluster = ""
     for sign in ENTITY_OR_CHARACTER.findall(text):
-        if cluster and not melts(cluster, sign):
+        if cluster and not combines(cluster, sign):
             yield cluster
             cluster = ""
         cluster += sign
@@ -2359,7 +2340,7 @@ class BlockedWords:
         self.path = path
         self.changed: int | None = None  # the file's time when it was read, ns
         self.words: set[str] = set()
-        self.lengths: dict[str, list[int]] = {}  # of the words, by first character
+        self.lengths: dict[str, set[int]] = {}  # of the words, by first character
         self.longest = 0
 
     def refresh(self) -> None:
@@ -2367,13 +2348,11 @@ class BlockedWords:
         if not self.path or self.changed == (changed := os.stat(self.path).st_mtime_ns):
             return
         lines = pathlib.Path(self.path).read_text("utf-8-sig").splitlines()
-        text = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
-        forms = unicodedata.normalize("NFKC", stream_safe(text)).casefold()
-        self.words = {IGNORED.sub("", line) for line in forms.split("\n")} - {""}
-        lengths: dict[str, set[int]] = collections.defaultdict(set)
+        words = (line for line in lines if not line.lstrip().startswith("#"))
+        self.words = set(map(compared, words)) - {""}
+        self.lengths = collections.defaultdict(set)
         for word in self.words:
-            lengths[word[0]].add(len(word))
-        self.lengths = {first: sorted(found) for first, found in lengths.items()}
+            self.lengths[word[0]].add(len(word))
         self.longest = max(map(len, self.words), default=0)
         self.changed = changed
         log.info("%d blocked words read", len(self.words))
@@ -2406,11 +2385,10 @@ class WordGuard:
         if not self.blocked.words:
             return delta, False
         text = self.open + ILLEGAL.sub("", delta)  # nobody will see it in between
-        entity = text.rfind("&", max(0, len(text) - ENTITY_CHARS))
-        is_entity = entity >= 0 and ";" not in text[entity:] and not is_end
-        settled = [*clusters(text[:entity] if is_entity else text)]
-        self.open = text[entity:] if is_entity else ""
-        if settled and not is_end and not is_entity:
+        entity = None if is_end else OPEN_ENTITY.search(text)
+        settled = list(clusters(text[: entity.start()] if entity else text))
+        self.open = entity[0] if entity else ""
+        if settled and not entity and not is_end:
             self.open = settled.pop()  # it may get an accent
         for cluster in settled:
             form = compared(cluster)
@@ -2420,9 +2398,9 @@ class WordGuard:
             return "", True
         keep, shown = 0 if is_end else self.blocked.longest, []
         while self.held and len(self.form) - self.held[0][1] >= keep:
-            piece, length = self.held.popleft()
+            cluster, length = self.held.popleft()
             self.form = self.form[length:]
-            shown.append(piece)
+            shown.append(cluster)
         return "".join(shown), False
 
 
