@@ -1280,11 +1280,11 @@ MAX_FORMULA = 2000
 MAX_OPENERS = 20
 
 # The HTML tags of tokens, where they are not their names.
-TAGS = dict(
-    link="a", paragraph="p", list_item="li", ordered_list="ol", bullet_list="ul"
-)
-# Each is read by the method of its name: `read_code`.
+TAGS = {"link": "a", "paragraph": "p", "list_item": "li"}
+TAGS |= {"ordered_list": "ol", "bullet_list": "ul"}
+EMPHASIS = {"*": ("em",), "**": ("strong",), "***": ("strong", "em"), "~~": ("s",)}
 ENTITY = r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z][a-z0-9]{1,31});"
+# Each is read by the method of its name: `read_code`.
 INLINE_MARKS = {
     "newline": r"\n",
     "formula": r"\$\$|\\[(\[]|\\begin\{(?P<environment>\w{1,20}\*?)\}|<!--",
@@ -1328,7 +1328,7 @@ WORD_WITH_SIGNS = re.compile(r"[^\s，。：；！？、（）“”…!?]+")
 PATH = re.compile(
     r"\\[^\W_]|^\\\\|\b[A-Za-z]:\\|\\\W[+?{]|^[\^.]+\\|\\$|(?<!^\d)(?<!^\d\d)\\\."
 )
-DATA_PICTURE = re.compile(r"!\[[^\[\]\n]{0,300}\]\(\s*<?data:")
+DATA_PICTURE = re.compile(r"data:image/(?:png|jpeg|gif|webp);base64,[A-Za-z0-9+/=]+")
 
 
 @dataclass(slots=True)
@@ -1353,26 +1353,25 @@ class InlineReader:
         self.sure = 1, 0  # the end of text, and of tokens, that nothing can change
         self.is_held = False  # something is open that can change all that follows
         self.waiting = ""  # what closes the formula or comment that is open
-        self.position = 1
         words = WORD_WITH_SIGNS.finditer(self.text) if "\\" in text else ()
         paths = [range(*word.span()) for word in words if PATH.search(word[0])]
         self.escapes = {found.end() - 2 for found in ESCAPE.finditer(self.text, 1)}
         self.escapes.difference_update(*paths)
 
     def read(self) -> None:
-        while mark := MARK.search(self.text, self.position):
-            self.add_words(mark.start())
-            end = getattr(self, f"read_{mark.lastgroup}")(mark)
-            if not end:
+        begin = 1
+        while mark := MARK.search(self.text, begin):
+            self.add_words(begin, mark.start())
+            begin = getattr(self, f"read_{mark.lastgroup}")(mark)
+            if not begin:
                 self.add_text(mark[0])
-            self.position = end or mark.end()
-        self.add_words(len(self.text))
+                begin = mark.end()
+        self.add_words(begin, len(self.text))
         if self.is_whole:
             self.sure = len(self.text), len(self.tokens)
 
-    def add_words(self, end: int) -> None:
+    def add_words(self, begin: int, end: int) -> None:
         """Add what stands before a mark; note the last sentence end in it."""
-        begin = self.position
         if not (self.is_whole or self.openers or self.is_held):
             for found in SENTENCE_END.finditer(self.text, begin, end):
                 self.add_text(self.text[begin : found.end()])
@@ -1422,7 +1421,8 @@ class InlineReader:
     def read_stars(self, mark: re.Match[str]) -> int:
         """Read a run of stars, or of two tildes: it closes, opens, or is text."""
         run, begin, end = mark[0], mark.start(), mark.end()
-        if len(run) > 3 or run[0] == "~" and len(run) != 2:
+        names = EMPHASIS.get(run.replace("＊", "*"))
+        if names is None:
             return 0
         pair = shape(self.text[begin - 1]) + shape(self.text[end : end + 1] or "\n")
         is_single, is_doubtful = len(run) == 1, bool(DOUBTFUL.fullmatch(pair))
@@ -1434,8 +1434,7 @@ class InlineReader:
             is_balanced = all(inside.count(a) == inside.count(b) for a, b in BRACKETS)
             is_phrase = is_balanced and any(char.isalpha() for char in inside)
         if opener and is_phrase and not (opener.is_doubtful and is_doubtful):
-            names = [["em"], ["strong"], ["strong", "em"]][len(run) - 1]
-            self.close(opener, *(["s"] if run == "~~" else names))
+            self.close(opener, *names)
         elif (SINGLE_OPENS if is_single else DOUBLE_OPENS).fullmatch(pair):
             self.open(run, run, end, is_doubtful)
         else:
@@ -1460,8 +1459,8 @@ class InlineReader:
     def read_open(self, mark: re.Match[str]) -> int:
         """Wait for the other end of code or a formula, if it may come in this line."""
         rest = self.text[mark.end() : mark.end() + 1000]
-        stop = re.search("\n" if mark[0] != "$" else "[\n。！？]", rest)
-        if not stop and len(rest) < 1000:
+        ends = "[\n。！？]" if mark[0] == "$" else "\n"
+        if len(rest) < 1000 and not re.search(ends, rest):
             self.hold()
         return 0
 
@@ -1502,36 +1501,34 @@ class InlineReader:
         opener = self.find("[", "![")
         if opener is None:
             return 0
-        begin, end = mark.span()
+        end = mark.end()
         found = LINK.match(self.text, end)
+        if not found and self.text.startswith("(", end) and "\n" not in self.text[end:]:
+            self.hold()
         url = (found["whole"] or found["plain"] or "") if found else ""
         before = self.text[opener.end - len(opener.mark) - 1]
         is_path = ":" not in url and re.search("[./]", url)  # not so `arr[0](x.y)`
         is_data = opener.mark == "![" and url.lower().startswith("data:image/")
         is_link = ADDRESS.match(url) or is_path and shape(before) not in "x_" or is_data
-        if found and is_link:
-            self.close(opener, "link")
-            attrs = {"href": url, "title": (found["title"] or "")[1:-1]}
-            self.tokens[opener.token].attrs = {k: v for k, v in attrs.items() if v}
-            if opener.mark == "![":
-                label = self.tokens[opener.token + 1 : -1]
-                source = self.text[opener.end : begin]
-                del self.tokens[opener.token :]
-                attrs = {"src": url, "alt": ""}
-                self.add("image", "img", attrs=attrs, children=label, content=source)
-            return found.end()
-        if not found and self.text.startswith("(", end) and "\n" not in self.text[end:]:
-            self.hold()
-        self.openers.remove(opener)
-        return 0
+        if not found or not is_link:
+            self.openers.remove(opener)
+            return 0
+        self.close(opener, "link")
+        opening, *label, _ = self.tokens[opener.token :]
+        opening.attrs = {"href": url}
+        if found["title"]:
+            opening.attrs["title"] = found["title"][1:-1]
+        if opener.mark == "![":
+            del self.tokens[opener.token :]
+            attrs, source = {"src": url, "alt": ""}, self.text[opener.end : end - 1]
+            self.add("image", "img", attrs=attrs, children=label, content=source)
+        return found.end()
 
     def read_url(self, mark: re.Match[str]) -> int:
         """Read an address, bare or in angle brackets."""
-        url = mark[0]
-        if url[0] != "<":
-            url = url.rstrip("*.,;:!?'~")
-            while url.endswith(")") and url.count(")") > url.count("("):
-                url = url[:-1].rstrip("*.,;:!?'~")
+        url = mark[0].rstrip("*.,;:!?'~")
+        while url[-1] == ")" and url.count(")") > url.count("("):
+            url = url[:-1].rstrip("*.,;:!?'~")
         end = mark.start() + len(url)
         label = re.sub("(?i)^<(?:mailto:)?|>$", "", url)
         if self.find("["):  # no link inside a link
@@ -5064,7 +5061,6 @@ def mend_tokens(tokens: list[Token], above: int) -> None:
 
 MAX_FORMULAS = 500  # of a page are typeset: each takes a fifth of a millisecond
 DATA_PICTURE_CHARS = 4 * 1024 * 1024 * 4 // 3
-DATA_PICTURE = re.compile(r"data:image/(?:png|jpeg|gif|webp);base64,[A-Za-z0-9+/=]+")
 RENDER_OPTIONS = OptionsDict(
     {
         "maxNesting": 20,
