@@ -1629,6 +1629,7 @@ BAR = re.compile(  # a bar, or code and formulas that may hold one
     r"(`+)(?!`).{1,300}?(?<!`)\1(?!`)|\\\(.{1,300}?\\\)"
     r"|\$(?![\s\d$])[^$]{0,300}[^\s$]\$(?!\w)|\\\||\|"
 )
+SIDES = {":": "center", "-": "right"}  # where a column stands whose rule ends with `:`
 TABLE_RULE = re.compile(r"\s*+\|?(?:\s*+:?-++:?\s*+(?:\||\Z))++\s*")
 
 
@@ -1644,13 +1645,6 @@ def split_cells(line: str) -> list[str]:
     line = BAR.sub(lambda bar: "\0" if bar[0] == "|" else bar[0], line)
     cells = line.removesuffix("\0").split("\0", MAX_COLUMNS)
     return [cell.replace("\\|", "|").replace("\0", "|").strip() for cell in cells]
-
-
-def side_of(cell: str) -> str:
-    """Return where a column's cells stand, by its cell of the rule; '' on the left."""
-    if not cell.endswith(":"):
-        return ""
-    return "center" if cell.startswith(":") else "right"
 
 
 def can_be_header(line: str) -> bool:
@@ -1877,37 +1871,34 @@ class MarkdownReader:
 
     def read_item(self, line: str, mark: str, content: str) -> None:
         """Read a list item, or a line whose mark is a sign."""
-        indent = indent_of(line)
-        kind = "1" if mark[0].isdigit() else mark
-        around = [outer for outer in self.lists if outer[0] <= indent]
-        is_nested = bool(around) and indent >= around[-1][0] + 2
-        goes_on = bool(around) and not is_nested and around[-1][1] == kind
-        is_amount = AMOUNT.match(content) is not None
-        is_plus = kind == "+" and not is_nested and not TASK.match(content)
-        is_sign = kind in "+-" and (is_amount or self.is_sum or is_plus)
+        indent, kind = indent_of(line), "1" if mark[0].isdigit() else mark
+        above = [outer for outer in self.lists if outer[0] <= indent] or [(indent, "")]
+        is_nested = indent >= above[-1][0] + 2
+        goes_on = not is_nested and above[-1][1] == kind
+        is_amount, task = bool(AMOUNT.match(content)), TASK.match(content)
         if goes_on:  # the first line of a list has decided
             is_sign = kind == "+" and is_amount
+        else:
+            is_plus = kind == "+" and not is_nested and not task
+            is_sign = kind in "+-" and (is_amount or self.is_sum or is_plus)
         if is_sign:
             self.read_text(line)
             self.is_sum = True
+            return
+        self.enter(indent + 2 if goes_on else indent)
+        if goes_on:
+            self.close("list_item")
         else:
-            self.enter(indent + 2 if goes_on else indent)
-            if goes_on:
-                self.close("list_item")
-            else:
-                self.lists.append((indent, kind))
-                self.open("ordered_list" if kind == "1" else "bullet_list")
-            self.open_item(mark, content, indent)
-
-    def open_item(self, mark: str, content: str, indent: int) -> None:
+            self.lists.append((indent, kind))
+            self.open("ordered_list" if kind == "1" else "bullet_list")
         item = self.open("list_item", info="•")  # as the chat shows it
-        if mark[0].isdigit():
+        if kind == "1":
             item.info, item.attrs = mark, {"value": int(mark[:-1])}
         if BLOCK.match(content):
             return self.read_block(" " * (indent + 2) + content)
-        if task := TASK.match(content):
+        if task:
             content = ("☐ " if task[1] == " " else "☑ ") + content[task.end() :]
-            item.info = "" if item.info == "•" else item.info
+            item.info = mark if kind == "1" else ""
             item.attrs["class"] = "task"
         self.paragraph, self.pending = self.open("paragraph", hidden=True), content
 
@@ -1954,7 +1945,8 @@ class MarkdownReader:
             return self.read_line(line)
         self.enter(indent_of(header))
         self.row = "|" if header.lstrip().startswith("|") else ""
-        self.sides = [side_of(cell) for cell in split_cells(line)]
+        rules = split_cells(line)
+        self.sides = [SIDES[cell[0]] if cell[-1:] == ":" else "" for cell in rules]
         self.open("table")
         self.open("thead")
         self.add_row("th", split_cells(header))
