@@ -1352,7 +1352,7 @@ class InlineReader:
         self.line = 1  # where it begins
         self.sure = 1, 0  # the end of text, and of tokens, that nothing can change
         self.is_held = False  # something is open that can change all that follows
-        self.waiting = ""  # what closes the formula or comment that is open
+        self.closer = ""  # what closes the formula or comment that is open
         words = WORD_WITH_SIGNS.finditer(self.text) if "\\" in text else ()
         paths = [range(*word.span()) for word in words if PATH.search(word[0])]
         self.escapes = {found.end() - 2 for found in ESCAPE.finditer(self.text, 1)}
@@ -1389,7 +1389,7 @@ class InlineReader:
     def hold(self, closer: str = "") -> None:
         """Take nothing for sure from here on: the end of something may come."""
         if not self.is_whole:
-            self.is_held, self.waiting = True, self.waiting or closer
+            self.is_held, self.closer = True, self.closer or closer
 
     def open(self, mark: str, text: str, end: int, is_doubtful: bool = False) -> None:
         """Add a mark that is text until it is closed."""
@@ -1582,15 +1582,15 @@ def window_end(text: str, begin: int, is_whole: bool) -> int:
 def read_inline(
     text: str, before: str = "\n", is_whole: bool = True
 ) -> tuple[list[Token], int, str]:
-    """Return a text's sure tokens, where they end, and what the rest waits for."""
+    """Return a text's sure tokens, where they end, and what would close the rest."""
     tokens: list[Token] = []
-    begin, waiting = 0, ""
+    begin, closer = 0, ""
     while begin < len(text):
         end = window_end(text, begin, is_whole)
         is_last = end >= len(text)
         reader = InlineReader(text[begin:end], before, is_whole and is_last)
         reader.read()
-        (sure, count), waiting = reader.sure, reader.waiting
+        (sure, count), closer = reader.sure, reader.closer
         if sure == 1 and not is_last and end - begin >= MAX_WINDOW:
             sure, count = end - begin + 1, len(reader.tokens)  # open so long: text
         tokens += reader.tokens[:count]
@@ -1598,7 +1598,7 @@ def read_inline(
         if sure == 1 or is_last:
             break
         before = text[begin - 1]
-    return tokens, begin, waiting
+    return tokens, begin, closer
 
 
 # --- The lines of an answer
@@ -1672,7 +1672,7 @@ class MarkdownReader:
         self.code: list[str] = []  # the lines behind the fence
         self.quote: MarkdownReader | None = None
         self.lists: list[tuple[int, str]] = []  # indent of the marks; -, *, + or 1
-        self.is_sum = False  # the last lines were amounts behind signs
+        self.is_behind_amount = False  # the last line was one behind a sign
         self.header = ""  # a line with bars: a table's header if a rule follows
         self.row: str | None = None  # how a row of the open table begins
         self.cells = 0  # of all tables so far
@@ -1680,9 +1680,9 @@ class MarkdownReader:
         self.paragraph: Token | None = None
         self.pending = ""  # the end of the paragraph: its marks may be open
         self.before = "\n"  # the character before that end
-        self.waiting = ""  # what closes the formula that is open behind a line
-        self.joined = ""  # the lines since
-        self.is_replay = False  # they are read again, since it was not closed
+        self.closer = ""  # what closes the formula that is open at a line's end
+        self.behind = ""  # the lines since then
+        self.is_replay = False  # they are read again, as the formula was not closed
 
     def feed(self, text: str) -> None:
         """Read what has been added to the text."""
@@ -1700,22 +1700,22 @@ class MarkdownReader:
             self.read_block(self.rest)
         else:
             return
-        self.read_pending(False)
+        self.read_pending()
         self.rest = ""
 
     def finish(self) -> None:
         """Read the last line, and close whatever is open."""
         if self.rest or self.is_in_line:
             self.read_line(self.rest.removesuffix("\r"))
-        self.give_up()
+        self.give_up_formula()
         if self.header:
             self.read_text(self.header)
-        self.enter(0)
+        self.close_to(0)
         self.rest = self.header = ""
 
     def is_settled(self, line: str) -> bool:
         """Say whether the beginning of a line makes sure that it is text or an item."""
-        is_open = self.fence or self.waiting or self.header or self.row is not None
+        is_open = self.fence or self.closer or self.header or self.row is not None
         item = ITEM.fullmatch(line)
         if is_open or BLOCK.match(item[2] if item else line) or can_be_header(line):
             return False
@@ -1725,15 +1725,15 @@ class MarkdownReader:
     def read_line(self, line: str) -> None:
         """Read a complete line, or the end of one whose beginning was read."""
         if self.is_in_line:
-            self.is_in_line = False
+            self.is_in_line, self.closer = False, ""
             self.pending += line
-        elif self.waiting:
-            self.join(line)
+        elif self.closer:
+            self.read_in_formula(line)
         elif self.fence:
             self.read_code(self.fence, line)
         else:
             self.read_block(line)
-        if self.paragraph and not self.waiting:
+        if self.paragraph and not self.closer:
             self.end_text_line()
 
     def read_block(self, line: str) -> None:
@@ -1751,7 +1751,7 @@ class MarkdownReader:
         quote = QUOTE.fullmatch(line)
         is_new = not (self.quote or self.depth == MAX_QUOTES)
         if quote and is_new and not AMOUNT.match(quote[1]):  # not `> 60 分`
-            self.enter(indent_of(line))
+            self.close_to(indent_of(line))
             self.open("blockquote")
             self.quote = MarkdownReader(self.depth + 1)
             self.quote.tokens = self.tokens
@@ -1764,12 +1764,12 @@ class MarkdownReader:
             self.read_fence(fence, line, is_first)
         elif heading := HEADING.fullmatch(line):
             words = re.sub(r"\s#+$", "", heading[2].rstrip()).rstrip()
-            self.enter(indent_of(line))
+            self.close_to(indent_of(line))
             self.open("heading", f"h{len(heading[1])}")
             self.add("inline", children=read_inline(words)[0], content=words)
             self.close("heading", f"h{len(heading[1])}")
         elif re.fullmatch(r"[ \t]*([-*])(?:[ \t]*\1){2,}[ \t]*", line):
-            self.enter(indent_of(line))
+            self.close_to(indent_of(line))
             self.add("hr", "hr")
         elif item := ITEM.fullmatch(line):
             self.read_item(line, item[1], item[2])
@@ -1789,10 +1789,10 @@ class MarkdownReader:
     def close(self, name: str, tag: str = "", **more: object) -> None:
         self.add(f"{name}_close", tag or TAGS.get(name, name), -1, **more)
 
-    def enter(self, indent: int) -> None:
+    def close_to(self, indent: int) -> None:
         """Close what a block with this indent does not belong to."""
         self.close_block()
-        self.is_sum = False
+        self.is_behind_amount = False
         while self.lists and indent < self.lists[-1][0] + 2:
             self.close("list_item")
             self.close("ordered_list" if self.lists.pop()[1] == "1" else "bullet_list")
@@ -1800,7 +1800,7 @@ class MarkdownReader:
     def close_block(self) -> None:
         """Close the paragraph, quote, code block or table that is open."""
         if self.paragraph:
-            self.flush()
+            self.read_pending(is_whole=True)
             self.close("paragraph", hidden=self.paragraph.hidden)
             self.paragraph, self.before = None, "\n"
         elif self.quote:
@@ -1819,9 +1819,9 @@ class MarkdownReader:
     def read_text(self, line: str) -> None:
         indent = indent_of(line)
         if not self.paragraph or self.lists and indent < self.lists[-1][0] + 2:
-            self.enter(indent)
+            self.close_to(indent)
             self.paragraph, self.pending = self.open("paragraph"), ""
-        self.is_sum = False
+        self.is_behind_amount = False
         self.pending += line.lstrip() if self.lists else line
 
     def end_text_line(self) -> None:
@@ -1832,39 +1832,34 @@ class MarkdownReader:
             self.pending = self.pending[: fence.start()]
             return self.read_block(fence[0].strip())
         self.pending += "\n"
-        self.waiting = self.read_pending(False)
-        if self.waiting and self.is_replay:
-            self.flush()
+        self.read_pending()
+        if self.closer and self.is_replay:
+            self.read_pending(is_whole=True)
 
-    def read_pending(self, is_whole: bool) -> str:
-        """Add what is sure of the paragraph's end; return what the rest waits for."""
-        tokens, end, waiting = read_inline(self.pending, self.before, is_whole)
+    def read_pending(self, is_whole: bool = False) -> None:
+        """Add what is sure of the paragraph's end; if it is whole, all of it."""
+        text = self.pending.rstrip() if is_whole else self.pending
+        tokens, end, self.closer = read_inline(text, self.before, is_whole)
         if end:
-            self.add("inline", children=tokens, content=self.pending[:end])
-            self.before, self.pending = self.pending[end - 1], self.pending[end:]
-        return waiting
+            self.add("inline", children=tokens, content=text[:end])
+            self.before = text[end - 1]
+        self.pending = "\n" if is_whole else text[end:]
 
-    def flush(self) -> None:
-        """Take what is open in the paragraph as text."""
-        self.pending = self.pending.rstrip()
-        self.read_pending(True)
-        self.pending, self.waiting = "\n", ""
-
-    def join(self, line: str) -> None:
+    def read_in_formula(self, line: str) -> None:
         """Read a line behind an open formula: nothing in it is a mark of Markdown."""
-        self.joined += line + "\n"
+        self.behind += line + "\n"
         is_end = not line.strip() or FENCE.match(line) or HEADING.match(line)
-        if len(self.joined) > MAX_FORMULA or is_end:
-            self.give_up()
-        elif self.waiting in line:
-            self.pending += self.joined[:-1]
-            self.joined, self.waiting = "", ""
+        if len(self.behind) > MAX_FORMULA or is_end:
+            self.give_up_formula()
+        elif self.closer in line:
+            self.pending += self.behind[:-1]
+            self.behind, self.closer = "", ""
 
-    def give_up(self) -> None:
+    def give_up_formula(self) -> None:
         """Take an open formula as text, and read the lines behind it."""
-        if self.waiting:
-            self.flush()
-            lines, self.joined, self.is_replay = self.joined, "", True
+        if self.closer:
+            self.read_pending(is_whole=True)
+            lines, self.behind, self.is_replay = self.behind, "", True
             for line in lines.split("\n")[:-1]:
                 self.read_line(line)
             self.is_replay = False
@@ -1874,19 +1869,19 @@ class MarkdownReader:
         indent, kind = indent_of(line), "1" if mark[0].isdigit() else mark
         above = [outer for outer in self.lists if outer[0] <= indent] or [(indent, "")]
         is_nested = indent >= above[-1][0] + 2
-        goes_on = not is_nested and above[-1][1] == kind
+        is_next = not is_nested and above[-1][1] == kind
         is_amount, task = bool(AMOUNT.match(content)), TASK.match(content)
-        if goes_on:  # the first line of a list has decided
+        if is_next:  # the first line of a list has decided
             is_sign = kind == "+" and is_amount
         else:
             is_plus = kind == "+" and not is_nested and not task
-            is_sign = kind in "+-" and (is_amount or self.is_sum or is_plus)
+            is_sign = kind in "+-" and (is_amount or self.is_behind_amount or is_plus)
         if is_sign:
             self.read_text(line)
-            self.is_sum = True
+            self.is_behind_amount = True
             return
-        self.enter(indent + 2 if goes_on else indent)
-        if goes_on:
+        self.close_to(indent + 2 if is_next else indent)
+        if is_next:
             self.close("list_item")
         else:
             self.lists.append((indent, kind))
@@ -1910,7 +1905,7 @@ class MarkdownReader:
             self.wrapper = mark
         elif self.wrapper and mark.startswith(self.wrapper) and not info:
             self.wrapper = ""
-            self.enter(0)
+            self.close_to(0)
             if words:
                 self.read_line(words)
         elif "`" in words or not line.isascii():
@@ -1919,7 +1914,7 @@ class MarkdownReader:
             indent = indent_of(line)
             if words:
                 self.read_text(" " * indent + words)
-            self.enter(indent)
+            self.close_to(indent)
             self.fence = self.add("code_open", info=info, markup=mark, hidden=True)
             self.fence.level = indent
 
@@ -1943,7 +1938,7 @@ class MarkdownReader:
             self.read_text(header)
             self.end_text_line()
             return self.read_line(line)
-        self.enter(indent_of(header))
+        self.close_to(indent_of(header))
         self.row = "|" if header.lstrip().startswith("|") else ""
         rules = split_cells(line)
         self.sides = [SIDES[cell[0]] if cell[-1:] == ":" else "" for cell in rules]
