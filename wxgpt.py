@@ -774,11 +774,11 @@ def web_link(words: str, url: str) -> str:
 # ---------------------------------------------------------------------------
 # 4. Formulas
 #
-# Rewriting rules bring LaTeX to a smaller LaTeX. One pass over its tokens turns that
-# into pieces of text, which are written one behind another with the brackets and spaces
-# that keep the meaning. What is not known raises ValueError, and the formula is shown
-# as it was written. latex2mathml names the symbols and writes the MathML of the pages;
-# it gets nothing that was refused here.
+# Rewriting rules reduce LaTeX to a smaller LaTeX. One pass over its tokens turns that
+# into pieces of text, which are joined with the brackets and spaces that keep the
+# meaning. Anything unknown raises ValueError, and the formula is shown as written.
+# latex2mathml names the symbols and writes the pages' MathML; it is never given what
+# was refused here.
 # ---------------------------------------------------------------------------
 SUPERSCRIPTS = str.maketrans(
     "0123456789+−=()abcdefghijklmnoprstuvwxyzABDEGHIJKLMNOPRTUVW′∘",
@@ -1227,12 +1227,12 @@ def formula_mathml(latex: str, is_block: bool) -> str | None:
 # ---------------------------------------------------------------------------
 # 5. Chat text
 #
-# A model writes Markdown, WeChat shows plain text. Nothing is lost and nothing is
-# changed but sure markup: a mark that may be text is text, in the chat and on the page.
-# Both are written from the same tokens, those of markdown-it. They are read here line
-# by line, as no general Markdown parser does: what a line is falls when it is complete
-# and never changes, so the text of a growing answer only gets longer, and a part of
-# an answer is a slice of it.
+# A model writes Markdown; WeChat shows plain text. Nothing is lost and nothing is
+# changed but certain markup: a mark that may be text is text, in the chat and on the
+# page, which are both written from the same markdown-it tokens. General Markdown
+# parsers need a whole document. Here a line's kind is decided once, when the line is
+# complete, so the chat text of a growing answer only gets longer, and a part of the
+# answer is a slice of it.
 # ---------------------------------------------------------------------------
 
 CJK = re.compile(
@@ -1249,10 +1249,10 @@ SENTENCE_END = re.compile(
 
 # --- When stars are emphasis
 #
-# CommonMark asks whether a run of stars touches white space or punctuation. Here it is
-# asked as well whether it may be an operator, a wildcard, or part of a name: `2**3`,
-# `(a+b)**2`, `单价*数量`, `*.log`, `**kwargs`, `/*…*/`. The patterns match the two
-# characters around the stars, where 字 is any CJK letter, x any other letter or digit.
+# CommonMark looks at white space and punctuation around a run of stars. Here a run must
+# also not be an operator, a wildcard, or part of a name: `2**3`, `(a+b)**2`,
+# `单价*数量`, `*.log`, `**kwargs`, `/*…*/`. The patterns match the two characters
+# around the stars, where 字 stands for any CJK letter, x for any other letter or digit.
 
 DOUBLE_OPENS = re.compile(
     r"(?![x_)\]}][x_([{+.=-]).[^ ，。：；！？、）】》」』”’,;:!?)\]}/]"
@@ -1267,7 +1267,7 @@ BRACKETS = [("(", ")"), ("[", "]"), ("（", "）")]
 
 
 def shape(char: str) -> str:
-    """Return what these patterns call a character."""
+    """Return the character that stands for a character in these patterns."""
     if char.isspace():
         return " "
     return "字" if CJK.match(char) else "x" if char.isalnum() else char
@@ -1275,7 +1275,7 @@ def shape(char: str) -> str:
 
 # --- The marks inside a line
 
-MAX_WINDOW = 4000  # characters read at once, so that no search can run away
+MAX_WINDOW = 4000  # characters read at once, which bounds what a search can cost
 MAX_FORMULA = 2000
 MAX_OPENERS = 20
 
@@ -1387,7 +1387,7 @@ class InlineReader:
         self.tokens.append(Token(type, tag, nesting, **more))  # type: ignore[arg-type]
 
     def hold(self, closer: str = "") -> None:
-        """Take nothing for sure from here on: the end of something may come."""
+        """Take nothing as final from here on: a closing mark may still come."""
         if not self.is_whole:
             self.is_held, self.closer = True, self.closer or closer
 
@@ -1411,7 +1411,9 @@ class InlineReader:
     # A method a mark: each returns where what it has read ends, or 0 if it is text.
 
     def read_newline(self, mark: re.Match[str]) -> int:
-        openers = [o for o in self.openers if o.mark not in "*＊" and o.end > self.line]
+        openers = [
+            o for o in self.openers if o.mark not in tuple("*＊") and o.end > self.line
+        ]
         if not openers and not self.is_held:
             self.sure = mark.start(), len(self.tokens)
         self.add("softbreak", "br")
@@ -1569,7 +1571,7 @@ class InlineReader:
 
 
 def window_end(text: str, begin: int, is_whole: bool) -> int:
-    """Return how far a text is read at once; a picture in the text is not torn."""
+    """Return where the window that begins here ends; it never splits a data picture."""
     end, at = begin + MAX_WINDOW, begin
     while picture := DATA_PICTURE.search(text, at, end):
         at = text.find(")", picture.end()) + 1
@@ -1640,7 +1642,7 @@ def indent_of(line: str) -> int:
 
 
 def split_cells(line: str) -> list[str]:
-    """Return the cells of a table row; bars in code and formulas part nothing."""
+    """Return the cells of a table row; bars in code and formulas do not separate."""
     line = line.strip().removeprefix("|")
     line = BAR.sub(lambda bar: "\0" if bar[0] == "|" else bar[0], line)
     cells = line.removesuffix("\0").split("\0", MAX_COLUMNS)
@@ -1688,7 +1690,7 @@ class MarkdownReader:
         """Read what has been added to the text."""
         text = ILLEGAL.sub("", text)
         if not text.strip(" \t-*") and not self.is_in_line:
-            self.rest += text  # it settles nothing, however much of it comes
+            self.rest += text  # decides nothing, however much of it comes
             return
         *lines, self.rest = (self.rest + text).split("\n")
         for line in lines:
@@ -1714,7 +1716,7 @@ class MarkdownReader:
         self.rest = self.header = ""
 
     def is_settled(self, line: str) -> bool:
-        """Say whether the beginning of a line makes sure that it is text or an item."""
+        """Say whether an incomplete line is certain to be text or a list item."""
         is_open = self.fence or self.closer or self.header or self.row is not None
         item = ITEM.fullmatch(line)
         if is_open or BLOCK.match(item[2] if item else line) or can_be_header(line):
@@ -1737,7 +1739,7 @@ class MarkdownReader:
             self.end_text_line()
 
     def read_block(self, line: str) -> None:
-        """Find out what a line is, and read it."""
+        """Decide what a line is, and read it."""
         if self.header:
             return self.read_below_header(line)
         if not line.strip():
@@ -1790,7 +1792,7 @@ class MarkdownReader:
         self.add(f"{name}_close", tag or TAGS.get(name, name), -1, **more)
 
     def close_to(self, indent: int) -> None:
-        """Close what a block with this indent does not belong to."""
+        """Close every block that a line with this indent is outside of."""
         self.close_block()
         self.is_behind_amount = False
         while self.lists and indent < self.lists[-1][0] + 2:
@@ -1825,7 +1827,7 @@ class MarkdownReader:
         self.pending += line.lstrip() if self.lists else line
 
     def end_text_line(self) -> None:
-        """Read the paragraph's last line; what is open in it may go on in the next."""
+        """Read the paragraph's last line; open marks may continue on the next line."""
         if self.pending.endswith("\n"):
             return
         if fence := LATE_FENCE.search(self.pending):
@@ -1846,7 +1848,7 @@ class MarkdownReader:
         self.pending = "\n" if is_whole else text[end:]
 
     def read_in_formula(self, line: str) -> None:
-        """Read a line behind an open formula: nothing in it is a mark of Markdown."""
+        """Read a line inside an open formula, where nothing is Markdown."""
         self.behind += line + "\n"
         is_end = not line.strip() or FENCE.match(line) or HEADING.match(line)
         if len(self.behind) > MAX_FORMULA or is_end:
@@ -1856,7 +1858,7 @@ class MarkdownReader:
             self.behind, self.closer = "", ""
 
     def give_up_formula(self) -> None:
-        """Take an open formula as text, and read the lines behind it."""
+        """Take an unclosed formula as text, and read the lines after it again."""
         if self.closer:
             self.read_pending(is_whole=True)
             lines, self.behind, self.is_replay = self.behind, "", True
@@ -1930,7 +1932,7 @@ class MarkdownReader:
         self.add("code_line", content=line[indent:], hidden=True)
 
     def read_below_header(self, line: str) -> None:
-        """Open a table if a rule follows its header; else both lines are no table's."""
+        """Open a table if this line is a rule; otherwise the header was text."""
         header, self.header = self.header, ""
         is_rule = "|" in line and TABLE_RULE.fullmatch(line)
         is_small = len(header) <= MAX_HEADER and self.cells < MAX_CELLS
@@ -1966,7 +1968,7 @@ def read_markdown(markdown: str) -> list[Token]:
     return reader.tokens
 
 
-# --- What the chat shows of them
+# --- From tokens to chat text
 
 MAX_HEADING = 30  # characters; a longer one is shown as it is
 MAX_ROW = 20  # characters of a header whose table is shown in rows
@@ -2090,11 +2092,11 @@ class ChatWriter:
             self.put("｜".join(cells))
 
     def break_line(self, newlines: int = 1) -> None:
-        """Let the next text stand below: on the next line, or behind a blank one."""
+        """Begin the next text on a new line, or after a blank one."""
         self.newlines = max(self.newlines, newlines)
 
     def put(self, text: str) -> None:
-        """Write text behind what is on the line; no white space at line ends."""
+        """Append text to the current line; white space at line ends is dropped."""
         for index, line in enumerate(text.split("\n")):
             if index:
                 self.break_line()
@@ -2106,7 +2108,7 @@ class ChatWriter:
             self.spaces += line[len(words) :]
 
     def begin(self) -> None:
-        """Write what stands before a text: newlines and prefixes."""
+        """Write the newlines and prefixes that come before a text."""
         if not (self.newlines or self.is_empty):
             return
         kept = [p for p in self.prefixes if not (self.is_code and p == "  ")]
@@ -2142,17 +2144,17 @@ class ChatText:
     def __init__(self, markdown: str = "") -> None:
         self.reader, self.writer = MarkdownReader(), ChatWriter()
         self.kinds: collections.Counter[str] = collections.Counter()  # of its tokens
-        self.unread = markdown  # asked for less often than it is fed
+        self.unread = markdown  # read in bulk: the text is rarely asked for
         self.shown = ""
 
     def feed(self, delta: str) -> None:
         """Add what the model has written."""
         self.unread += delta
-        if len(self.unread) > MAX_UNREAD:  # else much work would come at once
+        if len(self.unread) > MAX_UNREAD:  # or too much work would come at once
             self.read(MAX_UNREAD - MAX_WINDOW)
 
     def read(self, left: int) -> None:
-        """Read what has been added, but for so many characters."""
+        """Read what has been added, except for the last `left` characters."""
         end = max(0, len(self.unread) - left)
         for begin in range(0, end, MAX_WINDOW):
             self.reader.feed(self.unread[begin : min(end, begin + MAX_WINDOW)])
@@ -2169,7 +2171,7 @@ class ChatText:
         self.writer.out.clear()
 
     def text(self, has_ended: bool) -> str:
-        """Return the chat text, or what of it nothing that follows can change."""
+        """Return the chat text; while the answer grows, the part that is final."""
         self.read(0)
         if has_ended:
             self.reader.finish()
@@ -2190,7 +2192,7 @@ def chat_text(markdown: str) -> str:
 
 
 def stable_text(markdown: str) -> str:
-    """Return what may be shown of an answer that grows: no more text changes it."""
+    """Return the part of a growing answer's chat text that can no longer change."""
     return ChatText(markdown).text(has_ended=False)
 
 
@@ -2296,7 +2298,7 @@ def compared(text: str) -> str:
 
 
 def combines(before: str, after: str) -> bool:
-    """Say whether a character changes the one before: accents, Hangul, kana marks."""
+    """Say whether a character merges into the one before: accents, Hangul, kana."""
     if after < "\u0300" or "\u3400" <= after <= "\u9fff":
         return False
     alone = [unicodedata.normalize("NFKC", text) for text in (before, after)]
@@ -2355,12 +2357,12 @@ class BlockedWords:
 
 
 class WordGuard:
-    """Lets a stream through so late that no blocked word slips out in halves."""
+    """Delays a stream just enough that no blocked word is shown in pieces."""
 
     def __init__(self, blocked: BlockedWords) -> None:
         self.blocked = blocked
-        self.open = ""  # the end of the text, which may be compared otherwise yet
-        # Clusters that wait, with how long they are as compared; `form` is all of them.
+        self.open = ""  # the end of the text: what follows may still combine with it
+        # Clusters held back, with their lengths as compared; `form` is all of them.
         self.held: collections.deque[tuple[str, int]] = collections.deque()
         self.form = ""
 
