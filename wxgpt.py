@@ -736,15 +736,12 @@ def web_link(words: str, url: str) -> str:
 # ---------------------------------------------------------------------------
 # 4. Formulas
 #
-# Rewriting rules bring LaTeX to a smaller LaTeX. One pass over its tokens turns that
-# into pieces of text, and a row of pieces is joined with the brackets and spaces that
-# keep its meaning. What is not known raises ValueError, and the formula is shown as it
-# was written: rather the source than a lie. latex2mathml names the symbols and writes
-# the MathML of the pages; it gets nothing that was refused here.
+# Rewriting rules reduce LaTeX to a smaller LaTeX. One pass over its tokens turns that
+# into pieces of text, which are joined with the brackets and spaces that keep the
+# meaning. Anything unknown raises ValueError, and the formula is shown as written.
+# latex2mathml names the symbols and writes the pages' MathML; it is never given what
+# was refused here.
 # ---------------------------------------------------------------------------
-MAX_FORMULA_CHARS = 1500  # fifteen full lines of an aligned block; longest seen: 679
-MAX_FORMULA_NESTING = 30  # a fraction in a fraction takes two; real ones stay under 12
-
 SUPERSCRIPTS = str.maketrans(
     "0123456789+−=()abcdefghijklmnoprstuvwxyzABDEGHIJKLMNOPRTUVW′∘",
     "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖʳˢᵗᵘᵛʷˣʸᶻᴬᴮᴰᴱᴳᴴᴵᴶᴷᴸᴹᴺᴼᴾᴿᵀᵁⱽᵂ′°",
@@ -761,9 +758,6 @@ ONE_SIGN = re.compile(  # 12 or x₁², 路程, |x|, √2 or √(a+b) or (a+b), 
     rf"|[fghFGPE]{SCRIPTED}\([^()]*\)"
 )
 UNDER_ROOT = re.compile(rf"\d+(?:\.\d+)?|[^\W\d_][₀-₉]*|{IN_BRACKETS}")
-RELATION = r"\s*=+−±·×<>≤≥≠≈≡∼→⇒⇔∈,.;:|，。；：、\u3400-\u9fff"
-ALONE_BEHIND = re.compile(rf"$|[{RELATION}(\[{{⌊⌈⟨‖]")  # what may stand before 1/2
-ALONE_BEFORE = re.compile(rf"$|[{RELATION})\]}}⌋⌉⟩‖]")  # and what after
 DIFFERENTIAL = re.compile(rf"[d∂Δ][{SMALL_SIGNS}]{{0,4}}[^\W\d_]?{SCRIPTED}")
 
 
@@ -834,11 +828,6 @@ def alphabet_text(alphabet: str, text: str) -> str:
     return symbol_text(f"{alphabet}{{{text}}}") if is_letter else bracketed(text)
 
 
-def negated_text(text: str) -> str:
-    """Write a relation with a stroke through it."""
-    return unicodedata.normalize("NFC", text + "\u0338")
-
-
 # A command's arguments, the kind of piece it makes, and what writes that. An argument m
 # is mathematics on one line, M may have several; o stands in square brackets or is
 # missing; t is words.
@@ -855,22 +844,22 @@ FORMULA_COMMANDS: dict[str, tuple[str, str, Callable[..., str]]] = {
         ("quad qquad", "", "", "  ".format),
         ("bmod mod", "", "", " mod ".format),
         ("pmod", "m", "", " (mod {})".format),
+        ("xrightarrow", "om", "", " —{}{}→ ".format),
+        ("hline", "", "", "———\n".format),
+        ("\\", "", "", "\n".format),
         ("overset stackrel", "mm", "", functools.partial(script_text, "^")),
         ("underset", "mm", "", functools.partial(script_text, "_")),
         ("overbrace underbrace", "m", "", bracketed),
+        ("mathbf boldsymbol bm", "m", "", functools.partial(alphabet_text, "mathbf")),
+        ("mathcal mathscr", "m", "", functools.partial(alphabet_text, "mathcal")),
+        ("mathbb", "m", "", functools.partial(alphabet_text, "mathbb")),
+        ("not", "m", "symbol", lambda s: unicodedata.normalize("NFC", s + "\u0338")),
         ("vec overrightarrow", "m", "", functools.partial(accented_text, "\u20d7")),
         ("hat widehat", "m", "", functools.partial(accented_text, "\u0302")),
         ("tilde widetilde", "m", "", functools.partial(accented_text, "\u0303")),
         ("bar overline", "m", "", functools.partial(accented_text, "\u0304")),
         ("dot", "m", "", functools.partial(accented_text, "\u0307")),
         ("ddot", "m", "", functools.partial(accented_text, "\u0308")),
-        ("not", "m", "symbol", negated_text),
-        ("mathbf boldsymbol bm", "m", "", functools.partial(alphabet_text, "mathbf")),
-        ("mathcal mathscr", "m", "", functools.partial(alphabet_text, "mathcal")),
-        ("mathbb", "m", "", functools.partial(alphabet_text, "mathbb")),
-        ("xrightarrow", "om", "", " —{}{}→ ".format),
-        ("hline", "", "", "———\n".format),
-        ("\\", "", "", "\n".format),
     )
     for name in names.split()
 }
@@ -882,7 +871,7 @@ LARGE_SIGNS = "∑∏∐∫∬∭∮∯⋃⋂⨁⨂"
 
 
 @dataclass(frozen=True, slots=True)
-class FormulaPiece:
+class Piece:
     """A sign or a whole construct of a formula, as text."""
 
     text: str
@@ -890,22 +879,27 @@ class FormulaPiece:
     space: str = ""  # before it: " " is a blank of the source, "~" a space asked for
 
 
-def is_torn(before: FormulaPiece, piece: FormulaPiece, after: FormulaPiece) -> bool:
+RELATION = r"\s*=+−±·×<>≤≥≠≈≡∼→⇒⇔∈,.;:|，。；：、\u3400-\u9fff"
+ALONE_BEHIND = re.compile(rf"$|[{RELATION}(\[{{⌊⌈⟨‖]")  # what may stand before 1/2
+ALONE_BEFORE = re.compile(rf"$|[{RELATION})\]}}⌋⌉⟩‖]")  # and what after
+
+
+def needs_brackets(before: Piece, piece: Piece, after: Piece) -> bool:
     """Say whether a fraction, root or box could be read into its neighbours."""
+    is_before_more = not ALONE_BEFORE.match(after.text)
     if piece.kind == "root":
-        return piece.text[-1] != ")" and not ALONE_BEFORE.match(after.text)
+        return piece.text[-1] != ")" and is_before_more
     last = before.text[-1:]
-    if before.kind != "large" and not ALONE_BEHIND.match(last):
-        return True
+    is_behind_more = before.kind != "large" and not ALONE_BEHIND.match(last)
     is_term = piece.kind == "box" and last in tuple("+−·×")
-    return is_term or not ALONE_BEFORE.match(after.text)
+    return is_behind_more or is_term or is_before_more
 
 
-def is_spaced(text: str, before: FormulaPiece, piece: FormulaPiece, first: str) -> bool:
+def needs_space(text: str, before: Piece, piece: Piece) -> bool:
     """Say whether a space belongs between a text and the piece that comes next."""
-    is_factor = re.match(r"[^\W\u3000-\u9fff]|[√∛∜∑∫∞]", first) is not None
+    is_factor = re.match(r"[^\W\u3000-\u9fff]|[√∛∜∑∫∞]", piece.text) is not None
     if before.kind == "name":
-        return is_factor or piece.space != "" and first not in "([|"
+        return is_factor or piece.space != "" and piece.text[0] not in "([|"
     if before.kind == "large" or piece.kind == "name" and re.search(r"[\w)]$", text):
         return True
     if before.kind == "symbol" and piece.space == " ":  # it may only end the command
@@ -913,30 +907,29 @@ def is_spaced(text: str, before: FormulaPiece, piece: FormulaPiece, first: str) 
     return piece.space != "" or is_factor and bool(re.search(r"[_^].$", before.text))
 
 
-def joined_pieces(pieces: list[FormulaPiece]) -> str:
+def render_pieces(pieces: list[Piece]) -> str:
     """Write pieces one behind another, with the brackets and spaces they need."""
-    text = ""
-    before = FormulaPiece("")
-    for piece, after in zip(pieces, [*pieces[1:], before], strict=False):
+    text, before, nothing = "", Piece(""), Piece("")
+    for piece, after in itertools.pairwise([*pieces, nothing]):
         written = piece.text
         if "\n" in written:
             written = f"\n{written}\n"
         elif piece.kind in ("fraction", "root", "box"):
             is_mixed = re.fullmatch(r"[0-9] \d+/\d+", f"{text[-1:]} {written}")
-            if is_mixed and not is_torn(FormulaPiece(""), piece, after):
+            if is_mixed and not needs_brackets(nothing, piece, after):
                 written = " " + written
-            elif is_torn(before, piece, after):
+            elif needs_brackets(before, piece, after):
                 written = f"({written})"
         is_open = not text[-1:].strip() or written[0].isspace()
-        if not is_open and is_spaced(text, before, piece, written[0]):
+        if not is_open and needs_space(text, before, replace(piece, text=written)):
             text += " "
         text += written
         before = piece
-    if "\n" in text:
-        text = "\n".join(filter(None, map(str.strip, text.split("\n"))))
-    return text
+    lines = map(str.strip, text.split("\n"))
+    return "\n".join(filter(None, lines)) if "\n" in text else text
 
 
+MAX_FORMULA_NESTING = 30  # a fraction in a fraction takes two; real ones stay under 12
 ENVIRONMENTS = dict.fromkeys(("align*", "cases", "array"), ("", "", "\n"))
 ENVIRONMENTS |= dict.fromkeys(("matrix", "pmatrix", "bmatrix"), ("[", "]", "; "))
 ENVIRONMENTS |= {"vmatrix": ("|", "|", "; "), "Vmatrix": ("‖", "‖", "; ")}
@@ -948,50 +941,43 @@ class FormulaReader:
     """Reads one formula, token by token, and never goes back."""
 
     def __init__(self, latex: str) -> None:
-        self.tokens: list[str] = [*LATEX_TOKEN.findall(latex), ""]
-        self.at = 0
+        self.tokens: list[str] = [*LATEX_TOKEN.findall(latex), ""][::-1]  # next is last
         self.depth = 0
-
-    @property
-    def next(self) -> str:
-        return self.tokens[self.at]
-
-    def take(self) -> str:
-        self.at += 1
-        return self.tokens[self.at - 1]
+        self.end = ""  # the token that ended the last row
 
     def take_sign(self) -> str:
         """Take the next token that is no space."""
-        token = self.take()
-        return self.take() if token.isspace() else token
+        token = self.tokens.pop()
+        return self.tokens.pop() if token.isspace() else token
 
-    def row(self, *ends: str) -> list[FormulaPiece]:
+    def row(self, *ends: str) -> list[Piece]:
         """Read pieces up to one of the end tokens, and take that too."""
-        pieces: list[FormulaPiece] = []
+        pieces: list[Piece] = []
         space = ""
-        while self.next not in ends:
-            if self.next in LATEX_SPACES or self.next.isspace():
-                space = "~" if self.take() in LATEX_SPACES else space or " "
+        while self.tokens[-1] not in ends:
+            token = self.tokens[-1]
+            if token in LATEX_SPACES or token.isspace():
+                space = "~" if self.tokens.pop() in LATEX_SPACES else space or " "
                 continue
-            new = [] if self.next in ("^", "_", "'") else self.pieces()
+            new = [] if token in ("^", "_", "'") else self.pieces()
             new = [piece for piece in self.scripted(new) if piece.text]
             if new:
                 pieces += [replace(new[0], space=space or new[0].space), *new[1:]]
                 space = ""
-        self.at += 1
+        self.end = self.tokens.pop()
         return pieces
 
-    def scripted(self, bases: list[FormulaPiece]) -> list[FormulaPiece]:
+    def scripted(self, bases: list[Piece]) -> list[Piece]:
         """Add the scripts and primes that follow to what stands before them."""
         scripts = {"_": "", "'": "", "^": ""}
-        while self.next in scripts:
-            mark = self.take()
+        while self.tokens[-1] in scripts:
+            mark = self.tokens.pop()
             if mark != "'" and scripts[mark]:
                 raise ValueError("two scripts")
             scripts[mark] += mark if mark == "'" else self.argument()
         if not any(scripts.values()):
             return bases
-        base = bases[0] if len(bases) == 1 else FormulaPiece(joined_pieces(bases))
+        base = bases[0] if len(bases) == 1 else Piece(render_pieces(bases))
         text = base.text
         if "\n" in text:
             raise ValueError("a script on lines")
@@ -1017,9 +1003,9 @@ class FormulaReader:
                 raise ValueError("mathematics among words")
             return words
         if kind == "o":
-            is_given = self.next == "[" and self.take()
-            return joined_pieces(self.row("]")) if is_given else ""
-        text = joined_pieces(self.pieces()).strip()
+            is_given = self.tokens[-1] == "[" and self.tokens.pop()
+            return render_pieces(self.row("]")) if is_given else ""
+        text = render_pieces(self.pieces()).strip()
         if "\n" in text and kind != "M":
             raise ValueError("lines inside a line")
         return text
@@ -1028,12 +1014,13 @@ class FormulaReader:
         """Return the source of one argument in braces."""
         if self.take_sign() != "{":
             raise ValueError("no braces")
-        start, depth = self.at, 1
+        taken, depth = [], 1
         while depth:
-            depth += {"{": 1, "}": -1}.get(self.take(), 0)
-        return "".join(self.tokens[start : self.at - 1])
+            taken.append(self.tokens.pop())
+            depth += {"{": 1, "}": -1}.get(taken[-1], 0)
+        return "".join(taken[:-1])
 
-    def pieces(self) -> list[FormulaPiece]:
+    def pieces(self) -> list[Piece]:
         """Read one sign, group or command with its arguments."""
         self.depth += 1
         if self.depth > MAX_FORMULA_NESTING:
@@ -1045,20 +1032,20 @@ class FormulaReader:
         elif token in tuple("}&^_#\\"):
             raise ValueError(f"stray {token}")
         elif token[0] != "\\":
-            is_minus = token == "-" and self.next != ">"  # careless for an arrow
-            pieces = [FormulaPiece("−" if is_minus else token)]
+            is_minus = token == "-" and self.tokens[-1] != ">"  # careless for an arrow
+            pieces = [Piece("−" if is_minus else token)]
         elif name in FORMULA_NAMES:
-            pieces = [FormulaPiece(name, "name")]
+            pieces = [Piece(name, "name")]
         elif name in FORMULA_COMMANDS:
             arguments, kind, write = FORMULA_COMMANDS[name]
-            pieces = [FormulaPiece(write(*map(self.argument, arguments)), kind)]
+            pieces = [Piece(write(*map(self.argument, arguments)), kind)]
         elif name == "mathrm":
             pieces = self.pieces()
         elif name == "begin":
-            pieces = [FormulaPiece(self.environment())]
+            pieces = [Piece(self.environment())]
         else:
             char = symbol_text(name)
-            pieces = [FormulaPiece(char, "large" if char in LARGE_SIGNS else "symbol")]
+            pieces = [Piece(char, "large" if char in LARGE_SIGNS else "symbol")]
         self.depth -= 1
         return pieces
 
@@ -1068,21 +1055,21 @@ class FormulaReader:
         if name == "array":
             self.source()  # how its columns are aligned
         rows: list[list[str]] = [[]]
-        end = ""
-        while end != "\\end":
-            rows[-1].append(joined_pieces(self.row("&", "\\\\", "\\end")).strip())
-            end = self.tokens[self.at - 1]
-            if end == "\\\\":
+        while True:
+            rows[-1].append(render_pieces(self.row("&", "\\\\", "\\end")).strip())
+            if self.end == "\\end":
+                break
+            if self.end == "\\\\":
                 rows.append([])
         if self.source() != name:
             raise ValueError("the end of another environment")
         rows = [row for row in rows if any(row)]
         gap = ", " if any(" " in cell for row in rows for cell in row) else " "
         if name == "align*":  # equations side by side, each in two cells
-            for row in rows:
-                row[1::2] = [" " * (cell[1:2] == " ") + cell for cell in row[1::2]]
-                row[2::2] = ["  " + cell for cell in row[2::2]]
             gap = ""
+            for row in rows:
+                row[1::2] = [re.sub("^(?=. )", " ", cell) for cell in row[1::2]]
+                row[2::2] = ["  " + cell for cell in row[2::2]]
         elif name == "cases":  # a value, a comma, its condition; or the sides of x &= 1
             for row in rows:
                 line = "{ " + "\t".join(filter(None, row))
@@ -1094,17 +1081,6 @@ class FormulaReader:
         return opening + re.sub("———,? ", "———\n", end.join(lines)) + closing
 
 
-def reaction_source(match: re.Match[str]) -> str:
-    """Write chemistry as mathematics: 2H2 + O2 -> 2H2O, SO4^2-."""
-    charge = r"\^\{?(\d*[+-])\}?|(?<=[A-Za-z\d)\]])([+-])(?=\s|$)"
-    source = re.sub(charge, r"^{\1\2}", match[1])
-    source = re.sub(r"(?<=[A-Za-z)\]])(\d+)", r"_{\1}", source)
-    source = re.sub(r"->\[([^][]*)\]", r"\\xrightarrow{\1}", source)
-    source = re.sub(r" v(?=\s|$)", "↓", source)
-    return rf"\mathrm{{{source}}}".replace("<=>", "⇌").replace("->", "→")
-
-
-NO_XML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 LATEX_ARRAY = (
     r"\\begin\{(?:array\}\s*\{[^{}]*|aligned)\}([\s\S]*?)\\end\{(?:array|aligned)\}"
 )
@@ -1137,6 +1113,16 @@ LATEX_REWRITES = (
 )
 
 
+def reaction_source(match: re.Match[str]) -> str:
+    """Write chemistry as mathematics: 2H2 + O2 -> 2H2O, SO4^2-."""
+    charge = r"\^\{?(\d*[+-])\}?|(?<=[A-Za-z\d)\]])([+-])(?=\s|$)"
+    source = re.sub(charge, r"^{\1\2}", match[1])
+    source = re.sub(r"(?<=[A-Za-z)\]])(\d+)", r"_{\1}", source)
+    source = re.sub(r"->\[([^][]*)\]", r"\\xrightarrow{\1}", source)
+    source = re.sub(r" v(?=\s|$)", "↓", source)
+    return rf"\mathrm{{{source}}}".replace("<=>", "⇌").replace("->", "→")
+
+
 def simpler_latex(latex: str) -> str:
     """Rewrite LaTeX with fewer commands, in a form that latex2mathml reads."""
     latex = re.sub(r"\\ce\s*\{((?:[^{}]|\{[^{}]*\})*)\}", reaction_source, latex)
@@ -1145,13 +1131,17 @@ def simpler_latex(latex: str) -> str:
     return latex.strip()
 
 
+MAX_FORMULA_CHARS = 1500  # fifteen full lines of an aligned block; longest seen: 679
+NO_XML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+
+
 @functools.lru_cache(256)
 def formula_text(latex: str) -> str | None:
     """Return a formula as text without markup, or None when that would change it."""
     if len(latex) > MAX_FORMULA_CHARS or NO_XML.search(latex):
         return None
     try:
-        text = joined_pieces(FormulaReader(simpler_latex(latex)).row(""))
+        text = render_pieces(FormulaReader(simpler_latex(latex)).row(""))
     except (ValueError, LookupError):  # a LookupError where it ends too early
         return None
     return text.strip() or None
@@ -1179,19 +1169,18 @@ def formula_mathml(latex: str, is_block: bool) -> str | None:
         tree = converter.convert_to_element(simpler_latex(latex))
     except Exception:  # it breaks in many ways, some of them its own
         return None
-    for element in tree.iter():
-        code = re.compile(r"&#x([0-9A-F]{2,6});")
-        element.text = code.sub(lambda m: chr(int(m[1], 16)), element.text or "")
-        is_strange = "\\" in element.text or NO_XML.search(element.text)
-        if is_strange or element.tag not in MATHML_TAGS:
+    for node in tree.iter():
+        reference = r"&#x([0-9A-F]{2,6});"
+        node.text = re.sub(reference, lambda m: chr(int(m[1], 16)), node.text or "")
+        is_strange = "\\" in node.text or NO_XML.search(node.text)
+        if is_strange or node.tag not in MATHML_TAGS:
             return None
-        for name in element.attrib.keys() - MATHML_ATTRIBUTES:
-            del element.attrib[name]
-    signs = []  # digits and Chinese characters, which no notation may lose
-    for writing in ("".join(tree.itertext()), text.replace("∛", "3").replace("∜", "4")):
-        normal = unicodedata.normalize("NFKC", writing)
-        signs.append(collections.Counter(re.findall(r"[\d\u3400-\u9fff]", normal)))
-    if signs[0] != signs[1]:
+        for name in node.attrib.keys() - MATHML_ATTRIBUTES:
+            del node.attrib[name]
+    written = "".join(tree.itertext()), text.replace("∛", "3").replace("∜", "4")
+    forms = (unicodedata.normalize("NFKC", form) for form in written)
+    numerals = [sorted(re.findall(r"[\d\u3400-\u9fff]", form)) for form in forms]
+    if numerals[0] != numerals[1]:  # which no notation may lose
         return None
     rendered: str = ElementTree.tostring(tree, encoding="unicode")
     return rendered
@@ -1200,12 +1189,12 @@ def formula_mathml(latex: str, is_block: bool) -> str | None:
 # ---------------------------------------------------------------------------
 # 5. Chat text
 #
-# A model writes Markdown, WeChat shows plain text. Nothing is lost and nothing is
-# changed but sure markup: a mark that may be text is text, in the chat and on the page.
-# Both are written from the same tokens, those of markdown-it. They are read here line
-# by line, as no general Markdown parser does: what a line is falls when it is complete
-# and never changes, so the text of a growing answer only gets longer, and a part of
-# an answer is a slice of it.
+# A model writes Markdown; WeChat shows plain text. Nothing is lost and nothing is
+# changed but certain markup: a mark that may be text is text, in the chat and on the
+# page, which are both written from the same markdown-it tokens. General Markdown
+# parsers need a whole document. Here a line's kind is decided once, when the line is
+# complete, so the chat text of a growing answer only gets longer, and a part of the
+# answer is a slice of it.
 # ---------------------------------------------------------------------------
 
 CJK = re.compile(
@@ -1222,10 +1211,10 @@ SENTENCE_END = re.compile(
 
 # --- When stars are emphasis
 #
-# CommonMark asks whether a run of stars touches white space or punctuation. Here it is
-# asked as well whether it may be an operator, a wildcard, or part of a name: `2**3`,
-# `(a+b)**2`, `单价*数量`, `*.log`, `**kwargs`, `/*…*/`. The patterns match the two
-# characters around the stars, where 字 is any CJK letter, x any other letter or digit.
+# CommonMark looks at white space and punctuation around a run of stars. Here a run must
+# also not be an operator, a wildcard, or part of a name: `2**3`, `(a+b)**2`,
+# `单价*数量`, `*.log`, `**kwargs`, `/*…*/`. The patterns match the two characters
+# around the stars, where 字 stands for any CJK letter, x for any other letter or digit.
 
 DOUBLE_OPENS = re.compile(
     r"(?![x_)\]}][x_([{+.=-]).[^ ，。：；！？、）】》」』”’,;:!?)\]}/]"
@@ -1240,7 +1229,7 @@ BRACKETS = [("(", ")"), ("[", "]"), ("（", "）")]
 
 
 def shape(char: str) -> str:
-    """Return what these patterns call a character."""
+    """Return the character that stands for a character in these patterns."""
     if char.isspace():
         return " "
     return "字" if CJK.match(char) else "x" if char.isalnum() else char
@@ -1248,14 +1237,15 @@ def shape(char: str) -> str:
 
 # --- The marks inside a line
 
-MAX_WINDOW = 4000  # characters read at once, so that no search can run away
+MAX_WINDOW = 4000  # characters read at once, which bounds what a search can cost
 MAX_FORMULA = 2000
 MAX_OPENERS = 20
 
 # The HTML tags of tokens, where they are not their names.
-TAGS = dict(
-    link="a", paragraph="p", list_item="li", ordered_list="ol", bullet_list="ul"
-)
+TAGS = {"link": "a", "paragraph": "p", "list_item": "li"}
+TAGS |= {"ordered_list": "ol", "bullet_list": "ul"}
+EMPHASIS = {"*": ("em",), "**": ("strong",), "***": ("strong", "em"), "~~": ("s",)}
+ENTITY = r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z][a-z0-9]{1,31});"
 # Each is read by the method of its name: `read_code`.
 INLINE_MARKS = {
     "newline": r"\n",
@@ -1273,7 +1263,7 @@ INLINE_MARKS = {
     "tag": r"<(?P<closes>/?)(?P<name>br|b|i|u|em|strong|span|div|p|center|font|mark"
     r"|kbd|details|summary|sub|sup)(?:\s+(?:open\b|[\w-]+\s*=\s*(?:\"[^\"]{0,300}\""
     r"|'[^']{0,300}'|[^\s\"'<>=]+)))*\s*/?>",
-    "entity": r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z][a-z0-9]{1,31});",
+    "entity": ENTITY,
 }
 MARK = re.compile(
     "|".join(f"(?P<{name}>{pattern})" for name, pattern in INLINE_MARKS.items()),
@@ -1300,7 +1290,7 @@ WORD_WITH_SIGNS = re.compile(r"[^\s，。：；！？、（）“”…!?]+")
 PATH = re.compile(
     r"\\[^\W_]|^\\\\|\b[A-Za-z]:\\|\\\W[+?{]|^[\^.]+\\|\\$|(?<!^\d)(?<!^\d\d)\\\."
 )
-DATA_PICTURE = re.compile(r"!\[[^\[\]\n]{0,300}\]\(\s*<?data:")
+DATA_PICTURE = re.compile(r"data:image/(?:png|jpeg|gif|webp);base64,[A-Za-z0-9+/=]+")
 
 
 @dataclass(slots=True)
@@ -1324,27 +1314,26 @@ class InlineReader:
         self.line = 1  # where it begins
         self.sure = 1, 0  # the end of text, and of tokens, that nothing can change
         self.is_held = False  # something is open that can change all that follows
-        self.waiting = ""  # what closes the formula or comment that is open
-        self.position = 1
+        self.closer = ""  # what closes the formula or comment that is open
         words = WORD_WITH_SIGNS.finditer(self.text) if "\\" in text else ()
         paths = [range(*word.span()) for word in words if PATH.search(word[0])]
         self.escapes = {found.end() - 2 for found in ESCAPE.finditer(self.text, 1)}
         self.escapes.difference_update(*paths)
 
     def read(self) -> None:
-        while mark := MARK.search(self.text, self.position):
-            self.add_words(mark.start())
-            end = getattr(self, f"read_{mark.lastgroup}")(mark)
-            if not end:
+        begin = 1
+        while mark := MARK.search(self.text, begin):
+            self.add_words(begin, mark.start())
+            begin = getattr(self, f"read_{mark.lastgroup}")(mark)
+            if not begin:
                 self.add_text(mark[0])
-            self.position = end or mark.end()
-        self.add_words(len(self.text))
+                begin = mark.end()
+        self.add_words(begin, len(self.text))
         if self.is_whole:
             self.sure = len(self.text), len(self.tokens)
 
-    def add_words(self, end: int) -> None:
+    def add_words(self, begin: int, end: int) -> None:
         """Add what stands before a mark; note the last sentence end in it."""
-        begin = self.position
         if not (self.is_whole or self.openers or self.is_held):
             for found in SENTENCE_END.finditer(self.text, begin, end):
                 self.add_text(self.text[begin : found.end()])
@@ -1360,9 +1349,9 @@ class InlineReader:
         self.tokens.append(Token(type, tag, nesting, **more))  # type: ignore[arg-type]
 
     def hold(self, closer: str = "") -> None:
-        """Take nothing for sure from here on: the end of something may come."""
+        """Take nothing as final from here on: a closing mark may still come."""
         if not self.is_whole:
-            self.is_held, self.waiting = True, self.waiting or closer
+            self.is_held, self.closer = True, self.closer or closer
 
     def open(self, mark: str, text: str, end: int, is_doubtful: bool = False) -> None:
         """Add a mark that is text until it is closed."""
@@ -1384,7 +1373,9 @@ class InlineReader:
     # A method a mark: each returns where what it has read ends, or 0 if it is text.
 
     def read_newline(self, mark: re.Match[str]) -> int:
-        openers = [o for o in self.openers if o.mark not in "*＊" and o.end > self.line]
+        openers = [
+            o for o in self.openers if o.mark not in tuple("*＊") and o.end > self.line
+        ]
         if not openers and not self.is_held:
             self.sure = mark.start(), len(self.tokens)
         self.add("softbreak", "br")
@@ -1394,7 +1385,8 @@ class InlineReader:
     def read_stars(self, mark: re.Match[str]) -> int:
         """Read a run of stars, or of two tildes: it closes, opens, or is text."""
         run, begin, end = mark[0], mark.start(), mark.end()
-        if len(run) > 3 or run[0] == "~" and len(run) != 2:
+        names = EMPHASIS.get(run.replace("＊", "*"))
+        if names is None:
             return 0
         pair = shape(self.text[begin - 1]) + shape(self.text[end : end + 1] or "\n")
         is_single, is_doubtful = len(run) == 1, bool(DOUBTFUL.fullmatch(pair))
@@ -1406,8 +1398,7 @@ class InlineReader:
             is_balanced = all(inside.count(a) == inside.count(b) for a, b in BRACKETS)
             is_phrase = is_balanced and any(char.isalpha() for char in inside)
         if opener and is_phrase and not (opener.is_doubtful and is_doubtful):
-            names = [["em"], ["strong"], ["strong", "em"]][len(run) - 1]
-            self.close(opener, *(["s"] if run == "~~" else names))
+            self.close(opener, *names)
         elif (SINGLE_OPENS if is_single else DOUBLE_OPENS).fullmatch(pair):
             self.open(run, run, end, is_doubtful)
         else:
@@ -1432,8 +1423,8 @@ class InlineReader:
     def read_open(self, mark: re.Match[str]) -> int:
         """Wait for the other end of code or a formula, if it may come in this line."""
         rest = self.text[mark.end() : mark.end() + 1000]
-        stop = re.search("\n" if mark[0] != "$" else "[\n。！？]", rest)
-        if not stop and len(rest) < 1000:
+        ends = "[\n。！？]" if mark[0] == "$" else "\n"
+        if len(rest) < 1000 and not re.search(ends, rest):
             self.hold()
         return 0
 
@@ -1474,36 +1465,34 @@ class InlineReader:
         opener = self.find("[", "![")
         if opener is None:
             return 0
-        begin, end = mark.span()
+        end = mark.end()
         found = LINK.match(self.text, end)
+        if not found and self.text.startswith("(", end) and "\n" not in self.text[end:]:
+            self.hold()
         url = (found["whole"] or found["plain"] or "") if found else ""
         before = self.text[opener.end - len(opener.mark) - 1]
         is_path = ":" not in url and re.search("[./]", url)  # not so `arr[0](x.y)`
         is_data = opener.mark == "![" and url.lower().startswith("data:image/")
         is_link = ADDRESS.match(url) or is_path and shape(before) not in "x_" or is_data
-        if found and is_link:
-            self.close(opener, "link")
-            attrs = {"href": url, "title": (found["title"] or "")[1:-1]}
-            self.tokens[opener.token].attrs = {k: v for k, v in attrs.items() if v}
-            if opener.mark == "![":
-                label = self.tokens[opener.token + 1 : -1]
-                source = self.text[opener.end : begin]
-                del self.tokens[opener.token :]
-                attrs = {"src": url, "alt": ""}
-                self.add("image", "img", attrs=attrs, children=label, content=source)
-            return found.end()
-        if not found and self.text.startswith("(", end) and "\n" not in self.text[end:]:
-            self.hold()
-        self.openers.remove(opener)
-        return 0
+        if not found or not is_link:
+            self.openers.remove(opener)
+            return 0
+        self.close(opener, "link")
+        opening, *label, _ = self.tokens[opener.token :]
+        opening.attrs = {"href": url}
+        if found["title"]:
+            opening.attrs["title"] = found["title"][1:-1]
+        if opener.mark == "![":
+            del self.tokens[opener.token :]
+            attrs, source = {"src": url, "alt": ""}, self.text[opener.end : end - 1]
+            self.add("image", "img", attrs=attrs, children=label, content=source)
+        return found.end()
 
     def read_url(self, mark: re.Match[str]) -> int:
         """Read an address, bare or in angle brackets."""
-        url = mark[0]
-        if url[0] != "<":
-            url = url.rstrip("*.,;:!?'~")
-            while url.endswith(")") and url.count(")") > url.count("("):
-                url = url[:-1].rstrip("*.,;:!?'~")
+        url = mark[0].rstrip("*.,;:!?'~")
+        while url[-1] == ")" and url.count(")") > url.count("("):
+            url = url[:-1].rstrip("*.,;:!?'~")
         end = mark.start() + len(url)
         label = re.sub("(?i)^<(?:mailto:)?|>$", "", url)
         if self.find("["):  # no link inside a link
@@ -1544,7 +1533,7 @@ class InlineReader:
 
 
 def window_end(text: str, begin: int, is_whole: bool) -> int:
-    """Return how far a text is read at once; a picture in the text is not torn."""
+    """Return where the window that begins here ends; it never splits a data picture."""
     end, at = begin + MAX_WINDOW, begin
     while picture := DATA_PICTURE.search(text, at, end):
         at = text.find(")", picture.end()) + 1
@@ -1557,15 +1546,15 @@ def window_end(text: str, begin: int, is_whole: bool) -> int:
 def read_inline(
     text: str, before: str = "\n", is_whole: bool = True
 ) -> tuple[list[Token], int, str]:
-    """Return a text's sure tokens, where they end, and what the rest waits for."""
+    """Return a text's sure tokens, where they end, and what would close the rest."""
     tokens: list[Token] = []
-    begin, waiting = 0, ""
+    begin, closer = 0, ""
     while begin < len(text):
         end = window_end(text, begin, is_whole)
         is_last = end >= len(text)
         reader = InlineReader(text[begin:end], before, is_whole and is_last)
         reader.read()
-        (sure, count), waiting = reader.sure, reader.waiting
+        (sure, count), closer = reader.sure, reader.closer
         if sure == 1 and not is_last and end - begin >= MAX_WINDOW:
             sure, count = end - begin + 1, len(reader.tokens)  # open so long: text
         tokens += reader.tokens[:count]
@@ -1573,7 +1562,7 @@ def read_inline(
         if sure == 1 or is_last:
             break
         before = text[begin - 1]
-    return tokens, begin, waiting
+    return tokens, begin, closer
 
 
 # --- The lines of an answer
@@ -1604,6 +1593,7 @@ BAR = re.compile(  # a bar, or code and formulas that may hold one
     r"(`+)(?!`).{1,300}?(?<!`)\1(?!`)|\\\(.{1,300}?\\\)"
     r"|\$(?![\s\d$])[^$]{0,300}[^\s$]\$(?!\w)|\\\||\|"
 )
+SIDES = {":": "center", "-": "right"}  # where a column stands whose rule ends with `:`
 TABLE_RULE = re.compile(r"\s*+\|?(?:\s*+:?-++:?\s*+(?:\||\Z))++\s*")
 
 
@@ -1614,18 +1604,11 @@ def indent_of(line: str) -> int:
 
 
 def split_cells(line: str) -> list[str]:
-    """Return the cells of a table row; bars in code and formulas part nothing."""
+    """Return the cells of a table row; bars in code and formulas do not separate."""
     line = line.strip().removeprefix("|")
     line = BAR.sub(lambda bar: "\0" if bar[0] == "|" else bar[0], line)
     cells = line.removesuffix("\0").split("\0", MAX_COLUMNS)
     return [cell.replace("\\|", "|").replace("\0", "|").strip() for cell in cells]
-
-
-def side_of(cell: str) -> str:
-    """Return where a column's cells stand, by its cell of the rule; '' on the left."""
-    if not cell.endswith(":"):
-        return ""
-    return "center" if cell.startswith(":") else "right"
 
 
 def can_be_header(line: str) -> bool:
@@ -1653,7 +1636,7 @@ class MarkdownReader:
         self.code: list[str] = []  # the lines behind the fence
         self.quote: MarkdownReader | None = None
         self.lists: list[tuple[int, str]] = []  # indent of the marks; -, *, + or 1
-        self.is_sum = False  # the last lines were amounts behind signs
+        self.is_behind_amount = False  # the last line was one behind a sign
         self.header = ""  # a line with bars: a table's header if a rule follows
         self.row: str | None = None  # how a row of the open table begins
         self.cells = 0  # of all tables so far
@@ -1661,15 +1644,15 @@ class MarkdownReader:
         self.paragraph: Token | None = None
         self.pending = ""  # the end of the paragraph: its marks may be open
         self.before = "\n"  # the character before that end
-        self.waiting = ""  # what closes the formula that is open behind a line
-        self.joined = ""  # the lines since
-        self.is_replay = False  # they are read again, since it was not closed
+        self.closer = ""  # what closes the formula that is open at a line's end
+        self.behind = ""  # the lines since then
+        self.is_replay = False  # they are read again, as the formula was not closed
 
     def feed(self, text: str) -> None:
         """Read what has been added to the text."""
         text = ILLEGAL.sub("", text)
         if not text.strip(" \t-*") and not self.is_in_line:
-            self.rest += text  # it settles nothing, however much of it comes
+            self.rest += text  # decides nothing, however much of it comes
             return
         *lines, self.rest = (self.rest + text).split("\n")
         for line in lines:
@@ -1681,22 +1664,22 @@ class MarkdownReader:
             self.read_block(self.rest)
         else:
             return
-        self.read_pending(False)
+        self.read_pending()
         self.rest = ""
 
     def finish(self) -> None:
         """Read the last line, and close whatever is open."""
         if self.rest or self.is_in_line:
             self.read_line(self.rest.removesuffix("\r"))
-        self.give_up()
+        self.give_up_formula()
         if self.header:
             self.read_text(self.header)
-        self.enter(0)
+        self.close_to(0)
         self.rest = self.header = ""
 
     def is_settled(self, line: str) -> bool:
-        """Say whether the beginning of a line makes sure that it is text or an item."""
-        is_open = self.fence or self.waiting or self.header or self.row is not None
+        """Say whether an incomplete line is certain to be text or a list item."""
+        is_open = self.fence or self.closer or self.header or self.row is not None
         item = ITEM.fullmatch(line)
         if is_open or BLOCK.match(item[2] if item else line) or can_be_header(line):
             return False
@@ -1706,19 +1689,19 @@ class MarkdownReader:
     def read_line(self, line: str) -> None:
         """Read a complete line, or the end of one whose beginning was read."""
         if self.is_in_line:
-            self.is_in_line = False
+            self.is_in_line, self.closer = False, ""
             self.pending += line
-        elif self.waiting:
-            self.join(line)
+        elif self.closer:
+            self.read_in_formula(line)
         elif self.fence:
             self.read_code(self.fence, line)
         else:
             self.read_block(line)
-        if self.paragraph and not self.waiting:
+        if self.paragraph and not self.closer:
             self.end_text_line()
 
     def read_block(self, line: str) -> None:
-        """Find out what a line is, and read it."""
+        """Decide what a line is, and read it."""
         if self.header:
             return self.read_below_header(line)
         if not line.strip():
@@ -1732,7 +1715,7 @@ class MarkdownReader:
         quote = QUOTE.fullmatch(line)
         is_new = not (self.quote or self.depth == MAX_QUOTES)
         if quote and is_new and not AMOUNT.match(quote[1]):  # not `> 60 分`
-            self.enter(indent_of(line))
+            self.close_to(indent_of(line))
             self.open("blockquote")
             self.quote = MarkdownReader(self.depth + 1)
             self.quote.tokens = self.tokens
@@ -1745,12 +1728,12 @@ class MarkdownReader:
             self.read_fence(fence, line, is_first)
         elif heading := HEADING.fullmatch(line):
             words = re.sub(r"\s#+$", "", heading[2].rstrip()).rstrip()
-            self.enter(indent_of(line))
+            self.close_to(indent_of(line))
             self.open("heading", f"h{len(heading[1])}")
             self.add("inline", children=read_inline(words)[0], content=words)
             self.close("heading", f"h{len(heading[1])}")
         elif re.fullmatch(r"[ \t]*([-*])(?:[ \t]*\1){2,}[ \t]*", line):
-            self.enter(indent_of(line))
+            self.close_to(indent_of(line))
             self.add("hr", "hr")
         elif item := ITEM.fullmatch(line):
             self.read_item(line, item[1], item[2])
@@ -1770,10 +1753,10 @@ class MarkdownReader:
     def close(self, name: str, tag: str = "", **more: object) -> None:
         self.add(f"{name}_close", tag or TAGS.get(name, name), -1, **more)
 
-    def enter(self, indent: int) -> None:
-        """Close what a block with this indent does not belong to."""
+    def close_to(self, indent: int) -> None:
+        """Close every block that a line with this indent is outside of."""
         self.close_block()
-        self.is_sum = False
+        self.is_behind_amount = False
         while self.lists and indent < self.lists[-1][0] + 2:
             self.close("list_item")
             self.close("ordered_list" if self.lists.pop()[1] == "1" else "bullet_list")
@@ -1781,7 +1764,7 @@ class MarkdownReader:
     def close_block(self) -> None:
         """Close the paragraph, quote, code block or table that is open."""
         if self.paragraph:
-            self.flush()
+            self.read_pending(is_whole=True)
             self.close("paragraph", hidden=self.paragraph.hidden)
             self.paragraph, self.before = None, "\n"
         elif self.quote:
@@ -1800,89 +1783,81 @@ class MarkdownReader:
     def read_text(self, line: str) -> None:
         indent = indent_of(line)
         if not self.paragraph or self.lists and indent < self.lists[-1][0] + 2:
-            self.enter(indent)
+            self.close_to(indent)
             self.paragraph, self.pending = self.open("paragraph"), ""
-        self.is_sum = False
+        self.is_behind_amount = False
         self.pending += line.lstrip() if self.lists else line
 
     def end_text_line(self) -> None:
-        """Read the paragraph's last line; what is open in it may go on in the next."""
+        """Read the paragraph's last line; open marks may continue on the next line."""
         if self.pending.endswith("\n"):
             return
         if fence := LATE_FENCE.search(self.pending):
             self.pending = self.pending[: fence.start()]
             return self.read_block(fence[0].strip())
         self.pending += "\n"
-        self.waiting = self.read_pending(False)
-        if self.waiting and self.is_replay:
-            self.flush()
+        self.read_pending()
+        if self.closer and self.is_replay:
+            self.read_pending(is_whole=True)
 
-    def read_pending(self, is_whole: bool) -> str:
-        """Add what is sure of the paragraph's end; return what the rest waits for."""
-        tokens, end, waiting = read_inline(self.pending, self.before, is_whole)
+    def read_pending(self, is_whole: bool = False) -> None:
+        """Add what is sure of the paragraph's end; if it is whole, all of it."""
+        text = self.pending.rstrip() if is_whole else self.pending
+        tokens, end, self.closer = read_inline(text, self.before, is_whole)
         if end:
-            self.add("inline", children=tokens, content=self.pending[:end])
-            self.before, self.pending = self.pending[end - 1], self.pending[end:]
-        return waiting
+            self.add("inline", children=tokens, content=text[:end])
+            self.before = text[end - 1]
+        self.pending = "\n" if is_whole else text[end:]
 
-    def flush(self) -> None:
-        """Take what is open in the paragraph as text."""
-        self.pending = self.pending.rstrip()
-        self.read_pending(True)
-        self.pending, self.waiting = "\n", ""
-
-    def join(self, line: str) -> None:
-        """Read a line behind an open formula: nothing in it is a mark of Markdown."""
-        self.joined += line + "\n"
+    def read_in_formula(self, line: str) -> None:
+        """Read a line inside an open formula, where nothing is Markdown."""
+        self.behind += line + "\n"
         is_end = not line.strip() or FENCE.match(line) or HEADING.match(line)
-        if len(self.joined) > MAX_FORMULA or is_end:
-            self.give_up()
-        elif self.waiting in line:
-            self.pending += self.joined[:-1]
-            self.joined, self.waiting = "", ""
+        if len(self.behind) > MAX_FORMULA or is_end:
+            self.give_up_formula()
+        elif self.closer in line:
+            self.pending += self.behind[:-1]
+            self.behind, self.closer = "", ""
 
-    def give_up(self) -> None:
-        """Take an open formula as text, and read the lines behind it."""
-        if self.waiting:
-            self.flush()
-            lines, self.joined, self.is_replay = self.joined, "", True
+    def give_up_formula(self) -> None:
+        """Take an unclosed formula as text, and read the lines after it again."""
+        if self.closer:
+            self.read_pending(is_whole=True)
+            lines, self.behind, self.is_replay = self.behind, "", True
             for line in lines.split("\n")[:-1]:
                 self.read_line(line)
             self.is_replay = False
 
     def read_item(self, line: str, mark: str, content: str) -> None:
         """Read a list item, or a line whose mark is a sign."""
-        indent = indent_of(line)
-        kind = "1" if mark[0].isdigit() else mark
-        around = [outer for outer in self.lists if outer[0] <= indent]
-        is_nested = bool(around) and indent >= around[-1][0] + 2
-        goes_on = bool(around) and not is_nested and around[-1][1] == kind
-        is_amount = AMOUNT.match(content) is not None
-        is_plus = kind == "+" and not is_nested and not TASK.match(content)
-        is_sign = kind in "+-" and (is_amount or self.is_sum or is_plus)
-        if goes_on:  # the first line of a list has decided
+        indent, kind = indent_of(line), "1" if mark[0].isdigit() else mark
+        above = [outer for outer in self.lists if outer[0] <= indent] or [(indent, "")]
+        is_nested = indent >= above[-1][0] + 2
+        is_next = not is_nested and above[-1][1] == kind
+        is_amount, task = bool(AMOUNT.match(content)), TASK.match(content)
+        if is_next:  # the first line of a list has decided
             is_sign = kind == "+" and is_amount
+        else:
+            is_plus = kind == "+" and not is_nested and not task
+            is_sign = kind in "+-" and (is_amount or self.is_behind_amount or is_plus)
         if is_sign:
             self.read_text(line)
-            self.is_sum = True
+            self.is_behind_amount = True
+            return
+        self.close_to(indent + 2 if is_next else indent)
+        if is_next:
+            self.close("list_item")
         else:
-            self.enter(indent + 2 if goes_on else indent)
-            if goes_on:
-                self.close("list_item")
-            else:
-                self.lists.append((indent, kind))
-                self.open("ordered_list" if kind == "1" else "bullet_list")
-            self.open_item(mark, content, indent)
-
-    def open_item(self, mark: str, content: str, indent: int) -> None:
+            self.lists.append((indent, kind))
+            self.open("ordered_list" if kind == "1" else "bullet_list")
         item = self.open("list_item", info="•")  # as the chat shows it
-        if mark[0].isdigit():
+        if kind == "1":
             item.info, item.attrs = mark, {"value": int(mark[:-1])}
         if BLOCK.match(content):
             return self.read_block(" " * (indent + 2) + content)
-        if task := TASK.match(content):
+        if task:
             content = ("☐ " if task[1] == " " else "☑ ") + content[task.end() :]
-            item.info = "" if item.info == "•" else item.info
+            item.info = mark if kind == "1" else ""
             item.attrs["class"] = "task"
         self.paragraph, self.pending = self.open("paragraph", hidden=True), content
 
@@ -1894,7 +1869,7 @@ class MarkdownReader:
             self.wrapper = mark
         elif self.wrapper and mark.startswith(self.wrapper) and not info:
             self.wrapper = ""
-            self.enter(0)
+            self.close_to(0)
             if words:
                 self.read_line(words)
         elif "`" in words or not line.isascii():
@@ -1903,7 +1878,7 @@ class MarkdownReader:
             indent = indent_of(line)
             if words:
                 self.read_text(" " * indent + words)
-            self.enter(indent)
+            self.close_to(indent)
             self.fence = self.add("code_open", info=info, markup=mark, hidden=True)
             self.fence.level = indent
 
@@ -1919,7 +1894,7 @@ class MarkdownReader:
         self.add("code_line", content=line[indent:], hidden=True)
 
     def read_below_header(self, line: str) -> None:
-        """Open a table if a rule follows its header; else both lines are no table's."""
+        """Open a table if this line is a rule; otherwise the header was text."""
         header, self.header = self.header, ""
         is_rule = "|" in line and TABLE_RULE.fullmatch(line)
         is_small = len(header) <= MAX_HEADER and self.cells < MAX_CELLS
@@ -1927,9 +1902,10 @@ class MarkdownReader:
             self.read_text(header)
             self.end_text_line()
             return self.read_line(line)
-        self.enter(indent_of(header))
+        self.close_to(indent_of(header))
         self.row = "|" if header.lstrip().startswith("|") else ""
-        self.sides = [side_of(cell) for cell in split_cells(line)]
+        rules = split_cells(line)
+        self.sides = [SIDES[cell[0]] if cell[-1:] == ":" else "" for cell in rules]
         self.open("table")
         self.open("thead")
         self.add_row("th", split_cells(header))
@@ -1954,7 +1930,7 @@ def read_markdown(markdown: str) -> list[Token]:
     return reader.tokens
 
 
-# --- What the chat shows of them
+# --- From tokens to chat text
 
 MAX_HEADING = 30  # characters; a longer one is shown as it is
 MAX_ROW = 20  # characters of a header whose table is shown in rows
@@ -1983,12 +1959,11 @@ def inline_text(children: list[Token]) -> str:
                 begins.append((len(out), str(child.attrs.get("href"))))
             case "link_close":
                 begin, url = begins.pop()
-                label = "".join(out[begin:])
-                address = re.sub("^mailto:", "", url, flags=re.IGNORECASE)
-                if label and address.startswith("#") or label == address:
-                    continue
-                # Full-width brackets, since phones draw others into the link.
-                out[begin:] = [f"{label}（{address}）" if label else address]
+                url, label = re.sub("(?i)^mailto:", "", url), "".join(out[begin:])
+                if not label:
+                    out.append(url)
+                elif label != url and not url.startswith("#"):
+                    out.append(f"（{url}）")  # phones draw other brackets into the link
             case "sub_close" | "sup_close":
                 begin, _ = begins.pop()
                 mark = "_" if child.tag == "sub" else "^"
@@ -2015,51 +1990,53 @@ class ChatWriter:
         self.is_hidden = False  # it is a diagram
 
     def write(self, token: Token) -> None:
+        """Write a token; each but the text inside a block begins a line."""
+        if token.type != "inline":
+            self.break_line()
         match token.type:
             case "inline" if self.captured is not None:
-                self.captured.append(inline_text(token.children or []))
+                text = inline_text(token.children or [])
+                self.captured.append(text.replace("\n", " "))
             case "inline":
                 self.put(inline_text(token.children or []))
             case "blank":
                 self.break_line(2)
             case "hr":
-                self.put_line("———")
-            case "paragraph_open" | "paragraph_close":
-                self.break_line()
-            case "list_item_open" | "blockquote_open":
-                self.break_line()
-                mark = token.info if token.tag == "li" else "│"
-                self.prefixes.append(f"{mark} " if mark else "")
+                self.put("———")
+            case "list_item_open":
+                self.prefixes.append(f"{token.info} " if token.info else "")
+            case "blockquote_open":
+                self.prefixes.append("│ ")
             case "list_item_close":
-                if mark := self.prefixes.pop().rstrip():  # it is without text
-                    self.put_line(mark)
+                self.put(self.prefixes.pop().rstrip())  # its mark, if it has no text
             case "blockquote_close":
                 self.prefixes.pop()
             case "code_open":
                 self.is_code = True
                 self.is_hidden = token.info.split(" ")[0].lower() == "mermaid"
-                self.put_line("（流程图，在网页里看）" if self.is_hidden else "")
+                self.put("（流程图，在网页里看）" if self.is_hidden else "")
             case "code_line" if token.content.strip() and not self.is_hidden:
-                self.put_line(token.content)
+                self.put(token.content)
             case "code_line" if not self.is_hidden:
                 self.newlines = min(self.newlines + 1, MAX_BLANKS)
             case "fence":
                 self.is_code = False  # its lines have been written
-            case "table_open":
-                self.columns, self.has_rows = [], False
             case "heading_open" | "tr_open":
                 self.captured = []
             case "heading_close":
-                text = "".join(self.captured or []).replace("\n", " ").strip()
+                text = "".join(self.take_captured()).strip()
                 is_plain = len(text) > MAX_HEADING or re.search("[【】《》]|^$", text)
-                self.captured = None
-                self.put_line(text if is_plain else f"【{text}】")
+                self.put(text if is_plain else f"【{text}】")
+            case "table_open":
+                self.columns, self.has_rows = [], False
             case "tr_close":
-                cells = [cell.replace("\n", " ") for cell in self.captured or []]
-                self.captured = None
-                self.write_row(cells)
+                self.write_row(self.take_captured())
             case "table_close" if self.is_wide and not self.has_rows:
-                self.put_line("｜".join(self.columns))
+                self.put("｜".join(self.columns))
+
+    def take_captured(self) -> list[str]:
+        captured, self.captured = self.captured or [], None
+        return captured
 
     def write_row(self, cells: list[str]) -> None:
         """Write a row, or a record of the cells below their columns."""
@@ -2071,22 +2048,17 @@ class ChatWriter:
             pairs = itertools.zip_longest(self.columns, cells, fillvalue="")
             lines = [f"{a}：{b}" if a and b else b for a, b in pairs]
             lines[0] = f"【{lines[0]}】" if lines[0] else ""
-            self.put_line("\n".join(filter(None, lines)))
+            self.put("\n".join(filter(None, lines)))
             self.has_rows = True
         if not self.is_wide:
-            self.put_line("｜".join(cells))
+            self.put("｜".join(cells))
 
     def break_line(self, newlines: int = 1) -> None:
-        """Let the next text stand below: on the next line, or behind a blank one."""
+        """Begin the next text on a new line, or after a blank one."""
         self.newlines = max(self.newlines, newlines)
 
-    def put_line(self, text: str) -> None:
-        self.break_line()
-        self.put(text)
-        self.break_line()
-
     def put(self, text: str) -> None:
-        """Write text behind what is on the line; no white space at line ends."""
+        """Append text to the current line; white space at line ends is dropped."""
         for index, line in enumerate(text.split("\n")):
             if index:
                 self.break_line()
@@ -2098,7 +2070,7 @@ class ChatWriter:
             self.spaces += line[len(words) :]
 
     def begin(self) -> None:
-        """Write what stands before a text: newlines and prefixes."""
+        """Write the newlines and prefixes that come before a text."""
         if not (self.newlines or self.is_empty):
             return
         kept = [p for p in self.prefixes if not (self.is_code and p == "  ")]
@@ -2108,22 +2080,106 @@ class ChatWriter:
         self.prefixes = [prefix if prefix == "│ " else "  " for prefix in self.prefixes]
 
 
-# --- Cuts
+# --- The chat text of an answer
 
+MAX_UNREAD = 8_000  # characters: most answers are shorter, and read when asked for
 MAX_HEADINGS = 2000  # characters of headings in a row that go with what follows
 # Lines that no part may end with: headings and list marks go with what follows.
 LEADING = re.compile(r"[ │•]*(?:【[^\n]*】|\d{1,4}[.)、）]|[•☐☑│])")
+
+
+def end_before_leading(text: str) -> int:
+    """Return where a text ends without the headings and list marks at its end."""
+    end = len(text)
+    while end > len(text) - MAX_HEADINGS:
+        last = len(text[:end].rstrip())
+        begin = text.rfind("\n", 0, last) + 1
+        if not LEADING.fullmatch(text, begin, last):
+            return end
+        end = begin
+    return end if end <= 0 else len(text)
+
+
+class ChatText:
+    """The chat text of an answer that is being written; it only gets longer."""
+
+    def __init__(self, markdown: str = "") -> None:
+        self.reader, self.writer = MarkdownReader(), ChatWriter()
+        self.kinds: collections.Counter[str] = collections.Counter()  # of its tokens
+        self.unread = markdown  # read in bulk: the text is rarely asked for
+        self.shown = ""
+
+    def feed(self, delta: str) -> None:
+        """Add what the model has written."""
+        self.unread += delta
+        if len(self.unread) > MAX_UNREAD:  # or too much work would come at once
+            self.read(MAX_UNREAD - MAX_WINDOW)
+
+    def read(self, left: int) -> None:
+        """Read what has been added, except for the last `left` characters."""
+        end = max(0, len(self.unread) - left)
+        for begin in range(0, end, MAX_WINDOW):
+            self.reader.feed(self.unread[begin : min(end, begin + MAX_WINDOW)])
+            self.write()  # the tokens take far more memory than the text
+        self.unread = self.unread[end:]
+
+    def write(self) -> None:
+        """Write what has been read."""
+        for token in self.reader.tokens:
+            self.writer.write(token)
+            self.kinds.update([token.type, *(t.type for t in token.children or [])])
+        self.reader.tokens.clear()
+        self.shown += "".join(self.writer.out)
+        self.writer.out.clear()
+
+    def text(self, has_ended: bool) -> str:
+        """Return the chat text; while the answer grows, the part that is final."""
+        self.read(0)
+        if has_ended:
+            self.reader.finish()
+            self.write()
+        return self.shown if has_ended else self.shown[: end_before_leading(self.shown)]
+
+    def has_more_on_page(self) -> bool:
+        """Say whether the page shows more: code, a table, formulas, pictures, links."""
+        self.read(0)
+        shown = {"table_open", "code_open", "image", "math_inline", "math_block"}
+        is_long = self.kinds["heading_open"] >= 2 or self.kinds["link_open"] >= 3
+        return is_long or not shown.isdisjoint(self.kinds)
+
+
+def chat_text(markdown: str) -> str:
+    """Return the chat text of a whole answer."""
+    return ChatText(markdown).text(has_ended=True)
+
+
+def stable_text(markdown: str) -> str:
+    """Return the part of a growing answer's chat text that can no longer change."""
+    return ChatText(markdown).text(has_ended=False)
+
+
+def has_more_on_page(markdown: str) -> bool:
+    """Say whether the page shows more of a whole answer than the chat can."""
+    chat = ChatText(markdown)
+    chat.text(has_ended=True)
+    return chat.has_more_on_page()
+
+
+# --- Cuts
+
 UNFINISHED = re.compile(r"(?:.*\W)?(?:No|Dr|Mr|Mrs|Ms|St|Prof|Fig|vs|第 ?\d{1,4})\.")
 RECORD = re.compile(r"【[^\n]*】(?:\n[^\n：]*+：[^\n]*+)*+")
 TABLE_ROW = re.compile(r"[^\n]*｜[^\n]*")
 SHOWN_URL = re.compile(r"https?://[^\s（），。；：！？、】》」”’]+")
 FLAG = "".join(map(chr, range(0x1F1E6, 0x1F200)))  # two of these letters are one
-# Where a part may end, best first, each with how much of the room must be filled.
-BLOCK_END = r"\n\n+", 1 / 2
+# Joiners and what they bind, colours of skin, the flags of regions.
+EMOJI_TAIL = re.compile("(?<=\u200d)|[\u200d🏻-🏿\U000e0020-\U000e007f]")
 PAUSE = (  # not where a formula may be
     r"[，、；：](?!\d)|[,;] |(?<=[A-Za-z]{2}) (?=[A-Za-z]{2})"
     rf"|(?<={CJK.pattern})(?={CJK.pattern})"
 )
+# Where a part may end, best first, each with how much of the room must be filled.
+BLOCK_END = r"\n\n+", 1 / 2
 OTHER_ENDS = [
     (r"\n+", 1 / 3),
     (rf"(?:{SENTENCE_END.pattern}) *", 1 / 4),
@@ -2132,27 +2188,13 @@ OTHER_ENDS = [
 ]
 
 
-def whole_end(text: str) -> int:
-    """Return where a text ends without the headings and list marks at its end."""
-    end = len(text)
-    while end > len(text) - MAX_HEADINGS:
-        stop = len(text[:end].rstrip())
-        begin = text.rfind("\n", 0, stop) + 1
-        if not LEADING.fullmatch(text, begin, stop):
-            return end
-        end = begin
-    return end if end <= 0 else len(text)
-
-
-def joins(text: str, at: int) -> bool:
-    """Say whether a cut at `at` would tear one sign: an accent, an emoji, a flag."""
-    before, after = text[at - 1], text[at : at + 1] or "\n"
-    if unicodedata.category(after)[0] == "M" or "\u200d" in (before, after):
-        return True
-    if "\U0001f3fb" <= after <= "\U0001f3ff" or "\U000e0020" <= after <= "\U000e007f":
-        return True  # a colour of skin, or the flag of a region
+def tears_character(text: str, at: int) -> bool:
+    """Say whether a cut would tear an accented letter, an emoji or a flag."""
+    after = text[at : at + 1] or "\n"
     flags = at - len(text[:at].rstrip(FLAG))
-    return "\U0001f1e6" <= after <= "\U0001f1ff" and flags % 2 == 1
+    is_in_flag = after in FLAG and flags % 2 == 1
+    is_accent = unicodedata.category(after)[0] == "M"
+    return is_in_flag or is_accent or EMOJI_TAIL.match(text, at) is not None
 
 
 def last_end(pattern: str, least: float, text: str, most: int) -> int:
@@ -2162,7 +2204,7 @@ def last_end(pattern: str, least: float, text: str, most: int) -> int:
         line = text[:end].rstrip().rpartition("\n")[2]
         if not least * most <= end <= most or not line or UNFINISHED.fullmatch(line):
             continue
-        if whole_end(text[:end]) == end and not joins(text, end):
+        if end_before_leading(text[:end]) == end and not tears_character(text, end):
             return end
     return 0
 
@@ -2173,8 +2215,9 @@ def torn_begin(text: str, at: int, room: int) -> int:
         begin = text.rfind(blank, 0, at) + len(blank)
         piece = text[begin : begin + room + len(blank)].partition(blank)[0]
         is_known = begin >= len(blank) and kind.fullmatch(piece)
-        if is_known and size_of(piece) <= room and (end := whole_end(text[:begin])):
-            return end
+        if is_known and size_of(piece) <= room:
+            if end := end_before_leading(text[:begin]):
+                return end
     return 0
 
 
@@ -2191,133 +2234,46 @@ def cut_text(text: str, room: int) -> int:
     return end or most
 
 
-# --- The chat text of an answer
-
-
-MAX_UNREAD = 8_000  # characters: most answers are shorter, and read when asked for
-MAX_PIECES = 100  # of them: each takes far more memory than its few characters
-
-
-class ChatText:
-    """The chat text of an answer that is being written; it only gets longer."""
-
-    def __init__(self, markdown: str = "") -> None:
-        self.reader, self.writer = MarkdownReader(), ChatWriter()
-        self.kinds: collections.Counter[str] = collections.Counter()  # of its tokens
-        self.unread = [markdown]  # asked for less often than it is fed
-        self.unread_chars = len(markdown)
-        self.shown = ""
-
-    def feed(self, delta: str) -> None:
-        """Add what the model has written."""
-        self.unread.append(delta)
-        self.unread_chars += len(delta)
-        if len(self.unread) > MAX_PIECES:
-            self.unread = ["".join(self.unread)]
-        if self.unread_chars > MAX_UNREAD:  # else much work would come at once
-            self.read(MAX_UNREAD - MAX_WINDOW)
-
-    def read(self, left: int) -> None:
-        """Read what has been added, but for so many characters."""
-        text = "".join(self.unread)
-        end = max(0, len(text) - left)
-        for begin in range(0, end, MAX_WINDOW):
-            self.reader.feed(text[begin : min(end, begin + MAX_WINDOW)])
-            self.write()  # the tokens take far more memory than the text
-        self.unread, self.unread_chars = [text[end:]], len(text) - end
-
-    def write(self) -> None:
-        """Write what has been read."""
-        for token in self.reader.tokens:
-            self.writer.write(token)
-            self.kinds.update([token.type, *(t.type for t in token.children or [])])
-        self.reader.tokens.clear()
-        self.shown += "".join(self.writer.out)
-        self.writer.out.clear()
-
-    def text(self, has_ended: bool) -> str:
-        """Return the chat text, or what of it nothing that follows can change."""
-        if self.unread_chars:
-            self.read(0)
-        if has_ended:
-            self.reader.finish()
-            self.write()
-        return self.shown if has_ended else self.shown[: whole_end(self.shown)]
-
-    def has_more_on_page(self) -> bool:
-        """Say whether the page shows more: code, a table, formulas, pictures, links."""
-        self.text(False)
-        shown = {"table_open", "code_open", "image", "math_inline", "math_block"}
-        is_long = self.kinds["heading_open"] >= 2 or self.kinds["link_open"] >= 3
-        return is_long or not shown.isdisjoint(self.kinds)
-
-
-def chat_text(markdown: str) -> str:
-    """Return the chat text of a whole answer."""
-    return ChatText(markdown).text(True)
-
-
-def stable_text(markdown: str) -> str:
-    """Return what may be shown of an answer that grows: no more text changes it."""
-    return ChatText(markdown).text(False)
-
-
-def has_more_on_page(markdown: str) -> bool:
-    """Say whether the page shows more of a whole answer than the chat can."""
-    chat = ChatText(markdown)
-    chat.text(True)
-    return chat.has_more_on_page()
-
-
 # --- Blocked words
 #
-# What is compared is what people read: words and texts alike in Unicode's compatibility
-# form, without case, white space, what has no width, and the marks of Markdown.
+# Words and texts are compared as people read them: in Unicode's compatibility form,
+# without case, white space, what has no width, and the marks of Markdown.
 
 IGNORED = re.compile(
     r"[\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
     r"\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e0fff*_~`\\]"
 )
-ENTITY = re.compile(r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z][a-z0-9]{1,31});", re.I)
-ENTITY_OR_CHARACTER = re.compile(rf"{ENTITY.pattern}|.", re.DOTALL | re.IGNORECASE)
-ENTITY_CHARS = 34  # more than any entity has
+ENTITY_OR_CHARACTER = re.compile(rf"{ENTITY}|.", re.DOTALL | re.IGNORECASE | re.ASCII)
+OPEN_ENTITY = re.compile(r"&[^;&]{0,33}\Z")  # none is longer
 MARKS_IN_A_ROW = 30  # of Unicode's stream-safe format (UAX #15)
-
-
-def stream_safe(text: str) -> str:
-    """Return text whose runs of combining marks are cut: normalising is quadratic."""
-    if text.isascii():
-        return text
-    kept, run = [], 0
-    for char in text:
-        run = run + 1 if unicodedata.combining(char) else 0
-        if run <= MARKS_IN_A_ROW:
-            kept.append(char)
-    return "".join(kept)
 
 
 def compared(text: str) -> str:
     """Return a text as blocked words are compared with it."""
-    text = ENTITY.sub(lambda match: html.unescape(match[0]), text)
-    form = unicodedata.normalize("NFKC", stream_safe(text)).casefold()
-    return IGNORED.sub("", form)
+    text = re.sub(ENTITY, lambda entity: html.unescape(entity[0]), text, flags=re.I)
+    kept, marks = [], 0  # normalising a long run of combining marks is quadratic
+    for char in text:
+        marks = marks + 1 if unicodedata.combining(char) else 0
+        if marks <= MARKS_IN_A_ROW:
+            kept.append(char)
+    return IGNORED.sub("", unicodedata.normalize("NFKC", "".join(kept)).casefold())
 
 
-def melts(before: str, after: str) -> bool:
-    """Say whether a character changes the one before: accents, Hangul, kana marks."""
+def combines(before: str, after: str) -> bool:
+    """Say whether a character merges into the one before: accents, Hangul, kana."""
     if after < "\u0300" or "\u3400" <= after <= "\u9fff":
         return False
+    alone = [unicodedata.normalize("NFKC", text) for text in (before, after)]
+    together = unicodedata.normalize("NFKC", before + after)
     first = unicodedata.normalize("NFKD", after)[0]
-    apart = [unicodedata.normalize("NFKC", text) for text in (before, after)]
-    joined = unicodedata.normalize("NFKC", before + after)
-    return unicodedata.combining(first) > 0 or joined != "".join(apart)
+    return unicodedata.combining(first) > 0 or together != "".join(alone)
 
 
 def clusters(text: str) -> Iterator[str]:
-    """Yield each character, or entity, with the accents behind it."""
+    """Yield each character, or entity, with the marks that change it."""
     cluster = ""
     for sign in ENTITY_OR_CHARACTER.findall(text):
-        if cluster and not melts(cluster, sign):
+        if cluster and not combines(cluster, sign):
             yield cluster
             cluster = ""
         cluster += sign
@@ -2332,7 +2288,7 @@ class BlockedWords:
         self.path = path
         self.changed: int | None = None  # the file's time when it was read, ns
         self.words: set[str] = set()
-        self.lengths: dict[str, list[int]] = {}  # of the words, by first character
+        self.lengths: dict[str, set[int]] = {}  # of the words, by first character
         self.longest = 0
 
     def refresh(self) -> None:
@@ -2340,13 +2296,11 @@ class BlockedWords:
         if not self.path or self.changed == (changed := os.stat(self.path).st_mtime_ns):
             return
         lines = pathlib.Path(self.path).read_text("utf-8-sig").splitlines()
-        text = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
-        forms = unicodedata.normalize("NFKC", stream_safe(text)).casefold()
-        self.words = {IGNORED.sub("", line) for line in forms.split("\n")} - {""}
-        lengths: dict[str, set[int]] = collections.defaultdict(set)
+        words = (line for line in lines if not line.lstrip().startswith("#"))
+        self.words = set(map(compared, words)) - {""}
+        self.lengths = collections.defaultdict(set)
         for word in self.words:
-            lengths[word[0]].add(len(word))
-        self.lengths = {first: sorted(found) for first, found in lengths.items()}
+            self.lengths[word[0]].add(len(word))
         self.longest = max(map(len, self.words), default=0)
         self.changed = changed
         log.info("%d blocked words read", len(self.words))
@@ -2365,12 +2319,12 @@ class BlockedWords:
 
 
 class WordGuard:
-    """Lets a stream through so late that no blocked word slips out in halves."""
+    """Delays a stream just enough that no blocked word is shown in pieces."""
 
     def __init__(self, blocked: BlockedWords) -> None:
         self.blocked = blocked
-        self.open = ""  # the end of the text, which may be compared otherwise yet
-        # Clusters that wait, with how long they are as compared; `form` is all of them.
+        self.open = ""  # the end of the text: what follows may still combine with it
+        # Clusters held back, with their lengths as compared; `form` is all of them.
         self.held: collections.deque[tuple[str, int]] = collections.deque()
         self.form = ""
 
@@ -2379,11 +2333,10 @@ class WordGuard:
         if not self.blocked.words:
             return delta, False
         text = self.open + ILLEGAL.sub("", delta)  # nobody will see it in between
-        entity = text.rfind("&", max(0, len(text) - ENTITY_CHARS))
-        is_entity = entity >= 0 and ";" not in text[entity:] and not is_end
-        settled = [*clusters(text[:entity] if is_entity else text)]
-        self.open = text[entity:] if is_entity else ""
-        if settled and not is_end and not is_entity:
+        entity = None if is_end else OPEN_ENTITY.search(text)
+        settled = list(clusters(text[: entity.start()] if entity else text))
+        self.open = entity[0] if entity else ""
+        if settled and not entity and not is_end:
             self.open = settled.pop()  # it may get an accent
         for cluster in settled:
             form = compared(cluster)
@@ -2393,9 +2346,9 @@ class WordGuard:
             return "", True
         keep, shown = 0 if is_end else self.blocked.longest, []
         while self.held and len(self.form) - self.held[0][1] >= keep:
-            piece, length = self.held.popleft()
+            cluster, length = self.held.popleft()
             self.form = self.form[length:]
-            shown.append(piece)
+            shown.append(cluster)
         return "".join(shown), False
 
 
@@ -4980,7 +4933,6 @@ def fix_headings(tokens: list[Token], above: int) -> None:
 
 MAX_FORMULAS = 500  # of a page are typeset: each takes a fifth of a millisecond
 DATA_PICTURE_CHARS = 4 * 1024 * 1024 * 4 // 3
-DATA_PICTURE = re.compile(r"data:image/(?:png|jpeg|gif|webp);base64,[A-Za-z0-9+/=]+")
 RENDER_OPTIONS = OptionsDict(
     {
         "maxNesting": 20,

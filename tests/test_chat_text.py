@@ -577,7 +577,7 @@ def cut_whole(text):
 
 
 BLOCKED = wxgpt.BlockedWords("")
-BLOCKED.words, BLOCKED.lengths, BLOCKED.longest = {"坏词"}, {"坏": [2]}, 2
+BLOCKED.words, BLOCKED.lengths, BLOCKED.longest = {"坏词"}, {"坏": {2}}, 2
 TEXTS = wxgpt.read_texts({})
 PURE = {
     "chat_text": chat_text,
