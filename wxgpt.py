@@ -19,7 +19,7 @@ say anything. Models often need longer. So the first request of a message starts
 task, every request of that message waits for it, and the last one leaves in time with
 what is written so far, a tap for the rest, and a link to a page that goes on live.
 
-The path of a message, always upwards in this file:
+The path of a message; a function stands above its callers:
 
     receive_message -> read_push: is_signed, parse_message
                     -> Bot.deliver -> Bot.reply_to -> render_text_reply
@@ -59,7 +59,7 @@ Run `python wxgpt.py demo` to try it, `python wxgpt.py --config wxgpt.toml` to s
 
 import signal
 
-if __name__ == "__main__":  # from here on Ctrl-C waits for `main`, which ends quietly
+if __name__ == "__main__":  # hold Ctrl-C during the imports; `main` ends quietly on it
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 
 import argparse
@@ -182,9 +182,9 @@ class WeChatSettings:
     aes_key: str = secret("")  # EncodingAESKey, 43 characters
     attempt_timeout: float = bounded(ATTEMPT_SECONDS, 0.2, 60)  # seconds per attempt
     attempts: int = bounded(ATTEMPTS, 1, 10)  # requests WeChat makes for one message
-    # A reply that cannot wait any longer leaves this many seconds before the timeout.
+    # Seconds before its timeout at which a request is answered with what there is.
     reply_margin: float = bounded(0.8, 0, 30)
-    # How many attempts may time out within five minutes; 0: none.
+    # How many attempts may time out within five minutes (see MuteGuard); 0: none.
     mute_guard: int = bounded(30, 0, 1_000_000)
     # Hosts from which pictures may be fetched.
     picture_hosts: tuple[str, ...] = ("mmbiz.qpic.cn", "mmecoa.qpic.cn", "wx.qlogo.cn")
@@ -222,7 +222,7 @@ class SessionSettings:
     """How long a conversation lasts, and how much of it the model gets."""
 
     ttl: float = bounded(300.0, 1, 31_536_000)  # idle seconds until a session ends
-    context_chars: int = bounded(12000, 0, 10_000_000)  # how much of it is sent along
+    context_chars: int = bounded(12000, 0, 10_000_000)  # of it, sent with a question
     auto_open: bool = False  # any text outside a session opens the first assistant
 
 
@@ -231,7 +231,7 @@ class LimitSettings:
     """What strangers may cost."""
 
     questions_per_day: int = bounded(100, 0, 10**9)  # for each subscriber; 0: no limit
-    all_per_day: int = bounded(2000, 0, 10**9)  # for all subscribers together; 0: same
+    all_per_day: int = bounded(2000, 0, 10**9)  # for all together; 0: no limit
     question_chars: int = bounded(2000, 1, 1_000_000)  # longest question
     waiting: int = bounded(3, 1, 1000)  # unanswered questions one subscriber may have
     at_once: int = bounded(64, 1, 1_000_000)  # upstream calls at the same time
@@ -308,7 +308,7 @@ class Config:
 
 
 def require(is_met: object, name: str, found: object, accepted: str) -> None:
-    """Raise ConfigError, which names the setting, unless a condition is met."""
+    """Raise ConfigError for the named setting unless a condition is met."""
     if not is_met:
         raise ConfigError(f"{name}: found {found!r}, accepted is {accepted}")
 
@@ -323,7 +323,7 @@ def read_toml(path: str | os.PathLike) -> dict[str, typing.Any]:
         raise ConfigError(f"{path}: not TOML: {error}") from None
 
 
-# How an owner is told which type a setting has.
+# The types of settings in an owner's words.
 TYPE_NAMES: dict[object, str] = {
     str: "text",
     bool: "true or false",
@@ -376,7 +376,7 @@ def read_table(kind: typing.Any, table: object, name: str) -> typing.Any:
         is_required = entry.default is MISSING and entry.default_factory is MISSING
         if dataclasses.is_dataclass(entry.type):
             values[key] = read_table(entry.type, table.get(key, {}), where)
-        elif key in table and entry.type not in TYPE_NAMES:  # has been read already
+        elif key in table and entry.type not in TYPE_NAMES:  # read by load_config
             values[key] = table[key]
         elif key in table or is_required:
             values[key] = read_value(table.get(key, MISSING), entry, where)
@@ -384,14 +384,14 @@ def read_table(kind: typing.Any, table: object, name: str) -> typing.Any:
 
 
 # The environment variables that fill in what the file leaves out of `chatgpt`.
-VARIABLES = {"api_key": "OPENAI_API_KEY", "base_url": "OPENAI_BASE_URL"}
+CHATGPT_VARIABLES = {"api_key": "OPENAI_API_KEY", "base_url": "OPENAI_BASE_URL"}
 
 
 def setting_source(
     name: str, key: str, one: AssistantSettings, environ: typing.Mapping[str, str]
 ) -> str:
     """Return where an assistant's setting comes from: its name, or a variable."""
-    variable = VARIABLES.get(key, "")
+    variable = CHATGPT_VARIABLES.get(key, "")
     if name == "chatgpt" and environ.get(variable) == getattr(one, key):
         return f"{variable} in the environment"
     return f"assistants.{name}.{key}"
@@ -401,12 +401,12 @@ def read_assistants(table: typing.Any, environ: typing.Mapping[str, str]) -> dic
     """Return the assistants by name; raise ConfigError."""
     is_table = isinstance(table, dict)
     if not is_table or not all(isinstance(one, dict) for one in table.values()):
-        # Does not say what was found: it may be a key in the wrong place.
+        # What was found is not shown: it may be a misplaced API key.
         raise ConfigError("assistants: found no tables, accepted is a table of tables")
     if "chatgpt" not in table and not environ.get("OPENAI_API_KEY"):
         raise ConfigError("assistants.chatgpt: found nothing, accepted is a table")
     chatgpt = dict(table.get("chatgpt", {}))
-    for key, variable in VARIABLES.items():
+    for key, variable in CHATGPT_VARIABLES.items():
         if environ.get(variable):
             chatgpt.setdefault(key, environ[variable])
     return {
@@ -421,7 +421,7 @@ TEXTS = pathlib.Path(__file__).with_name("texts.toml")
 def read_texts(changes: typing.Any) -> Texts:
     """Return the lines of texts.toml with an owner's changes; raise ConfigError.
 
-    A changed line may leave out placeholders of the default, but not have others.
+    A changed line may leave out placeholders of the default, but not add any.
     """
     lines = read_toml(TEXTS)
     for name, line in lines.items():
@@ -432,7 +432,7 @@ def read_texts(changes: typing.Any) -> Texts:
         require(isinstance(line, str), f"texts.{name}", line, "text")
         accepted = sorted(set(re.findall(r"\{(\w+)\}", lines[name])))
         try:
-            # Some placeholders are texts, others numbers: any format must suit both.
+            # A placeholder gets a text or a number: its format must suit both.
             line.format_map(dict.fromkeys(accepted, ""))
             line.format_map(dict.fromkeys(accepted, 0))
         except KeyError as error:
@@ -519,7 +519,7 @@ def load_config(
 
 
 def effective_settings(config: Config) -> Iterator[str]:
-    """Yield the settings as lines for the log, without secrets and the long prompt."""
+    """Yield the settings for the log, without secrets or the default prompt."""
     yield f"public_url={config.public_url}"
     names = ("server", "wechat", "session", "limits", "history", "database")
     tables = [(name, getattr(config, name)) for name in names]
@@ -661,8 +661,8 @@ class Cipher:
         return plain[20:end]
 
     def seal(self, body: bytes, created: int) -> bytes:
-        """Return the envelope of a reply, always the same bytes for the same reply."""
-        salt = hmac.digest(self.key, body, "sha256")  # random bytes would differ
+        """Return the envelope of a reply, the same bytes for every attempt."""
+        salt = hmac.digest(self.key, body, "sha256")  # hence not random
         plain = salt[:16] + len(body).to_bytes(4, "big") + body + self.app_id
         encryptor, padder = self.aes.encryptor(), self.padding.padder()
         padded = padder.update(plain) + padder.finalize()
@@ -707,11 +707,17 @@ def escape_links(text: str) -> str:
     return re.sub(r"<(?=/?a)", "<\u200b", text, flags=re.IGNORECASE)
 
 
+def excerpt(text: str, length: int = 12) -> str:
+    """Return the beginning of a question as one line in which WeChat finds no link."""
+    line = " ".join(text.split())
+    return escape_links(line if len(line) <= length else line[:length] + "…")
+
+
 def tap_link(words: str, content: str = "") -> str:
     """Return a link that sends `content`, or else its words, for the subscriber.
 
-    Android decodes the content twice, so it keeps only characters that survive this,
-    and ignores links whose msgmenuid is empty.
+    Android decodes the content twice, so only characters that survive that are kept,
+    and it ignores a link whose msgmenuid is empty.
     """
     sent = re.sub(r"[^\w()./_-]", "", content or words)
     return (
@@ -2350,12 +2356,6 @@ class WordGuard:
             self.form = self.form[length:]
             shown.append(cluster)
         return "".join(shown), False
-
-
-def excerpt(text: str, length: int = 12) -> str:
-    """Return the first characters of a question in one line, harmless."""
-    line = " ".join(text.split())
-    return escape_links(line if len(line) <= length else line[:length] + "…")
 
 
 # ---------------------------------------------------------------------------
