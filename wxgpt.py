@@ -748,6 +748,7 @@ def web_link(words: str, url: str) -> str:
 # latex2mathml names the symbols and writes the pages' MathML; it is never given what
 # was refused here.
 # ---------------------------------------------------------------------------
+
 SUPERSCRIPTS = str.maketrans(
     "0123456789+−=()abcdefghijklmnoprstuvwxyzABDEGHIJKLMNOPRTUVW′∘",
     "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖʳˢᵗᵘᵛʷˣʸᶻᴬᴮᴰᴱᴳᴴᴵᴶᴷᴸᴹᴺᴼᴾᴿᵀᵁⱽᵂ′°",
@@ -768,12 +769,12 @@ DIFFERENTIAL = re.compile(rf"[d∂Δ][{SMALL_SIGNS}]{{0,4}}[^\W\d_]?{SCRIPTED}")
 
 
 def bracketed(text: str) -> str:
-    """Put a text in brackets unless it reads as one sign beside a stroke."""
+    """Put a text in brackets if a slash beside it would take only a part of it."""
     return text if ONE_SIGN.fullmatch(text) else f"({text})"
 
 
 def script_text(mark: str, script: str, base: str) -> str:
-    """Write a script in small characters if all have one, else behind its mark."""
+    """Write a script in small characters if all have one, else after its mark."""
     small = SUPERSCRIPTS if mark == "^" else SUBSCRIPTS
     script = re.sub(r" ?([^\w\s]) ?", r"\1", script)
     base = re.sub(r"([_^])(.)$", r"\1(\2)", base)  # v_y^2 is not v_(y²)
@@ -793,7 +794,7 @@ def fraction_text(over: str, under: str) -> str:
 
 
 def root_text(index: str, radicand: str) -> str:
-    """Write a root; an index without a sign of its own stands in square brackets."""
+    """Write a root; an index other than 2, 3 and 4 stands in square brackets."""
     sign = {"": "√", "2": "√", "3": "∛", "4": "∜"}.get(index, f"√[{index}]")
     is_bare = UNDER_ROOT.fullmatch(radicand) and "[" not in sign
     return sign + (radicand if is_bare else f"({radicand})")
@@ -834,9 +835,9 @@ def alphabet_text(alphabet: str, text: str) -> str:
     return symbol_text(f"{alphabet}{{{text}}}") if is_letter else bracketed(text)
 
 
-# A command's arguments, the kind of piece it makes, and what writes that. An argument m
-# is mathematics on one line, M may have several; o stands in square brackets or is
-# missing; t is words.
+# A command's arguments, the kind of piece it makes, and the function that writes it.
+# Arguments: m is mathematics on one line, M on any number of lines; o is optional, in
+# square brackets; t is words.
 FORMULA_COMMANDS: dict[str, tuple[str, str, Callable[..., str]]] = {
     name: (arguments, kind, write)
     for names, arguments, kind, write in (
@@ -882,23 +883,24 @@ class Piece:
 
     text: str
     kind: str = ""  # name, large, symbol, fraction, root, box, or a plain sign
-    space: str = ""  # before it: " " is a blank of the source, "~" a space asked for
+    space: str = ""  # before it: " " is a blank of the source, "~" a space command
 
 
-RELATION = r"\s*=+−±·×<>≤≥≠≈≡∼→⇒⇔∈,.;:|，。；：、\u3400-\u9fff"
-ALONE_BEHIND = re.compile(rf"$|[{RELATION}(\[{{⌊⌈⟨‖]")  # what may stand before 1/2
-ALONE_BEFORE = re.compile(rf"$|[{RELATION})\]}}⌋⌉⟩‖]")  # and what after
+# What may stand before or after a fraction without brackets, as characters of a class.
+SEPARATORS = r"\s*=+−±·×<>≤≥≠≈≡∼→⇒⇔∈,.;:|，。；：、\u3400-\u9fff"
+CLEAR_BEFORE = re.compile(rf"$|[{SEPARATORS}(\[{{⌊⌈⟨‖]")
+CLEAR_AFTER = re.compile(rf"$|[{SEPARATORS})\]}}⌋⌉⟩‖]")
 
 
 def needs_brackets(before: Piece, piece: Piece, after: Piece) -> bool:
-    """Say whether a fraction, root or box could be read into its neighbours."""
-    is_before_more = not ALONE_BEFORE.match(after.text)
+    """Say whether a fraction, root or box could be misread with its neighbours."""
+    joins_next = not CLEAR_AFTER.match(after.text)
     if piece.kind == "root":
-        return piece.text[-1] != ")" and is_before_more
+        return piece.text[-1] != ")" and joins_next
     last = before.text[-1:]
-    is_behind_more = before.kind != "large" and not ALONE_BEHIND.match(last)
+    joins_last = before.kind != "large" and not CLEAR_BEFORE.match(last)
     is_term = piece.kind == "box" and last in tuple("+−·×")
-    return is_behind_more or is_term or is_before_more
+    return joins_last or is_term or joins_next
 
 
 def needs_space(text: str, before: Piece, piece: Piece) -> bool:
@@ -908,13 +910,13 @@ def needs_space(text: str, before: Piece, piece: Piece) -> bool:
         return is_factor or piece.space != "" and piece.text[0] not in "([|"
     if before.kind == "large" or piece.kind == "name" and re.search(r"[\w)]$", text):
         return True
-    if before.kind == "symbol" and piece.space == " ":  # it may only end the command
+    if before.kind == "symbol" and piece.space == " ":  # perhaps just the command's end
         return not is_factor if text[-1].isalpha() else text[-2:-1] == " "
     return piece.space != "" or is_factor and bool(re.search(r"[_^].$", before.text))
 
 
 def render_pieces(pieces: list[Piece]) -> str:
-    """Write pieces one behind another, with the brackets and spaces they need."""
+    """Write pieces one after another, with the brackets and spaces they need."""
     text, before, nothing = "", Piece(""), Piece("")
     for piece, after in itertools.pairwise([*pieces, nothing]):
         written = piece.text
@@ -936,6 +938,7 @@ def render_pieces(pieces: list[Piece]) -> str:
 
 
 MAX_FORMULA_NESTING = 30  # a fraction in a fraction takes two; real ones stay under 12
+# What stands before an environment, after it, and between its rows.
 ENVIRONMENTS = dict.fromkeys(("align*", "cases", "array"), ("", "", "\n"))
 ENVIRONMENTS |= dict.fromkeys(("matrix", "pmatrix", "bmatrix"), ("[", "]", "; "))
 ENVIRONMENTS |= {"vmatrix": ("|", "|", "; "), "Vmatrix": ("‖", "‖", "; ")}
@@ -997,7 +1000,7 @@ class FormulaReader:
                 text, kind = f"{text}({script})", "large"
             elif script:
                 text = text + script if mark == "'" else script_text(mark, script, text)
-        # a script on nothing must not become one of what stands before it
+        # a script on nothing must not attach to what stands before it
         return [replace(base, text=text if base.text else " " + text, kind=kind)]
 
     def argument(self, kind: str = "m") -> str:
@@ -1038,7 +1041,7 @@ class FormulaReader:
         elif token in tuple("}&^_#\\"):
             raise ValueError(f"stray {token}")
         elif token[0] != "\\":
-            is_minus = token == "-" and self.tokens[-1] != ">"  # careless for an arrow
+            is_minus = token == "-" and self.tokens[-1] != ">"  # "->" is an arrow
             pieces = [Piece("−" if is_minus else token)]
         elif name in FORMULA_NAMES:
             pieces = [Piece(name, "name")]
@@ -1059,7 +1062,7 @@ class FormulaReader:
         r"""Read \begin{…} … \end{…}: a line a row, but a matrix on one line."""
         name = self.source()
         if name == "array":
-            self.source()  # how its columns are aligned
+            self.source()  # the alignment of its columns
         rows: list[list[str]] = [[]]
         while True:
             rows[-1].append(render_pieces(self.row("&", "\\\\", "\\end")).strip())
@@ -1076,7 +1079,7 @@ class FormulaReader:
             for row in rows:
                 row[1::2] = [re.sub("^(?=. )", " ", cell) for cell in row[1::2]]
                 row[2::2] = ["  " + cell for cell in row[2::2]]
-        elif name == "cases":  # a value, a comma, its condition; or the sides of x &= 1
+        elif name == "cases":  # "value, condition", or the two sides of x &= 1
             for row in rows:
                 line = "{ " + "\t".join(filter(None, row))
                 line = re.sub(r"(?<![,，])\t(?=[=<>≤≥]\S)", "", line)
@@ -1138,17 +1141,16 @@ def simpler_latex(latex: str) -> str:
 
 
 MAX_FORMULA_CHARS = 1500  # fifteen full lines of an aligned block; longest seen: 679
-NO_XML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
 @functools.lru_cache(256)
 def formula_text(latex: str) -> str | None:
-    """Return a formula as text without markup, or None when that would change it."""
-    if len(latex) > MAX_FORMULA_CHARS or NO_XML.search(latex):
+    """Return a formula as text without markup, or None if its meaning would change."""
+    if len(latex) > MAX_FORMULA_CHARS or ILLEGAL.search(latex):
         return None
     try:
         text = render_pieces(FormulaReader(simpler_latex(latex)).row(""))
-    except (ValueError, LookupError):  # a LookupError where it ends too early
+    except (ValueError, LookupError):  # LookupError: it ends too early
         return None
     return text.strip() or None
 
@@ -1164,7 +1166,7 @@ MATHML_ATTRIBUTES = set(  # no style, class, href, events; colours are the page'
 
 
 def formula_mathml(latex: str, is_block: bool) -> str | None:
-    """Return a formula as one <math> element, or None when that would change it."""
+    """Return a formula as one <math> element, or None if its meaning would change."""
     text = formula_text(latex)
     if text is None:
         return None
@@ -1178,15 +1180,15 @@ def formula_mathml(latex: str, is_block: bool) -> str | None:
     for node in tree.iter():
         reference = r"&#x([0-9A-F]{2,6});"
         node.text = re.sub(reference, lambda m: chr(int(m[1], 16)), node.text or "")
-        is_strange = "\\" in node.text or NO_XML.search(node.text)
+        is_strange = "\\" in node.text or ILLEGAL.search(node.text)
         if is_strange or node.tag not in MATHML_TAGS:
             return None
         for name in node.attrib.keys() - MATHML_ATTRIBUTES:
             del node.attrib[name]
     written = "".join(tree.itertext()), text.replace("∛", "3").replace("∜", "4")
     forms = (unicodedata.normalize("NFKC", form) for form in written)
-    numerals = [sorted(re.findall(r"[\d\u3400-\u9fff]", form)) for form in forms]
-    if numerals[0] != numerals[1]:  # which no notation may lose
+    kept = [sorted(re.findall(r"[\d\u3400-\u9fff]", form)) for form in forms]
+    if kept[0] != kept[1]:  # the library lost a digit or a Chinese character
         return None
     rendered: str = ElementTree.tostring(tree, encoding="unicode")
     return rendered
