@@ -1197,12 +1197,11 @@ def formula_mathml(latex: str, is_block: bool) -> str | None:
 # ---------------------------------------------------------------------------
 # 5. Chat text
 #
-# A model writes Markdown; WeChat shows plain text. Nothing is lost and nothing is
-# changed but certain markup: a mark that may be text is text, in the chat and on the
-# page, which are both written from the same markdown-it tokens. General Markdown
-# parsers need a whole document. Here a line's kind is decided once, when the line is
-# complete, so the chat text of a growing answer only gets longer, and a part of the
-# answer is a slice of it.
+# A model writes Markdown; WeChat shows plain text. Only what is certain to be markup is
+# changed: a mark that may be text is text, in the chat and on the page, which are both
+# written from the same markdown-it tokens. General Markdown parsers need a whole
+# document. Here a line's kind is decided once, when the line is complete, so the chat
+# text of a growing answer only gets longer, and a part of the answer is a slice of it.
 # ---------------------------------------------------------------------------
 
 CJK = re.compile(
@@ -1246,15 +1245,15 @@ def shape(char: str) -> str:
 # --- The marks inside a line
 
 MAX_WINDOW = 4000  # characters read at once, which bounds what a search can cost
-MAX_FORMULA = 2000
+MAX_FORMULA_SPAN = 2000  # characters up to its closing mark, or a comment's
 MAX_OPENERS = 20
 
-# The HTML tags of tokens, where they are not their names.
+# The HTML tags of tokens, where the two names differ.
 TAGS = {"link": "a", "paragraph": "p", "list_item": "li"}
 TAGS |= {"ordered_list": "ol", "bullet_list": "ul"}
 EMPHASIS = {"*": ("em",), "**": ("strong",), "***": ("strong", "em"), "~~": ("s",)}
 ENTITY = r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z][a-z0-9]{1,31});"
-# Each is read by the method of its name: `read_code`.
+# The first that matches counts; it is read by the method of its name: `read_code`.
 INLINE_MARKS = {
     "newline": r"\n",
     "formula": r"\$\$|\\[(\[]|\\begin\{(?P<environment>\w{1,20}\*?)\}|<!--",
@@ -1277,7 +1276,7 @@ MARK = re.compile(
     "|".join(f"(?P<{name}>{pattern})" for name, pattern in INLINE_MARKS.items()),
     re.IGNORECASE | re.ASCII,
 )
-LINK = re.compile(  # behind a label: an address in round brackets, maybe with a title
+LINK = re.compile(  # after a label: an address in round brackets, maybe with a title
     r"\([ \t]*(?:<(?P<whole>[^<>\n]*)>|(?P<plain>(?:[^\s()<>]++|\([^\s()]*+\))*+))"
     r"(?:[ \t]+(?P<title>\"[^\"\n]*\"|'[^'\n]*'|\([^()\n]*\)))?[ \t]*\)"
 )
@@ -1306,7 +1305,7 @@ class Opener:
     """A mark that is markup if its closing mark comes."""
 
     mark: str
-    token: int  # its index; a token of text until the mark is closed
+    index: int  # of its token, which is text until the mark is closed
     end: int  # of the mark, in the text
     is_doubtful: bool
 
@@ -1315,20 +1314,22 @@ class InlineReader:
     """Reads the marks inside one text, once, from left to right."""
 
     def __init__(self, text: str, before: str, is_whole: bool) -> None:
-        self.text = before + text  # the character before it has been read
+        self.text = before + text  # so positions in it are one higher than in `text`
         self.is_whole = is_whole  # else more of the text may come
         self.tokens: list[Token] = []
         self.openers: list[Opener] = []
-        self.line = 1  # where it begins
-        self.sure = 1, 0  # the end of text, and of tokens, that nothing can change
+        self.line_start = 1
+        self.sure = 1, 0  # the text and the tokens before these ends cannot change
         self.is_held = False  # something is open that can change all that follows
         self.closer = ""  # what closes the formula or comment that is open
         words = WORD_WITH_SIGNS.finditer(self.text) if "\\" in text else ()
         paths = [range(*word.span()) for word in words if PATH.search(word[0])]
+        # Where a backslash, the last but one character of a match, escapes the last.
         self.escapes = {found.end() - 2 for found in ESCAPE.finditer(self.text, 1)}
         self.escapes.difference_update(*paths)
 
     def read(self) -> None:
+        """Read all of the text, as far as it can be told by now."""
         begin = 1
         while mark := MARK.search(self.text, begin):
             self.add_words(begin, mark.start())
@@ -1371,23 +1372,23 @@ class InlineReader:
         return next((o for o in reversed(self.openers) if o.mark in marks), None)
 
     def close(self, opener: Opener, *names: str) -> None:
-        """Make pairs of an open mark and the one read; what is open inside is text."""
+        """Pair an open mark with the one just read; marks open in between are text."""
         del self.openers[self.openers.index(opener) :]
         opened = [Token(f"{name}_open", TAGS.get(name, name), 1) for name in names]
-        self.tokens[opener.token : opener.token + 1] = opened
+        self.tokens[opener.index : opener.index + 1] = opened
         for name in reversed(names):
             self.add(f"{name}_close", TAGS.get(name, name), -1)
 
-    # A method a mark: each returns where what it has read ends, or 0 if it is text.
+    # One method for each mark, which returns where the markup ends, or 0 if it is text.
 
     def read_newline(self, mark: re.Match[str]) -> int:
-        openers = [
-            o for o in self.openers if o.mark not in tuple("*＊") and o.end > self.line
-        ]
+        """Read a line's end; a mark may close one line later, but not a single star."""
+        openers = [o for o in self.openers if o.end > self.line_start]
+        openers = [o for o in openers if o.mark not in ("*", "＊")]
         if not openers and not self.is_held:
             self.sure = mark.start(), len(self.tokens)
         self.add("softbreak", "br")
-        self.openers, self.line = openers, mark.end()
+        self.openers, self.line_start = openers, mark.end()
         return mark.end()
 
     def read_stars(self, mark: re.Match[str]) -> int:
@@ -1442,10 +1443,10 @@ class InlineReader:
         kind = "math_inline" if opener == "\\(" else "math_block"
         closer = "-->" if opener == "<!--" else f"\\end{{{mark['environment']}}}"
         closer = CLOSERS.get(opener, closer)
-        end = self.text.find(closer, inside, inside + MAX_FORMULA)
+        end = self.text.find(closer, inside, inside + MAX_FORMULA_SPAN)
         latex = self.text[inside:end]
         if end < 0:
-            if len(self.text) - inside < MAX_FORMULA:
+            if len(self.text) - inside < MAX_FORMULA_SPAN:
                 self.hold(closer)
             return 0
         if mark["environment"]:  # is LaTeX as a whole
@@ -1486,12 +1487,12 @@ class InlineReader:
             self.openers.remove(opener)
             return 0
         self.close(opener, "link")
-        opening, *label, _ = self.tokens[opener.token :]
+        opening, *label, _ = self.tokens[opener.index :]
         opening.attrs = {"href": url}
         if found["title"]:
             opening.attrs["title"] = found["title"][1:-1]
         if opener.mark == "![":
-            del self.tokens[opener.token :]
+            del self.tokens[opener.index :]
             attrs, source = {"src": url, "alt": ""}, self.text[opener.end : end - 1]
             self.add("image", "img", attrs=attrs, children=label, content=source)
         return found.end()
@@ -1554,7 +1555,7 @@ def window_end(text: str, begin: int, is_whole: bool) -> int:
 def read_inline(
     text: str, before: str = "\n", is_whole: bool = True
 ) -> tuple[list[Token], int, str]:
-    """Return a text's sure tokens, where they end, and what would close the rest."""
+    """Return a text's final tokens, where they end, and what would close the rest."""
     tokens: list[Token] = []
     begin, closer = 0, ""
     while begin < len(text):
@@ -1564,7 +1565,7 @@ def read_inline(
         reader.read()
         (sure, count), closer = reader.sure, reader.closer
         if sure == 1 and not is_last and end - begin >= MAX_WINDOW:
-            sure, count = end - begin + 1, len(reader.tokens)  # open so long: text
+            sure, count = end - begin + 1, len(reader.tokens)  # it never closed
         tokens += reader.tokens[:count]
         begin += sure - 1
         if sure == 1 or is_last:
@@ -1575,7 +1576,7 @@ def read_inline(
 
 # --- The lines of an answer
 
-MAX_QUOTES = 3  # of quotes in quotes
+MAX_QUOTES = 3  # of a quote in a quote
 MAX_COLUMNS = 40
 MAX_HEADER = 500  # characters of a table's header: each record repeats it
 MAX_CELLS = 4000  # of all tables of an answer; a page of more takes seconds to make
@@ -1585,7 +1586,7 @@ FENCE = re.compile(  # `py`, `js title="a"` and `{r}` are languages, words are n
     r"|[^`={]*+[={][^`]*+)?|\{[^`]*+)\s*|(?P<words>.*))",
     re.ASCII,
 )
-LATE_FENCE = re.compile(  # behind words: `代码如下：` and three backticks
+LATE_FENCE = re.compile(  # after words: `代码如下：` and three backticks
     r"(?<=[:：])[ \t]*(?P<mark>`{3,})(?P<info>[\w+#.-]*)[ \t\r]*\Z", re.ASCII
 )
 HEADING = re.compile(r"[ \t]*(#{1,6})[ \t]+(\S.*)")
@@ -1593,7 +1594,7 @@ QUOTE = re.compile(r"[ \t]*>(?!>>|=) ?(.*)")
 BLOCK = re.compile(r"[ \t]*(?:`{3}|~{3}|#{1,6}[ \t]+\S|>(?!>>|=))")
 ITEM = re.compile(r"[ \t]*([-*+]|\d{1,3}[.)])[ \t]+(\S.*)", re.ASCII)
 TASK = re.compile(r"\[([ xX])\][ \t]+(?=\S)")
-# Behind signs: `- 100 元`, `+ 300 元`, `> 60 分`; neither `2024 年` nor `1. 甲`.
+# After a sign: `- 100 元`, `+ 300 元`, `> 60 分`; neither `2024 年` nor `1. 甲`.
 AMOUNT = re.compile(
     r"[约近]?[^\w\s`。！？…!?]{0,3}\d[\d,.]*+(?! ?[年月日号点时:：、/)）])"
 )
@@ -1601,7 +1602,7 @@ BAR = re.compile(  # a bar, or code and formulas that may hold one
     r"(`+)(?!`).{1,300}?(?<!`)\1(?!`)|\\\(.{1,300}?\\\)"
     r"|\$(?![\s\d$])[^$]{0,300}[^\s$]\$(?!\w)|\\\||\|"
 )
-SIDES = {":": "center", "-": "right"}  # where a column stands whose rule ends with `:`
+SIDES = {":": "center", "-": "right"}  # by how a column's rule begins that ends with :
 TABLE_RULE = re.compile(r"\s*+\|?(?:\s*+:?-++:?\s*+(?:\||\Z))++\s*")
 
 
@@ -1635,32 +1636,32 @@ class MarkdownReader:
 
     def __init__(self, depth: int = 0) -> None:
         self.depth = depth  # of quotes around it
-        self.tokens: list[Token] = []  # whoever writes them clears the list
+        self.tokens: list[Token] = []  # cleared by whoever writes them
         self.rest = ""  # the line that is not complete
-        self.is_in_line = False  # its beginning was known to be text, and was read
+        self.is_in_line = False  # its beginning has been read, as text
         self.is_first = True  # no line with text has been read
         self.wrapper = ""  # the fence around the whole answer
         self.fence: Token | None = None  # the open code block's
-        self.code: list[str] = []  # the lines behind the fence
+        self.code: list[str] = []  # its lines
         self.quote: MarkdownReader | None = None
         self.lists: list[tuple[int, str]] = []  # indent of the marks; -, *, + or 1
-        self.is_behind_amount = False  # the last line was one behind a sign
+        self.is_after_amount = False  # the last line was a sign and an amount
         self.header = ""  # a line with bars: a table's header if a rule follows
         self.row: str | None = None  # how a row of the open table begins
         self.cells = 0  # of all tables so far
-        self.sides: list[str] = []  # where the cells of its columns stand
+        self.sides: list[str] = []  # how its columns are aligned
         self.paragraph: Token | None = None
-        self.pending = ""  # the end of the paragraph: its marks may be open
+        self.pending = ""  # its end, which is not read while a mark in it is open
         self.before = "\n"  # the character before that end
         self.closer = ""  # what closes the formula that is open at a line's end
-        self.behind = ""  # the lines since then
-        self.is_replay = False  # they are read again, as the formula was not closed
+        self.later_lines = ""  # the lines after that one
+        self.is_replay = False  # they are read again: the formula was never closed
 
     def feed(self, text: str) -> None:
         """Read what has been added to the text."""
         text = ILLEGAL.sub("", text)
         if not text.strip(" \t-*") and not self.is_in_line:
-            self.rest += text  # decides nothing, however much of it comes
+            self.rest += text  # blanks and rules: nothing can be told by them
             return
         *lines, self.rest = (self.rest + text).split("\n")
         for line in lines:
@@ -1764,7 +1765,7 @@ class MarkdownReader:
     def close_to(self, indent: int) -> None:
         """Close every block that a line with this indent is outside of."""
         self.close_block()
-        self.is_behind_amount = False
+        self.is_after_amount = False
         while self.lists and indent < self.lists[-1][0] + 2:
             self.close("list_item")
             self.close("ordered_list" if self.lists.pop()[1] == "1" else "bullet_list")
@@ -1793,12 +1794,12 @@ class MarkdownReader:
         if not self.paragraph or self.lists and indent < self.lists[-1][0] + 2:
             self.close_to(indent)
             self.paragraph, self.pending = self.open("paragraph"), ""
-        self.is_behind_amount = False
+        self.is_after_amount = False
         self.pending += line.lstrip() if self.lists else line
 
     def end_text_line(self) -> None:
         """Read the paragraph's last line; open marks may continue on the next line."""
-        if self.pending.endswith("\n"):
+        if self.pending.endswith("\n"):  # has been read
             return
         if fence := LATE_FENCE.search(self.pending):
             self.pending = self.pending[: fence.start()]
@@ -1819,19 +1820,19 @@ class MarkdownReader:
 
     def read_in_formula(self, line: str) -> None:
         """Read a line inside an open formula, where nothing is Markdown."""
-        self.behind += line + "\n"
+        self.later_lines += line + "\n"
         is_end = not line.strip() or FENCE.match(line) or HEADING.match(line)
-        if len(self.behind) > MAX_FORMULA or is_end:
+        if len(self.later_lines) > MAX_FORMULA_SPAN or is_end:
             self.give_up_formula()
         elif self.closer in line:
-            self.pending += self.behind[:-1]
-            self.behind, self.closer = "", ""
+            self.pending += self.later_lines[:-1]
+            self.later_lines, self.closer = "", ""
 
     def give_up_formula(self) -> None:
         """Take an unclosed formula as text, and read the lines after it again."""
         if self.closer:
             self.read_pending(is_whole=True)
-            lines, self.behind, self.is_replay = self.behind, "", True
+            lines, self.later_lines, self.is_replay = self.later_lines, "", True
             for line in lines.split("\n")[:-1]:
                 self.read_line(line)
             self.is_replay = False
@@ -1847,10 +1848,10 @@ class MarkdownReader:
             is_sign = kind == "+" and is_amount
         else:
             is_plus = kind == "+" and not is_nested and not task
-            is_sign = kind in "+-" and (is_amount or self.is_behind_amount or is_plus)
+            is_sign = kind in "+-" and (is_amount or self.is_after_amount or is_plus)
         if is_sign:
             self.read_text(line)
-            self.is_behind_amount = True
+            self.is_after_amount = True
             return
         self.close_to(indent + 2 if is_next else indent)
         if is_next:
@@ -1888,7 +1889,7 @@ class MarkdownReader:
                 self.read_text(" " * indent + words)
             self.close_to(indent)
             self.fence = self.add("code_open", info=info, markup=mark, hidden=True)
-            self.fence.level = indent
+            self.fence.level = indent  # which its lines lose
 
     def read_code(self, fence: Token, line: str) -> None:
         found = FENCE.fullmatch(line)
@@ -1940,8 +1941,8 @@ def read_markdown(markdown: str) -> list[Token]:
 
 # --- From tokens to chat text
 
-MAX_HEADING = 30  # characters; a longer one is shown as it is
-MAX_ROW = 20  # characters of a header whose table is shown in rows
+MAX_HEADING_CHARS = 30  # a longer one is shown as it is
+MAX_ROW_CHARS = 20  # of a header whose table is shown in rows
 MAX_BLANKS = 10  # newlines in a row
 SPACES = re.compile(r"[^\S\n]{200,}")  # a reply of nothing but spaces would be empty
 
@@ -1949,7 +1950,7 @@ SPACES = re.compile(r"[^\S\n]{200,}")  # a reply of nothing but spaces would be 
 def inline_text(children: list[Token]) -> str:
     """Return the chat text of the tokens of a line."""
     out: list[str] = []
-    begins: list[tuple[int, str]] = []  # of open links: in `out`, and the address
+    begins: list[tuple[int, str]] = []  # open links: index in `out`, and address
     for child in children:
         match child.type:
             case "softbreak" | "hardbreak":
@@ -1962,7 +1963,7 @@ def inline_text(children: list[Token]) -> str:
                 source = child.markup + child.content + CLOSERS.get(child.markup, "")
                 out.append(formula_text(child.content) or source)
             case "s_open" | "s_close":
-                out.append("~~")  # without them the meaning turns round
+                out.append("~~")  # without them it would say the opposite
             case "link_open" | "sub_open" | "sup_open":
                 begins.append((len(out), str(child.attrs.get("href"))))
             case "link_close":
@@ -1985,11 +1986,13 @@ class ChatWriter:
     """Writes tokens as chat text; what it has written never changes."""
 
     def __init__(self) -> None:
-        self.out: list[str] = []  # whoever shows it clears the list
+        self.out: list[str] = []  # cleared by whoever shows it
         self.is_empty = True  # nothing has been written
         self.newlines = 0  # before the next text
         self.spaces = ""  # before the next text, if it is on the same line
-        self.prefixes: list[str] = []  # of quotes and items; a mark until it is written
+        self.prefixes: list[
+            str
+        ] = []  # of open quotes and items; marks are written once
         self.captured: list[str] | None = None  # of a heading, or a row's cells
         self.columns: list[str] = []  # of the table's header
         self.is_wide = False  # the table is written as records
@@ -2033,7 +2036,8 @@ class ChatWriter:
                 self.captured = []
             case "heading_close":
                 text = "".join(self.take_captured()).strip()
-                is_plain = len(text) > MAX_HEADING or re.search("[【】《》]|^$", text)
+                is_long = len(text) > MAX_HEADING_CHARS
+                is_plain = is_long or re.search("[【】《》]|^$", text)
                 self.put(text if is_plain else f"【{text}】")
             case "table_open":
                 self.columns, self.has_rows = [], False
@@ -2050,7 +2054,7 @@ class ChatWriter:
         """Write a row, or a record of the cells below their columns."""
         if not self.columns:
             self.columns = cells
-            self.is_wide = len(cells) > 3 or len("".join(cells)) > MAX_ROW
+            self.is_wide = len(cells) > 3 or len("".join(cells)) > MAX_ROW_CHARS
         elif self.is_wide:
             self.break_line(2 if self.has_rows else 1)
             pairs = itertools.zip_longest(self.columns, cells, fillvalue="")
@@ -2090,8 +2094,8 @@ class ChatWriter:
 
 # --- The chat text of an answer
 
-MAX_UNREAD = 8_000  # characters: most answers are shorter, and read when asked for
-MAX_HEADINGS = 2000  # characters of headings in a row that go with what follows
+MAX_UNREAD = 8_000  # characters; most answers are shorter, so read only when asked for
+MAX_LEADING = 2000  # characters of such lines in a row
 # Lines that no part may end with: headings and list marks go with what follows.
 LEADING = re.compile(r"[ │•]*(?:【[^\n]*】|\d{1,4}[.)、）]|[•☐☑│])")
 
@@ -2099,7 +2103,7 @@ LEADING = re.compile(r"[ │•]*(?:【[^\n]*】|\d{1,4}[.)、）]|[•☐☑│
 def end_before_leading(text: str) -> int:
     """Return where a text ends without the headings and list marks at its end."""
     end = len(text)
-    while end > len(text) - MAX_HEADINGS:
+    while end > len(text) - MAX_LEADING:
         last = len(text[:end].rstrip())
         begin = text.rfind("\n", 0, last) + 1
         if not LEADING.fullmatch(text, begin, last):
@@ -2161,20 +2165,30 @@ def chat_text(markdown: str) -> str:
     return ChatText(markdown).text(has_ended=True)
 
 
-def stable_text(markdown: str) -> str:
-    """Return the part of a growing answer's chat text that can no longer change."""
-    return ChatText(markdown).text(has_ended=False)
+def markdown_length(markdown: str, chat_length: int) -> int:
+    """Return how much of a text has a chat text of at most `chat_length` characters."""
 
+    def length(end: int) -> int:
+        return len(chat_text(markdown[:end]))
 
-def has_more_on_page(markdown: str) -> bool:
-    """Say whether the page shows more of a whole answer than the chat can."""
-    chat = ChatText(markdown)
-    chat.text(has_ended=True)
-    return chat.has_more_on_page()
+    chat, begin, line = ChatText(), 0, ""  # of the last line that may fit
+    for following in markdown.splitlines(keepends=True):
+        begin, line = begin + len(line), following
+        chat.feed(line)
+        if len(chat.text(has_ended=False)) > chat_length:
+            break
+    ends = [begin, *(begin + found.end() for found in SENTENCE_END.finditer(line))]
+    ends.append(begin + len(line))
+    end = ends[bisect.bisect_right(ends, chat_length, lo=1, key=length) - 1]
+    # A mark that is open shows more than the same mark once it is closed.
+    while end > 0 and length(end) > chat_length:
+        end = markdown.rfind("\n", 0, end)
+    return max(0, end)
 
 
 # --- Cuts
 
+# A line that ends with an abbreviation or a number, not with a sentence.
 UNFINISHED = re.compile(r"(?:.*\W)?(?:No|Dr|Mr|Mrs|Ms|St|Prof|Fig|vs|第 ?\d{1,4})\.")
 RECORD = re.compile(r"【[^\n]*】(?:\n[^\n：]*+：[^\n]*+)*+")
 TABLE_ROW = re.compile(r"[^\n]*｜[^\n]*")
@@ -2192,7 +2206,7 @@ OTHER_ENDS = [
     (r"\n+", 1 / 3),
     (rf"(?:{SENTENCE_END.pattern}) *", 1 / 4),
     (PAUSE, 1 / 4),
-    (r"(?s).(?<!\0(?=\0))", 0.0),  # a character's, not in an address
+    (r"(?s).(?<!\0(?=\0))", 0.0),  # any character outside an address
 ]
 
 
@@ -2437,27 +2451,6 @@ class Ending:
     model: str
     tokens_in: int | None
     tokens_out: int | None
-
-
-def markdown_length(markdown: str, chat_length: int) -> int:
-    """Return how much of a text shows no more than so much of its chat text."""
-
-    def length(end: int) -> int:
-        return len(chat_text(markdown[:end]))
-
-    chat, begin, line = ChatText(), 0, ""  # of the last line that may fit
-    for following in markdown.splitlines(keepends=True):
-        begin, line = begin + len(line), following
-        chat.feed(line)
-        if len(chat.text(has_ended=False)) > chat_length:
-            break
-    ends = [begin, *(begin + found.end() for found in SENTENCE_END.finditer(line))]
-    ends.append(begin + len(line))
-    end = ends[bisect.bisect_right(ends, chat_length, lo=1, key=length) - 1]
-    # A mark that is open shows more than the same mark once it is closed.
-    while end > 0 and length(end) > chat_length:
-        end = markdown.rfind("\n", 0, end)
-    return max(0, end)
 
 
 LONG_CHARS = 10_000  # of an answer take some ten milliseconds to read
