@@ -2383,15 +2383,16 @@ class WordGuard:
 
 
 class Signal:
-    """A change that others wait for (Tasks.until), each until it is as they want."""
+    """A change that others wait for with Tasks.until, each with their own condition."""
 
     __slots__ = ("waiting",)
 
     def __init__(self) -> None:
+        # Condition and wake-up of each; Tasks.until adds them and takes them out.
         self.waiting: list[tuple[Callable[[], bool], asyncio.Future[bool]]] = []
 
     def look(self) -> None:
-        """Wake those who have what they want; whoever changes something calls this."""
+        """Wake those whose condition is met; to be called after every change."""
         for is_wanted, future in self.waiting:
             if not future.done() and is_wanted():
                 future.set_result(True)
@@ -2415,9 +2416,7 @@ class Part:
     turn_id: int
     start: int = 0  # offset in the chat text
     is_anew: bool = False  # the answer was written again since it was offered
-    reply: str | None = (
-        None  # what was sent of it, so that a second tap brings the same
-    )
+    reply: str | None = None  # what was sent of it: a second tap gets the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -2430,7 +2429,7 @@ class Reply:
     stop: int = 0  # where in the chat text that ends
     offered: Part | None = None  # the part that its tap asks for
     is_early: bool = False  # neither all that is left nor a full part
-    mentions: int | None = None  # a turn that is named under it: its answer is there
+    mentions: int | None = None  # a turn whose unread answer is named under it
 
     @property
     def has_text(self) -> bool:
@@ -2453,7 +2452,7 @@ class Ending:
     tokens_out: int | None
 
 
-LONG_CHARS = 10_000  # of an answer take some ten milliseconds to read
+LONG_CHARS = 10_000  # it takes some ten milliseconds to read an answer of this length
 SENTENCE_SIGN = re.compile(r"[。！？…!?.\n]")
 
 
@@ -2473,19 +2472,18 @@ class Turn:
     question: str
     pictures: str | None  # JSON list of URLs, until it is answered
     created_at: float
-    asked: int  # times it was taken to the upstream
+    asked: int  # times it was sent upstream, before a restart and after
     assistant: str
     answer: str = ""  # Markdown
     state: str = "open"
     reason: str | None = None  # a kind of ChatError
     model: str | None = None
     chat: ChatText = field(default_factory=ChatText)  # what the chat shows of `answer`
-    stops: dict[int, int] = field(
-        default_factory=dict
-    )  # where sent parts end, by start
+    stops: dict[int, int] = field(default_factory=dict)  # ends of sent parts, by start
+    # Random, and new when the answer is started over: then live pages start over, too.
     writing: str = field(default_factory=functools.partial(secrets.token_hex, 4))
     is_queued: bool = False  # the question before it is not answered yet
-    asked_at: float = 0.0  # monotonic: the wall's clock may jump while it is written
+    asked_at: float = 0.0  # created_at by the monotonic clock, which does not jump
     first_seconds: float | None = None  # from the question to the first text
     task: asyncio.Task | None = None  # writes it
     news: Signal = field(default_factory=Signal)  # a sentence more, or the end
@@ -2529,9 +2527,9 @@ class Turn:
         return self
 
     def replace_text(self, text: str) -> None:
-        """Take another text in place of what was written."""
+        """Replace what was written."""
         self.answer, self.chat = text, ChatText(text)
-        self.shown()
+        self.shown()  # reads it here, where `read` has put it in a thread
 
     def append(self, delta: str) -> None:
         """Add a delta."""
@@ -2547,7 +2545,7 @@ class Turn:
         self.deltas.look()
 
     def restart(self, text: str = "") -> None:
-        """Begin a new writing, after one of which nothing was sent."""
+        """Start the answer over; nothing of it has been sent yet."""
         self.writing = secrets.token_hex(4)
         self.replace_text(text)
         self.deltas.look()
@@ -2559,12 +2557,12 @@ class Turn:
             self.restart(self.answer.partition("</think>")[2].lstrip())
 
     def withhold(self) -> None:
-        """Take back what was not sent in a reply."""
+        """Drop what no reply has sent."""
         sent = max(self.stops.values(), default=0)
         self.replace_text(self.answer[: markdown_length(self.answer, sent)])
 
     def finish(self, state: str, reason: str | None = None) -> None:
-        """End the answer; everybody who waits learns of it."""
+        """End the answer, and wake all who wait for it."""
         self.state, self.reason = state, reason
         self.news.look()
         self.deltas.look()
@@ -2596,9 +2594,9 @@ class StoreError(Exception):
     """A database that cannot be used; the text is the one line an owner reads."""
 
 
-Statement = tuple[str, dict[str, object]]  # with its parameters
-Job = list[Statement]  # several are one transaction
-BUSY = "busy_timeout = 2000"  # milliseconds for another process's lock
+Statement = tuple[str, dict[str, object]]  # SQL and its parameters
+Job = list[Statement]  # one transaction, if there are several
+BUSY_PRAGMA = "busy_timeout = 2000"  # milliseconds to wait for another process's lock
 # A full or locked disk; a value that SQLite cannot hold.
 DATABASE_ERRORS = (sqlite3.Error, ValueError, OverflowError)
 
@@ -2642,20 +2640,20 @@ def run_jobs(db: sqlite3.Connection, jobs: list[Job]) -> list:
         db.execute("PRAGMA busy_timeout = 0")
     results = [run_alone(db, job) for job in jobs]
     if is_locked:
-        db.execute(f"PRAGMA {BUSY}")
+        db.execute(f"PRAGMA {BUSY_PRAGMA}")
     return results
 
 
 def truncate_wal(db: sqlite3.Connection) -> bool:
     """Empty the WAL unless somebody reads it; say whether that was done.
 
-    Nobody waits for the reader: whatever is to be stored would wait as well.
+    It does not wait for the reader: every write would have to wait as well.
     """
     db.execute("PRAGMA busy_timeout = 0")
     try:
         [(is_busy, *_)] = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
     finally:
-        db.execute(f"PRAGMA {BUSY}")
+        db.execute(f"PRAGMA {BUSY_PRAGMA}")
     return not is_busy
 
 
@@ -2664,8 +2662,8 @@ class Batch:
 
     A hop to the thread costs ten times a statement and a commit twice, so everything
     that comes while the thread is at work shares the next hop and one commit; see
-    docs/benchmark.md. Jobs run in the order given, even if nobody waits for them any
-    more, and nobody's statement gets into a job of several.
+    docs/benchmark.md. Jobs run in the order given, even if their caller was cancelled,
+    and no other statement gets into a job of several.
     """
 
     def __init__(self, db: aiosqlite.Connection) -> None:
@@ -2685,12 +2683,12 @@ class Batch:
         """Run a function in the connection's thread, with the connection.
 
         aiosqlite has no public way to run more than one statement in a hop; a test
-        tells when a new version of it goes about this differently.
+        fails if a new version of it does this differently.
         """
         return await self.db._execute(function, self.db._conn, *values)
 
     async def carry(self) -> None:
-        """Take what waits to the thread until nothing does; hand out the results."""
+        """Take waiting jobs to the thread until none is left; hand out the results."""
         while self.waiting:
             batch, self.waiting = self.waiting, []
             try:
@@ -2730,20 +2728,20 @@ def split_statements(script: str) -> Iterator[str]:
         yield statement
 
 
-# What is known of a message and of its sender: its reply, the id of its turn; the open
-# session, the highest part number, an answer to mention (part, turn, question), and the
-# pictures that wait for a question (a JSON list of URLs).
-Recalled = tuple[
-    Reply | None,
-    int | None,
-    Session | None,
-    int,
-    tuple[int, int, str] | None,
-    str,
-]
-PICTURE_SECONDS = 600  # a picture waits so long for its question
-REPLY_HOURS = 24  # for how long a later copy of a message gets the same reply
-LAPSE_SECONDS = 24 * 3600  # for how long it is mentioned that a session ran out
+class Recalled(typing.NamedTuple):
+    """What is stored about a message and its sender."""
+
+    reply: Reply | None
+    turn_id: int | None  # of its question
+    session: Session | None  # the open one
+    last_part: int  # the highest part number
+    mention: tuple[int, int, str] | None  # part, turn and question of an unread answer
+    pictures: str  # that wait for a question: a JSON list of URLs
+
+
+PICTURE_SECONDS = 600  # how long a picture waits for its question
+REPLY_HOURS = 24  # how long a later copy of a message gets the same reply
+LAPSE_SECONDS = 24 * 3600  # how long a session that ran out is mentioned
 
 
 class Store:
@@ -2791,7 +2789,7 @@ class Store:
             await self.rows("UPDATE platform SET newest_push = :at", at=timestamp)
 
     async def recall(self, key: str, openid: str, now: float) -> Recalled:
-        """Return what is stored around a message, in one hop."""
+        """Return what is stored about a message and its sender, in one hop."""
         query = """
             SELECT reply.content, reply.created, reply.turn_id, reply.stop, turn.id,
                    session.id, session.assistant, session.last_at,
@@ -2818,10 +2816,10 @@ class Store:
             reply = Reply(row[0], row[1], own, row[3])
         session = None if row[5] is None else Session(*row[5:9])
         mention = None if row[10] is None else row[10:13]
-        return reply, row[4], session, row[9] or 0, mention, row[13]
+        return Recalled(reply, row[4], session, row[9] or 0, mention, row[13])
 
     def save_reply(self, key: str, openid: str, reply: Reply) -> asyncio.Future:
-        """Store a decided reply, and what it says about parts, as one.
+        """Store a decided reply, and the parts it sends and offers.
 
         Triggers note that its question was replied to, and that an answer whose part
         was sent needs no mention.
@@ -2864,9 +2862,9 @@ class Store:
         return self.run(job)
 
     def mark_delivered(self, turn_id: int, how: str) -> asyncio.Future:
-        """Note how an answer was delivered, once it was or was not.
+        """Store how an answer was delivered.
 
-        An attempt that took it counts; 'part' and 'lost' only if none did before.
+        The newest attempt that took it counts; 'part' and 'lost' only if none did.
         """
         query = """
             UPDATE turn SET delivered = iif(:how IN ('part', 'lost'),
@@ -2896,12 +2894,12 @@ class Store:
         return Session(number, assistant, now)
 
     async def end_session(self, session_id: int, now: float, text: str | None) -> None:
-        """End a session, with the text that found it run out."""
+        """End a session; `text` came too late for it, None: the subscriber ended it."""
         query = "UPDATE session SET ended_at = :now, lapsed_text = :text WHERE id = :id"
         await self.rows(query, now=now, text=text, id=session_id)
 
     async def touch_session(self, session_id: int, now: float) -> None:
-        """Let the idle time count from now; a full disk costs only that."""
+        """Let the idle time begin now; a full disk prevents only that."""
         query = "UPDATE session SET last_at = :now WHERE id = :id"
         with contextlib.suppress(sqlite3.OperationalError):
             await self.rows(query, now=now, id=session_id)
@@ -2909,21 +2907,20 @@ class Store:
     async def lapsed_session(
         self, openid: str, since: float
     ) -> tuple[Session, str] | None:
-        """Return the newest session and the text that found it run out.
+        """Return the newest session, and the text that came too late for it.
 
-        None if it did not run out, or that text was asked since.
+        None if it did not run out, or if that text has been asked by now.
         """
         query = """
             SELECT id, assistant, last_at, lapsed_text FROM session
             WHERE openid = :openid AND coalesce(ended_at, :since + 1) > :since
             ORDER BY id DESC LIMIT 1
         """
-        for number, assistant, last_at, text in await self.rows(
-            query, openid=openid, since=since
-        ):
-            if text is not None:
-                return Session(number, assistant, last_at), text
-        return None
+        rows = await self.rows(query, openid=openid, since=since)
+        if not rows or rows[0][3] is None:
+            return None
+        number, assistant, last_at, text = rows[0]
+        return Session(number, assistant, last_at), text
 
     async def reopen_session(self, session_id: int, now: float) -> None:
         """Open a lapsed session again, with its conversation."""
@@ -2938,9 +2935,9 @@ class Store:
     # Turns
 
     async def add_turn(self, turn: Turn, most: int, most_of_all: int) -> bool:
-        """Store an accepted question, count it, and give it its id.
+        """Store and count an accepted question, and give it its id.
 
-        False, and nothing is stored, when the day's questions are used up (0: any).
+        False, with nothing stored, if the day's questions are used up; 0 is no limit.
         Triggers count under a keyed hash, which outlives a deletion until midnight.
         """
         query = """
@@ -2989,19 +2986,19 @@ class Store:
         await self.rows("UPDATE turn SET asked = asked + 1 WHERE id = :id", id=turn_id)
 
     async def save_texts(self, turns: list[Turn]) -> None:
-        """Store what is written so far of turns."""
+        """Store the text so far of turns."""
         query = "UPDATE turn SET answer = :text WHERE id = :id AND state = 'open'"
         await self.run([(query, {"id": t.id, "text": t.answer}) for t in turns])
 
     async def begin_anew(self, turn_id: int) -> None:
-        """Let what is not sent of a turn begin at its start: it is written again."""
+        """Move the unsent parts of a turn to its start: it is being written again."""
         query = """
             UPDATE part SET start = 0, is_anew = 1
             WHERE turn_id = :id AND reply IS NULL AND start > 0
         """
         await self.rows(query, id=turn_id)
 
-    async def finish_turn(self, turn: Turn, ending: "Ending | None") -> None:
+    async def finish_turn(self, turn: Turn, ending: Ending | None) -> None:
         """Store how an answer ended, in one statement."""
         query = """
             UPDATE turn SET answer = :answer, state = :state, reason = :reason,
@@ -3065,10 +3062,10 @@ class Store:
         query = """
             SELECT * FROM exchange WHERE openid = :openid ORDER BY id DESC LIMIT 1
         """
-        for row in await self.rows(query, openid=openid):
-            turn = Turn(*row)
-            if turn.created_at > since and turn.state in ("failed", "broken"):
-                return turn
+        rows = await self.rows(query, openid=openid)
+        turn = Turn(*rows[0]) if rows else None
+        if turn and turn.created_at > since and turn.state in ("failed", "broken"):
+            return turn
         return None
 
     async def turns_of(self, openid: str, before: int, count: int) -> list[Turn]:
@@ -3103,9 +3100,9 @@ class Store:
     async def oldest_unsent(
         self, openid: str, session_id: int | None, since: float
     ) -> int | None:
-        """Return the oldest turn of which something was not sent yet.
+        """Return the id of the oldest turn of which something was not sent yet.
 
-        Of one session, or of all turns asked after `since` when there is none.
+        Only turns of the session count, without one all turns asked after `since`.
         """
         query = """
             SELECT turn.id FROM turn
@@ -3190,21 +3187,18 @@ class Store:
             " AND NOT EXISTS (SELECT 1 FROM turn WHERE session_id = session.id)",
         )
         gone, *_ = await self.run([(query, {"at": at}) for query in queries])
-        count = len(gone)
         await self.truncate_wal()
-        log.info("%d exchanges older than keep_days deleted", count)
+        log.info("%d exchanges older than keep_days deleted", len(gone))
 
 
 PRAGMAS = (
-    BUSY,
+    BUSY_PRAGMA,
     "journal_mode = WAL",
     "synchronous = NORMAL",
     "foreign_keys = ON",
     "secure_delete = ON",
     "journal_size_limit = 16777216",
 )
-
-
 CHECK_BYTES = 64 * 1024 * 1024  # larger databases are not checked: it takes seconds
 
 
@@ -3213,7 +3207,7 @@ async def open_store(path: str) -> Store:
     try:
         # -wal and -shm copy its mode: nobody else reads what people wrote
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        with contextlib.suppress(PermissionError):  # another user's, lent to us
+        with contextlib.suppress(PermissionError):  # another user's
             os.chmod(path, 0o600)  # a restored copy may have come with any mode
     except OSError as error:
         raise StoreError(f"database {path}: {error.strerror}") from None
