@@ -3714,16 +3714,16 @@ class Tasks:
     def start(
         self, work: Awaitable[None], name: str, fail: Callable[[], None] | None = None
     ) -> asyncio.Task:
-        """Run work as a task; if it breaks, `fail` is called, so nobody waits on."""
-        task = self.loop.create_task(self.edge(work, name, fail))
+        """Run work as a task; if it raises, `fail` is called, so nobody waits on."""
+        task = self.loop.create_task(self.run(work, name, fail))
         self.running.add(task)
         task.add_done_callback(self.running.discard)
         return task
 
-    async def edge(
+    async def run(
         self, work: Awaitable[None], name: str, fail: Callable[[], None] | None
     ) -> None:
-        """Await work at the edge of its task."""
+        """Await the work of a task, and log what it raises: nobody awaits the task."""
         try:
             await work
         except Exception as error:
@@ -3735,9 +3735,9 @@ class Tasks:
     async def until(
         self, news: Signal, is_wanted: Callable[[], bool], deadline: float
     ) -> bool:
-        """Wait until something is as wanted, which `news` tells; say whether it is.
+        """Wait for a condition that `news` may bring about; say whether it is met.
 
-        It ends at the deadline (loop's clock), and before that at a shutdown.
+        The wait ends at the deadline (loop's clock), or before that at a shutdown.
         """
         while not is_wanted():
             if self.closes_at is not None:
@@ -3753,8 +3753,8 @@ class Tasks:
                 news.waiting.remove((is_wanted, future))
         return True
 
-    def shut(self, at: float) -> None:
-        """Let all waits end by then, those to come as well."""
+    def end_waits(self, at: float) -> None:
+        """End all waits at that time at the latest, those to come as well."""
         self.closes_at = at
         for future, timer in self.waits.items():
             if timer.when() > at:
@@ -3777,22 +3777,22 @@ class Subscriber:
     def __init__(self) -> None:
         self.lock = asyncio.Lock()  # messages are taken up in the order they came
         self.turns: list[Turn] = []  # unfinished, the oldest first
-        self.parts: int | None = None  # highest part number; None: not read yet
+        self.last_part: int | None = None  # the highest number; None: not read yet
         # Numbers of the parts offered lately, by turn and start.
         self.offered: dict[tuple[int, int], int] = {}
-        # Answers whose early reply was not gone on with: part number and question.
+        # By turn, answers of which only an early reply was read: next part, question.
         self.to_mention: dict[int, tuple[int, str]] = {}
 
     def offer(self, turn_id: int, start: int) -> Part:
-        """Return the part of a turn from `start` on, by a number that is always its."""
+        """Return the part of a turn from `start` on, each time with the same number."""
         if (turn_id, start) not in self.offered:
-            self.parts = (self.parts or 0) + 1
-            self.offered[turn_id, start] = self.parts
+            self.last_part = (self.last_part or 0) + 1
+            self.offered[turn_id, start] = self.last_part
         return Part(self.offered[turn_id, start], turn_id, start)
 
     def forget(self) -> None:
-        """Forget all but what holds the subscriber's messages in order."""
-        self.parts = 0
+        """Forget all but the lock."""
+        self.last_part = 0
         self.turns.clear()
         self.offered.clear()
         self.to_mention.clear()
@@ -3807,10 +3807,10 @@ class Delivery:
     def __init__(self, message: Message, subscriber: Subscriber, first: float) -> None:
         self.message = message
         self.subscriber = subscriber
-        self.first = first  # loop's clock at the first request, or as reckoned
-        self.newest = -1e9  # loop's clock at the newest request
+        self.first = first  # loop's clock at the first request, or an estimate
+        self.newest = float("-inf")  # loop's clock at the newest request
         self.seen = 0  # requests that count as attempts
-        self.earlier = 0  # 1: a process before this one saw some, too
+        self.seen_before = 0  # attempts that an earlier process saw, at least: 0 or 1
         self.session: Session | None = None  # open, and not idle for too long
         self.lapsed: Session | None = None  # open in the store, but it ran out
         self.pictures = "[]"  # JSON list of URLs that wait for a question
@@ -3824,7 +3824,7 @@ class Delivery:
     def arrive(self, now: float, half_attempt: float) -> int:
         """Count a request; return which attempt it is in this process.
 
-        One that comes within half an attempt of the one before is a mere copy.
+        One that comes within half an attempt of the one before is a duplicate.
         """
         if now - self.newest >= half_attempt:
             self.seen += 1
@@ -3849,7 +3849,7 @@ class Delivery:
 
 
 class MuteGuard:
-    """Counts attempts left to run over; WeChat mutes an account that fails too often.
+    """Counts attempts left to time out; WeChat mutes an account that fails too often.
 
     (接口报警和排查指引: no pushes for one minute; the threshold is not published.)
     """
@@ -3860,7 +3860,7 @@ class MuteGuard:
         self.charges: collections.deque[float] = collections.deque()
 
     def charge(self, now: float) -> bool:
-        """Charge one attempt; say no, and charge nothing, when that were too many."""
+        """Count one attempt and return True; count nothing if it is one too many."""
         while self.charges and self.charges[0] <= now - self.seconds:
             self.charges.popleft()
         if len(self.charges) >= self.limit:
@@ -3885,13 +3885,13 @@ COMMANDS: dict[str, Command] = {}
 
 
 def command(name: str) -> Callable[[Command], Command]:
-    """Enter a method as the command `/name`."""
+    """Register a method as the command `/name`."""
 
-    def enter(method: Command) -> Command:
+    def register(method: Command) -> Command:
         COMMANDS[name] = method
         return method
 
-    return enter
+    return register
 
 
 def folded(text: str) -> str:
@@ -3900,13 +3900,13 @@ def folded(text: str) -> str:
 
 
 def find_command(text: str) -> Command | None:
-    """Return the command that a whole text is."""
+    """Return the command that a whole text is, or None."""
     name = folded(text)
     return COMMANDS.get(name[1:].strip()) if name.startswith("/") else None
 
 
 def find_assistant(text: str, names: typing.Iterable[str]) -> tuple[str, str] | None:
-    """Return the assistant a text opens and the question behind, or None.
+    """Return the assistant a text opens and the question after it, or None.
 
     `/chatgpt 问题` and `/chatgpt问题` are the same; of two names the longer one counts.
     """
@@ -3922,10 +3922,10 @@ def find_assistant(text: str, names: typing.Iterable[str]) -> tuple[str, str] | 
 
 
 def shortened(messages: list[dict], is_last: bool) -> list[dict]:
-    """Return messages without the older half of the conversation, at last all of it."""
+    """Return messages without the older half of the conversation, or all of it."""
     head = [m for m in messages if m["role"] == "system"]
     rest = messages[len(head) :]
-    begin = len(rest) if is_last else (len(rest) // 4 + 1) * 2
+    begin = len(rest) if is_last else (len(rest) // 4 + 1) * 2  # whole exchanges
     return head + rest[min(begin, len(rest) - 1) :]
 
 
@@ -3961,7 +3961,7 @@ def continue_tap(number: int) -> str:
 
 
 def cut_reply(text: str, room: int) -> int:
-    """Return how much of a chat text goes into `room` bytes once it is harmless."""
+    """Return how much of a chat text fits `room` bytes once links are escaped."""
     cut = cut_text(text, room)
     while (over := size_of(escape_links(text[:cut])) - room) > 0:
         cut = cut_text(text, size_of(text[:cut]) - over)
@@ -3974,16 +3974,16 @@ def log_failure(name: str, stored: asyncio.Future) -> None:
         log.error("%s not stored: %s", name, error)
 
 
-ASKINGS = 3  # how many processes may take one question to the upstream
+ASKINGS = 3  # how many times a question is sent upstream across restarts
 RESUME_SECONDS = 600  # a question older than that is not asked again after a crash
-STORE_SECONDS = 2.0  # before the end of an answer is stored again after a failure
+STORE_SECONDS = 2.0  # pause before trying again to store how an answer ended
 SAVE_SECONDS = 1.0  # how often the text so far is stored
 REPEAT_SECONDS = 60  # the same question again within this time joins the first
 RETRY_PAUSES = (0.5, 1.0)  # seconds before a question is asked again
 RECENT_SECONDS = 3600  # how far back 继续 and 重试 look outside a session
-FORGET_SECONDS = 300  # how long 确认删除 counts
+FORGET_SECONDS = 300  # how long 确认删除 is accepted
 HOLD_SECONDS = 3.0  # how long a timed-out request is kept open before it is dropped
-# Behind a link of an answer; the page shows the link's words alone.
+# After a link in the chat text; the page shows the link's words alone.
 SHOWN_ADDRESS = re.compile("（[!-~]{1,2000}）")
 
 
@@ -4019,16 +4019,16 @@ class Bot:
             weakref.WeakValueDictionary()
         )
         self.opened_at = self.tasks.loop.time()
-        self.warned: dict[str, int] = {}  # in which minute something was warned of
+        self.warned: dict[str, int] = {}  # the minute of each warning's last time
 
-    def shut(self, at: float) -> None:
-        """Let all waits end by then (loop's clock), and live pages now."""
-        self.tasks.shut(at)
+    def end_waits(self, at: float) -> None:
+        """End all waits at that time at the latest (loop's clock), live pages now."""
+        self.tasks.end_waits(at)
         for turn in self.turns.values():
             turn.deltas.look()
 
     async def close(self) -> None:
-        """Let running answers end until the time given to `shut`; then cancel all."""
+        """Let running answers go on until the time given to `end_waits`; cancel all."""
         writing = [t.task for t in self.turns.values() if t.task and not t.is_queued]
         if writing and self.tasks.closes_at:
             left = self.tasks.closes_at - self.tasks.loop.time()
@@ -4036,14 +4036,14 @@ class Bot:
         await self.tasks.close()
 
     def subscriber(self, openid: str) -> Subscriber:
-        """Return the record of a subscriber, a new one if nothing of theirs goes on."""
+        """Return a subscriber's state, new if nothing of theirs is in progress."""
         found = self.subscribers.get(openid)
         if found is None:
             found = self.subscribers[openid] = Subscriber()
         return found
 
     def warn(self, words: str) -> None:
-        """Warn of something that may go on and on, once a minute."""
+        """Log a warning, but not twice in a minute."""
         minute = int(self.tasks.loop.time() // 60)
         if self.warned.get(words) != minute:
             self.warned[words] = minute
@@ -4088,8 +4088,8 @@ class Bot:
     def show(self, turn: Turn, guard: WordGuard, delta: str, is_end: bool) -> None:
         """Append what of a stream may be shown; raise ChatError for a blocked word.
 
-        Links and tags part a word in the Markdown that is whole in the chat: so what is
-        shown is looked through as well, before anybody who waits can be told.
+        Links and tags may split a word in the Markdown that is whole in the chat, so
+        the chat text is searched as well, before anybody who waits can see it.
         """
         text, is_blocked = guard.feed(delta, is_end)
         if text and not is_blocked and not self.blocked.words:
@@ -4134,7 +4134,7 @@ class Bot:
         return ending
 
     async def begin_anew(self, turn: Turn) -> None:
-        """Let parts of an earlier process's writing that were not sent begin at 0."""
+        """Move unsent parts of what an earlier process wrote to the answer's start."""
         await self.store.begin_anew(turn.id)
         for delivery in self.deliveries.values():
             if isinstance(delivery.source, tuple) and delivery.source[0] is turn:
@@ -4174,7 +4174,7 @@ class Bot:
         raise AssertionError("the last attempt returns or raises")
 
     async def write(self, turn: Turn, is_resumed: bool, earlier: str) -> None:
-        """Let the model answer a question, and store the end."""
+        """Let the model answer a question, and store how that ended."""
         ending: Ending | None = None
         try:
             async with self.slots:
@@ -4225,7 +4225,7 @@ class Bot:
             log.error("text so far not stored: %s", error)
 
     async def store_end(self, turn: Turn, ending: Ending | None = None) -> None:
-        """Store how an answer ended, and log it; readers have it from memory before."""
+        """Store and log how an answer ended, then drop it from memory."""
         while True:  # the next question of the session needs it stored
             try:
                 await self.store.finish_turn(turn, ending)
@@ -4235,14 +4235,8 @@ class Bot:
                 await asyncio.sleep(STORE_SECONDS)
         state = f"{turn.state} {turn.reason or ''}".strip()
         given, taken = (ending.tokens_in, ending.tokens_out) if ending else (None, None)
-        log.info(
-            "%s %s after %.1f s, tokens %s in %s out",
-            turn.name,
-            state,
-            turn.age,
-            given,
-            taken,
-        )
+        line = "%s %s after %.1f s, tokens %s in %s out"
+        log.info(line, turn.name, state, turn.age, given, taken)
         self.drop(turn)
 
     def drop(self, turn: Turn) -> None:
@@ -4253,7 +4247,7 @@ class Bot:
             subscriber.turns.remove(turn)
 
     def end_unwritten(self, turn: Turn, state: str, reason: str | None = None) -> None:
-        """End an answer that nobody writes, or nobody any more."""
+        """End an answer that no task is writing."""
         turn.finish(state, reason)
         self.tasks.start(self.store_end(turn), turn.name, lambda: self.drop(turn))
 
@@ -4279,7 +4273,7 @@ class Bot:
         turn.task = self.tasks.start(work, turn.name, fail)
 
     def end_queued(self, subscriber: Subscriber) -> None:
-        """End the questions that wait in a session which is ended: they are not asked.
+        """End the questions that still wait in a session that has ended.
 
         What is being written is finished, and stays readable by its links.
         """
@@ -4306,8 +4300,8 @@ class Bot:
 
     # What answers a message
 
-    async def part_of(self, turn_id: int, part: Part | None) -> Source | None:
-        """Return a part of a turn (None: all of it) that is being written or stored.
+    async def source_of(self, turn_id: int, part: Part | None) -> Source | None:
+        """Return a part of a turn, or all of it, as what answers a message.
 
         None if the turn was deleted since its id was read.
         """
@@ -4319,17 +4313,17 @@ class Bot:
             await turn.read()
         return turn, part or Part(0, turn_id)
 
-    async def unsent_part(self, delivery: Delivery, turn_id: int) -> Source | None:
+    async def unsent_source(self, delivery: Delivery, turn_id: int) -> Source | None:
         """Return the unsent part of a turn, numbered now if it was not offered before.
 
         None if the turn was deleted meanwhile.
         """
         part = await self.store.unsent_part(turn_id)
         part = part or delivery.subscriber.offer(turn_id, 0)
-        return await self.part_of(turn_id, part)
+        return await self.source_of(turn_id, part)
 
     def refuse_question(self, delivery: Delivery, question: str) -> str:
-        """Return why a question is not accepted, '' if it is; refusals cost nothing."""
+        """Return why a question is not accepted, '' if it is; nothing is counted."""
         texts, limits = self.texts, self.config.limits
         waiting = sum(turn.is_open for turn in delivery.subscriber.turns)
         try:
@@ -4346,7 +4340,7 @@ class Bot:
         return texts.blocked_question if self.blocked.are_in(question) else ""
 
     async def refuse_for_today(self, openid: str) -> str:
-        """Return which of the day's limits is used up."""
+        """Return the text about the day's limit that is used up."""
         most = self.config.limits.questions_per_day
         asked = await self.store.questions_of_day(openid, time.time())
         if most and asked >= most:
@@ -4368,11 +4362,9 @@ class Bot:
         before = [t for t in subscriber.turns if t.session_id == session.id]
         for turn in before:
             # With a picture that came since, the same words are a new question.
-            is_same = (
-                self.question_words(turn) == question and delivery.pictures == "[]"
-            )
-            if is_same and turn.age < REPEAT_SECONDS:
-                if source := await self.unsent_part(delivery, turn.id):
+            is_same = self.question_words(turn) == question
+            if is_same and delivery.pictures == "[]" and turn.age < REPEAT_SECONDS:
+                if source := await self.unsent_source(delivery, turn.id):
                     return source
         if refusal := self.refuse_question(delivery, question):
             return refusal
@@ -4420,9 +4412,9 @@ class Bot:
         return self.texts.unsupported if delivery.session else ""
 
     async def handle_text(self, delivery: Delivery) -> Source:
-        """Return what answers a text: the first rung of a ladder that fits.
+        """Return what answers a text: the first of these cases that applies.
 
-        Outside a session that is mostly nothing: other auto-replies live there.
+        Outside a session it is mostly nothing, for the account's other auto-replies.
         """
         text, session = delivery.message.content.strip(), delivery.session
         config, is_words = self.config, bool(text) and text not in STICKER_TEXTS
@@ -4444,7 +4436,7 @@ class Bot:
         if config.session.auto_open:
             first = next(iter(config.assistants))
             return await self.open_and_ask(delivery, first, text)
-        if delivery.lapsed:  # it ran out, and nobody was told yet
+        if delivery.lapsed:  # it ran out, which they have not been told
             now = time.time()
             await self.store.end_session(delivery.lapsed.id, now, text)
             if now - delivery.lapsed.last_at < LAPSE_SECONDS:
@@ -4453,9 +4445,9 @@ class Bot:
         return self.tappable(config.replies.outside)
 
     async def handle_tap(self, delivery: Delivery, words: str) -> Source | None:
-        """Return what answers a tap, which may be typed, too; None when it is none now.
+        """Return what answers a tap, or the same words typed; None if they are a text.
 
-        Only 继续 and 重试 with a number always are; what is behind others may be gone.
+        继续 and 重试 with a number never are; the others if nothing is left to act on.
         """
         texts, retry = self.texts, folded(self.texts.word_retry)
         tap = re.fullmatch(rf"(继续|{re.escape(retry)})\s*([0-9]{{1,9}})", words)
@@ -4482,7 +4474,7 @@ class Bot:
         if part and part.reply is not None:
             delivery.is_repeat = True
             return part.reply
-        source = await self.part_of(part.turn_id, part) if part else None
+        source = await self.source_of(part.turn_id, part) if part else None
         return source or self.texts.no_part.format(number=number)
 
     async def continue_oldest(self, delivery: Delivery) -> Source | None:
@@ -4490,7 +4482,7 @@ class Bot:
         openid, since = delivery.message.openid, time.time() - RECENT_SECONDS
         session_id = delivery.session.id if delivery.session else None
         turn_id = await self.store.oldest_unsent(openid, session_id, since)
-        return None if turn_id is None else await self.unsent_part(delivery, turn_id)
+        return None if turn_id is None else await self.unsent_source(delivery, turn_id)
 
     async def retry(self, delivery: Delivery, turn: Turn | None) -> Source | None:
         """Ask a failed question of theirs again; None if there is none to be asked."""
@@ -4505,7 +4497,10 @@ class Bot:
         return await self.accept_question(delivery, session, words, pictures)
 
     async def resume_session(self, delivery: Delivery) -> Source | None:
-        """Open the session that ran out again, and ask the text that came too late."""
+        """Reopen the session that ran out, and ask the text that came too late for it.
+
+        None if there is none.
+        """
         since = time.time() - LAPSE_SECONDS
         found = await self.store.lapsed_session(delivery.message.openid, since)
         if found is None or found[0].assistant not in self.config.assistants:
@@ -4517,7 +4512,7 @@ class Bot:
     async def open_and_ask(
         self, delivery: Delivery, assistant: str, question: str
     ) -> Source:
-        """Open a session unless this assistant has one open; ask what came along."""
+        """Open a session unless this assistant has one open; ask any question."""
         session, allow = delivery.session, self.config.limits.allow
         if allow and delivery.message.openid not in allow:
             return self.texts.not_allowed
@@ -4596,7 +4591,8 @@ class Bot:
         """Delete a sender's data, end what runs, and keep nothing of this message."""
         subscriber = delivery.subscriber
         for one in self.deliveries.values():
-            one.is_kept = one.is_kept and one.subscriber is not subscriber
+            if one.subscriber is subscriber:
+                one.is_kept = False
         for turn in subscriber.turns:
             turn.finish("ended")
             if turn.task:
@@ -4608,31 +4604,31 @@ class Bot:
     # The message's task
 
     async def find_source(self, delivery: Delivery) -> None:
-        """Find out what answers a message, one of a subscriber after the other."""
+        """Find out what answers a message; a subscriber's messages take turns."""
         message, subscriber = delivery.message, delivery.subscriber
         async with subscriber.lock:
             now = time.time()
             recalled = await self.store.recall(message.key, message.openid, now)
-            reply, turn_id, session, parts, mention, pictures = recalled
-            if subscriber.parts is None:
-                subscriber.parts = parts
-                if mention:
-                    number, missed_id, question = mention
+            session = recalled.session
+            if subscriber.last_part is None:
+                subscriber.last_part = recalled.last_part
+                if recalled.mention:
+                    number, missed_id, question = recalled.mention
                     subscriber.to_mention[missed_id] = (number, question)
-            if reply:  # a copy of a message that was answered before
-                delivery.earlier = 1
-                self.hand_out(delivery, reply)
+            if recalled.reply:  # a copy of a message that was answered before
+                delivery.seen_before = 1
+                self.hand_out(delivery, recalled.reply)
                 return
-            if turn_id is not None:  # asked by a process before this one
-                delivery.earlier = 1
-                # Of a turn that is deleted meanwhile nothing is said: to ask it again
+            if recalled.turn_id is not None:  # asked by a process before this one
+                delivery.seen_before = 1
+                # If the turn was deleted meanwhile, nothing is said: to ask it again
                 # would store it again.
-                source = await self.part_of(turn_id, None) or ""
+                source = await self.source_of(recalled.turn_id, None) or ""
                 if isinstance(source, tuple):
                     delivery.first = min(delivery.first, source[0].asked_at)
                 delivery.answer_with(source)
                 return
-            delivery.pictures = pictures
+            delivery.pictures = recalled.pictures
             if session and session.assistant in self.config.assistants:
                 is_idle = now - session.last_at > self.config.session.ttl
                 if is_idle and not session.is_busy:
@@ -4658,7 +4654,7 @@ class Bot:
         )
 
     def tail(self, turn: Turn, number: int) -> str:
-        """Return the lines under a part that has another one behind it."""
+        """Return the lines under a part that another one follows."""
         page = self.page_link(turn, self.texts.word_page)
         more = self.texts.more.format(tap=continue_tap(number), page=page)
         return f"{self.config.replies.label_line}\n\n{more}"
@@ -4690,9 +4686,9 @@ class Bot:
             content = self.rest_of(turn, part.start, head)
             if size_of(content) <= REPLY_BYTES:
                 return Reply(content, now, part, stop=len(shown))
-        # Not all of it: where a part ends is fixed once, for all who read it.
+        # Not all of it. The first reply that shows a part fixes where it ends.
         is_early = not turn.has_part(part.start)
-        longest = head + self.tail(turn, (subscriber.parts or 0) + 1)
+        longest = head + self.tail(turn, (subscriber.last_part or 0) + 1)
         room = REPLY_BYTES - size_of(longest)
         rest = shown[part.start :]
         stop = turn.stops.get(part.start) or part.start + cut_reply(rest, room)
@@ -4707,7 +4703,7 @@ class Bot:
         return Reply(content, now, part, part.start, offered, is_early=True)
 
     def mention(self, delivery: Delivery, reply: Reply) -> Reply:
-        """Return a reply with an answer named under it that came but was not read."""
+        """Return a reply, if possible with a line about an answer not read yet."""
         if not reply.content or delivery.is_repeat:
             return reply
         own_id = reply.part.turn_id if reply.part else None
@@ -4722,7 +4718,7 @@ class Bot:
         return reply
 
     def decide(self, delivery: Delivery) -> None:
-        """Fix the reply of a message for all its requests, and begin to store it."""
+        """Fix the reply of a message for all its requests, and start to store it."""
         reply = self.mention(delivery, self.compose(delivery))
         to_mention = delivery.subscriber.to_mention
         if reply.mentions:
@@ -4744,7 +4740,7 @@ class Bot:
         self.hand_out(delivery, reply)
 
     def hand_out(self, delivery: Delivery, reply: Reply) -> None:
-        """Let every request of a message have its reply."""
+        """Give every request of a message its reply."""
         delivery.reply = reply
         delivery.news.look()
         if isinstance(delivery.source, tuple):
@@ -4753,11 +4749,10 @@ class Bot:
     def is_last_chance(self, delivery: Delivery, number: int, arrived: float) -> bool:
         """Say whether WeChat will not ask again after this request."""
         wechat = self.config.wechat
+        # Halfway between the last attempt but one and the last.
         late = (wechat.attempts - 1.5) * wechat.attempt_timeout
-        return (
-            number + delivery.earlier >= wechat.attempts
-            or arrived - delivery.first > late
-        )
+        is_last = number + delivery.seen_before >= wechat.attempts
+        return is_last or arrived - delivery.first > late
 
     def deliver(self, message: Message, arrived: float) -> tuple[Delivery, int]:
         """Return the delivery that a request belongs to, and which attempt it is.
@@ -4769,8 +4764,8 @@ class Bot:
         if delivery is None:
             first = arrived
             if arrived - self.opened_at < 2 * timeout:
-                # Attempts before this one may have met nobody: reckon from CreateTime,
-                # a whole second that began up to one second before.
+                # Attempts before this one may have found no server: estimate the first
+                # from CreateTime, which is rounded down to a second.
                 first -= max(0, time.time() - message.created - 1)
             delivery = Delivery(message, self.subscriber(message.openid), first)
             self.deliveries[message.key] = delivery
@@ -4804,7 +4799,7 @@ class Bot:
         if not is_last and self.guard.charge(loop.time()):
             if not await self.until_ready(delivery, over):
                 # WeChat has stopped reading, but an answer here would end its retries:
-                # hold the line and say nothing, unless another request gets the reply.
+                # say nothing, unless another request gets the reply, and hang up.
                 news = delivery.news
                 await self.tasks.until(
                     news, lambda: delivery.reply is not None, over + HOLD_SECONDS
@@ -4821,15 +4816,13 @@ class Bot:
         return delivery.reply
 
     def note_delivery(self, delivery: Delivery, number: int, is_taken: bool) -> None:
-        """Note how text of an answer was delivered: once that is known, for `stats`."""
+        """Store for `stats` how text of an answer was delivered, or that it was not."""
         reply = delivery.reply
-        if reply is None or reply.part is None or not reply.has_text:
-            return
-        if not delivery.is_kept:
+        if not (delivery.is_kept and reply and reply.part and reply.has_text):
             return
         how = "lost"
         if is_taken:
-            how = "part" if reply.part.number else str(number + delivery.earlier)
+            how = "part" if reply.part.number else str(number + delivery.seen_before)
         stored = self.store.mark_delivered(reply.part.turn_id, how)
         stored.add_done_callback(functools.partial(log_failure, delivery.message.name))
 
@@ -4842,8 +4835,8 @@ class Bot:
             await asyncio.sleep(SAVE_SECONDS)
             running = [turn for turn in self.turns.values() if turn.is_open]
             states = {turn.id: (turn.writing, len(turn.answer)) for turn in running}
-            news = [turn for turn in running if saved.get(turn.id) != states[turn.id]]
-            await self.save_texts(news)
+            changed = [t for t in running if saved.get(t.id) != states[t.id]]
+            await self.save_texts(changed)
             saved = states
             if self.store.is_wal_behind:
                 with contextlib.suppress(sqlite3.Error):  # next time; saving must go on
@@ -5656,7 +5649,7 @@ async def open_server(config: Config) -> AsyncIterator[tuple[Bot, int]]:
             await site.stop()
             await linger(runner)
         finally:
-            bot.shut(bot.tasks.loop.time() + GRACE_SECONDS - LINGER_SECONDS)
+            bot.end_waits(bot.tasks.loop.time() + GRACE_SECONDS - LINGER_SECONDS)
             await runner.cleanup()
 
 
