@@ -4881,16 +4881,16 @@ POLICY = (
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
 )
-RENDER_CHARS = 32_768  # longer answers go on as plain text: rendering takes time
+RENDER_CHARS = 32_768  # the rest of a longer answer stays plain: rendering takes time
 FOLD_CHARS = 300  # longer answers are folded in the history, and typeset when opened
 HISTORY_COUNT = 50
-RECONNECT_MS = 1000  # a viewer whose stream was lost waits so long
+RECONNECT_MS = 1000  # how long a viewer waits whose stream was lost
 
 
 def element(tag: str, words: str, kind: str = "") -> str:
     """Return an element around escaped words."""
     attribute = f' class="{kind}"' if kind else ""
-    return f"<{tag}{attribute}>{html.escape(words)}</{tag.split()[0]}>"
+    return f"<{tag}{attribute}>{html.escape(words)}</{tag}>"
 
 
 def link_tag(address: object, words: str = "") -> str:
@@ -4900,7 +4900,7 @@ def link_tag(address: object, words: str = "") -> str:
 
 
 def fix_headings(tokens: list[Token], above: int) -> None:
-    """Let headings step down one by one from a level, and empty headers be cells.
+    """Let no heading skip a level below `above`, and no header cell be empty.
 
     So a screen reader's outline has no holes, whatever a model writes.
     """
@@ -4908,12 +4908,12 @@ def fix_headings(tokens: list[Token], above: int) -> None:
     for index, token in enumerate(tokens):
         if token.type == "heading_open":
             level = min(above + int(token.tag[1]), level + 1, 6)
-            token.tag = tokens[index + 2].tag = f"h{level}"
+            token.tag = tokens[index + 2].tag = f"h{level}"  # the one that closes it
         if token.type == "th_open" and not tokens[index + 1].content:
             token.tag = tokens[index + 2].tag = "td"
 
 
-MAX_FORMULAS = 500  # of a page are typeset: each takes a fifth of a millisecond
+MAX_FORMULAS = 500  # typeset on a page; each takes a fifth of a millisecond
 DATA_PICTURE_CHARS = 4 * 1024 * 1024 * 4 // 3
 RENDER_OPTIONS = OptionsDict(
     {
@@ -4988,7 +4988,7 @@ class AnswerRenderer(RendererHTML):
 
 
 def render_markdown(texts: Texts, markdown: str, above: int = 0) -> str:
-    """Return an answer as HTML; what is beyond all measure as plain text.
+    """Return an answer as HTML; the text beyond RENDER_CHARS stays plain.
 
     `above` is the level of the heading that the answer stands under.
     """
@@ -5023,7 +5023,7 @@ def minified(text: str) -> str:
 def load_pages() -> jinja2.Environment:
     """Return the templates, compiled; raise ConfigError if one is missing or broken.
 
-    The first call is the start's: what is changed later waits for the next start.
+    First called at the start; files changed later wait for the next start.
     """
     pages = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGES),
@@ -5091,7 +5091,7 @@ def render_live(texts: Texts, turn: Turn) -> Page:
 def render_history(texts: Texts, turns: list[Turn], older: str, folds: bool) -> Page:
     """Return a page of a subscriber's exchanges; `older` is the next page's query.
 
-    If it `folds`, long answers are not typeset.
+    With `folds`, long answers are folded and not typeset.
     """
     exchanges: list[tuple[Turn, Markup | None, str]] = []
     for turn in turns:
@@ -5122,12 +5122,6 @@ def sse_event(data: dict, event: str = "", number: str = "") -> bytes:
 # ---------------------------------------------------------------------------
 
 BOT = web.AppKey("bot", Bot)
-BODY_SECONDS = 10.0
-PING_SECONDS = 15.0
-PROBE_PATH = "/healthz/stream"
-FOLLOW_SECONDS = 0.1  # a live page is told of new text so often at most
-
-
 SIGNATURE_SECONDS = 600  # how far a push's timestamp may be off
 
 
@@ -5187,7 +5181,7 @@ def outcome_of(reply: Reply) -> str:
     return "answered early" if reply.is_early else "replied"
 
 
-def cut_line(request: web.Request) -> web.Response:
+def drop_connection(request: web.Request) -> web.Response:
     """Close the connection without an answer: a reply would end WeChat's retries."""
     if request.transport:
         request.transport.abort()
@@ -5197,14 +5191,14 @@ def cut_line(request: web.Request) -> web.Response:
 async def answer_request(
     request: web.Request, delivery: Delivery, number: int, arrived: float
 ) -> web.StreamResponse:
-    """Wait for the reply and write it, or cut the line; log what became of it."""
+    """Wait for the reply and write it, or drop the connection; log the outcome."""
     bot, message, loop = request.app[BOT], delivery.message, asyncio.get_running_loop()
     name = f"{message.name} attempt={number}"
     try:
         reply = await bot.reply_to(delivery, number, arrived)
         if reply is None:
             log.info("%s held to the end, cut", name)
-            return cut_line(request)
+            return drop_connection(request)
         body = render_text_reply(message, reply.content, reply.created)
         if bot.cipher and reply.content:  # `success` is never encrypted
             body = bot.cipher.seal(body, reply.created)
@@ -5223,7 +5217,7 @@ async def answer_request(
 
 
 def refuse_plain(bot: Bot, request: web.Request) -> web.Response:
-    """Refuse a push in the clear; of a rightly signed one the owner reads why."""
+    """Refuse an unencrypted push; if it is rightly signed, log why."""
     if is_from_wechat(bot, request):
         words = "a push that is not encrypted was refused: is the console in 安全模式?"
         bot.warn(words)
@@ -5231,11 +5225,14 @@ def refuse_plain(bot: Bot, request: web.Request) -> web.Response:
 
 
 async def note_time(bot: Bot, timestamp: int) -> None:
-    """Note when a push was signed; one that cannot be stored is taken all the same."""
+    """Note when a push was signed; if that cannot be stored, the push still counts."""
     try:
         await bot.store.note_push(timestamp)
     except sqlite3.Error as error:
         log.error("newest timestamp not stored: %s", error)
+
+
+BODY_SECONDS = 10.0  # how long a push's body may take to arrive
 
 
 async def read_push(request: web.Request) -> Message | web.Response:
@@ -5247,11 +5244,11 @@ async def read_push(request: web.Request) -> Message | web.Response:
         async with asyncio.timeout(BODY_SECONDS):
             body = await request.read()
     except (TimeoutError, ConnectionResetError):  # stalled, or hung up in the middle
-        return cut_line(request)
+        return drop_connection(request)
     except web.RequestPayloadError:
         body = b""  # torn or badly packed: nothing that can be read
     except web.HTTPRequestEntityTooLarge:
-        # Too long to be opened; the plain signature still tells a stranger.
+        # Too long to be opened, but the plain signature still shows a stranger.
         if bot.cipher and not is_from_wechat(bot, request):
             return web.Response(status=403)
         raise
@@ -5272,7 +5269,7 @@ async def read_push(request: web.Request) -> Message | web.Response:
 
 
 async def receive_message(request: web.Request) -> web.StreamResponse:
-    """Answer a push with a passive reply; a signed one never gets another status."""
+    """Answer a push with a passive reply; whatever breaks, with `success`."""
     bot, arrived = request.app[BOT], asyncio.get_running_loop().time()
     try:
         message = await read_push(request)
@@ -5334,12 +5331,16 @@ async def answer_page(request: web.Request) -> web.Response:
         await bot.store.mark_read(turn.id)
     except sqlite3.Error as error:  # a full disk does not keep people from reading
         log.error("%s not stored as read: %s", turn.name, error)
-    # In a thread: the worst of answers takes most of a second, and pushes cannot wait.
+    # In a thread: a large answer may take a second to render, and pushes cannot wait.
     return html_response(await asyncio.to_thread(render_answer, bot.texts, turn))
 
 
+PING_SECONDS = 15.0  # how long a live page's stream may be silent
+FOLLOW_SECONDS = 0.1  # pause between two events of new text
+
+
 async def follow(bot: Bot, turn: Turn, last: str) -> AsyncIterator[bytes]:
-    """Yield an answer's events from what the viewer has until it ends.
+    """Yield the events of an answer that a viewer lacks, until it ends.
 
     `last` is the id of the newest event a viewer got: WRITING:OFFSET.
     """
@@ -5432,6 +5433,9 @@ async def health(request: web.Request) -> web.Response:
     return web.json_response({"status": "ok"})
 
 
+PROBE_PATH = "/healthz/stream"
+
+
 async def probe_stream(request: web.Request) -> web.StreamResponse:
     """Send two events half a second apart: `check` sees if a proxy buffers."""
     response = web.StreamResponse(headers={"X-Accel-Buffering": "no"})
@@ -5444,14 +5448,14 @@ async def probe_stream(request: web.Request) -> web.StreamResponse:
 
 
 def is_our_fault(record: logging.LogRecord) -> bool:
-    """Say whether a line of aiohttp's tells more than that a stranger sent no HTTP."""
+    """Say whether aiohttp logs more than that a stranger sent what is not HTTP."""
     error = record.exc_info[1] if record.exc_info else None
     not_http = (aiohttp.http_exceptions.HttpProcessingError, web.RequestPayloadError)
     return not isinstance(error, not_http)
 
 
 async def hide_server(request: web.Request, response: web.StreamResponse) -> None:
-    """Leave out which versions serve."""
+    """Hide the versions of Python and aiohttp."""
     response.headers["Server"] = "wxgpt"
 
 
@@ -5618,7 +5622,7 @@ LINGER_SECONDS = 0.25
 
 
 async def linger(runner: web.AppRunner) -> None:
-    """Give connections that were accepted last, if any, a moment to send a request."""
+    """Give connections accepted last a moment to send their request."""
     for _ in range(2):  # the event loop needs two rounds to accept a connection
         await asyncio.sleep(0)
     if runner.server and runner.server.connections:
@@ -5627,7 +5631,7 @@ async def linger(runner: web.AppRunner) -> None:
 
 @contextlib.asynccontextmanager
 async def open_server(config: Config) -> AsyncIterator[tuple[Bot, int]]:
-    """Serve inside the block; give the bot and the port. Ends in order."""
+    """Serve inside the block, which gets the bot and the port."""
     async with open_bot(config) as bot:
         runner = web.AppRunner(
             make_app(bot),
