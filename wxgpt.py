@@ -13,11 +13,11 @@
 # ///
 """wxgpt: subscribers of a WeChat Official Account talk with a chat model.
 
-WeChat posts each message as XML, waits five seconds, hangs up and posts the same
-message again: three attempts in all, and the answer to one of them is the only way to
-say anything. Models often need longer. So the first request of a message starts one
-task, every request of that message waits for it, and the last one leaves in time with
-what is written so far, a tap for the rest, and a link to a page that goes on live.
+WeChat posts each message as XML, waits five seconds, hangs up and posts it again, three
+times in all. The only way to say anything is to answer one of these requests. Models
+often need longer. So the first request of a message starts one task, every request of
+that message waits for it, and the last one is answered in time with what is written so
+far, a tap for the rest, and a link to a page that goes on live.
 
 The path of a message; a function stands above its callers:
 
@@ -42,10 +42,6 @@ the next one.
 Beside this file: schema.sql; texts.toml, every line people read; pages/, what a browser
 shows; owner/, the commands that do not serve, which import this file and not the other
 way round.
-
-Sections: 1 constants, 2 configuration, 3 WeChat protocol, 4 formulas, 5 chat text,
-6 sessions, turns, parts, replies, 7 store, 8 chat API, 9 live state, 10 the bot,
-11 pages, 12 HTTP handlers, 13 application, 14 the command line.
 
 Glossary: openid (a subscriber of this account), message (what came; its MsgId is the
 same every time it is sent), request or attempt (one time it is sent), delivery (all
@@ -2377,8 +2373,8 @@ class WordGuard:
 # ---------------------------------------------------------------------------
 # 6. Sessions, turns, parts, replies
 #
-# What the bot is about, each thing once. A Turn is written by one task and read by any
-# number of replies and pages, which wait for its Signals. The others are records.
+# A Turn is written by one task and read by any number of replies and pages, which wait
+# for its Signals. The others are records.
 # ---------------------------------------------------------------------------
 
 
@@ -4037,10 +4033,7 @@ class Bot:
 
     def subscriber(self, openid: str) -> Subscriber:
         """Return a subscriber's state, new if nothing of theirs is in progress."""
-        found = self.subscribers.get(openid)
-        if found is None:
-            found = self.subscribers[openid] = Subscriber()
-        return found
+        return self.subscribers.setdefault(openid, Subscriber())
 
     def warn(self, words: str) -> None:
         """Log a warning, but not twice in a minute."""
@@ -4869,9 +4862,9 @@ def check_commands(config: Config) -> None:
 # ---------------------------------------------------------------------------
 # 11. Pages
 #
-# Minimal HTML, made for a phone, no outside resource. They work without script: a
-# pending answer then reloads itself every three seconds. How they look stands in
-# pages/; here records become what the templates there ask for.
+# Minimal HTML for a phone, with no outside resource. Without script, a pending answer
+# reloads itself every three seconds. How pages look is in pages/; here records become
+# what the templates there ask for.
 # ---------------------------------------------------------------------------
 
 PAGES = pathlib.Path(__file__).with_name("pages")
@@ -4931,7 +4924,7 @@ RENDER_OPTIONS = OptionsDict(
 
 
 class AnswerRenderer(RendererHTML):
-    """Renders an answer; a method per token that the library would write otherwise."""
+    """Renders an answer; a method for each token the library renders otherwise."""
 
     def __init__(self, texts: Texts) -> None:
         super().__init__()
@@ -5007,7 +5000,7 @@ def clock(seconds: float, form: str = "%Y-%m-%d %H:%M") -> str:
 
 
 def preview(markdown: str) -> str:
-    """Return how a long answer begins, in one line without marks and unparsed."""
+    """Return the beginning of a long answer in one line, without marks, unparsed."""
     marks = r"(?m)^\s*(?:[#>*+-]+ |```.*|~~~.*)|[*`|]+|!?\[(?=[^]]*\]\()|\]\([^)\s]*\)"
     words = re.split(r"\n(?:```|~~~|\|)", markdown[:FOLD_CHARS].strip())[0]
     return excerpt(re.sub(marks, "", words), 80)
@@ -5141,14 +5134,12 @@ def is_fresh(bot: Bot, timestamp: str) -> bool:
     return True
 
 
-def is_from_wechat(
-    bot: Bot, request: web.Request, encrypted: str | None = None
-) -> bool:
+def is_from_wechat(bot: Bot, request: web.Request, encrypted: str = "") -> bool:
     """Say whether a request is rightly signed and fresh.
 
     In safe mode a push has a signature of its own, which covers what it encrypts.
     """
-    query, sealed = request.query, () if encrypted is None else (encrypted,)
+    query, sealed = request.query, (encrypted,) if encrypted else ()
     timestamp, nonce = query.get("timestamp", ""), query.get("nonce", "")
     signature = query.get("msg_signature" if sealed else "signature", "")
     token = bot.config.wechat.token
@@ -5216,14 +5207,6 @@ async def answer_request(
     return response
 
 
-def refuse_plain(bot: Bot, request: web.Request) -> web.Response:
-    """Refuse an unencrypted push; if it is rightly signed, log why."""
-    if is_from_wechat(bot, request):
-        words = "a push that is not encrypted was refused: is the console in 安全模式?"
-        bot.warn(words)
-    return web.Response(status=403)
-
-
 async def note_time(bot: Bot, timestamp: int) -> None:
     """Note when a push was signed; if that cannot be stored, the push still counts."""
     try:
@@ -5254,9 +5237,12 @@ async def read_push(request: web.Request) -> Message | web.Response:
         raise
     if bot.cipher:
         encrypted = parse_envelope(body)
-        if not encrypted:
-            return refuse_plain(bot, request)
         if not is_from_wechat(bot, request, encrypted):
+            return web.Response(status=403)
+        if not encrypted:
+            bot.warn(
+                "a push that is not encrypted was refused: is the console in 安全模式?"
+            )
             return web.Response(status=403)
     await note_time(bot, int(request.query["timestamp"]))
     try:
@@ -5311,8 +5297,7 @@ async def find_linked(request: web.Request) -> Turn | web.Response:
     turn = await bot.store.turn_by_link(request.match_info["key"])
     if turn is None:
         return error_page(bot, 404)
-    hours = bot.config.history.link_hours
-    if time.time() - turn.created_at > hours * 3600:
+    if time.time() - turn.created_at > bot.config.history.link_hours * 3600:
         return error_page(bot, 410)
     return turn
 
@@ -5371,16 +5356,12 @@ async def follow(bot: Bot, turn: Turn, last: str) -> AsyncIterator[bytes]:
 
 async def answer_events(request: web.Request) -> web.StreamResponse:
     """Stream an answer as it is written; end with its final state."""
-    bot, turn = request.app[BOT], await find_linked(request)
-    if isinstance(turn, web.Response):
-        return turn
-    if turn.id in bot.turns:
-        turn = bot.turns[turn.id]
-    else:
-        stored = await bot.store.turn(turn.id)  # it may have ended meanwhile
-        if stored is None:  # or was deleted
-            return error_page(bot, 404)
-        turn = stored
+    bot, found = request.app[BOT], await find_linked(request)
+    if isinstance(found, web.Response):
+        return found
+    turn = bot.turns.get(found.id) or await bot.store.turn(found.id)  # if it has ended
+    if turn is None:  # deleted meanwhile
+        return error_page(bot, 404)
     response = web.StreamResponse(
         headers={
             "Content-Type": "text/event-stream; charset=utf-8",
