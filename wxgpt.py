@@ -4058,10 +4058,7 @@ class Bot:
         return turn.question.removeprefix(self.texts.word_picture * count)
 
     async def messages_for(self, turn: Turn) -> list[dict]:
-        """Return what the model gets: system prompt, the session so far, the question.
-
-        Raise ChatError if a picture of the question cannot be fetched.
-        """
+        """Return what the model gets; raise ChatError if a picture is not fetched."""
         prompt = self.config.assistants[turn.assistant].system_prompt
         messages: list[dict] = []
         if prompt:
@@ -4294,10 +4291,7 @@ class Bot:
     # What answers a message
 
     async def source_of(self, turn_id: int, part: Part | None) -> Source | None:
-        """Return a part of a turn, or all of it, as what answers a message.
-
-        None if the turn was deleted since its id was read.
-        """
+        """Return a part of a turn, or all of it; None if it was deleted meanwhile."""
         turn = self.turns.get(turn_id)
         if turn is None:
             turn = await self.store.turn(turn_id)
@@ -4307,10 +4301,7 @@ class Bot:
         return turn, part or Part(0, turn_id)
 
     async def unsent_source(self, delivery: Delivery, turn_id: int) -> Source | None:
-        """Return the unsent part of a turn, numbered now if it was not offered before.
-
-        None if the turn was deleted meanwhile.
-        """
+        """Return what a turn has unsent, with a number; None if it was deleted."""
         part = await self.store.unsent_part(turn_id)
         part = part or delivery.subscriber.offer(turn_id, 0)
         return await self.source_of(turn_id, part)
@@ -4490,10 +4481,7 @@ class Bot:
         return await self.accept_question(delivery, session, words, pictures)
 
     async def resume_session(self, delivery: Delivery) -> Source | None:
-        """Reopen the session that ran out, and ask the text that came too late for it.
-
-        None if there is none.
-        """
+        """Reopen a lapsed session and ask what came too late; None if there is none."""
         since = time.time() - LAPSE_SECONDS
         found = await self.store.lapsed_session(delivery.message.openid, since)
         if found is None or found[0].assistant not in self.config.assistants:
@@ -4690,7 +4678,6 @@ class Bot:
             offered = subscriber.offer(turn.id, stop)
             content = head + text + self.tail(turn, offered.number)
             return Reply(content, now, part, stop, offered, is_early)
-        # Nothing can be shown yet.
         offered = part if part.number else subscriber.offer(turn.id, part.start)
         content = self.patience(turn, offered.number)
         return Reply(content, now, part, part.start, offered, is_early=True)
@@ -4748,10 +4735,7 @@ class Bot:
         return is_last or arrived - delivery.first > late
 
     def deliver(self, message: Message, arrived: float) -> tuple[Delivery, int]:
-        """Return the delivery that a request belongs to, and which attempt it is.
-
-        The first request starts the work.
-        """
+        """Return a request's delivery, made by the first, and which attempt it is."""
         timeout = self.config.wechat.attempt_timeout
         delivery = self.deliveries.get(message.key)
         if delivery is None:
@@ -4893,10 +4877,7 @@ def link_tag(address: object, words: str = "") -> str:
 
 
 def fix_headings(tokens: list[Token], above: int) -> None:
-    """Let no heading skip a level below `above`, and no header cell be empty.
-
-    So a screen reader's outline has no holes, whatever a model writes.
-    """
+    """Leave no heading level out and no header cell empty, for screen readers."""
     level = max(above, 1)
     for index, token in enumerate(tokens):
         if token.type == "heading_open":
@@ -5082,10 +5063,7 @@ def render_live(texts: Texts, turn: Turn) -> Page:
 
 
 def render_history(texts: Texts, turns: list[Turn], older: str, folds: bool) -> Page:
-    """Return a page of a subscriber's exchanges; `older` is the next page's query.
-
-    With `folds`, long answers are folded and not typeset.
-    """
+    """Return a page of exchanges, long ones folded if `folds`; `older` is the next."""
     exchanges: list[tuple[Turn, Markup | None, str]] = []
     for turn in turns:
         answer = None
@@ -5255,7 +5233,7 @@ async def read_push(request: web.Request) -> Message | web.Response:
 
 
 async def receive_message(request: web.Request) -> web.StreamResponse:
-    """Answer a push with a passive reply; whatever breaks, with `success`."""
+    """Answer a push with a passive reply, or with `success` whatever breaks."""
     bot, arrived = request.app[BOT], asyncio.get_running_loop().time()
     try:
         message = await read_push(request)
@@ -5264,7 +5242,7 @@ async def receive_message(request: web.Request) -> web.StreamResponse:
         delivery, number = bot.deliver(message, arrived)
         return await answer_request(request, delivery, number, arrived)
     except web.HTTPException:
-        raise  # 413
+        raise  # 413: no push of WeChat's is so long
     except Exception:
         log.exception("a push broke off at the door")
         return web.Response(body=b"success")
@@ -5597,9 +5575,7 @@ async def keep_watchdog() -> None:
 
 
 GRACE_SECONDS = 4.0  # how long running answers may go on after SIGTERM
-# Part of GRACE_SECONDS: connections accepted just before shutdown may still send their
-# request.
-LINGER_SECONDS = 0.25
+LINGER_SECONDS = 0.25  # part of it, for requests on connections accepted last
 
 
 async def linger(runner: web.AppRunner) -> None:
