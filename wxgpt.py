@@ -211,6 +211,8 @@ class AssistantSettings:
     first_token_timeout: float = bounded(60.0, 0.05, 3600)  # seconds to the first token
     idle_timeout: float = bounded(60.0, 0.05, 3600)  # seconds between two tokens
     timeout: float = bounded(240.0, 0.05, 86400)  # seconds for a whole answer
+    fallback: str = ""  # the assistant whose model is asked when this one fails
+    fallback_after: float = bounded(20.0, 0, 3600)  # or is silent so long; 0: never
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -441,7 +443,10 @@ def read_texts(changes: typing.Any) -> Texts:
 
 
 def check_assistant(
-    name: str, one: AssistantSettings, environ: typing.Mapping[str, str]
+    name: str,
+    one: AssistantSettings,
+    others: typing.Collection[str],
+    environ: typing.Mapping[str, str],
 ) -> None:
     """Raise ConfigError for an assistant that cannot work."""
     where = f"assistants.{name}"
@@ -460,6 +465,8 @@ def check_assistant(
         has_package = importlib.util.find_spec("aiohttp_socks")
         accepted = "http(s), or socks after: pip install aiohttp-socks"
         require(has_package, f"{where}.proxy", "***", accepted)
+    is_other = not one.fallback or one.fallback in others
+    require(is_other, f"{where}.fallback", one.fallback, "another assistant's name")
     for key in ("model", "messages", "stream"):
         is_free, value = key not in one.extra, one.extra.get(key)
         require(is_free, f"{where}.extra.{key}", value, "anything but this key")
@@ -490,7 +497,7 @@ def check_values(config: Config, environ: typing.Mapping[str, str]) -> None:
     found = f"{len(wechat.aes_key)} characters"
     require(is_key, "wechat.aes_key", found, "43 letters and digits")
     for name, one in config.assistants.items():
-        check_assistant(name, one, environ)
+        check_assistant(name, one, config.assistants.keys() - {name}, environ)
 
 
 def load_config(
@@ -2481,6 +2488,7 @@ class Turn:
     is_queued: bool = False  # the question before it is not answered yet
     asked_at: float = 0.0  # created_at by the monotonic clock, which does not jump
     first_seconds: float | None = None  # from the question to the first text
+    calls: int = 0  # how often this process asked an upstream
     task: asyncio.Task | None = None  # writes it
     news: Signal = field(default_factory=Signal)  # a sentence more, or the end
     deltas: Signal = field(default_factory=Signal)  # any change: live pages
@@ -3000,7 +3008,7 @@ class Store:
             UPDATE turn SET answer = :answer, state = :state, reason = :reason,
                 finished_at = :finished_at, model = :model,
                 tokens_in = :tokens_in, tokens_out = :tokens_out, seconds = :seconds,
-                first_seconds = :first_seconds,
+                calls = coalesce(calls, 0) + :calls, first_seconds = :first_seconds,
                 pictures = iif(:state IN ('failed', 'broken'), pictures, NULL)
             WHERE id = :id
         """
@@ -3015,6 +3023,7 @@ class Store:
             tokens_in=ending.tokens_in if ending else None,
             tokens_out=ending.tokens_out if ending else None,
             seconds=round(turn.age, 3),
+            calls=turn.calls,
             first_seconds=turn.first_seconds,
         )
 
@@ -3572,14 +3581,16 @@ class ChatClient:
                 log.warning("%s refuses %s: no longer sent", self.url, error.field)
 
     async def stream(
-        self, messages: list[dict], end: float
+        self, messages: list[dict], end: float, begin_within: float | None = None
     ) -> AsyncGenerator[str | Ending, None]:
         """Yield the visible deltas, then the Ending, before `end`; raise ChatError.
 
+        The first token may take `begin_within` seconds, if that is less than usual.
         Leaving the iterator early closes the connection, which stops the provider.
         """
         loop = asyncio.get_running_loop()
-        first = loop.time() + self.settings.first_token_timeout
+        usual = self.settings.first_token_timeout
+        first = loop.time() + min(usual, begin_within or usual)
         try:
             async with (
                 asyncio.timeout_at(min(end, first)) as limit,
@@ -4133,13 +4144,24 @@ class Bot:
                 delivery.source = turn, replace(part, start=0, is_anew=is_anew)
 
     async def ask_model(
-        self, turn: Turn, messages: list[dict], is_resumed: bool
+        self,
+        turn: Turn,
+        name: str,
+        messages: list[dict],
+        is_resumed: bool,
+        is_only: bool = False,
+        begin_within: float | None = None,
     ) -> Ending:
-        """Write the answer, asking up to three times; raise ChatError."""
-        client = self.chat[turn.assistant]
+        """Let an assistant's model write the answer; raise ChatError.
+
+        The only model there is gets up to three calls. Others are called again only
+        with fewer messages, where the conversation is too long for them.
+        """
+        client = self.chat[name]
         end = self.tasks.loop.time() + client.settings.timeout
         for pause in (*RETRY_PAUSES, None):
-            stream = client.stream(messages, end)
+            turn.calls += 1
+            stream = client.stream(messages, end, begin_within)
             try:
                 return await self.write_text(turn, stream, is_resumed)
             except ChatError as error:
@@ -4150,7 +4172,7 @@ class Bot:
                     fewer = shortened(messages, is_last=pause == RETRY_PAUSES[-1])
                 if len(fewer) < len(messages):
                     messages, pause = fewer, 0.0
-                elif not error.is_retryable:
+                elif not is_only or not error.is_retryable:
                     raise
                 elif error.retry_in is not None:
                     pause = error.retry_in
@@ -4163,6 +4185,29 @@ class Bot:
             await asyncio.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
 
+    async def ask_models(
+        self, turn: Turn, messages: list[dict], is_resumed: bool
+    ) -> Ending:
+        """Let the assistant's model answer, or its fallback's if that fails.
+
+        Raise ChatError if both fail, or the first one did when text of it was sent.
+        """
+        name = turn.assistant
+        settings = self.config.assistants[name]
+        if not settings.fallback:
+            return await self.ask_model(turn, name, messages, is_resumed, is_only=True)
+        begin_within = settings.fallback_after or None
+        try:
+            return await self.ask_model(
+                turn, name, messages, is_resumed, begin_within=begin_within
+            )
+        except ChatError as error:
+            if turn.stops or error.kind == "blocked":
+                raise
+            log.warning("%s goes to %s after %s", turn.name, settings.fallback, error)
+        turn.restart()
+        return await self.ask_model(turn, settings.fallback, messages, is_resumed)
+
     async def write(self, turn: Turn, is_resumed: bool, earlier: str) -> None:
         """Let the model answer a question, and store how that ended."""
         ending: Ending | None = None
@@ -4171,7 +4216,7 @@ class Bot:
                 messages = await self.messages_for(turn)
                 if is_resumed or not turn.asked:
                     await self.store.count_asking(turn.id)
-                ending = await self.ask_model(turn, messages, is_resumed)
+                ending = await self.ask_models(turn, messages, is_resumed)
             turn.model = ending.model
             turn.finish("cut" if ending.finish_reason == "length" else "done")
         except ChatError as error:

@@ -35,6 +35,14 @@ REFUSED = {
         URL + WECHAT + '[assistants.chatgpt]\napi_key = ""\n',
         ["assistants.chatgpt.api_key", "accepted"],
     ),
+    "fallback to nobody": (
+        GOOD + 'fallback = "spare"\n',
+        ["assistants.chatgpt.fallback", "'spare'", "another assistant"],
+    ),
+    "fallback to itself": (
+        GOOD + 'fallback = "chatgpt"\n',
+        ["assistants.chatgpt.fallback", "'chatgpt'", "another assistant"],
+    ),
     "unknown key at the top": ("colour = 1\n" + GOOD, ["colour", "public_url"]),
     "unknown table": (GOOD + "[sessions]\nttl = 5\n", ["sessions", "public_url"]),
     "unknown key in a table": (GOOD + "[session]\ntll = 5\n", ["session.tll", "ttl"]),

@@ -943,6 +943,7 @@ async def test_stats_count_by_day_and_by_subscriber(stats):
         {
             "openid": ANN[:8] + "…",
             "questions": 5,
+            "calls": 5,
             "failures": 1,
             "tokens_in": 400,
             "tokens_out": 40,
@@ -953,6 +954,7 @@ async def test_stats_count_by_day_and_by_subscriber(stats):
         {
             "openid": BOB[:8] + "…",
             "questions": 3,
+            "calls": 3,
             "failures": 1,
             "tokens_in": 400,
             "tokens_out": 198,
@@ -991,8 +993,8 @@ async def test_stats_are_tables_for_people(stats):
 
 async def test_the_columns_of_stats_stand_under_their_names(stats):
     """Cells end where the name of their column ends; the last row is the sum."""
-    days, subscribers, _ = (await stats("--full")).split("\n\n")
-    for table in (days, subscribers):
+    days, subscribers, models, _ = (await stats("--full")).split("\n\n")
+    for table in (days, subscribers, models):
         head, *rows = table.splitlines()
         ends = [cell.end() for cell in re.finditer(r"\S+( \S+)*", head)][1:]
         for row in rows:
