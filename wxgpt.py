@@ -4250,14 +4250,16 @@ class Bot:
                 turn.is_queued = False
                 await self.write(turn, is_resumed, earlier)
 
-    async def save_texts(self, turns: list[Turn]) -> None:
-        """Store the text of unfinished answers; a failure costs only that."""
+    async def save_texts(self, turns: list[Turn]) -> bool:
+        """Store the text of unfinished answers; say whether that worked."""
         turns = [turn for turn in turns if turn.answer]
         try:
             if turns:
                 await self.store.save_texts(turns)
+            return True
         except sqlite3.Error as error:
             log.error("text so far not stored: %s", error)
+            return False
 
     async def store_end(self, turn: Turn, ending: Ending | None = None) -> None:
         """Store and log how an answer ended, then drop it from memory."""
@@ -4858,8 +4860,8 @@ class Bot:
             running = [turn for turn in self.turns.values() if turn.is_open]
             states = {turn.id: (turn.writing, len(turn.answer)) for turn in running}
             changed = [t for t in running if saved.get(t.id) != states[t.id]]
-            await self.save_texts(changed)
-            saved = states
+            if await self.save_texts(changed):
+                saved = states
             if self.store.is_wal_behind:
                 with contextlib.suppress(sqlite3.Error):  # next time; saving must go on
                     await self.store.truncate_wal()
