@@ -210,6 +210,8 @@ class AssistantSettings:
     api_key: str = secret()  # key of the chat API
     model: str = DEFAULT_MODEL  # name of the model
     system_prompt: str = DEFAULT_PROMPT  # empty: none
+    # Further HTTP headers, masked in the log: they may hold keys.
+    headers: dict[str, str] = field(default_factory=dict, metadata={"secret": True})
     proxy: str = secret("")  # http, https or socks proxy to reach the API through
     extra: dict = field(default_factory=dict)  # merged into the request body
     first_token_timeout: float = bounded(60.0, 0.05, 3600)  # seconds to the first token
@@ -444,6 +446,10 @@ def read_texts(changes: typing.Any) -> Texts:
     return Texts(lines | changes)
 
 
+# What an HTTP header may be called, but for those that describe the request's body.
+HEADER_NAME = r"(?i)(?!content-|transfer-)[!#$%&'*+.^_`|~0-9a-z-]+"
+
+
 def check_assistant(
     name: str, one: AssistantSettings, environ: typing.Mapping[str, str]
 ) -> None:
@@ -458,6 +464,12 @@ def check_assistant(
     found = "something else" if one.api_key.strip() else ""
     source = setting_source(name, "api_key", one, environ)
     require(is_key, source, found, "the key of the API, without blanks")
+    for header, content in one.headers.items():
+        is_header = re.fullmatch(HEADER_NAME, header)
+        require(is_header, f"{where}.headers", header, "names of further HTTP headers")
+        is_line = re.fullmatch(r"[!-~]([ -~]*[!-~])?", content)
+        accepted = "one line of letters, digits and signs"
+        require(is_line, f"{where}.headers.{header}", "something else", accepted)
     is_proxy = re.match(r"(https?|socks[45]h?)://|$", one.proxy)
     require(is_proxy, f"{where}.proxy", "***", "an http, https or socks URL")
     if one.proxy.startswith("socks"):
@@ -3590,8 +3602,13 @@ class ChatClient:
     ) -> None:
         self.settings = settings
         self.http = http
-        base = settings.base_url.strip().rstrip("/").removesuffix("/chat/completions")
-        self.url = f"{base}/chat/completions"
+        # Classic Azure has a query behind its path: ?api-version=…
+        base, mark, query = settings.base_url.strip().partition("?")
+        self.base = base.rstrip("/").removesuffix("/chat/completions")
+        self.url = f"{self.base}/chat/completions{mark}{query}"
+        # In one case: a header of the settings replaces ours, whatever case it has.
+        headers = {name.title(): value for name, value in settings.headers.items()}
+        self.headers = {"Authorization": f"Bearer {settings.api_key.strip()}"} | headers
         self.refused: set[str] = set()  # fields that the provider does not accept
 
     def request_body(self, messages: list[dict]) -> dict:
@@ -3615,7 +3632,7 @@ class ChatClient:
             response = await self.http.post(
                 self.url,
                 json=body,
-                headers={"Authorization": f"Bearer {self.settings.api_key.strip()}"},
+                headers=self.headers,
                 proxy=self.settings.proxy or None,
                 allow_redirects=False,
             )
@@ -3631,7 +3648,7 @@ class ChatClient:
                 raise error
             if error.field not in self.refused:  # else another question found it out
                 self.refused.add(error.field)
-                log.warning("%s refuses %s: no longer sent", self.url, error.field)
+                log.warning("%s refuses %s: no longer sent", self.base, error.field)
 
     async def stream(
         self, messages: list[dict], end: float

@@ -75,6 +75,24 @@ async def test_a_base_url_is_understood_in_every_usual_form(serve, upstream, for
     assert (await server.ask("你好")).text.startswith("你好！")
 
 
+@pytest.mark.parametrize("end", ["?v=1", "/?v=1", "/chat/completions?v=1"])
+def test_the_query_of_a_base_url_stays_behind_the_path(end):
+    """Classic Azure wants `?api-version=` with every request."""
+    one = wxgpt.AssistantSettings(api_key="x", base_url=f"https://a.example/gpt{end}")
+    client = wxgpt.ChatClient(one, None)
+    assert client.url == "https://a.example/gpt/chat/completions?v=1"
+
+
+async def test_further_headers_are_sent(serve, upstream):
+    """They come with every request; one that we send is replaced, in any case."""
+    headers = {"X-Title": "wxgpt", "authorization": "Basic c2VjcmV0"}
+    server = await with_assistant(serve, headers=headers)
+    await server.ask("你好")
+    [asked] = upstream.requests
+    assert asked.headers["X-Title"] == headers["X-Title"]
+    assert asked.headers.getall("Authorization") == ["Basic c2VjcmV0"]
+
+
 # The answer
 
 
