@@ -159,6 +159,22 @@ async def test_what_no_xml_can_carry_is_left_out(server, upstream):
     assert (await server.ask("说")).text == "好的。" + LABEL
 
 
+async def test_a_thought_without_its_opening_tag_is_dropped_late(server, upstream):
+    """What was sent stays, the answer follows; the next one is known to begin in one."""
+    gate = asyncio.Event()
+    upstream.will(Script(["秘密想法。\n想", "法", gate, "。</think>\n\n好的。"]))
+    seen = await server.ask("甲问")
+    assert seen.text.startswith("秘密想法。")
+    gate.set()
+    assert (await server.ask("继续")).text == "好的。" + LABEL
+    upstream.will(Script(["又是想法。", "</thi", "nk>", "答案。"]))
+    assert (await server.ask("乙问")).text == "答案。" + LABEL
+    [before] = [
+        m["content"] for m in upstream.requests[1].messages if m["role"] == "assistant"
+    ]
+    assert before.endswith("好的。")
+
+
 async def test_an_answer_at_its_length_limit_says_so(server, upstream):
     """The text counts, with a word that it was cut."""
     upstream.will(Script("写到这里", finish="length"))
@@ -178,7 +194,6 @@ BROKEN = {
     "error in a stream": Script("写了一半", ending="error"),
     "error in a 200": Script(body={"error": {"message": "internal-words"}}),
     "no answer in a 200": Script(""),
-    "HTML in a 200": Script(body="<html>internal-words</html>"),
     "reset before the headers": Script(ending="reset", headless=True),
     "cut before the headers": Script(ending="cut", headless=True),
     "500": fails(500, message="internal-words"),
@@ -195,6 +210,7 @@ FINAL = {
     "400": fails(400, message="internal-words"),
     "no money": fails(429, type="insufficient_quota", code="insufficient_quota"),
     "filtered": fails(400, code="content_filter", message="internal-words"),
+    "HTML in a 200": Script(body="<html>internal-words</html>"),
 }
 
 
