@@ -3528,15 +3528,15 @@ refused  敏感|违规|涉嫌|不安全|(内容|高).{0,6}风险|审核[不未]�
 api_key  insufficient_(user_)?quota|exceeded_current_quota|(spend\w*|usage)[ _]limit
 api_key  balance(?!r)|arrear|overdue|billing_|payment|can only afford|code=1113\b
 api_key  insufficient.{0,9}(credit|fund)|(out of|all available) credit
-api_key  credits?.{0,9}(exhaust|deplet)|quota.{0,9}(exhaust|enough)
+api_key  credits?.{0,9}(exhaust|deplet)|(quota|free.?tier).{0,30}(exhaust|enough)
 api_key  余额|欠费|充值|到期|过期|额度.{0,4}[不用耗]
 busy     rate.?limit|too many requests|overload|throttl|concurren|exhausted
 busy     限流|速率|频率|并发|过载|饱和|繁忙
 long     context.?(length|size|window)|(maximum|available) context|outofcontext
 long     (prompt|input|message)s?\b.{0,60}(too l|longer|exceed)|token limit
-long     (input|prompt).{0,9}(length|tokens?\b)|too many tokens|max_seq_len
+long     (input|prompt).{0,9}(length|tokens?\b)|tokens\b.{0,40}exceed|max_seq_len
 long     超长|(输入|上下文|提示|token).{0,12}(超|过长|太长)|code=1261\b
-model    model_?not_?(found|exist|open)|no available channel|(unknown|invalid) model
+model    model_?not_?(found|exist|open)|no (available c|endpoint)|(unknown|valid) model
 model    model\b.{0,80}(not exist|not found|decommission|deprecated)
 model    无可用渠道|模型.{0,20}(不存在|下线)
 blind    image_url|image input|support.{0,20} images?\b|\b(vision|vlm)\b|text.only
