@@ -206,6 +206,8 @@ class AssistantSettings:
     api_key: str = secret()  # key of the chat API
     model: str = DEFAULT_MODEL  # name of the model
     system_prompt: str = DEFAULT_PROMPT  # empty: none
+    # Further HTTP headers, masked in the log: they may hold keys.
+    headers: dict[str, str] = field(default_factory=dict, metadata={"secret": True})
     proxy: str = secret("")  # http, https or socks proxy to reach the API through
     extra: dict = field(default_factory=dict)  # merged into the request body
     first_token_timeout: float = bounded(60.0, 0.05, 3600)  # seconds to the first token
@@ -442,6 +444,10 @@ def read_texts(changes: typing.Any) -> Texts:
     return Texts(lines | changes)
 
 
+# What an HTTP header may be called, but for those that describe the request's body.
+HEADER_NAME = r"(?i)(?!content-|transfer-)[!#$%&'*+.^_`|~0-9a-z-]+"
+
+
 def check_assistant(
     name: str,
     one: AssistantSettings,
@@ -459,6 +465,12 @@ def check_assistant(
     found = "something else" if one.api_key.strip() else ""
     source = setting_source(name, "api_key", one, environ)
     require(is_key, source, found, "the key of the API, without blanks")
+    for header, content in one.headers.items():
+        is_header = re.fullmatch(HEADER_NAME, header)
+        require(is_header, f"{where}.headers", header, "names of further HTTP headers")
+        is_line = re.fullmatch(r"[!-~]([ -~]*[!-~])?", content)
+        accepted = "one line of letters, digits and signs"
+        require(is_line, f"{where}.headers.{header}", "something else", accepted)
     is_proxy = re.match(r"(https?|socks[45]h?)://|$", one.proxy)
     require(is_proxy, f"{where}.proxy", "***", "an http, https or socks URL")
     if one.proxy.startswith("socks"):
@@ -2555,10 +2567,11 @@ class Turn:
         self.deltas.look()
 
     def drop_thought(self) -> None:
-        """Drop a leading thought when the server omitted <think>."""
-        is_left = "</think>" in self.answer and "<think>" not in self.answer
-        if is_left and not self.stops:
-            self.restart(self.answer.partition("</think>")[2].lstrip())
+        """Drop what was written but not sent: it turned out to be a thought."""
+        sent = max(self.stops.values(), default=0)
+        text = self.answer[: markdown_length(self.answer, sent)]
+        text += self.shown()[len(chat_text(text)) : sent]  # sent in the midst of a mark
+        self.restart(text and f"{text}\n\n")
 
     def withhold(self) -> None:
         """Drop what no reply has sent."""
@@ -3259,9 +3272,11 @@ class ChatError(Exception):
     status: int | None = None  # of the response, None if there was none
     code: str = ""  # the provider's code for the failure, or else its type
     words: str = ""  # its message, for `check` only: may repeat the key or a question
+    setting: str = ""  # of the assistant, which the owner should look at
 
     def __str__(self) -> str:
-        return f"{self.kind}: {self.detail}"
+        notes = getattr(self, "__notes__", ())
+        return "; ".join([f"{self.kind}: {self.detail}", *notes])
 
     def __setattr__(self, name: str, value: object) -> None:
         # frozen=True would refuse __traceback__, too, which contextlib sets.
@@ -3270,107 +3285,222 @@ class ChatError(Exception):
         super().__setattr__(name, value)
 
 
-@dataclass(eq=False, repr=False)
-class FieldRefused(ChatError):
-    """The provider does not accept a field of the request."""
-
-    field: str = ""
-
-
 EVENT_BYTES = 1 << 20  # more in one event would only fill the memory
+BLANKS = b" \t\r\n\xef\xbb\xbf"  # may stand before a body, the last as byte order mark
+# The fields of an event stream that matter (llama.cpp has errors in one of that name),
+# those that do not, and the lines of a body that is JSON.
+DATA = re.compile(rb"(?:data|error)(?:: ?|$)")
+OTHER_FIELD = re.compile(rb"(?:event|id|retry)?(?::|$)")
+JSON_LINE = re.compile(rb"(?=.)")
 
 
 class EventDecoder:
-    """Parses an event stream as the HTML standard does, from chunks of any size.
+    """Cuts a body into payloads, from chunks of any size.
 
-    It ignores the byte order mark: no chat API is known to send one.
+    Its first byte says what it is, since content types are often wrong. An event stream
+    is parsed as the HTML standard does, but an object ends where the next one begins,
+    too. JSON is taken line by line in the same way.
     """
 
     def __init__(self) -> None:
+        self.first = b""  # the first byte of the body
+        self.field = DATA
         self.line = b""  # the unfinished line
         self.data: list[bytes] = []  # the data lines of the unfinished event
         self.size = 0  # their bytes
         self.after_cr = False  # a LF that comes next belongs to the CR before
+        self.has_comment = False  # the last chunk had one: the server is alive
+        self.stray = ""  # the last line that is none of an event stream
 
     def feed(self, chunk: bytes) -> list[str]:
-        """Return the payloads that this chunk completes; raise ChatError."""
+        """Return the payloads that a chunk completes, b"" all; raise ChatError."""
+        payloads, self.has_comment = [], False
+        for line in self.split(chunk or b"\n\n"):
+            if found := self.field.match(line):
+                value = line[found.end() :]
+                is_new = value.startswith((b"{", b"[DONE]"))
+                if is_new and self.data and self.data[-1].rstrip().endswith(b"}"):
+                    payloads.append(self.take())
+                self.data.append(value)
+                self.size += len(line)
+            elif not line and self.data and self.field is DATA:
+                payloads.append(self.take())
+            elif not OTHER_FIELD.match(line):
+                self.stray = line.decode("utf-8", "replace")
+            self.has_comment |= line.startswith(b":")
+        if not chunk and self.data:
+            payloads.append(self.take())
+        if len(self.line) + self.size > EVENT_BYTES:
+            is_json = self.field is JSON_LINE
+            raise ChatError("broken", "an event is longer than 1 MiB", is_json)
+        return payloads
+
+    def split(self, chunk: bytes) -> list[bytes]:
+        """Return the lines that a chunk completes; raise ChatError for a web page."""
+        if not self.first:
+            chunk = chunk.lstrip(BLANKS)
+            self.first = chunk[:1]
+        if self.first == b"<":
+            page = ChatError("setup", "a web page, not an answer", setting="base_url")
+            raise page from ValueError("not JSON")
+        if self.first in (b"{", b"["):
+            self.field = JSON_LINE
         if self.after_cr and chunk[:1] == b"\n":
             chunk = chunk[1:]
         text = self.line + chunk
         self.after_cr = text.endswith(b"\r")
         lines = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
         self.line = lines.pop()
-        payloads = []
-        for line in lines:
-            if line.startswith(b"data:") or line == b"data":
-                self.data.append(line[6:] if line[5:6] == b" " else line[5:])
-                self.size += len(line)
-            elif not line and self.data:
-                payloads.append(b"\n".join(self.data).decode("utf-8", "replace"))
-                self.data, self.size = [], 0
-        if len(self.line) + self.size > EVENT_BYTES:
-            raise ChatError("broken", "an event of the stream is longer than 1 MiB")
-        return payloads
+        return lines
+
+    def take(self) -> str:
+        """Return the payload of the event that ends here."""
+        payload = b"\n".join(self.data).decode("utf-8", "replace")
+        self.data, self.size = [], 0
+        return payload
+
+
+TAG = r"[\w:]*(?:think|thought|reasoning)\w*"
+CHANNEL = r"(?:<\|start\|>assistant)?<\|channel\|>"
+# How thoughts begin and end.
+THOUGHTS = (
+    (rf"<(?P<tag>{TAG})(?:\s[^<>]*)?>", r"</(?P=tag)>"),  # DeepSeek, Qwen, Seed
+    (r"\[THINK\]", r"\[/THINK\]"),  # Magistral
+    (r"◁think▷", r"◁/think▷"),  # Kimi-VL
+    (r'<details\s[^<>]*type="reasoning"[^<>]*>', r"</details>"),  # Open WebUI
+    (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),  # OpenThinker
+    (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),  # Command A
+    (r"<\|channel>thought", r"<channel\|>"),  # Gemma
+    (rf"{CHANNEL}(?:analysis|commentary)[^<]*<\|message\|>", r"<\|end\|>"),  # gpt-oss
+)
+CLOSING = rf"</{TAG}>|\[/THINK\]|◁/think▷|<channel\|>"
+OPEN = re.compile("|".join(opening for opening, _ in THOUGHTS), re.IGNORECASE)
+# What comes before an answer: a thought, what is left of one, or how it is wrapped.
+BEFORE = "|".join(f"{opening}.*?{closing}" for opening, closing in THOUGHTS)
+BEFORE += rf"|{CLOSING}|{CHANNEL}final[^<]*<\|message\|>|(?P<wrapper><answer>)"
+BEFORE_ANSWER = re.compile(rf"\s*(?:{BEFORE})", re.IGNORECASE | re.DOTALL)
+TAG_CHARS = 200  # no tag is longer
+TAG_BEGUN = re.compile(rf"(?s:<\|.{{0,{TAG_CHARS}}})|[<\[◁][^>\]▷\n]{{0,{TAG_CHARS}}}")
+# The first tag inside an answer. One in backticks is only spoken of.
+LATE = re.compile(rf"(?i)(?<!`)(?:({CLOSING})|<{TAG}[\s>]|\[THINK\]|◁think▷)")
+ANSWER_END = "</answer>"  # Hunyuan's
+ANSWER_CHARS = 200_000  # an answer that goes on and on is cut there
 
 
 class ThoughtFilter:
-    """Removes `<think>…</think>` from the start of an answer, however it is split."""
+    """Removes the thoughts from the start of an answer, however they are split.
 
-    def __init__(self) -> None:
-        self.held = ""  # text that may still turn out to be a thought
-        self.state = "start"
+    Some servers swallow the opening tag. Then only the closing one shows that the text
+    before it was a thought; who knows that beforehand gives the `opening`.
+    """
+
+    def __init__(self, opening: str = "") -> None:
+        self.held = opening  # text that may still turn out to be a thought
+        self.kept = ""  # the text before it, an answer if no closing tag comes
+        self.opening = opening  # of a thought that came without it
+        self.is_inside = opening != ""  # as we believe
+        self.is_answer = False
+        self.is_wrapped = False  # the answer, in a tag of its own
+        self.is_late = False  # the text returned before was a thought: just found out
+        self.tail: str | None = ""  # of the answer; None: no tag is looked for
 
     def feed(self, delta: str) -> str:
         """Return the text that is now known to be visible."""
-        if self.state == "answer":
-            return delta
-        self.held = (self.held + delta).lstrip()
-        if self.state == "start":
-            if self.held.startswith("<think>"):
-                self.state = "thought"
-            elif "<think>".startswith(self.held):
-                return ""
-            else:
-                self.state = "answer"
-                return self.held
-        _, end, after = self.held.partition("</think>")
-        if after.strip():
-            self.state = "answer"
-            return after.lstrip()
-        # Of a thought, keep only what may be the start of its closing tag.
-        self.held = end or self.held[-len("</think>") :]
-        return ""
+        self.held, self.is_late = self.held + delta, False
+        self.is_answer = self.is_answer or self.has_answer()
+        if not self.is_answer:
+            return ""
+        found = None if self.tail is None else LATE.search(self.tail + self.held)
+        self.tail = None if found else self.tail
+        if found and found[1]:
+            self.held, self.opening = (
+                found.string[found.end() :],
+                found[1].replace("/", ""),
+            )
+            self.is_answer = False
+            text, self.is_late = self.feed(""), True
+            return text
+        end = max(0, len(self.held) - 2 * len(ANSWER_END) * self.is_wrapped)
+        text, self.held = self.held[:end], self.held[end:]
+        self.tail = None if self.tail is None else (self.tail + text)[-TAG_CHARS:]
+        return text
 
-    def flush(self) -> str:
+    def has_answer(self) -> bool:
+        """Drop what has ended before the answer; say whether that has begun."""
+        while found := BEFORE_ANSWER.match(self.held):
+            self.held, self.is_inside = self.held[found.end() :], False
+            self.is_wrapped = found["wrapper"] is not None
+        self.held = self.held.lstrip()
+        if found := OPEN.match(self.held):
+            end = max(found.end(), len(self.held) - TAG_CHARS)
+            if self.is_inside:
+                self.kept = (self.kept + self.held[found.end() : end])[:ANSWER_CHARS]
+            self.held = found[0] + self.held[end:]
+            return False
+        return self.held != "" and not TAG_BEGUN.fullmatch(self.held)
+
+    def flush(self, is_cut: bool) -> str:
         """Return the text still held at the end; an unclosed thought is not shown."""
-        return self.held if self.state == "start" else ""
+        if self.is_answer or not OPEN.match(self.held):
+            text = self.held
+            return text.rstrip().removesuffix(ANSWER_END) if self.is_wrapped else text
+        text = self.kept + self.held.removeprefix(self.opening)
+        is_shown, self.opening = self.is_inside and not is_cut, ""
+        return text if is_shown else ""
 
 
-# What an error means, by the first pattern that its code, type or message contains.
-MEANINGS = (
-    ("long", r"context_(length|size)|context ?window|maximum context|code=1261\b"),
-    ("long", r"model token limit|available context"),
-    ("blind", r"image_url|image input|support.{0,20} images?\b|\bvision\b"),
-    ("refused", r"content_?(policy|filter)|data_inspection_failed|code=1301\b"),
-    ("refused", r"(?<!case.)sensitive"),
-    ("setup", r"insufficient_quota|balance(?!r)|spend_limit|usage_limit"),
-    ("setup", r"arrearage|code=1113\b"),
-    ("setup", r"model_not_found|无可用渠道"),
-)
-FIELD_REFUSED = r"unsupported_parameter|unsupported_value|unknown_parameter"
+def read_words(text: str) -> list[tuple[str, re.Pattern[str]]]:
+    """Return a table's rows: what words mean, and a pattern that finds them."""
+    rows = (line.split(maxsplit=1) for line in text.strip().splitlines())
+    return [(name, re.compile(words, re.IGNORECASE)) for name, words in rows]
+
+
+def meaning_of(text: str, table: list[tuple[str, re.Pattern[str]]]) -> str:
+    """Return what the first row means that has words of a text, "" if none has."""
+    return next((name for name, words in table if words.search(text)), "")
+
+
+# What an error's status, codes and message mean: a kind, or the setting that its owner
+# should look at. Providers say the same in many ways.
+KINDS = ("refused", "busy", "long", "blind", "broken")
+MEANINGS = read_words(r"""
+long     ^status 413|request too large|tokens must be reduced
+api_key  account\b.{0,40}(suspend|deactivat|disabled|banned|locked)
+api_key  账[户号].{0,12}[锁封禁停]
+refused  content_?(policy|filter|security)|content management policy|policy_?violation
+refused  (usage|safety) (polic|guideline)|\bflagged\b|invalid_prompt|safety_?check
+refused  (?<!case.)sensitive|inappropriate|unsafe|\brisk\b|riskdetect|censor|moderation
+refused  data_?inspection|prohibited.content|guardrail|^status 451|code=(1301|102[67])\b
+refused  敏感|违规|涉嫌|不安全|(内容|高).{0,6}风险|审核[不未]通过|code=1001[349]\b
+api_key  insufficient_(user_)?quota|exceeded_current_quota|(spend\w*|usage)[ _]limit
+api_key  balance(?!r)|arrear|overdue|billing_|payment|can only afford|code=1113\b
+api_key  insufficient.{0,9}(credit|fund)|(out of|all available) credit
+api_key  credits?.{0,9}(exhaust|deplet)|(quota|free.?tier).{0,30}(exhaust|enough)
+api_key  余额|欠费|充值|到期|过期|额度.{0,4}[不用耗]
+busy     rate.?limit|too many requests|overload|throttl|concurren|exhausted
+busy     限流|速率|频率|并发|过载|饱和|繁忙
+long     context.?(length|size|window)|(maximum|available) context|outofcontext
+long     (prompt|input|message)s?\b.{0,60}(too l|longer|exceed)|token limit
+long     (input|prompt).{0,9}(length|tokens?\b)|tokens\b.{0,40}exceed|max_seq_len
+long     超长|(输入|上下文|提示|token).{0,12}(超|过长|太长)|code=1261\b
+model    model_?not_?(found|exist|open)|no (available c|endpoint)|(unknown|valid) model
+model    model\b.{0,80}(not exist|not found|decommission|deprecated)
+model    无可用渠道|模型.{0,20}(不存在|下线)
+blind    image_url|image input|support.{0,20} images?\b|\b(vision|vlm)\b|text.only
+blind    multi.?modal|不支持.{0,9}[图视]|[图视].{0,9}不支持
+proxy    \b(country|region)
+api_key  api.?key|unauthori|authenti|no_?auth|login fail|令牌|密钥|鉴权|^status 40[123]
+busy     ^status (408|409|429|5)|limit.?exceeded
+broken   ^status 2
+base_url ^status (3|40[45])
+extra    ^
+""")
+# A limit that is not over within the minutes that somebody waits for an answer.
+LASTING = re.compile(r"(?i)per.?(day|month)|daily|每[日天周月]|[今当]日|使用上限")
+ERROR_NAMES = ("code", "status_code", "http_code", "type", "status", "param")
 # A code or an id. Anything longer or with blanks may be what a subscriber wrote.
 WORD = re.compile(r"[A-Za-z0-9_.:\[\]-]{1,64}")
 RETRY_AFTER_SECONDS = 120  # nobody waits longer: then the question has failed
-
-
-def kind_of(status: int, text: str) -> str:
-    """Return the kind of an error by its status, and by its code, type and message."""
-    for kind, pattern in MEANINGS:
-        if re.search(pattern, text, re.IGNORECASE):
-            return kind
-    if status in (408, 409, 429) or status >= 500:
-        return "busy"
-    return "broken" if status == 200 else "setup"
 
 
 def retry_after(headers: typing.Mapping[str, str]) -> float | None:
@@ -3385,23 +3515,35 @@ def retry_after(headers: typing.Mapping[str, str]) -> float | None:
     return seconds if seconds > 0 else None  # nor is NaN
 
 
+def as_dict(value: object) -> dict:
+    """Return a dict, also if it is the first item of a list, otherwise an empty one."""
+    value = value[0] if isinstance(value, list) and value else value
+    return value if isinstance(value, dict) else {}
+
+
 def make_error(
     status: int, body: object, headers: typing.Mapping[str, str]
 ) -> ChatError:
     """Return the error that a response means; its body may have any shape."""
-    error = body.get("error") or body if isinstance(body, dict) else body
-    error = error if isinstance(error, dict) else {"message": error}
-    message = str(error.get("message") or error.get("detail") or "")[:300]
-    names = {name: str(error.get(name) or "") for name in ("code", "type", "param")}
+    outer = as_dict(body)
+    inner = outer.get("error") or outer.get("errors") or outer.get("base_resp")
+    error = outer | as_dict(inner)
+    texts = (error.get(name) for name in ("message", "detail", "msg", "status_msg"))
+    message = str(next(filter(None, texts), inner if outer else body) or "")[:300]
+    names = {name: str(error.get(name) or "") for name in ERROR_NAMES}
     names = {name: word for name, word in names.items() if WORD.fullmatch(word)}
-    code, param = names.get("code", ""), names.get("param", "")
-    if status == 200 and re.fullmatch("[45][0-9]{2}", code):
-        status = int(code)  # a gateway passes on the status that it received
+    if status == 200:  # a gateway passes on the status that it received
+        found = (w for w in names.values() if re.fullmatch("[45][0-9]{2}", w))
+        status = int(next(found, status))
+    code = names.get("code") or names.get("status_code", "")
     if code in ("", str(status)):  # which says nothing more
         code = names.get("type", "")
     summary = " ".join(f"{name}={word}" for name, word in names.items())
-    kind = kind_of(status, f"{summary} {message}")
-    is_retryable, retry_in = kind in ("busy", "broken"), retry_after(headers)
+    meaning = meaning_of(f"status {status} {summary} {message}", MEANINGS)
+    kind, setting = (meaning, "") if meaning in KINDS else ("setup", meaning)
+    retry_in = retry_after(headers)
+    is_passing = retry_in is not None or not LASTING.search(message)
+    is_retryable = kind in ("busy", "broken") and is_passing
     if retry_in is not None and retry_in > RETRY_AFTER_SECONDS:
         is_retryable, retry_in = False, None
     if headers.get("x-should-retry") in ("true", "false"):
@@ -3409,27 +3551,23 @@ def make_error(
     request_id = WORD.match(headers.get("x-request-id", ""))
     detail = f"status {status} {summary} request {request_id[0] if request_id else '-'}"
     known = (kind, detail, is_retryable, retry_in, status, code)
-    if param and re.search(FIELD_REFUSED, summary):
-        return FieldRefused(*known, words=message, field=param.partition(".")[0])
-    return ChatError(*known, words=message)  # by name: args are in its repr
+    return ChatError(*known, words=message, setting=setting)  # by name: args are shown
 
 
 def read_event(payload: str) -> dict:
     """Return the JSON object of an event; raise ChatError, also for an error in it."""
     try:
         event = json.loads(payload)
-        if not isinstance(event, dict):
-            raise ValueError("not an object")
     except (ValueError, RecursionError) as error:
         raise ChatError("broken", "an event is not JSON", is_retryable=True) from error
-    if event.get("error") or event.get("object") == "error":
+    fields = as_dict(event)
+    code = as_dict(fields.get("base_resp")).get("status_code")
+    code = code or (fields.get("code") if "choices" not in fields else 0)
+    is_failed = fields.get("error") or fields.get("errors") or (event and not fields)
+    is_named = "error" in (fields.get("object"), fields.get("type"))
+    if is_failed or is_named or code not in (None, "", 0, "0", 200, "200"):
         raise make_error(200, event, {})
-    return event
-
-
-def as_dict(value: object) -> dict:
-    """Return a value if it is a dict, otherwise an empty one."""
-    return value if isinstance(value, dict) else {}
+    return fields
 
 
 def as_count(value: object) -> int | None:
@@ -3437,65 +3575,128 @@ def as_count(value: object) -> int | None:
     return value if isinstance(value, int) and 0 <= value < 2**31 else None
 
 
-class Completion:
-    """Everything a stream has said so far; fed with its chunks."""
+def text_of(content: object) -> str:
+    """Return the text of a content: a string, or parts of which some are thoughts."""
+    if isinstance(content, str):
+        return content
+    parts = map(as_dict, content if isinstance(content, list) else [content])
+    shown = ("text", "output_text", None)
+    texts = (part.get("text") for part in parts if part.get("type") in shown)
+    return "".join(text for text in texts if isinstance(text, str))
 
-    def __init__(self, model: str) -> None:
+
+# What a finish_reason means; any other: the answer is broken off.
+ENDS = read_words(r"""
+stop     ^(finish_reason_)?(stop\w*|eos\w*|end|end_turn|completed?|finish(ed)?|done)$
+stop     ^(tool_calls?|tool_use|function_call)$
+refused  filter|sensitiv|refus|safety|prohibit|block|guardrail|moderat|recitation|spii
+refused  censor|violat|policy|risk
+broken   error|fail|abort|cancel|time_?out|resource|interrupt|overload|rate_?limit
+length   length|max|context|token|limit
+""")
+MID_SENTENCE = re.compile(r"[\w,，、:：;；(（《“-]\s*$")
+# The fields of a delta that show that the model is at work.
+ALIVE = ("content", "refusal", "reasoning_content", "reasoning", "reasoning_details")
+
+
+class Completion:
+    """Everything a response has said so far; fed with its chunks, b"" at its end."""
+
+    def __init__(self, model: str, opening: str = "") -> None:
         self.decoder = EventDecoder()
-        self.thoughts = ThoughtFilter()
+        self.thoughts = ThoughtFilter(opening)
         self.reason = ""  # the finish_reason; empty while the answer goes on
-        self.reason_when_done = "stop"  # the reason if [DONE] comes without one
+        self.is_named = False  # there was a finish_reason, if only null
         self.usage: object = {}
         self.model: object = model
-        self.has_progress = False  # the last chunk had text or hidden reasoning
+        self.half = ""  # of a character; the next event has the other one
+        self.last = ""  # the last visible text
+        self.stray = ""  # the last payload that is no object
+        self.has_progress = False  # the last chunk had text, thoughts or a comment
+        self.has_begun = False  # some event had text or thoughts
+        self.is_late = False  # all text before this chunk was a thought
         self.is_over = False  # [DONE] was read
         self.error: ChatError | None = None  # to be raised behind the text before it
 
     def feed(self, chunk: bytes) -> str:
         """Return the visible text of a chunk; set `error` if something is wrong."""
         texts: list[str] = []
-        self.has_progress = False
+        self.has_progress = self.is_late = False
         try:
             for payload in self.decoder.feed(chunk):
-                texts.append(self.read(payload))
+                text = self.read(payload.strip())
+                if self.thoughts.is_late:
+                    texts, self.is_late, self.thoughts.is_late = [], True, False
+                texts.append(text)
         except ChatError as error:
             self.error = error
+        self.has_progress |= self.decoder.has_comment
         return "".join(texts)
 
-    def read(self, payload: str, part: str = "delta") -> str:
+    def read(self, payload: str) -> str:
         """Return the visible text of an event; raise ChatError."""
-        if payload.strip() == "[DONE]":
-            self.reason = self.reason or self.reason_when_done
+        if payload == "[DONE]":
+            is_cut = self.is_named and MID_SENTENCE.search(self.last)
+            self.reason = self.reason or ("length" if is_cut else "stop")
             self.is_over = True
         if self.is_over:
             return ""
-        event = read_event(payload)
-        self.usage = event.get("usage") or self.usage
-        if self.reason:  # only usage follows
+        if not payload.startswith(("{", "[")):  # a heartbeat, or words of a failure
+            self.stray = payload or self.stray
             return ""
-        self.model = event.get("model") or self.model
+        event = read_event(payload)
         choices = event.get("choices")
-        choice = as_dict(choices[0] if isinstance(choices, list) and choices else None)
-        if "finish_reason" in choice:
-            self.reason = str(choice["finish_reason"] or "")
-            # Null until [DONE]: llama.cpp's server does so when it drops an answer.
-            self.reason_when_done = "length"
-        delta = as_dict(choice.get(part))
-        text = delta.get("content") or delta.get("refusal")
-        text = text if isinstance(text, str) else ""
-        if text or delta.get("reasoning_content") or delta.get("reasoning"):
-            self.has_progress = True
-        return self.thoughts.feed(text)
+        items = map(as_dict, choices if isinstance(choices, list) else [])
+        choice: dict = next((item for item in items if not item.get("index")), {})
+        if choice.get("error"):
+            raise make_error(200, choice, {})
+        self.usage = event.get("usage") or choice.get("usage") or self.usage
+        self.model = event.get("model") or self.model
+        self.read_reason(choice)
+        delta = as_dict(choice.get("delta"))
+        if not delta and not self.has_begun:  # an answer that is not streamed
+            delta = as_dict(choice.get("message"))
+            self.reason = self.reason or ("stop" if delta else "")
+        return self.read_delta(delta)
+
+    def read_reason(self, choice: dict) -> None:
+        """Take the finish_reason of an event; a filter's may follow another one."""
+        reason, native = (
+            str(choice.get(f"{name}finish_reason") or "") for name in ("", "native_")
+        )
+        # OpenRouter says stop for some failures of the providers behind it.
+        if reason and meaning_of(native, ENDS) in ("refused", "broken", "length"):
+            reason = native
+        if not self.reason or meaning_of(reason, ENDS) == "refused":
+            self.reason = reason
+        self.is_named |= "finish_reason" in choice
+
+    def read_delta(self, delta: dict) -> str:
+        """Return the visible text of a delta."""
+        is_alive = any(delta.get(name) for name in ALIVE)
+        self.has_progress |= is_alive
+        self.has_begun |= is_alive
+        text = text_of(delta.get("content")) or text_of(delta.get("refusal"))
+        text = self.half + text
+        self.half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
+        whole = text.removesuffix(self.half).encode("utf-16-le", "surrogatepass")
+        text = self.thoughts.feed(whole.decode("utf-16-le", "ignore"))
+        self.last = text if text.strip() else self.last
+        return text
 
     def ending(self) -> Ending:
-        """Return how the answer ended."""
+        """Return how the answer ended; raise ChatError unless it is good, or cut."""
         usage = as_dict(self.usage)
-        return Ending(
-            self.reason if WORD.fullmatch(self.reason) else "odd",
-            ILLEGAL.sub("", str(self.model)[:100]),
-            as_count(usage.get("prompt_tokens")),
-            as_count(usage.get("completion_tokens")),
-        )
+        given = as_count(usage.get("prompt_tokens", usage.get("input_tokens")))
+        taken = as_count(usage.get("completion_tokens", usage.get("output_tokens")))
+        kind = meaning_of(self.reason, ENDS) or "broken"
+        is_full = "context" in self.reason.lower() or not (self.has_begun or taken)
+        if kind == "length" and is_full and not self.last:
+            kind = "long"  # not a word fitted behind the question
+        if kind not in ("stop", "length"):
+            word = self.reason if WORD.fullmatch(self.reason) else "odd"
+            raise ChatError(kind, f"finish_reason {word}", kind == "broken")
+        return Ending(kind, ILLEGAL.sub("", str(self.model)[:100]), given, taken)
 
 
 async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
@@ -3517,15 +3718,39 @@ async def read_error(response: aiohttp.ClientResponse) -> ChatError:
     text = ""
     with contextlib.suppress(TimeoutError, aiohttp.ClientError, ConnectionError):
         async with asyncio.timeout(ERROR_SECONDS):
-            text = (await read_body(response, ERROR_BYTES)).decode("utf-8", "replace")
+            body = await read_body(response, ERROR_BYTES)
+            text = body.decode("utf-8-sig", "replace")
     try:
-        body = json.loads(text)
+        fields = json.loads(text)
     except (ValueError, RecursionError):
-        body = re.sub(r"<[^>]*>|\s+", " ", text).strip()
-    return make_error(response.status, body, response.headers)
+        fields = re.sub(r"<[^>]*>|\s+", " ", text).strip()
+    return make_error(response.status, fields, response.headers)
 
 
-ANSWER_CHARS = 200_000  # an answer that goes on and on is cut there
+def refused_field(text: str, body: dict) -> str:
+    """Return the optional field of a request that an error is about, or "".
+
+    Its name, or one with `_` inside it, may be there in any case and without the `_`;
+    what turns thinking off is also meant by a word about thinking.
+    """
+    places, switch = {}, ""
+    for name in [name for name in body if name not in ("model", "messages", "stream")]:
+        inner = re.findall(r'"(\w+_\w+)":', json.dumps(body[name]))
+        words = "|".join(map(re.escape, [name, *inner])).replace("_", "_?")
+        pattern = rf"(?i)(?<![a-z0-9_])({words})(?![a-z0-9_])"
+        if found := re.search(pattern, text):
+            places[name] = found.start()
+        if re.search("(?i)think|reason", f"{name} {inner}"):
+            switch = name
+    if not places and re.search("(?i)思考|推理|thinking|reasoning", text):
+        return switch
+    return min(places, key=places.__getitem__, default="")
+
+
+class ThoughtEnd(str):
+    """An empty delta that says: all the text before it was a thought."""
+
+
 USAGE_SECONDS = 2  # how long a complete answer waits for its usage
 
 
@@ -3537,9 +3762,15 @@ class ChatClient:
     ) -> None:
         self.settings = settings
         self.http = http
-        base = settings.base_url.strip().rstrip("/").removesuffix("/chat/completions")
-        self.url = f"{base}/chat/completions"
+        # Classic Azure has a query behind its path: ?api-version=…
+        base, mark, query = settings.base_url.strip().partition("?")
+        self.base = base.rstrip("/").removesuffix("/chat/completions")
+        self.url = f"{self.base}/chat/completions{mark}{query}"
+        # In one case: a header of the settings replaces ours, whatever case it has.
+        headers = {name.title(): value for name, value in settings.headers.items()}
+        self.headers = {"Authorization": f"Bearer {settings.api_key.strip()}"} | headers
         self.refused: set[str] = set()  # fields that the provider does not accept
+        self.opening = ""  # of the thoughts that its answers begin with, and lack
 
     def request_body(self, messages: list[dict]) -> dict:
         """Return the JSON of a request, without the fields refused before."""
@@ -3552,33 +3783,43 @@ class ChatClient:
         return {name: value for name, value in body.items() if name not in self.refused}
 
     async def post(self, messages: list[dict]) -> aiohttp.ClientResponse:
-        """Return the response to a question, to be closed; raise ChatError.
-
-        An optional field that the provider refuses is left out from then on.
-        """
-        optional = {*self.settings.extra, "stream_options", "reasoning_effort"}
+        """Return the response to a question, to be closed; raise ChatError."""
         while True:
             body = self.request_body(messages)
             response = await self.http.post(
                 self.url,
                 json=body,
-                headers={"Authorization": f"Bearer {self.settings.api_key.strip()}"},
+                headers=self.headers,
                 proxy=self.settings.proxy or None,
                 allow_redirects=False,
             )
-            if response.status == 200:
+            if 200 <= response.status < 300:
                 return response
             async with response:
                 error = await read_error(response)
-            if not (
-                isinstance(error, FieldRefused)
-                and error.field in optional
-                and error.field in body
-            ):
+            if not self.leaves_out(error, body):
                 raise error
-            if error.field not in self.refused:  # else another question found it out
-                self.refused.add(error.field)
-                log.warning("%s refuses %s: no longer sent", self.url, error.field)
+
+    def leaves_out(self, error: ChatError, body: dict) -> bool:
+        """Leave out what an error refuses from now on; say whether that may help."""
+        if error.setting != "extra" or error.status not in (400, 422):
+            return False
+        name = refused_field(f"{error.detail} {error.words}", body)
+        if name and name not in self.refused:  # else another question found it out
+            self.refused.add(name)
+            log.warning("%s refuses %s: no longer sent", self.base, name)
+        return bool(name)
+
+    def judged(self, error: ChatError, messages: list[dict]) -> ChatError:
+        """Return an error as this provider means it about this question."""
+        if error.code == "insufficient_quota" and "/compatible-mode/" in self.url:
+            # DashScope: too many tokens within a minute.
+            return replace(error, kind="busy", is_retryable=True, setting="")
+        if error.kind == "blind" and isinstance(messages[-1]["content"], str):
+            return replace(error, kind="setup", setting="model")  # no picture was sent
+        if self.leaves_out(error, self.request_body(messages)):  # it came in a 200
+            return replace(error, is_retryable=True, retry_in=0.0)
+        return error
 
     async def stream(
         self, messages: list[dict], end: float, begin_within: float | None = None
@@ -3598,6 +3839,8 @@ class ChatClient:
             ):
                 async for item in self.read(response, limit, end):
                     yield item
+        except ChatError as error:
+            raise self.judged(error, messages) from error.__cause__
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise ChatError("unreachable", str(error), is_retryable=True) from error
         except TimeoutError as error:
@@ -3612,37 +3855,37 @@ class ChatClient:
         self, response: aiohttp.ClientResponse, limit: asyncio.Timeout, end: float
     ) -> AsyncIterator[str | Ending]:
         """Yield a response's visible deltas and its Ending; raise ChatError."""
-        completion, chunk = Completion(self.settings.model), b"\n"
-        if response.content_type == "application/json":
-            # A server that does not stream sends one event, with all of the message.
-            body = await read_body(response, 8 * ANSWER_CHARS)
-            text = completion.read(body.decode("utf-8", "replace"), "message")
-            completion.reason, completion.is_over = completion.reason or "stop", True
-            if text:
-                yield text
+        completion, chunk = Completion(self.settings.model, self.opening), b"\n"
         loop, idle = asyncio.get_running_loop(), self.settings.idle_timeout
         while chunk and not completion.reason:
             chunk = await response.content.readany()
-            # Some servers omit the blank line behind the last event.
-            text = completion.feed(chunk or b"\n\n")
+            text = completion.feed(chunk)
             if completion.has_progress:
                 limit.reschedule(min(end, loop.time() + idle))
+            if completion.is_late:
+                yield ThoughtEnd()
             if text:
                 yield text
             if completion.error and not completion.reason:
                 raise completion.error
         if not completion.reason:
+            if stray := completion.stray or completion.decoder.stray:
+                raise make_error(200, stray, {})
             raise ChatError("broken", "the stream ended early", is_retryable=True)
         # The answer is complete, whatever happens while its usage is awaited.
         limit.reschedule(None)
+        text = ""
         with contextlib.suppress(TimeoutError, aiohttp.ClientError, ConnectionError):
             async with asyncio.timeout(USAGE_SECONDS):
                 while chunk and not completion.is_over and not completion.error:
                     chunk = await response.content.readany()
-                    completion.feed(chunk)
-        if text := completion.thoughts.flush():
+                    text += completion.feed(chunk)
+        ending = completion.ending()
+        text += completion.thoughts.flush(ending.finish_reason == "length")
+        self.opening = completion.thoughts.opening
+        if text:
             yield text
-        yield completion.ending()
+        yield ending
 
 
 PICTURE_BYTES = 4 * 1024 * 1024  # a third more in a request, as base64
@@ -4120,18 +4363,18 @@ class Bot:
                     break
                 if is_resumed and not turn.answer:
                     await self.begin_anew(turn)
+                if isinstance(item, ThoughtEnd):
+                    turn.drop_thought()
+                    guard = WordGuard(self.blocked)
                 self.show(turn, guard, item[: ANSWER_CHARS - len(turn.answer)], False)
                 if len(turn.answer) >= ANSWER_CHARS:
                     break
         self.show(turn, guard, "", True)
-        if ending.finish_reason in ("content_filter", "sensitive"):
-            if not turn.stops:
-                turn.restart()  # withdrawn
-            raise ChatError("refused", f"finish_reason {ending.finish_reason}")
-        turn.drop_thought()
         if not turn.answer.strip():
             reason = f"finish_reason {ending.finish_reason}"
-            raise ChatError("empty", reason, is_retryable=True)
+            # A limit that thoughts alone reach will be reached again.
+            is_retryable = ending.finish_reason != "length"
+            raise ChatError("empty", reason, is_retryable)
         return ending
 
     async def begin_anew(self, turn: Turn) -> None:
@@ -4165,6 +4408,11 @@ class Bot:
             try:
                 return await self.write_text(turn, stream, is_resumed)
             except ChatError as error:
+                if error.setting:
+                    place = f"assistants.{turn.assistant}.{error.setting}"
+                    error.add_note(f"look at {place}, and run wxgpt.py check")
+                if error.kind == "refused" and not turn.stops:
+                    turn.restart()  # withdrawn
                 if pause is None or turn.stops:
                     raise
                 fewer = messages
