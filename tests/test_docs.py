@@ -188,10 +188,11 @@ def models_table(name: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("name", [MODELS, MODELS_ZH])
 def test_the_recipes_for_models_can_be_loaded(tmp_path, name):
-    """Each is an assistant of its own, with a row in the table of all."""
+    """Each is an assistant of its own; those of providers are in the table of all."""
     found = recipes(name, tmp_path / "wxgpt.toml").values()
     rows = [[cell.strip("`") for cell in row[1:3]] for row in models_table(name)]
-    assert [[one.base_url, one.model] for one in found] == rows
+    shown = [[one.base_url, one.model] for one in found]
+    assert shown[: len(rows)] == rows  # what follows shows settings, not providers
 
 
 @pytest.mark.parametrize("name", [MODELS, MODELS_ZH])
@@ -199,7 +200,7 @@ def test_check_advises_what_each_recipe_does(tmp_path, name):
     """The recipe, its row in the table and `check` have the same switch for thinking."""
     unneeded, rows = {"chatgpt", "gemini", "gateway"}, models_table(name)
     found = recipes(name, tmp_path / "wxgpt.toml")
-    for (assistant, one), row in zip(found.items(), rows, strict=True):
+    for (assistant, one), row in zip(found.items(), rows):
         switch = switch_of(one).partition(": ")[2].partition(";")[0]
         if assistant in unneeded:
             assert not one.extra
