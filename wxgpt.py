@@ -3837,7 +3837,9 @@ class ChatClient:
                 asyncio.timeout_at(min(end, first)) as limit,
                 await self.post(messages) as response,
             ):
-                async for item in self.read(response, limit, end):
+                # Where another model waits, a comment is no beginning.
+                is_patient = begin_within is None
+                async for item in self.read(response, limit, end, is_patient):
                     yield item
         except ChatError as error:
             raise self.judged(error, messages) from error.__cause__
@@ -3852,7 +3854,11 @@ class ChatClient:
             raise ChatError("broken", name, is_retryable=True) from error
 
     async def read(
-        self, response: aiohttp.ClientResponse, limit: asyncio.Timeout, end: float
+        self,
+        response: aiohttp.ClientResponse,
+        limit: asyncio.Timeout,
+        end: float,
+        is_patient: bool,
     ) -> AsyncIterator[str | Ending]:
         """Yield a response's visible deltas and its Ending; raise ChatError."""
         completion, chunk = Completion(self.settings.model, self.opening), b"\n"
@@ -3860,7 +3866,7 @@ class ChatClient:
         while chunk and not completion.reason:
             chunk = await response.content.readany()
             text = completion.feed(chunk)
-            if completion.has_progress:
+            if completion.has_progress and (is_patient or completion.has_begun):
                 limit.reschedule(min(end, loop.time() + idle))
             if completion.is_late:
                 yield ThoughtEnd()
@@ -4409,7 +4415,7 @@ class Bot:
                 return await self.write_text(turn, stream, is_resumed)
             except ChatError as error:
                 if error.setting:
-                    place = f"assistants.{turn.assistant}.{error.setting}"
+                    place = f"assistants.{name}.{error.setting}"
                     error.add_note(f"look at {place}, and run wxgpt.py check")
                 if error.kind == "refused" and not turn.stops:
                     turn.restart()  # withdrawn

@@ -65,6 +65,25 @@ async def test_who_has_not_begun_in_time_is_left(pair, upstream):
     assert upstream.requests[0].outcome == "cut by client"
 
 
+async def test_comments_are_no_beginning(pair, upstream):
+    """A provider that only says it is alive keeps nobody waiting for it."""
+    server = await pair(fallback_after=UNIT)
+    pieces = [UNIT / 4] * 30
+    upstream.will(Script([*pieces, "太晚了"], comments=True), says("我先说。"))
+    seen = await server.ask("问一个")
+    assert seen.text.startswith("我先说。")
+    assert models(upstream) == ["first", "second"]
+
+
+async def test_the_log_names_the_setting_of_the_one_that_failed(pair, upstream, caplog):
+    """Each by its own assistant."""
+    server = await pair()
+    upstream.will(fails(401), fails(401))
+    await server.ask("问一个")
+    assert "assistants.chatgpt.api_key" in caplog.text
+    assert "assistants.spare.api_key" in caplog.text
+
+
 async def test_who_has_begun_is_waited_for(pair, upstream):
     """The seconds are those to the first word."""
     server = await pair(fallback_after=UNIT / 2)
