@@ -34,6 +34,7 @@ from wxgpt import (
     Config,
     DatabaseSettings,
     Ending,
+    find_risks,
     listen,
     load_pages,
     log,
@@ -215,6 +216,17 @@ def is_private(host: str) -> bool:
     return host == "localhost" or "." not in host
 
 
+def serving_user(port: int) -> int:
+    """Return the id of the user who listens on a port; -1 if nobody, or not known."""
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError):
+            for line in pathlib.Path(table).read_text().splitlines()[1:]:
+                _, address, _, state, _, _, _, user, *_ = line.split()
+                if state == "0A" and int(address.rpartition(":")[2], 16) == port:
+                    return int(user)
+    return -1
+
+
 class Doctor:
     """Prints one line per finding, and remembers whether anything failed."""
 
@@ -231,6 +243,12 @@ class Doctor:
         mark, colour = MARKS[grade]
         mark = f"\033[{colour}m{mark}\033[0m" if self.is_colourful else mark
         print(f"{mark} {what}: {found}" + (f" → {fix}" if fix else ""), flush=True)
+
+    def check_risks(self, path: str) -> None:
+        """Warn of what others may profit from; the server's log says the same."""
+        user = serving_user(self.config.server.port)
+        for place, found, fix in find_risks(self.config, path, user):
+            self.report("warn", place, found, fix)
 
     def check_database(self) -> None:
         """Check that the database can be written, and the disk has room."""
@@ -448,7 +466,9 @@ class Doctor:
             self.report("fail", "live pages", "events come all at once", fix)
 
 
-async def run_check(config: Config, environ: typing.Mapping[str, str]) -> int:
+async def run_check(
+    config: Config, environ: typing.Mapping[str, str], path: str
+) -> int:
     """Check everything in order; return the exit status."""
     doctor = Doctor(config, environ)
     log.setLevel(logging.CRITICAL)  # findings only
@@ -456,6 +476,7 @@ async def run_check(config: Config, environ: typing.Mapping[str, str]) -> int:
     make_blocked(config)
     load_pages()
     doctor.report("ok", "settings", f"assistants {', '.join(config.assistants)}")
+    doctor.check_risks(path)
     doctor.check_database()
     timeout = aiohttp.ClientTimeout(total=15)
     async with contextlib.AsyncExitStack() as stack:
