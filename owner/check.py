@@ -234,6 +234,7 @@ class Doctor:
         self.config = config
         self.environ = environ
         self.has_failed = False
+        self.server_user = -1  # the id of the user under whom wxgpt serves, if it does
         self.is_colourful = sys.stdout.isatty()
 
     def report(self, grade: str, what: str, found: str, fix: str = "") -> None:
@@ -245,9 +246,8 @@ class Doctor:
         print(f"{mark} {what}: {found}" + (f" → {fix}" if fix else ""), flush=True)
 
     def check_risks(self, path: str) -> None:
-        """Warn of what others may profit from; the server's log says the same."""
-        user = serving_user(self.config.server.port)
-        for place, found, fix in find_risks(self.config, path, user):
+        """Warn of what lets others in; the server's log says the same at its start."""
+        for place, found, fix in find_risks(self.config, path, self.server_user):
             self.report("warn", place, found, fix)
 
     def check_database(self) -> None:
@@ -284,6 +284,7 @@ class Doctor:
             async with http.get(f"http://{near}:{port}/healthz") as response:
                 if response.headers.get("Server") == "wxgpt":
                     self.report("ok", "port", f"{port}, wxgpt is serving on it")
+                    self.server_user = serving_user(port)
                     return False
             fix = "another program holds it: end that, or change server.port"
             self.report("fail", "port", f"{port} answers, but not as wxgpt", fix)
@@ -476,7 +477,6 @@ async def run_check(
     make_blocked(config)
     load_pages()
     doctor.report("ok", "settings", f"assistants {', '.join(config.assistants)}")
-    doctor.check_risks(path)
     doctor.check_database()
     timeout = aiohttp.ClientTimeout(total=15)
     async with contextlib.AsyncExitStack() as stack:
@@ -485,6 +485,7 @@ async def run_check(
         opening = aiohttp.ClientSession(timeout=timeout, connector=connector)
         http = await stack.enter_async_context(opening)
         is_free = await doctor.check_port(http)
+        doctor.check_risks(path)
         clients, _ = await stack.enter_async_context(open_chat(config))
         await doctor.check_clock(clients.values())
         for name, client in clients.items():

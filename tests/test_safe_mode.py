@@ -364,6 +364,39 @@ async def test_a_stranger_with_a_long_body_is_refused(server):
     assert (await server.wechat.post(body)).status == 413
 
 
+ENVELOPES = {
+    "<xml><ToUserName><![CDATA[gh_1]]></ToUserName><Encrypt><![CDATA[a+/=]]></Encrypt></xml>": "a+/=",
+    "<xml><Encrypt>a+/=</Encrypt></xml>": "a+/=",
+    "<xml>\n<Encrypt>\n<![CDATA[a+/=]]>\n</Encrypt>\n</xml>": "a+/=",
+    "<xml><Content><![CDATA[<Encrypt>b</Encrypt>]]></Content><Encrypt>a</Encrypt></xml>": "a",
+    "<xml><Encrypt>a": "a",
+    "<xml><Encrypt></Encrypt></xml>": "",
+    "<xml><Encrypt><![CDATA[]]></Encrypt></xml>": "",
+    "<xml><encrypt>a</encrypt></xml>": "",
+    "</Encrypt>a<Encrypt>": "",
+    "a": "",
+    "": "",
+}
+
+
+@pytest.mark.parametrize("body", ENVELOPES)
+def test_the_encrypted_part_is_found(body):
+    """Without parsing; nothing is found where nothing is."""
+    assert wxgpt.find_encrypted(body.encode()) == ENVELOPES[body]
+
+
+async def test_what_a_subscriber_wrote_is_no_envelope(server):
+    """In 兼容模式 a text about XML stands before the real one."""
+    stamp = {"timestamp": str(int(time.time())), "nonce": "4711"}
+    encrypted = server.wechat._crypt.encrypt(server.wechat.text(ANN, "/help").xml)
+    fields = server.wechat.text(ANN, "<Encrypt>x</Encrypt>").fields
+    signature = sign(TOKEN, *stamp.values(), encrypted)
+    response = await server.wechat.post(
+        render_xml(fields | {"Encrypt": encrypted}), msg_signature=signature, **stamp
+    )
+    assert (response.status, response.body[:14]) == (200, b"<xml><Encrypt>")
+
+
 async def test_copies_of_a_sealed_push_get_the_same_bytes(server, upstream):
     """The envelope around the one reply is always the same."""
     await server.ask("/chatgpt")
