@@ -587,10 +587,10 @@ async def test_strangers_cost_nobody_an_answer(serve, monkeypatch, mode):
 
 @pytest.mark.parametrize("sent", [0, 100, 60_000])
 async def test_a_refused_body_that_does_not_end_ends_its_line(server, sent):
-    """What is left of it has a second to come, then the connection is closed."""
+    """What is left of it has a second to come, not the ten that aiohttp gives."""
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     writer.write(unsigned(10**9, sent))
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(8):
         assert (await reader.readline()).split()[1] == b"403"
         await reader.read()  # to its end
     writer.close()
