@@ -599,6 +599,20 @@ def is_signed(token: str, signature: str, *values: str) -> bool:
     return hmac.compare_digest(expected, signature.encode("utf-8", "replace"))
 
 
+MARKS_IN_A_ROW = 30  # of Unicode's stream-safe format (UAX #15)
+LATE_MARKS = "\u0f73\u0f75\u0f81\uff9e\uff9f"  # become marks when they are normalised
+
+
+def stream_safe(text: str) -> str:
+    """Return text with long runs of combining marks cut: normalising is quadratic."""
+    kept, run = [], 0
+    for char in text:
+        run = run + 1 if unicodedata.combining(char) or char in LATE_MARKS else 0
+        if run <= MARKS_IN_A_ROW:
+            kept.append(char)
+    return "".join(kept)
+
+
 def read_xml(body: bytes) -> dict[str, str]:
     """Return the text fields of a push; raise BadMessage."""
     # Control characters that a subscriber pasted arrive as they are.
@@ -612,11 +626,14 @@ def read_xml(body: bytes) -> dict[str, str]:
     return {name: value for name, value in root.items() if isinstance(value, str)}
 
 
-def parse_envelope(body: bytes) -> str:
-    """Return the encrypted part of a push in safe mode; '' for anything else."""
-    with contextlib.suppress(BadMessage):
-        return read_xml(body).get("Encrypt", "")
-    return ""
+def find_encrypted(body: bytes) -> str:
+    """Return the encrypted part of a push in safe mode, without parsing; '' if none."""
+    # The last one: in 兼容模式 what a subscriber wrote stands before it.
+    _, tag, rest = body.rpartition(b"<Encrypt>")
+    value = rest.partition(b"</Encrypt>")[0].strip() if tag else b""
+    return (
+        value.removeprefix(b"<![CDATA[").removesuffix(b"]]>").decode(errors="replace")
+    )
 
 
 def parse_message(body: bytes) -> Message:
@@ -633,7 +650,7 @@ def parse_message(body: bytes) -> Message:
         msg_type=root["MsgType"].lower(),
         created=int(created) if re.fullmatch(r"[0-9]{1,12}", created) else 0,
         msg_id=root.get("MsgId", ""),
-        content=root.get("Content", ""),
+        content=stream_safe(root.get("Content", "")),
         event=root.get("Event", "").lower(),
         event_key=root.get("EventKey", ""),
         picture_url=root.get("PicUrl", ""),
@@ -2282,18 +2299,13 @@ IGNORED = re.compile(
 )
 ENTITY_OR_CHARACTER = re.compile(rf"{ENTITY}|.", re.DOTALL | re.IGNORECASE | re.ASCII)
 OPEN_ENTITY = re.compile(r"&[^;&]{0,33}\Z")  # none is longer
-MARKS_IN_A_ROW = 30  # of Unicode's stream-safe format (UAX #15)
 
 
 def compared(text: str) -> str:
     """Return a text as blocked words are compared with it."""
     text = re.sub(ENTITY, lambda entity: html.unescape(entity[0]), text, flags=re.I)
-    kept, marks = [], 0  # normalising a long run of combining marks is quadratic
-    for char in text:
-        marks = marks + 1 if unicodedata.combining(char) else 0
-        if marks <= MARKS_IN_A_ROW:
-            kept.append(char)
-    return IGNORED.sub("", unicodedata.normalize("NFKC", "".join(kept)).casefold())
+    form = unicodedata.normalize("NFKC", stream_safe(text)).casefold()
+    return IGNORED.sub("", form)
 
 
 def combines(before: str, after: str) -> bool:
@@ -2592,7 +2604,7 @@ class Turn:
 # and all of its SQL stands in it:
 #
 #   a message   what is known of it and of its sender: recall; its reply: save_reply,
-#               mark_delivered, mark_read; when it was signed: note_push
+#               mark_delivered, mark_read
 #   a session   start_, end_, touch_, reopen_session, lapsed_session; add_picture
 #   a turn      add_turn, questions_of_day, count_asking, save_texts, begin_anew,
 #               finish_turn; turn, turn_by_link, open_turns, newest_failed, turns_of;
@@ -2773,8 +2785,6 @@ class Store:
         self.run = self.batch.run
         self.close = self.batch.close
         self.is_wal_behind = False  # deleted text is still in the WAL
-        self.newest_push = 0  # newest timestamp of a signed push, seconds
-        self.saved_push = 0  # the one in the database, up to a minute older
         self.secret = b""  # keys the hashes under which questions are counted
 
     async def rows(self, query: str, **values: object) -> list:
@@ -2792,18 +2802,9 @@ class Store:
         for number, step in enumerate(steps[version:], version + 1):
             statements = [*split_statements(step), f"PRAGMA user_version = {number}"]
             await self.run([(statement, {}) for statement in statements])
-        [(newest, secret)] = await self.rows("SELECT newest_push, secret FROM platform")
-        self.newest_push = self.saved_push = newest
-        self.secret = secret
+        [(self.secret,)] = await self.rows("SELECT secret FROM platform")
 
     # A message and its reply
-
-    async def note_push(self, timestamp: int) -> None:
-        """Keep the newest timestamp of a signed push, written once a minute."""
-        self.newest_push = max(self.newest_push, timestamp)
-        if self.newest_push >= self.saved_push + 60:
-            self.saved_push = self.newest_push
-            await self.rows("UPDATE platform SET newest_push = :at", at=timestamp)
 
     async def recall(self, key: str, openid: str, now: float) -> Recalled:
         """Return what is stored about a message and its sender, in one hop."""
@@ -4125,6 +4126,42 @@ class MuteGuard:
         return True
 
 
+class ReplayGuard:
+    """Knows which signed requests are of now, and whose message came with a signature.
+
+    A query does not cover its body, and digits moved between timestamp and nonce leave
+    its signature right: so that belongs to one message. 100 pushes a second take 30 MB.
+    """
+
+    SECONDS = 600  # how far a timestamp may be off
+
+    def __init__(self, clock: Callable[[], float], warn: Callable[..., None]) -> None:
+        self.clock, self.warn = clock, warn  # the loop's clock; Bot.warn
+        self.began = time.time() - clock()  # the wall clock when that was 0
+        # A signature's message, hashed, for 20 to 30 minutes: timestamps may be ahead.
+        self.owners: collections.ChainMap[str, int] = collections.ChainMap()
+        self.next_map_at = clock()
+
+    def is_fresh(self, timestamp: str) -> bool:
+        """Say whether a timestamp is near our clock, or near it had it never jumped."""
+        signed = int(timestamp) if re.fullmatch("[0-9]{10}", timestamp) else -1e9
+        clocks = time.time(), self.began + self.clock()
+        seconds = min((now - signed for now in clocks), key=abs)
+        if abs(seconds) > self.SECONDS:
+            self.warn("stale push refused: our clock is %+.0f s off its time", seconds)
+        return abs(seconds) <= self.SECONDS
+
+    def is_first(self, signature: str, message: object) -> bool:
+        """Say whether no other message came with this signature before."""
+        if self.clock() >= self.next_map_at:
+            self.next_map_at = self.clock() + self.SECONDS
+            self.owners = collections.ChainMap({}, *self.owners.maps[:2])
+        is_its_own = self.owners.setdefault(signature, hash(message)) == hash(message)
+        if not is_its_own:
+            self.warn("replayed push refused: another message had its signature")
+        return is_its_own
+
+
 # ---------------------------------------------------------------------------
 # 10. The bot
 #
@@ -4138,6 +4175,7 @@ class MuteGuard:
 
 Command = Callable[["Bot", Delivery], Awaitable[str]]
 COMMANDS: dict[str, Command] = {}
+COMMAND_CHARS = 64  # what is longer is no command and no tap
 
 
 def command(name: str) -> Callable[[Command], Command]:
@@ -4151,8 +4189,9 @@ def command(name: str) -> Callable[[Command], Command]:
 
 
 def folded(text: str) -> str:
-    """Return text as commands are compared: full-width forms and case do not matter."""
-    return unicodedata.normalize("NFKC", text).strip().casefold()
+    """Return text as commands are compared, without width and case; '' if too long."""
+    is_short = len(text) <= COMMAND_CHARS
+    return unicodedata.normalize("NFKC", text).strip().casefold() if is_short else ""
 
 
 def find_command(text: str) -> Command | None:
@@ -4170,7 +4209,7 @@ def find_assistant(text: str, names: typing.Iterable[str]) -> tuple[str, str] | 
     if not folded(text[:1]).startswith("/"):
         return None
     for name in sorted(names, key=len, reverse=True):
-        wanted = "/" + folded(name)
+        wanted = folded("/" + name)
         for end in range(1, min(len(text), 2 * len(wanted)) + 1):
             if folded(text[:end]) == wanted:
                 return name, text[end:].strip()
@@ -4264,6 +4303,7 @@ class Bot:
         self.cipher = cipher
         self.tasks = Tasks()
         self.guard = MuteGuard(config.wechat.mute_guard)
+        self.replays = ReplayGuard(self.tasks.loop.time, self.warn)
         self.slots = asyncio.Semaphore(config.limits.at_once)  # first come first
         self.deliveries: dict[str, Delivery] = {}  # of the last minute, by message key
         self.turns: dict[int, Turn] = {}  # being written or waiting
@@ -4295,12 +4335,12 @@ class Bot:
         """Return a subscriber's state, new if nothing of theirs is in progress."""
         return self.subscribers.setdefault(openid, Subscriber())
 
-    def warn(self, words: str) -> None:
+    def warn(self, words: str, *values: object) -> None:
         """Log a warning, but not twice in a minute."""
         minute = int(self.tasks.loop.time() // 60)
         if self.warned.get(words) != minute:
             self.warned[words] = minute
-            log.warning("%s", words)
+            log.warning(words, *values)
 
     def tappable(self, text: str) -> str:
         """Return one of our own texts with the commands in it as taps."""
@@ -5394,47 +5434,23 @@ def sse_event(data: dict, event: str = "", number: str = "") -> bytes:
 # ---------------------------------------------------------------------------
 
 BOT = web.AppKey("bot", Bot)
-SIGNATURE_SECONDS = 600  # how far a push's timestamp may be off
 
 
-def is_fresh(bot: Bot, timestamp: str) -> bool:
-    """Say whether a signed timestamp is near our clock or near the newest push.
-
-    If only our clock is off, pushes stay accepted.
-    """
-    if not re.fullmatch(r"[0-9]{1,12}", timestamp):
-        return False
-    at, newest = int(timestamp), bot.store.newest_push
-    if abs(time.time() - at) <= SIGNATURE_SECONDS:
-        return True
-    if at < newest - SIGNATURE_SECONDS:
-        return False
-    bot.warn("our clock and WeChat's timestamps are more than ten minutes apart")
-    return True
-
-
-def is_from_wechat(bot: Bot, request: web.Request, encrypted: str = "") -> bool:
-    """Say whether a request is rightly signed and fresh.
-
-    In safe mode a push has a signature of its own, which covers what it encrypts.
-    """
-    query, sealed = request.query, (encrypted,) if encrypted else ()
+def is_from_wechat(request: web.Request, name: str, encrypted: str = "") -> bool:
+    """Say whether a request is rightly signed and of now; its body stays unread."""
+    bot, query = request.app[BOT], request.query
     timestamp, nonce = query.get("timestamp", ""), query.get("nonce", "")
-    signature = query.get("msg_signature" if sealed else "signature", "")
-    token = bot.config.wechat.token
-    if not is_signed(token, signature, timestamp, nonce, *sealed):
-        return False
-    if not is_fresh(bot, timestamp):
-        log.warning("a signed request with a stale timestamp was refused")
-        return False
-    return True
+    signature, token = query.get(name, ""), bot.config.wechat.token
+    is_right = is_signed(token, signature, timestamp, nonce, encrypted)
+    return is_right and bot.replays.is_fresh(timestamp)
 
 
 async def verify_url(request: web.Request) -> web.Response:
-    """Answer the console's verification with the echostr."""
-    bot = request.app[BOT]
-    if not is_from_wechat(bot, request):
-        bot.warn("verification with a wrong signature: is the token the same?")
+    """Answer the console's verification with the echostr; no push may be signed so."""
+    bot, is_right = request.app[BOT], is_from_wechat(request, "signature")
+    if not is_right:
+        bot.warn("verification with a wrong signature or time: is the token the same?")
+    if not (is_right and bot.replays.is_first(request.query["signature"], "GET")):
         return web.Response(status=403)
     log.info("verified by WeChat's console")
     return web.Response(text=request.query.get("echostr", ""))
@@ -5486,51 +5502,35 @@ async def answer_request(
     return response
 
 
-async def note_time(bot: Bot, timestamp: int) -> None:
-    """Note when a push was signed; if that cannot be stored, the push still counts."""
-    try:
-        await bot.store.note_push(timestamp)
-    except sqlite3.Error as error:
-        log.error("newest timestamp not stored: %s", error)
-
-
 BODY_SECONDS = 10.0  # how long a push's body may take to arrive
 
 
 async def read_push(request: web.Request) -> Message | web.Response:
     """Return the message of a rightly signed push, or the response to anything else."""
-    bot, encrypted = request.app[BOT], ""
-    if not bot.cipher and not is_from_wechat(bot, request):
-        return web.Response(status=403)
+    bot, refusal = request.app[BOT], web.Response(status=403)
+    if not is_from_wechat(request, "signature"):
+        return refusal
     try:
         async with asyncio.timeout(BODY_SECONDS):
             body = await request.read()
     except (TimeoutError, ConnectionResetError):  # stalled, or hung up in the middle
         return drop_connection(request)
     except web.RequestPayloadError:
-        body = b""  # torn or badly packed: nothing that can be read
-    except web.HTTPRequestEntityTooLarge:
-        # Too long to be opened, but the plain signature still shows a stranger.
-        if bot.cipher and not is_from_wechat(bot, request):
-            return web.Response(status=403)
-        raise
-    if bot.cipher:
-        encrypted = parse_envelope(body)
-        if not is_from_wechat(bot, request, encrypted):
-            return web.Response(status=403)
-        if not encrypted:
-            bot.warn(
-                "a push that is not encrypted was refused: is the console in 安全模式?"
-            )
-            return web.Response(status=403)
-    await note_time(bot, int(request.query["timestamp"]))
+        body = b""  # torn: nothing that can be read
     try:
         if bot.cipher:
-            body = bot.cipher.open(encrypted)
-        return parse_message(body)
+            sealed = find_encrypted(body)
+            if not sealed or not is_from_wechat(request, "msg_signature", sealed):
+                bot.warn("a push is not rightly encrypted: is the console in 安全模式?")
+                return refusal
+            body = bot.cipher.open(sealed)
+        message = parse_message(body)
     except BadMessage as error:
-        log.warning("unreadable push: %s", error)
+        bot.warn("unreadable push: %s", error)
         return web.Response(body=b"success")
+    same = message.key, message.msg_type, message.content  # on every attempt
+    is_first = bot.replays.is_first(request.query["signature"], same)
+    return message if is_first else refusal
 
 
 async def receive_message(request: web.Request) -> web.StreamResponse:
@@ -5552,22 +5552,20 @@ async def receive_message(request: web.Request) -> web.StreamResponse:
 def html_response(page: Page, status: int = 200) -> web.Response:
     """Return a page with the headers that keep it private."""
     headers = {
+        "Content-Type": "text/html; charset=utf-8",
         "Content-Security-Policy": page.policy,
         "Cache-Control": "no-store",
         "Referrer-Policy": "no-referrer",
         "X-Robots-Tag": "noindex",
         "X-Content-Type-Options": "nosniff",
     }
-    return web.Response(
-        text=page.html, status=status, content_type="text/html", headers=headers
-    )
+    return web.Response(text=page.html, status=status, headers=headers)
 
 
 def error_page(bot: Bot, status: int) -> web.Response:
     """Return the page of an unknown (404) or expired (410) link."""
-    texts = bot.texts
-    words = texts.page_expired if status == 410 else texts.page_missing
-    return html_response(render_error(texts, words), status)
+    words = bot.texts.page_expired if status == 410 else bot.texts.page_missing
+    return html_response(render_error(bot.texts, words), status)
 
 
 async def find_linked(request: web.Request) -> Turn | web.Response:
@@ -5601,6 +5599,11 @@ async def answer_page(request: web.Request) -> web.Response:
 
 PING_SECONDS = 15.0  # how long a live page's stream may be silent
 FOLLOW_SECONDS = 0.1  # pause between two events of new text
+EVENT_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-store",
+    "X-Accel-Buffering": "no",
+}
 
 
 async def follow(bot: Bot, turn: Turn, last: str) -> AsyncIterator[bytes]:
@@ -5641,13 +5644,7 @@ async def answer_events(request: web.Request) -> web.StreamResponse:
     turn = bot.turns.get(found.id) or await bot.store.turn(found.id)  # if it has ended
     if turn is None:  # deleted meanwhile
         return error_page(bot, 404)
-    response = web.StreamResponse(
-        headers={
-            "Content-Type": "text/event-stream; charset=utf-8",
-            "Cache-Control": "no-store",
-            "X-Accel-Buffering": "no",
-        }
-    )
+    response = web.StreamResponse(headers=EVENT_HEADERS)
     with contextlib.suppress(ConnectionResetError):
         await response.prepare(request)
         last = request.headers.get("Last-Event-ID", "")
@@ -5657,10 +5654,10 @@ async def answer_events(request: web.Request) -> web.StreamResponse:
     return response
 
 
-def number_in(request: web.Request, name: str) -> int | None:
-    """Return a number of the query; None if it is missing or made up."""
+def number_in(request: web.Request, name: str, missing: int) -> int:
+    """Return a number of the query, or another if it is missing or made up."""
     value = request.query.get(name, "")
-    return int(value) if re.fullmatch(r"[0-9]{1,15}", value) else None
+    return int(value) if re.fullmatch(r"[0-9]{1,15}", value) else missing
 
 
 async def history_page(request: web.Request) -> web.Response:
@@ -5672,15 +5669,14 @@ async def history_page(request: web.Request) -> web.Response:
     openid, expires_at = owner
     if time.time() > expires_at:
         return error_page(bot, 410)
-    only, below = number_in(request, "only"), number_in(request, "before")
-    if only is not None:
+    if (only := number_in(request, "only", -1)) >= 0:
         turns = await bot.store.turns_of(openid, only + 1, 1)
         turns = [turn for turn in turns if turn.id == only]
     else:
-        below = 2**62 if below is None else below
+        below = number_in(request, "before", 2**62)
         turns = await bot.store.turns_of(openid, below, HISTORY_COUNT + 1)
     older = f"?before={turns[HISTORY_COUNT - 1].id}" if turns[HISTORY_COUNT:] else ""
-    page = (bot.texts, turns[:HISTORY_COUNT], older, only is None)
+    page = (bot.texts, turns[:HISTORY_COUNT], older, only < 0)
     return html_response(await asyncio.to_thread(render_history, *page))
 
 
@@ -5698,8 +5694,7 @@ PROBE_PATH = "/healthz/stream"
 
 async def probe_stream(request: web.Request) -> web.StreamResponse:
     """Send two events half a second apart: `check` sees if a proxy buffers."""
-    response = web.StreamResponse(headers={"X-Accel-Buffering": "no"})
-    response.content_type = "text/event-stream"
+    response = web.StreamResponse(headers=EVENT_HEADERS)
     await response.prepare(request)
     await response.write(sse_event({"event": 1}))
     await asyncio.sleep(0.5)
@@ -5778,17 +5773,13 @@ def make_blocked(config: Config) -> BlockedWords:
 @contextlib.asynccontextmanager
 async def open_bot(config: Config) -> AsyncIterator[Bot]:
     """Open everything that lives as long as the process, closed in reverse order."""
-    store = await open_store(config.database.path)
-    try:
-        async with open_chat(config) as (chat, pictures):
-            blocked, cipher = make_blocked(config), make_cipher(config)
-            bot = Bot(config, store, chat, pictures, blocked, cipher)
-            try:
-                yield bot
-            finally:
-                await bot.close()
-    finally:
-        await store.close()
+    async with contextlib.AsyncExitStack() as stack:
+        store = await open_store(config.database.path)
+        stack.push_async_callback(store.close)
+        chat = await stack.enter_async_context(open_chat(config))
+        bot = Bot(config, store, *chat, make_blocked(config), make_cipher(config))
+        stack.push_async_callback(bot.close)
+        yield bot
 
 
 def make_app(bot: Bot) -> web.Application:
@@ -5796,19 +5787,16 @@ def make_app(bot: Bot) -> web.Application:
     app = web.Application(client_max_size=BODY_BYTES)
     app[BOT] = bot
     path = bot.config.server.path.rstrip("/")
-    app.add_routes(
-        [
-            web.get(path, verify_url),
-            web.get(path + "/", verify_url),
-            web.post(path, receive_message),
-            web.post(path + "/", receive_message),
-            web.get("/a/{key}", answer_page),
-            web.get("/a/{key}/events", answer_events),
-            web.get("/h/{key}", history_page),
-            web.get("/healthz", health),
-            web.get(PROBE_PATH, probe_stream),
-        ]
-    )
+    routes = [
+        web.get(path + "{slash:/?}", verify_url),
+        web.post(path + "{slash:/?}", receive_message),
+        web.get("/a/{key}", answer_page),
+        web.get("/a/{key}/events", answer_events),
+        web.get("/h/{key}", history_page),
+        web.get("/healthz", health),
+        web.get(PROBE_PATH, probe_stream),
+    ]
+    app.add_routes(routes)
     app.on_response_prepare.append(hide_server)
     return app
 
@@ -5818,20 +5806,17 @@ def sd_notify(state: str, *descriptors: int) -> None:
 
     See sd_notify(3). Nothing is sent, and nothing fails, if systemd does not listen.
     """
-    address = os.environ.get("NOTIFY_SOCKET", "")
+    address = re.sub("^@", "\0", os.environ.get("NOTIFY_SOCKET", ""))  # @: abstract
     if not address:
         return
-    if address.startswith("@"):  # an abstract socket
-        address = "\0" + address[1:]
-    with (
-        contextlib.suppress(OSError),
-        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out,
-    ):
+    kind = socket.AF_UNIX, socket.SOCK_DGRAM
+    with contextlib.suppress(OSError), socket.socket(*kind) as out:
         out.connect(address)
         socket.send_fds(out, [state.encode()], descriptors)
 
 
 BACKLOG = 1024  # connections that may wait in the socket during a restart
+UNREAD_BYTES = 16 * 1024  # of a connection; 1,000 with long bodies at once take 70 MB
 SD_FIRST_DESCRIPTOR = 3  # the first one that systemd passes on; sd_listen_fds(3)
 
 
@@ -5857,6 +5842,7 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error
         raise OSError(f"cannot listen on {host} port {port}: {reason}") from None
+    new.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, UNREAD_BYTES)
     sd_notify("FDSTORE=1\nFDNAME=listen", new.fileno())
     return new
 
@@ -5895,6 +5881,8 @@ async def open_server(config: Config) -> AsyncIterator[tuple[Bot, int]]:
             make_app(bot),
             access_log=None,
             handler_cancellation=True,  # ends a hung-up request; its work goes on
+            auto_decompress=False,  # WeChat compresses nothing; bombs stay shut
+            lingering_time=1.0,  # for what is left of a refused request's body
             # aiohttp waits this long twice for a client that does not read; in all, a
             # shutdown takes less than ten seconds.
             shutdown_timeout=GRACE_SECONDS + LINGER_SECONDS,
@@ -5920,14 +5908,10 @@ class JournalFormatter(logging.Formatter):
 
     PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 
-    def __init__(self, is_journal: bool) -> None:
-        super().__init__("%(message)s")
-        self.is_journal = is_journal
-
     def format(self, record: logging.LogRecord) -> str:
         """Return the text of a record; each line of a traceback has its priority."""
         text = super().format(record)
-        if not self.is_journal:
+        if "JOURNAL_STREAM" not in os.environ:
             return f"{time.strftime('%H:%M:%S')} {record.levelname.lower()} {text}"
         priority = self.PRIORITIES.get(record.levelname, 5)
         return "\n".join(f"<{priority}>{line}" for line in text.split("\n"))
@@ -5936,7 +5920,7 @@ class JournalFormatter(logging.Formatter):
 def set_up_log() -> None:
     """Send the log to stderr."""
     handler = logging.StreamHandler()
-    handler.setFormatter(JournalFormatter("JOURNAL_STREAM" in os.environ))
+    handler.setFormatter(JournalFormatter())
     # No line shows these, so do not look them up (Logging HOWTO, Optimization).
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
@@ -5986,12 +5970,28 @@ def print_error(error: object) -> None:
     print(f"{priority}wxgpt: {error}", file=sys.stderr)
 
 
-def serve_command(config: Config) -> int:
+def find_risks(config: Config, path: str, user: int) -> Iterator[tuple[str, str, str]]:
+    """Yield where others may get in if `user` serves: the place, why, how to fix it."""
+    # systemd lets nobody else into its folder of credentials.
+    is_credential = os.path.dirname(path) == os.environ.get("CREDENTIALS_DIRECTORY")
+    if os.stat(path).st_mode & 0o077 and not is_credential:
+        yield "settings", f"others on this machine can read {path}", f"chmod 600 {path}"
+    if user == 0:
+        yield "user", "root serves", "use wxgpt.service, which has a user of its own"
+    near = r"http://(localhost|127\.[\d.]+|\[::1\])([:/].*)?|https://.*"
+    if not config.wechat.aes_key and not re.fullmatch(near, config.public_url):
+        found = "http:// in 明文模式: who is on the way can read pushes and repeat them"
+        yield "public_url", found, "https://, or 安全模式 (app_id and aes_key)"
+
+
+def serve_command(config: Config, path: str) -> int:
     """Run the server; return the exit status."""
     load_pages()
     set_up_log()
     for line in effective_settings(config):
         log.info("%s", line)
+    for risk in find_risks(config, path, os.geteuid()):
+        log.warning("%s: %s; better: %s", *risk)
     try:
         asyncio.run(run_server(config))
     except (StoreError, OSError) as error:
@@ -6056,12 +6056,12 @@ def run_command(words: list[str]) -> int:
     if arguments.command == "check":
         from owner.check import run_check
 
-        return asyncio.run(run_check(config, os.environ))
+        return asyncio.run(run_check(config, os.environ, arguments.config))
     if arguments.command == "stats":
         from owner.stats import stats_command
 
         return stats_command(config, arguments.days, arguments.full, arguments.json)
-    return serve_command(config)
+    return serve_command(config, arguments.config)
 
 
 def main() -> int:

@@ -99,6 +99,12 @@ def toml(table: dict[str, Any], name: str = "") -> str:
     return "\n".join(lines)
 
 
+def write_settings(path: pathlib.Path, table: dict[str, Any]) -> None:
+    """Write settings as an owner should: readable for nobody else."""
+    path.touch(0o600)
+    path.write_text(toml(table), "utf-8")
+
+
 def merged(table: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """Return nested tables with the other's values in place of the first's."""
     result = dict(table)
@@ -247,7 +253,7 @@ async def serve(
 
         async def start(**changes: Any) -> Server:
             path = tmp_path / "wxgpt.toml"
-            path.write_text(toml(merged(settings, changes)), "utf-8")
+            write_settings(path, merged(settings, changes))
             config = wxgpt.load_config(path)
             opened = wxgpt.open_server(config)
             bot, port = await stack.enter_async_context(opened)
@@ -370,7 +376,7 @@ async def spawn(
         async def start(**changes: Any) -> tuple[Server, Process]:
             changes = merged({"server": {"port": free_port()}}, changes)
             port, path = changes["server"]["port"], tmp_path / "wxgpt.toml"
-            path.write_text(toml(merged(settings, changes)), "utf-8")
+            write_settings(path, merged(settings, changes))
             process = Process(path, port)
             await process.start()
             stack.push_async_callback(process.kill)
@@ -404,7 +410,7 @@ async def install(
         async def put(**changes: Any) -> tuple[Server, machine.Unit]:
             table = {"server": {"port": PORT}, "database": {"path": ""}}
             table = merged(merged(settings, table), changes)
-            write_settings(container, table)
+            write_settings(container.settings, table)
             unit = await stack.enter_async_context(container.follow("wxgpt.service"))
             return await stack.enter_async_context(platform(PORT, **PATIENT)), unit
 
@@ -421,9 +427,3 @@ async def start(install: Callable[..., Any]) -> Callable[..., Any]:
         return server, unit
 
     return started
-
-
-def write_settings(container: machine.Container, table: dict[str, Any]) -> None:
-    """Write the settings where LoadCredential finds them, readable for root alone."""
-    container.settings.touch(0o600)
-    container.settings.write_text(toml(table), "utf-8")
