@@ -67,6 +67,7 @@ import asyncio
 import base64
 import bisect
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -77,6 +78,7 @@ import hashlib
 import hmac
 import html
 import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -137,8 +139,11 @@ BEIJING = datetime.timezone(datetime.timedelta(hours=8))
 # WeChat delivers a sticker as one of these texts (from reports to many projects).
 STICKER_TEXTS = ("【收到不支持的消息类型，暂无法显示】", "[Unsupported Message]")
 
-# What XML 1.0 cannot contain, lone surrogates included; WeChat shows an error for it.
-ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+# What no text of others keeps: what XML 1.0 cannot contain, lone surrogates included
+# (WeChat shows an error for it), and Unicode's characters for internal use: our links.
+ILLEGAL = re.compile(
+    "[^\t\n\r\x20-\ud7ff\ue000-\ufdcf\ufdf0-\ufffd\U00010000-\U0010ffff]"
+)
 
 
 # ---------------------------------------------------------------------------
@@ -584,10 +589,31 @@ def is_signed(token: str, signature: str, *values: str) -> bool:
     return hmac.compare_digest(expected, signature.encode("utf-8", "replace"))
 
 
+MARKS_IN_A_ROW = 30  # combining ones, of Unicode's stream-safe format (UAX #15)
+RARE_RUN = re.compile(f"[^\0-\u02ff\u3100-\u9fff\uac00-\ud7a3]{{{MARKS_IN_A_ROW},}}.")
+
+
+def stream_safe(text: str) -> str:
+    """Return text without what is over 30 combining marks in a row.
+
+    Unicode's normalising sorts them, in the square of their number.
+    """
+
+    def shorter(run: re.Match[str]) -> str:
+        kept, marks = [], 0
+        for char in run[0]:
+            marks = marks + 1 if unicodedata.combining(char) else 0
+            if marks <= MARKS_IN_A_ROW:
+                kept.append(char)
+        return "".join(kept)
+
+    return RARE_RUN.sub(shorter, text)
+
+
 def read_xml(body: bytes) -> dict[str, str]:
     """Return the text fields of a push; raise BadMessage."""
     # Control characters that a subscriber pasted arrive as they are.
-    text = ILLEGAL.sub("", body.decode("utf-8", "ignore"))
+    text = stream_safe(ILLEGAL.sub("", body.decode("utf-8", "ignore")))
     try:
         root = xmltodict.parse(text).get("xml")
     except (ExpatError, ValueError) as error:
@@ -680,7 +706,7 @@ class Cipher:
 
 def cdata(text: str) -> str:
     """Return text as XML character data that WeChat's parser reads."""
-    clean = ILLEGAL.sub("", text).replace("]]>", "]]]]><![CDATA[>")
+    clean = ILLEGAL.sub("\ufffd", text).replace("]]>", "]]]]><![CDATA[>")
     return f"<![CDATA[{clean}]]>"
 
 
@@ -702,9 +728,41 @@ def size_of(text: str) -> int:
     return len(text.encode())
 
 
-def escape_links(text: str) -> str:
-    """Return text in which WeChat finds no link: only our own may be tapped."""
-    return re.sub(r"<(?=/?a)", "<\u200b", text, flags=re.IGNORECASE)
+# Our links are made of these until a reply leaves: nobody else can write them.
+LINK_BEGIN, LINK_WORDS, LINK_END = "\ufdd0", "\ufdd1", "\ufdd2"
+OUR_LINK = re.compile(
+    f"{LINK_BEGIN}([^\ufdd0-\ufdd2]*){LINK_WORDS}([^\ufdd0-\ufdd2]*){LINK_END}"
+)
+ANCHOR = re.compile(r"""(?is)<a\s[^<>]*?href=(["'])(.*?)\1[^<>]*>(.*?)</a>""")
+
+
+def web_link(words: str, url: str) -> str:
+    """Return a link that opens a page; `outgoing` writes it as WeChat reads it."""
+    return f"{LINK_BEGIN}{url}{LINK_WORDS}{words}{LINK_END}"
+
+
+def with_links(text: str) -> str:
+    """Return a text of the owner's with its HTML links as links of ours."""
+    return ANCHOR.sub(lambda link: web_link(link[3], link[2]), text)
+
+
+def outgoing(text: str) -> str:
+    """Return a reply's text as it is sent: our own links in it, and no others.
+
+    Nothing is removed or decoded behind this gate, which could join others' characters
+    to a link.
+    """
+    kept, at = [], 0
+    for link in OUR_LINK.finditer(text):
+        anchor = f'<a href="{ILLEGAL.sub("", link[1])}">{no_link(link[2])}</a>'
+        kept += [no_link(text[at : link.start()]), anchor]
+        at = link.end()
+    return "".join([*kept, no_link(text[at:])])
+
+
+def no_link(text: str) -> str:
+    """Return text in which WeChat finds no link, and our XML nothing illegal."""
+    return re.sub(r"(?i)<(?=/?a)", "<\u200b", ILLEGAL.sub("", text))
 
 
 def tap_link(words: str, content: str = "") -> str:
@@ -714,23 +772,17 @@ def tap_link(words: str, content: str = "") -> str:
     and ignores links whose msgmenuid is empty.
     """
     sent = re.sub(r"[^\w()./_-]", "", content or words)
-    return (
-        f'<a href="weixin://bizmsgmenu?msgmenucontent={sent}&msgmenuid=1">{words}</a>'
-    )
+    return web_link(words, f"weixin://bizmsgmenu?msgmenucontent={sent}&msgmenuid=1")
 
 
 def with_taps(text: str, names: typing.Iterable[str]) -> str:
     """Return one of our own texts with each `/NAME` in it as a tap."""
+    text = with_links(text)
     longest_first = sorted(map(re.escape, names), key=len, reverse=True)
-    pattern = rf"(?<![\w/\"'=.>])/(?:{'|'.join(longest_first)})(?![\w/.])"
+    pattern = rf"(?<![\w/\"'=.>{LINK_WORDS}])/(?:{'|'.join(longest_first)})(?![\w/.])"
     # ASCII, so that \w is no Chinese character: Chinese puts no spaces around a name.
     flags = re.ASCII | re.IGNORECASE
     return re.sub(pattern, lambda match: tap_link(match[0]), text, flags=flags)
-
-
-def web_link(words: str, url: str) -> str:
-    """Return a link that opens a page."""
-    return f'<a href="{url}">{words}</a>'
 
 
 # ---------------------------------------------------------------------------
@@ -2082,7 +2134,7 @@ class ChatWriter:
 
 # --- The chat text of an answer
 
-MAX_UNREAD = 8_000  # characters: most answers are shorter, and read when asked for
+MAX_UNREAD = 2000  # characters: what is asked for at once takes a few milliseconds
 MAX_HEADINGS = 2000  # characters of headings in a row that go with what follows
 # Lines that no part may end with: headings and list marks go with what follows.
 LEADING = re.compile(r"[ │•]*(?:【[^\n]*】|\d{1,4}[.)、）]|[•☐☑│])")
@@ -2090,14 +2142,16 @@ LEADING = re.compile(r"[ │•]*(?:【[^\n]*】|\d{1,4}[.)、）]|[•☐☑│
 
 def end_before_leading(text: str) -> int:
     """Return where a text ends without the headings and list marks at its end."""
-    end = len(text)
-    while end > len(text) - MAX_HEADINGS:
-        last = len(text[:end].rstrip())
-        begin = text.rfind("\n", 0, last) + 1
-        if not LEADING.fullmatch(text, begin, last):
-            return end
+    before = max(0, len(text) - 2 * MAX_HEADINGS)
+    end_of = text[before:]
+    end = len(end_of)
+    while end > len(end_of) - MAX_HEADINGS:
+        last = len(end_of[:end].rstrip())
+        begin = end_of.rfind("\n", 0, last) + 1
+        if not LEADING.fullmatch(end_of, begin, last):
+            return before + end
         end = begin
-    return end if end <= 0 else len(text)
+    return before + end if before + end <= 0 else len(text)
 
 
 class ChatText:
@@ -2108,20 +2162,20 @@ class ChatText:
         self.kinds: collections.Counter[str] = collections.Counter()  # of its tokens
         self.unread = markdown  # read in bulk: the text is rarely asked for
         self.shown = ""
+        self.stable: str | None = ""  # what of that is final; None: not known
 
     def feed(self, delta: str) -> None:
         """Add what the model has written."""
         self.unread += delta
         if len(self.unread) > MAX_UNREAD:  # or too much work would come at once
-            self.read(MAX_UNREAD - MAX_WINDOW)
+            self.read()
 
-    def read(self, left: int) -> None:
-        """Read what has been added, except for the last `left` characters."""
-        end = max(0, len(self.unread) - left)
-        for begin in range(0, end, MAX_WINDOW):
-            self.reader.feed(self.unread[begin : min(end, begin + MAX_WINDOW)])
+    def read(self) -> None:
+        """Read what has been added."""
+        for begin in range(0, len(self.unread), MAX_WINDOW):
+            self.reader.feed(self.unread[begin : begin + MAX_WINDOW])
             self.write()  # the tokens take far more memory than the text
-        self.unread = self.unread[end:]
+        self.unread = ""
 
     def write(self) -> None:
         """Write what has been read."""
@@ -2129,20 +2183,25 @@ class ChatText:
             self.writer.write(token)
             self.kinds.update([token.type, *(t.type for t in token.children or [])])
         self.reader.tokens.clear()
-        self.shown += "".join(self.writer.out)
+        if self.writer.out:
+            self.shown += "".join(self.writer.out)
+            self.stable = None
         self.writer.out.clear()
 
     def text(self, has_ended: bool) -> str:
         """Return the chat text; while the answer grows, the part that is final."""
-        self.read(0)
+        self.read()
         if has_ended:
             self.reader.finish()
             self.write()
-        return self.shown if has_ended else self.shown[: end_before_leading(self.shown)]
+            return self.shown
+        if self.stable is None:
+            self.stable = self.shown[: end_before_leading(self.shown)]
+        return self.stable
 
     def has_more_on_page(self) -> bool:
         """Say whether the page shows more: code, a table, formulas, pictures, links."""
-        self.read(0)
+        self.read()
         shown = {"table_open", "code_open", "image", "math_inline", "math_block"}
         is_long = self.kinds["heading_open"] >= 2 or self.kinds["link_open"] >= 3
         return is_long or not shown.isdisjoint(self.kinds)
@@ -2245,18 +2304,13 @@ IGNORED = re.compile(
 )
 ENTITY_OR_CHARACTER = re.compile(rf"{ENTITY}|.", re.DOTALL | re.IGNORECASE | re.ASCII)
 OPEN_ENTITY = re.compile(r"&[^;&]{0,33}\Z")  # none is longer
-MARKS_IN_A_ROW = 30  # of Unicode's stream-safe format (UAX #15)
 
 
 def compared(text: str) -> str:
     """Return a text as blocked words are compared with it."""
     text = re.sub(ENTITY, lambda entity: html.unescape(entity[0]), text, flags=re.I)
-    kept, marks = [], 0  # normalising a long run of combining marks is quadratic
-    for char in text:
-        marks = marks + 1 if unicodedata.combining(char) else 0
-        if marks <= MARKS_IN_A_ROW:
-            kept.append(char)
-    return IGNORED.sub("", unicodedata.normalize("NFKC", "".join(kept)).casefold())
+    normal = unicodedata.normalize("NFKC", stream_safe(text))
+    return IGNORED.sub("", normal.casefold())
 
 
 def combines(before: str, after: str) -> bool:
@@ -2273,7 +2327,7 @@ def clusters(text: str) -> Iterator[str]:
     """Yield each character, or entity, with the marks that change it."""
     cluster = ""
     for sign in ENTITY_OR_CHARACTER.findall(text):
-        if cluster and not combines(cluster, sign):
+        if len(cluster) > MARKS_IN_A_ROW or cluster and not combines(cluster, sign):
             yield cluster
             cluster = ""
         cluster += sign
@@ -2297,7 +2351,7 @@ class BlockedWords:
             return
         lines = pathlib.Path(self.path).read_text("utf-8-sig").splitlines()
         words = (line for line in lines if not line.lstrip().startswith("#"))
-        self.words = set(map(compared, words)) - {""}
+        self.words = set(compared("\0".join(words)).split("\0")) - {""}
         self.lengths = collections.defaultdict(set)
         for word in self.words:
             self.lengths[word[0]].add(len(word))
@@ -2327,6 +2381,13 @@ class WordGuard:
         # Clusters held back, with their lengths as compared; `form` is all of them.
         self.held: collections.deque[tuple[str, int]] = collections.deque()
         self.form = ""
+        self.seen = {"chat": "", "page": ""}  # the ends of what they show, as compared
+
+    def sees(self, where: str, text: str) -> bool:
+        """Say whether a blocked word is in what is shown, of which this is new."""
+        form = compared(self.seen[where] + text)
+        self.seen[where] = form[-self.blocked.longest :]
+        return self.blocked.are_in_form(form)
 
     def feed(self, delta: str, is_end: bool = False) -> tuple[str, bool]:
         """Return what may be shown now, and whether a blocked word came."""
@@ -2353,9 +2414,9 @@ class WordGuard:
 
 
 def excerpt(text: str, length: int = 12) -> str:
-    """Return the first characters of a question in one line, harmless."""
+    """Return the first characters of a question in one line."""
     line = " ".join(text.split())
-    return escape_links(line if len(line) <= length else line[:length] + "…")
+    return line if len(line) <= length else line[:length] + "…"
 
 
 # ---------------------------------------------------------------------------
@@ -2437,28 +2498,27 @@ class Ending:
     tokens_out: int | None
 
 
+TEXT_END = re.compile(rf"\n|{SENTENCE_END.pattern}")
+
+
 def markdown_length(markdown: str, chat_length: int) -> int:
-    """Return how much of a text shows no more than so much of its chat text."""
+    """Return how much of a text shows no more than so much of its chat text.
+
+    It ends with a line or sentence; a dozen readings of it find which.
+    """
 
     def length(end: int) -> int:
         return len(chat_text(markdown[:end]))
 
-    chat, begin, line = ChatText(), 0, ""  # of the last line that may fit
-    for following in markdown.splitlines(keepends=True):
-        begin, line = begin + len(line), following
-        chat.feed(line)
-        if len(chat.text(has_ended=False)) > chat_length:
-            break
-    ends = [begin, *(begin + found.end() for found in SENTENCE_END.finditer(line))]
-    ends.append(begin + len(line))
-    end = ends[bisect.bisect_right(ends, chat_length, lo=1, key=length) - 1]
-    # A mark that is open shows more than the same mark once it is closed.
-    while end > 0 and length(end) > chat_length:
-        end = markdown.rfind("\n", 0, end)
-    return max(0, end)
+    most = 2 * chat_length + 100
+    while most < len(markdown) and length(most) <= chat_length:
+        most *= 2
+    ends = [0, *(found.end() for found in TEXT_END.finditer(markdown, 0, most))]
+    if most >= len(markdown):
+        ends.append(len(markdown))
+    return ends[bisect.bisect_right(ends, chat_length, lo=1, key=length) - 1]
 
 
-LONG_CHARS = 10_000  # of an answer take some ten milliseconds to read
 SENTENCE_SIGN = re.compile(r"[。！？…!?.\n]")
 
 
@@ -2505,6 +2565,11 @@ class Turn:
         return f"turn={self.id} msg={self.msg_key.split()[1]} from={self.openid[:8]}"
 
     @property
+    def chars(self) -> int:
+        """Return how long question and answer are."""
+        return len(self.question) + len(self.answer)
+
+    @property
     def is_open(self) -> bool:
         """Say whether it is still being written, or waits to be."""
         return self.state == "open"
@@ -2520,23 +2585,15 @@ class Turn:
 
     def has_part(self, start: int) -> bool:
         """Say whether a reply from `start` on is full, or the answer has ended."""
-        return not self.is_open or size_of(self.shown()[start:]) > REPLY_BYTES
+        if not self.is_open:
+            return True
+        return size_of(self.shown()[start : start + REPLY_BYTES + 1]) > REPLY_BYTES
 
-    async def read(self) -> "Turn":
-        """Read the answer that came with the row; return the turn.
-
-        A long one is read in a thread: it takes up to a second, and pushes cannot wait.
-        """
-        if len(self.answer) > LONG_CHARS:
-            await asyncio.to_thread(self.replace_text, self.answer)
-        else:
-            self.replace_text(self.answer)
-        return self
-
-    def replace_text(self, text: str) -> None:
-        """Take another text in place of what was written."""
-        self.answer, self.chat = text, ChatText(text)
+    def read(self) -> "Turn":
+        """Read the answer that came with the row; return the turn. May take seconds."""
+        self.chat = ChatText(self.answer)
         self.shown()
+        return self
 
     def append(self, delta: str) -> None:
         """Add a delta."""
@@ -2551,22 +2608,15 @@ class Turn:
             self.news.look()
         self.deltas.look()
 
-    def restart(self, text: str = "") -> None:
+    def restart(self) -> None:
         """Begin a new writing, after one of which nothing was sent."""
         self.writing = secrets.token_hex(4)
-        self.replace_text(text)
+        self.answer, self.chat = "", ChatText()
         self.deltas.look()
 
-    def drop_thought(self) -> None:
-        """Drop a leading thought when the server omitted <think>."""
-        is_left = "</think>" in self.answer and "<think>" not in self.answer
-        if is_left and not self.stops:
-            self.restart(self.answer.partition("</think>")[2].lstrip())
-
-    def withhold(self) -> None:
-        """Take back what was not sent in a reply."""
-        sent = max(self.stops.values(), default=0)
-        self.replace_text(self.answer[: markdown_length(self.answer, sent)])
+    def as_sent(self, text: str) -> str:
+        """Return what of a text was sent in replies."""
+        return text[: markdown_length(text, max(self.stops.values(), default=0))]
 
     def finish(self, state: str, reason: str | None = None) -> None:
         """End the answer; everybody who waits learns of it."""
@@ -2749,6 +2799,9 @@ Recalled = tuple[
 PICTURE_SECONDS = 600  # a picture waits so long for its question
 REPLY_HOURS = 24  # for how long a later copy of a message gets the same reply
 LAPSE_SECONDS = 24 * 3600  # for how long it is mentioned that a session ran out
+
+
+PAGE_CHARS = 100_000  # of questions and answers on a page of the history
 
 
 class Store:
@@ -3077,13 +3130,24 @@ class Store:
         return None
 
     async def turns_of(self, openid: str, before: int, count: int) -> list[Turn]:
-        """Return a subscriber's turns below an id, newest first."""
+        """Return a subscriber's turns below an id, newest first.
+
+        The last one is that in which their characters exceed PAGE_CHARS.
+        """
+        query = """
+            SELECT id, length(question) + length(answer) FROM turn
+            WHERE openid = :openid AND id < :before ORDER BY id DESC LIMIT :count
+        """
+        values, first, chars = {"openid": openid, "before": before}, before, 0
+        for turn_id, size in await self.rows(query, count=count, **values):
+            if chars > PAGE_CHARS:
+                break
+            first, chars = turn_id, chars + size
         query = """
             SELECT * FROM exchange WHERE openid = :openid AND id < :before
-            ORDER BY id DESC LIMIT :count
+            AND id >= :first ORDER BY id DESC
         """
-        rows = await self.rows(query, openid=openid, before=before, count=count)
-        return [Turn(*row) for row in rows]
+        return [Turn(*row) for row in await self.rows(query, first=first, **values)]
 
     # Parts
 
@@ -3535,6 +3599,11 @@ ANSWER_CHARS = 200_000  # an answer that goes on and on is cut there
 USAGE_SECONDS = 2  # how long a complete answer waits for its usage
 
 
+def json_bytes(body: dict) -> bytes:
+    """Return the JSON of a request, made in pieces so that other threads can run."""
+    return b"".join(piece.encode() for piece in json.JSONEncoder().iterencode(body))
+
+
 class ChatClient:
     """One assistant's chat API. Any number of answers may stream at the same time."""
 
@@ -3567,8 +3636,11 @@ class ChatClient:
             body = self.request_body(messages)
             response = await self.http.post(
                 self.url,
-                json=body,
-                headers={"Authorization": f"Bearer {self.settings.api_key.strip()}"},
+                data=io.BytesIO(await asyncio.to_thread(json_bytes, body)),
+                headers={
+                    "Authorization": f"Bearer {self.settings.api_key.strip()}",
+                    "Content-Type": "application/json",
+                },
                 proxy=self.settings.proxy or None,
                 allow_redirects=False,
             )
@@ -3652,6 +3724,7 @@ class ChatClient:
 PICTURE_BYTES = 4 * 1024 * 1024  # a third more in a request, as base64
 PICTURE_FETCHES = 3  # at the same time, for all subscribers
 PICTURE_TIMEOUT = 20  # seconds for one picture
+PICTURES_BYTES = 8 * PICTURE_BYTES  # of questions that are being answered, in all
 MAGIC = {
     "image/jpeg": rb"\xff\xd8\xff",
     "image/png": rb"\x89PNG\r\n\x1a\n",
@@ -3660,12 +3733,47 @@ MAGIC = {
 }
 
 
+def data_url(body: bytes) -> str:
+    """Return a picture as a data URL; raise ChatError."""
+    for kind, magic in MAGIC.items():
+        if re.match(magic, body, re.DOTALL):
+            return f"data:{kind};base64,{base64.b64encode(body).decode()}"
+    raise ChatError("picture", "neither JPEG, PNG, GIF nor WebP")
+
+
 class Pictures:
     """Fetches subscribers' pictures, from WeChat's hosts only, a few at a time."""
 
     def __init__(self, hosts: tuple[str, ...], http: aiohttp.ClientSession) -> None:
         self.hosts, self.http = hosts, http
         self.slots = asyncio.Semaphore(PICTURE_FETCHES)
+        self.room = PICTURES_BYTES  # that is left
+        self.news = asyncio.Condition()  # there is more room
+
+    @contextlib.asynccontextmanager
+    async def fetch_all(self, urls: list[str]) -> AsyncIterator[list[str]]:
+        """Give a question's pictures as data URLs, once there is room; raise ChatError.
+
+        Inside the block they take their room.
+        """
+        size = len(urls) * PICTURE_BYTES
+        async with self.news:
+            await self.news.wait_for(lambda: self.room >= size)
+            self.room -= size
+        try:
+            pictures = await asyncio.gather(*map(self.fetch, urls))
+            spare = size - sum(map(len, pictures)) * 3 // 4
+            await self.give_back(spare)
+            size -= spare
+            yield pictures
+        finally:
+            await self.give_back(size)
+
+    async def give_back(self, size: int) -> None:
+        """Let others have room that was taken."""
+        self.room += size
+        async with self.news:
+            self.news.notify_all()
 
     async def fetch(self, url: str) -> str:
         """Return a picture as a data URL; raise ChatError.
@@ -3677,16 +3785,14 @@ class Pictures:
             is_web = target.scheme in ("http", "https")
             if not is_web or target.hostname not in self.hosts:
                 raise ChatError("picture", "its host is not in picture_hosts")
-            async with self.slots, asyncio.timeout(PICTURE_TIMEOUT):
-                body = await self.read(url)
+            async with self.slots:
+                async with asyncio.timeout(PICTURE_TIMEOUT):
+                    body = await self.read(url)
+                return await asyncio.to_thread(data_url, body)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             # Not its message, which may have the URL.
             name = type(error).__name__
             raise ChatError("picture", f"not fetched: {name}") from error
-        for kind, magic in MAGIC.items():
-            if re.match(magic, body, re.DOTALL):
-                return f"data:{kind};base64,{base64.b64encode(body).decode()}"
-        raise ChatError("picture", "neither JPEG, PNG, GIF nor WebP")
 
     async def read(self, url: str) -> bytes:
         """Return the bytes behind a URL, without redirects; raise ChatError."""
@@ -3777,6 +3883,29 @@ class Tasks:
         for task in list(self.running):
             task.cancel()
         await asyncio.gather(*self.running, return_exceptions=True)
+
+
+LONG_WORKS = 8  # results that are kept
+
+
+class LongWork:
+    """Work that would hold up everybody: in two threads, once for all who want it."""
+
+    def __init__(self) -> None:
+        self.threads = concurrent.futures.ThreadPoolExecutor(2)
+        self.results: dict[object, asyncio.Future] = {}  # the newest, by their keys
+
+    def run(self, work: Callable, *args: object) -> asyncio.Future:
+        """Run a function in a thread."""
+        return asyncio.get_running_loop().run_in_executor(self.threads, work, *args)
+
+    async def once(self, key: object, work: Callable, *args: object) -> typing.Any:
+        """Return what a function gives, or gave for this key a short time ago."""
+        if key not in self.results:
+            self.results[key] = self.run(work, *args)
+        if len(self.results) > LONG_WORKS:
+            del self.results[next(iter(self.results))]
+        return await asyncio.shield(self.results[key])
 
 
 class Subscriber:
@@ -3905,8 +4034,22 @@ def command(name: str) -> Callable[[Command], Command]:
     return enter
 
 
+def without_thought(text: str) -> str:
+    """Return a text without a leading thought whose <think> the server left out."""
+    return text.partition("</think>")[2].lstrip()
+
+
+LONGEST_COMMAND = 64
+
+
 def folded(text: str) -> str:
-    """Return text as commands are compared: full-width forms and case do not matter."""
+    """Return text as commands are compared: full-width forms and case do not matter.
+
+    What is too long for a command stays as it is.
+    """
+    text = text.strip()
+    if len(text) > LONGEST_COMMAND:
+        return text
     return unicodedata.normalize("NFKC", text).strip().casefold()
 
 
@@ -3971,10 +4114,15 @@ def continue_tap(number: int) -> str:
     return tap_link(f"继续{number}")
 
 
+def sent_size(text: str) -> int:
+    """Return the size that a text has when it is sent."""
+    return size_of(outgoing(text))
+
+
 def cut_reply(text: str, room: int) -> int:
     """Return how much of a chat text goes into `room` bytes once it is harmless."""
     cut = cut_text(text, room)
-    while (over := size_of(escape_links(text[:cut])) - room) > 0:
+    while (over := sent_size(text[:cut]) - room) > 0:
         cut = cut_text(text, size_of(text[:cut]) - over)
     return cut
 
@@ -3994,8 +4142,22 @@ RETRY_PAUSES = (0.5, 1.0)  # seconds before a question is asked again
 RECENT_SECONDS = 3600  # how far back 继续 and 重试 look outside a session
 FORGET_SECONDS = 300  # how long 确认删除 counts
 HOLD_SECONDS = 3.0  # how long a timed-out request is kept open before it is dropped
-# Behind a link of an answer; the page shows the link's words alone.
-SHOWN_ADDRESS = re.compile("（[!-~]{1,2000}）")
+PAGES_AT_ONCE = 8  # that are loaded, rendered or written
+DELTA_CHARS = 1000  # what is appended at once; between two pieces others have a turn
+# What the chat shows and the page does not: addresses behind links, marks of lines.
+CHAT_ONLY = re.compile("（[!-~]{1,4000}）|[│•☐☑【】｜]")
+
+
+async def in_pieces(
+    stream: AsyncIterator[str | Ending],
+) -> AsyncGenerator[str | Ending, None]:
+    """Yield what a model streams; a long delta in pieces."""
+    async for item in stream:
+        while isinstance(item, str) and len(item) > DELTA_CHARS:
+            yield item[:DELTA_CHARS]
+            item = item[DELTA_CHARS:]
+            await asyncio.sleep(0)
+        yield item
 
 
 class Bot:
@@ -4011,13 +4173,16 @@ class Bot:
         cipher: Cipher | None,  # in safe mode
     ) -> None:
         self.config = config
-        self.texts = config.texts
+        lines = vars(config.texts).items()
+        self.texts = Texts({name: with_links(line) for name, line in lines})
         self.store = store
         self.chat = chat
         self.pictures = pictures
         self.blocked = blocked
         self.cipher = cipher
         self.tasks = Tasks()
+        self.work = LongWork()
+        self.pages = asyncio.Semaphore(PAGES_AT_ONCE)
         self.guard = MuteGuard(config.wechat.mute_guard)
         self.slots = asyncio.Semaphore(config.limits.at_once)  # first come first
         self.deliveries: dict[str, Delivery] = {}  # of the last minute, by message key
@@ -4045,6 +4210,7 @@ class Bot:
             left = self.tasks.closes_at - self.tasks.loop.time()
             await asyncio.wait(writing, timeout=max(0, left))
         await self.tasks.close()
+        self.work.threads.shutdown(wait=False, cancel_futures=True)
 
     def subscriber(self, openid: str) -> Subscriber:
         """Return the record of a subscriber, a new one if nothing of theirs goes on."""
@@ -4075,11 +4241,8 @@ class Bot:
         count = len(json.loads(turn.pictures or "[]"))
         return turn.question.removeprefix(self.texts.word_picture * count)
 
-    async def messages_for(self, turn: Turn) -> list[dict]:
-        """Return what the model gets: system prompt, the session so far, the question.
-
-        Raise ChatError if a picture of the question cannot be fetched.
-        """
+    async def messages_for(self, turn: Turn, pictures: list[str]) -> list[dict]:
+        """Return what the model gets: prompt, the session so far, the question."""
         prompt = self.config.assistants[turn.assistant].system_prompt
         messages: list[dict] = []
         if prompt:
@@ -4089,18 +4252,17 @@ class Bot:
             messages.append({"role": "user", "content": question})
             messages.append({"role": "assistant", "content": answer})
         content: str | list[dict] = turn.question
-        if urls := json.loads(turn.pictures or "[]"):
+        if pictures:
             content = [{"type": "text", "text": self.question_words(turn)}]
-            for url in await asyncio.gather(*map(self.pictures.fetch, urls)):
-                picture = {"url": url, "detail": "low"}
-                content.append({"type": "image_url", "image_url": picture})
+            urls = [{"url": url, "detail": "low"} for url in pictures]
+            content += [{"type": "image_url", "image_url": url} for url in urls]
         return [*messages, {"role": "user", "content": content}]
 
     def show(self, turn: Turn, guard: WordGuard, delta: str, is_end: bool) -> None:
         """Append what of a stream may be shown; raise ChatError for a blocked word.
 
-        Links and tags part a word in the Markdown that is whole in the chat: so what is
-        shown is looked through as well, before anybody who waits can be told.
+        Links and tags part a word in the Markdown that is whole in the chat or on the
+        page: so what they show is looked through as well, before anybody is told.
         """
         text, is_blocked = guard.feed(delta, is_end)
         if text and not is_blocked and not self.blocked.words:
@@ -4108,9 +4270,9 @@ class Bot:
         elif text and not is_blocked:
             before = len(turn.shown())
             turn.append(text)
-            shown = turn.shown()[max(0, before - 4 * self.blocked.longest) :]
-            on_page = SHOWN_ADDRESS.sub("", shown)
-            is_blocked = self.blocked.are_in(shown) or self.blocked.are_in(on_page)
+            shown = turn.shown()[before:]
+            on_page = CHAT_ONLY.sub("", shown)
+            is_blocked = guard.sees("chat", shown) or guard.sees("page", on_page)
         if is_blocked:
             raise ChatError("blocked", "a blocked word in the answer")
 
@@ -4123,8 +4285,11 @@ class Bot:
         """Append what the model streams; return the Ending, or raise ChatError."""
         guard = WordGuard(self.blocked)
         ending = Ending("length", "", None, None)  # of an answer that goes on for ever
-        async with contextlib.aclosing(stream):
-            async for item in stream:
+        async with (
+            contextlib.aclosing(stream),
+            contextlib.aclosing(in_pieces(stream)) as pieces,
+        ):
+            async for item in pieces:
                 if isinstance(item, Ending):
                     ending = item
                     break
@@ -4138,11 +4303,27 @@ class Bot:
             if not turn.stops:
                 turn.restart()  # withdrawn
             raise ChatError("refused", f"finish_reason {ending.finish_reason}")
-        turn.drop_thought()
+        is_left = "</think>" in turn.answer and "<think>" not in turn.answer
+        if is_left and not turn.stops:
+            await self.rewrite(turn, without_thought)
         if not turn.answer.strip():
             reason = f"finish_reason {ending.finish_reason}"
             raise ChatError("empty", reason, is_retryable=True)
         return ending
+
+    async def rewrite(self, turn: Turn, change: Callable[[str], str]) -> None:
+        """Change what was written; nobody sees any of it meanwhile."""
+        text = turn.answer
+        turn.restart()
+
+        def read() -> tuple[str, ChatText]:
+            changed = change(text)
+            chat = ChatText(changed)
+            chat.text(has_ended=False)
+            return changed, chat
+
+        turn.answer, turn.chat = await self.work.run(read)
+        turn.deltas.look()
 
     async def begin_anew(self, turn: Turn) -> None:
         """Let parts of an earlier process's writing that were not sent begin at 0."""
@@ -4188,8 +4369,9 @@ class Bot:
         """Let the model answer a question, and store the end."""
         ending: Ending | None = None
         try:
-            async with self.slots:
-                messages = await self.messages_for(turn)
+            urls = json.loads(turn.pictures or "[]")
+            async with self.slots, self.pictures.fetch_all(urls) as pictures:
+                messages = await self.messages_for(turn, pictures)
                 if is_resumed or not turn.asked:
                     await self.store.count_asking(turn.id)
                 ending = await self.ask_model(turn, messages, is_resumed)
@@ -4199,9 +4381,9 @@ class Bot:
             level = logging.ERROR if error.kind == "setup" else logging.WARNING
             log.log(level, "%s failed: %s", turn.name, error)
             if error.kind == "blocked":
-                turn.withhold()
+                await self.rewrite(turn, turn.as_sent)
             elif earlier and not turn.answer:
-                turn.replace_text(earlier)
+                await self.rewrite(turn, lambda _: earlier)
             turn.finish(failed_state(turn, error.kind), error.kind)
         finally:
             if turn.is_open:  # cancelled: the next process goes on from the text so far
@@ -4305,7 +4487,7 @@ class Bot:
         for turn in turns:
             subscriber, earlier = self.subscriber(turn.openid), turn.answer
             if turn.asked >= ASKINGS or now - turn.created_at > RESUME_SECONDS:
-                self.turns[turn.id] = await turn.read()
+                self.turns[turn.id] = await self.work.run(turn.read)
                 self.end_unwritten(turn, "broken" if earlier else "failed", "given_up")
             elif not turn.asked and turn.session_id not in open_sessions:
                 self.turns[turn.id] = turn
@@ -4327,7 +4509,7 @@ class Bot:
             turn = await self.store.turn(turn_id)
             if turn is None:
                 return None
-            await turn.read()
+            turn = await self.work.once(("turn", turn_id), turn.read)
         return turn, part or Part(0, turn_id)
 
     async def unsent_part(self, delivery: Delivery, turn_id: int) -> Source | None:
@@ -4614,6 +4796,7 @@ class Bot:
                 turn.task.cancel()
             self.turns.pop(turn.id, None)
         await self.store.forget(delivery.message.openid)
+        self.work.results.clear()
         subscriber.forget()
 
     # The message's task
@@ -4676,7 +4859,7 @@ class Bot:
 
     def rest_of(self, turn: Turn, start: int, head: str) -> str:
         """Return all that is left to say of an ended answer, of any size."""
-        text = escape_links(turn.shown()[start:].strip("\n"))
+        text = turn.shown()[start:].strip("\n")
         word = self.texts.word_retry
         words = ending_words(self.texts, turn, tap_link(word, f"{word}{turn.id}"))
         if not text:
@@ -4686,7 +4869,7 @@ class Bot:
             content += f"\n\n{words}"
         if turn.chat.has_more_on_page():
             link = "\n" + self.page_link(turn, self.texts.word_typeset)
-            content += link if size_of(content + link) <= REPLY_BYTES else ""
+            content += link if sent_size(content + link) <= REPLY_BYTES else ""
         return content
 
     def compose(self, delivery: Delivery) -> Reply:
@@ -4699,15 +4882,15 @@ class Bot:
         head = self.texts.anew + "\n" if part.is_anew else ""
         if not turn.is_open:
             content = self.rest_of(turn, part.start, head)
-            if size_of(content) <= REPLY_BYTES:
+            if sent_size(content) <= REPLY_BYTES:
                 return Reply(content, now, part, stop=len(shown))
         # Not all of it: where a part ends is fixed once, for all who read it.
         is_early = not turn.has_part(part.start)
         longest = head + self.tail(turn, (subscriber.parts or 0) + 1)
-        room = REPLY_BYTES - size_of(longest)
+        room = REPLY_BYTES - sent_size(longest)
         rest = shown[part.start :]
         stop = turn.stops.get(part.start) or part.start + cut_reply(rest, room)
-        text = escape_links(shown[part.start : stop].strip("\n"))
+        text = shown[part.start : stop].strip("\n")
         if text:
             offered = subscriber.offer(turn.id, stop)
             content = head + text + self.tail(turn, offered.number)
@@ -4728,13 +4911,15 @@ class Bot:
             tap = continue_tap(number)
             line = self.texts.unread.format(question=excerpt(question), tap=tap)
             content = f"{reply.content}\n\n{line}"
-            if size_of(content) <= REPLY_BYTES:
+            if sent_size(content) <= REPLY_BYTES:
                 return replace(reply, content=content, mentions=turn_id)
         return reply
 
     def decide(self, delivery: Delivery) -> None:
         """Fix the reply of a message for all its requests, and begin to store it."""
         reply = self.mention(delivery, self.compose(delivery))
+        if not delivery.is_repeat:
+            reply = replace(reply, content=outgoing(reply.content))
         to_mention = delivery.subscriber.to_mention
         if reply.mentions:
             del to_mention[reply.mentions]
@@ -4876,7 +5061,7 @@ def check_commands(config: Config) -> None:
     """Raise ConfigError for an assistant named like a command, or a reply too long."""
     replies, names = config.replies, [*config.assistants, *COMMANDS]
     for text in (replies.subscribe, replies.outside, *replies.keywords.values()):
-        size = size_of(with_taps(text, names))
+        size = sent_size(with_taps(text, names))
         wanted = f"at most {REPLY_BYTES} bytes with taps"
         require(size <= REPLY_BYTES, "replies", f"{size} bytes", wanted)
     for name in config.assistants:
@@ -4902,6 +5087,7 @@ POLICY = (
 RENDER_CHARS = 32_768  # longer answers go on as plain text: rendering takes time
 FOLD_CHARS = 300  # longer answers are folded in the history, and typeset when opened
 HISTORY_COUNT = 50
+EVENT_CHARS = 32_768  # of an answer in one event of its stream
 RECONNECT_MS = 1000  # a viewer whose stream was lost waits so long
 
 
@@ -5088,14 +5274,14 @@ def bad_ending(texts: Texts, turn: Turn) -> str:
     return ending_words(texts, turn, "\n" + texts.page_retry)
 
 
-def render_answer(texts: Texts, turn: Turn) -> Page:
-    """Return the page of one question and its finished answer."""
+def render_answer(texts: Texts, turn: Turn, answer: str) -> Page:
+    """Return the page of one question and its finished answer, which is HTML."""
     return render_page(
         "answer",
         texts,
         title=excerpt(turn.question, 30),
         turn=turn,
-        answer=Markup(render_markdown(texts, turn.answer)),
+        answer=Markup(answer),
         ended=bad_ending(texts, turn),
     )
 
@@ -5143,6 +5329,7 @@ BOT = web.AppKey("bot", Bot)
 BODY_SECONDS = 10.0
 PING_SECONDS = 15.0
 PROBE_PATH = "/healthz/stream"
+PAGE_SECONDS = 60.0  # for making a page and writing it
 FOLLOW_SECONDS = 0.1  # a live page is told of new text so often at most
 
 
@@ -5319,6 +5506,26 @@ def html_response(page: Page, status: int = 200) -> web.Response:
     )
 
 
+def a_few_at_once(
+    make: Callable[[web.Request], Awaitable[web.Response]],
+) -> Callable[[web.Request], Awaitable[web.Response]]:
+    """Let a handler's pages be loaded, rendered and written a few at a time."""
+
+    @functools.wraps(make)
+    async def write(request: web.Request) -> web.Response:
+        async with request.app[BOT].pages:
+            try:
+                async with asyncio.timeout(PAGE_SECONDS):
+                    response = await make(request)
+                    await response.prepare(request)
+                    await response.write_eof()
+            except (TimeoutError, ConnectionResetError):  # it is not read any more
+                return cut_line(request)
+        return response
+
+    return write
+
+
 def error_page(bot: Bot, status: int) -> web.Response:
     """Return the page of an unknown (404) or expired (410) link."""
     texts = bot.texts
@@ -5338,6 +5545,7 @@ async def find_linked(request: web.Request) -> Turn | web.Response:
     return turn
 
 
+@a_few_at_once
 async def answer_page(request: web.Request) -> web.Response:
     """Show one question and its answer, live while it is being written."""
     bot, turn = request.app[BOT], await find_linked(request)
@@ -5352,8 +5560,9 @@ async def answer_page(request: web.Request) -> web.Response:
         await bot.store.mark_read(turn.id)
     except sqlite3.Error as error:  # a full disk does not keep people from reading
         log.error("%s not stored as read: %s", turn.name, error)
-    # In a thread: the worst of answers takes most of a second, and pushes cannot wait.
-    return html_response(await asyncio.to_thread(render_answer, bot.texts, turn))
+    work, key = bot.work, ("page", turn.id)
+    answer = await work.once(key, render_markdown, bot.texts, turn.answer)
+    return html_response(await work.run(render_answer, bot.texts, turn, answer))
 
 
 async def follow(bot: Bot, turn: Turn, last: str) -> AsyncIterator[bytes]:
@@ -5373,10 +5582,10 @@ async def follow(bot: Bot, turn: Turn, last: str) -> AsyncIterator[bytes]:
             offset = 0
             yield sse_event({}, "reset", f"{turn.writing}:0")
         writing = turn.writing
-        if delta := turn.answer[offset:]:
+        if delta := turn.answer[offset : offset + EVENT_CHARS]:
             offset += len(delta)
             yield sse_event({"text": delta}, number=f"{writing}:{offset}")
-        if not turn.is_open:
+        if not turn.is_open and offset == len(turn.answer):
             yield sse_event({"state": turn.state}, "done")
             return
         if offset:
@@ -5420,6 +5629,7 @@ def number_in(request: web.Request, name: str) -> int | None:
     return int(value) if re.fullmatch(r"[0-9]{1,15}", value) else None
 
 
+@a_few_at_once
 async def history_page(request: web.Request) -> web.Response:
     """Show a subscriber's history, newest first."""
     bot, key = request.app[BOT], request.match_info["key"]
@@ -5436,9 +5646,12 @@ async def history_page(request: web.Request) -> web.Response:
     else:
         below = 2**62 if below is None else below
         turns = await bot.store.turns_of(openid, below, HISTORY_COUNT + 1)
-    older = f"?before={turns[HISTORY_COUNT - 1].id}" if turns[HISTORY_COUNT:] else ""
-    page = (bot.texts, turns[:HISTORY_COUNT], older, only is None)
-    return html_response(await asyncio.to_thread(render_history, *page))
+    chars, older = sum(turn.chars for turn in turns), ""
+    if len(turns) > HISTORY_COUNT or len(turns) > 1 and chars > PAGE_CHARS:
+        turns.pop()
+        older = f"?before={turns[-1].id}"
+    page = (bot.texts, turns, older, only is None)
+    return html_response(await bot.work.run(render_history, *page))
 
 
 async def health(request: web.Request) -> web.Response:
