@@ -2296,11 +2296,14 @@ def cut_text(text: str, room: int) -> int:
 # --- Blocked words
 #
 # Words and texts are compared as people read them: in Unicode's compatibility form,
-# without case, white space, what has no width, and the marks of Markdown.
+# without case, white space, what has no width or is written over a character, and the
+# marks of Markdown.
 
 IGNORED = re.compile(
     r"[\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
-    r"\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e0fff*_~`\\]"
+    r"\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e0fff*_~`\\"
+    r"\x7f-\x9f\ufff9-\ufffb"  # and what is written over a character, or around it:
+    r"\u0334-\u0338\u20d2-\u20d3\u20d8-\u20da\u20dd-\u20e0\u20e2-\u20e6\u20ea-\u20eb]"
 )
 ENTITY_OR_CHARACTER = re.compile(rf"{ENTITY}|.", re.DOTALL | re.IGNORECASE | re.ASCII)
 OPEN_ENTITY = re.compile(r"&[^;&]{0,33}\Z")  # none is longer
@@ -2311,6 +2314,12 @@ def compared(text: str) -> str:
     text = re.sub(ENTITY, lambda entity: html.unescape(entity[0]), text, flags=re.I)
     normal = unicodedata.normalize("NFKC", stream_safe(text))
     return IGNORED.sub("", normal.casefold())
+
+
+# What the chat shows and the page does not: addresses, and what stands for its layout.
+CHAT_ONLY = re.compile(
+    r"（[!-~]{1,4000}）|\[图片：|\] [!-~]{1,4000}|│|(?<=[_^])\(|\^\(?"
+)
 
 
 def combines(before: str, after: str) -> bool:
@@ -2370,6 +2379,13 @@ class BlockedWords:
     def are_in(self, text: str) -> bool:
         """Say whether a text has one of the words."""
         return bool(self.words) and self.are_in_form(compared(text))
+
+    def are_in_question(self, text: str) -> bool:
+        """Say whether a question has one, as it is written or as it would be shown."""
+        if not self.words:
+            return False
+        read = chat_text(text)
+        return any(map(self.are_in, (text, read, CHAT_ONLY.sub("", read))))
 
 
 class WordGuard:
@@ -4144,8 +4160,6 @@ FORGET_SECONDS = 300  # how long 确认删除 counts
 HOLD_SECONDS = 3.0  # how long a timed-out request is kept open before it is dropped
 PAGES_AT_ONCE = 8  # that are loaded, rendered or written
 DELTA_CHARS = 1000  # what is appended at once; between two pieces others have a turn
-# What the chat shows and the page does not: addresses behind links, marks of lines.
-CHAT_ONLY = re.compile("（[!-~]{1,4000}）|[│•☐☑【】｜]")
 
 
 async def in_pieces(
@@ -4536,7 +4550,7 @@ class Bot:
             return texts.too_long.format(count=len(question), most=most)
         if waiting >= limits.waiting:
             return texts.too_many.format(count=waiting)
-        return texts.blocked_question if self.blocked.are_in(question) else ""
+        return texts.blocked_question if self.blocked.are_in_question(question) else ""
 
     async def refuse_for_today(self, openid: str) -> str:
         """Return which of the day's limits is used up."""
@@ -5143,7 +5157,9 @@ class AnswerRenderer(RendererHTML):
         self.formulas = 0  # so far
 
     def link_open(self, tokens: Sequence[Token], index: int, *_: object) -> str:
-        return link_tag(tokens[index].attrGet("href"))
+        address = tokens[index].attrGet("href")
+        is_empty = tokens[index + 1].type == "link_close"
+        return link_tag(address, str(address) if is_empty else "")
 
     def image(self, tokens: Sequence[Token], index: int, *_: object) -> str:
         # As a link, unless the answer holds it: loading one tells a stranger who reads.
