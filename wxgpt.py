@@ -78,7 +78,6 @@ import hashlib
 import hmac
 import html
 import importlib.util
-import io
 import itertools
 import json
 import logging
@@ -3615,9 +3614,37 @@ ANSWER_CHARS = 200_000  # an answer that goes on and on is cut there
 USAGE_SECONDS = 2  # how long a complete answer waits for its usage
 
 
-def json_bytes(body: dict) -> bytes:
-    """Return the JSON of a request, made in pieces so that other threads can run."""
-    return b"".join(piece.encode() for piece in json.JSONEncoder().iterencode(body))
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture among messages; it becomes base64 only while a request is written."""
+
+    kind: str
+    body: bytes
+
+
+PIECE_BYTES = 48 * 1024  # of a picture that is encoded at once; a multiple of three
+
+
+def render_request(body: dict) -> tuple[int, AsyncIterator[bytes]]:
+    """Return the length of a request's JSON, and its pieces."""
+    pictures: list[bytes] = []
+    mark = secrets.token_hex(16)  # where one belongs; nobody's text has it
+
+    def place(picture: Picture) -> str:
+        pictures.append(picture.body)
+        return f"data:{picture.kind};base64,{mark}"
+
+    text = json.dumps(body, default=place)
+    texts = text.split(mark)
+    length = sum(map(len, texts)) + sum((len(one) + 2) // 3 * 4 for one in pictures)
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for part, picture in zip(texts, [*pictures, b""], strict=True):
+            yield part.encode()
+            for at in range(0, len(picture), PIECE_BYTES):
+                yield base64.b64encode(picture[at : at + PIECE_BYTES])
+
+    return length, pieces()
 
 
 class ChatClient:
@@ -3650,12 +3677,14 @@ class ChatClient:
         optional = {*self.settings.extra, "stream_options", "reasoning_effort"}
         while True:
             body = self.request_body(messages)
+            length, pieces = render_request(body)
             response = await self.http.post(
                 self.url,
-                data=io.BytesIO(await asyncio.to_thread(json_bytes, body)),
+                data=pieces,
                 headers={
                     "Authorization": f"Bearer {self.settings.api_key.strip()}",
                     "Content-Type": "application/json",
+                    "Content-Length": str(length),
                 },
                 proxy=self.settings.proxy or None,
                 allow_redirects=False,
@@ -3749,14 +3778,6 @@ MAGIC = {
 }
 
 
-def data_url(body: bytes) -> str:
-    """Return a picture as a data URL; raise ChatError."""
-    for kind, magic in MAGIC.items():
-        if re.match(magic, body, re.DOTALL):
-            return f"data:{kind};base64,{base64.b64encode(body).decode()}"
-    raise ChatError("picture", "neither JPEG, PNG, GIF nor WebP")
-
-
 class Pictures:
     """Fetches subscribers' pictures, from WeChat's hosts only, a few at a time."""
 
@@ -3767,8 +3788,8 @@ class Pictures:
         self.news = asyncio.Condition()  # there is more room
 
     @contextlib.asynccontextmanager
-    async def fetch_all(self, urls: list[str]) -> AsyncIterator[list[str]]:
-        """Give a question's pictures as data URLs, once there is room; raise ChatError.
+    async def fetch_all(self, urls: list[str]) -> AsyncIterator[list[Picture]]:
+        """Give a question's pictures, once there is room; raise ChatError.
 
         Inside the block they take their room.
         """
@@ -3778,7 +3799,7 @@ class Pictures:
             self.room -= size
         try:
             pictures = await asyncio.gather(*map(self.fetch, urls))
-            spare = size - sum(map(len, pictures)) * 3 // 4
+            spare = size - sum(len(picture.body) for picture in pictures)
             await self.give_back(spare)
             size -= spare
             yield pictures
@@ -3791,8 +3812,8 @@ class Pictures:
         async with self.news:
             self.news.notify_all()
 
-    async def fetch(self, url: str) -> str:
-        """Return a picture as a data URL; raise ChatError.
+    async def fetch(self, url: str) -> Picture:
+        """Return a picture; raise ChatError.
 
         Its own URL would not do: a provider abroad may not reach WeChat's hosts.
         """
@@ -3801,14 +3822,16 @@ class Pictures:
             is_web = target.scheme in ("http", "https")
             if not is_web or target.hostname not in self.hosts:
                 raise ChatError("picture", "its host is not in picture_hosts")
-            async with self.slots:
-                async with asyncio.timeout(PICTURE_TIMEOUT):
-                    body = await self.read(url)
-                return await asyncio.to_thread(data_url, body)
+            async with self.slots, asyncio.timeout(PICTURE_TIMEOUT):
+                body = await self.read(url)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             # Not its message, which may have the URL.
             name = type(error).__name__
             raise ChatError("picture", f"not fetched: {name}") from error
+        for kind, magic in MAGIC.items():
+            if re.match(magic, body, re.DOTALL):
+                return Picture(kind, body)
+        raise ChatError("picture", "neither JPEG, PNG, GIF nor WebP")
 
     async def read(self, url: str) -> bytes:
         """Return the bytes behind a URL, without redirects; raise ChatError."""
@@ -4255,7 +4278,7 @@ class Bot:
         count = len(json.loads(turn.pictures or "[]"))
         return turn.question.removeprefix(self.texts.word_picture * count)
 
-    async def messages_for(self, turn: Turn, pictures: list[str]) -> list[dict]:
+    async def messages_for(self, turn: Turn, pictures: list[Picture]) -> list[dict]:
         """Return what the model gets: prompt, the session so far, the question."""
         prompt = self.config.assistants[turn.assistant].system_prompt
         messages: list[dict] = []
