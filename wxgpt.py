@@ -4421,7 +4421,7 @@ RECENT_SECONDS = 3600  # how far back 继续 and 重试 look outside a session
 FORGET_SECONDS = 300  # how long 确认删除 is accepted
 HOLD_SECONDS = 3.0  # how long a timed-out request is kept open before it is dropped
 PAGES_AT_ONCE = 8  # that are loaded, rendered or written
-DELTA_CHARS = 1000  # what is appended at once; between two pieces others have a turn
+DELTA_CHARS = 500  # what is appended at once; between two pieces others have a turn
 
 
 async def in_pieces(
