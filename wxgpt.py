@@ -63,6 +63,7 @@ import asyncio
 import base64
 import bisect
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -133,8 +134,11 @@ BEIJING = datetime.timezone(datetime.timedelta(hours=8))
 # WeChat delivers a sticker as one of these texts (from reports to many projects).
 STICKER_TEXTS = ("【收到不支持的消息类型，暂无法显示】", "[Unsupported Message]")
 
-# What XML 1.0 cannot contain, lone surrogates included; WeChat shows an error for it.
-ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+# What no text of others keeps: what XML 1.0 cannot contain, lone surrogates included
+# (WeChat shows an error for it), and Unicode's characters for internal use: our links.
+ILLEGAL = re.compile(
+    "[^\t\n\r\x20-\ud7ff\ue000-\ufdcf\ufdf0-\ufffd\U00010000-\U0010ffff]"
+)
 
 
 # ---------------------------------------------------------------------------
@@ -599,24 +603,33 @@ def is_signed(token: str, signature: str, *values: str) -> bool:
     return hmac.compare_digest(expected, signature.encode("utf-8", "replace"))
 
 
-MARKS_IN_A_ROW = 30  # of Unicode's stream-safe format (UAX #15)
+MARKS_IN_A_ROW = 30  # combining ones, of Unicode's stream-safe format (UAX #15)
 LATE_MARKS = "\u0f73\u0f75\u0f81\uff9e\uff9f"  # become marks when they are normalised
+RARE_RUN = re.compile(f"[^\0-\u02ff\u3100-\u9fff\uac00-\ud7a3]{{{MARKS_IN_A_ROW},}}.")
 
 
 def stream_safe(text: str) -> str:
-    """Return text with long runs of combining marks cut: normalising is quadratic."""
-    kept, run = [], 0
-    for char in text:
-        run = run + 1 if unicodedata.combining(char) or char in LATE_MARKS else 0
-        if run <= MARKS_IN_A_ROW:
-            kept.append(char)
-    return "".join(kept)
+    """Return text without what is over 30 combining marks in a row.
+
+    Unicode's normalising sorts them, in the square of their number.
+    """
+
+    def shorter(run: re.Match[str]) -> str:
+        kept, marks = [], 0
+        for char in run[0]:
+            is_mark = unicodedata.combining(char) or char in LATE_MARKS
+            marks = marks + 1 if is_mark else 0
+            if marks <= MARKS_IN_A_ROW:
+                kept.append(char)
+        return "".join(kept)
+
+    return RARE_RUN.sub(shorter, text)
 
 
 def read_xml(body: bytes) -> dict[str, str]:
     """Return the text fields of a push; raise BadMessage."""
     # Control characters that a subscriber pasted arrive as they are.
-    text = ILLEGAL.sub("", body.decode("utf-8", "ignore"))
+    text = stream_safe(ILLEGAL.sub("", body.decode("utf-8", "ignore")))
     try:
         root = xmltodict.parse(text).get("xml")
     except (ExpatError, ValueError) as error:
@@ -712,7 +725,7 @@ class Cipher:
 
 def cdata(text: str) -> str:
     """Return text as XML character data that WeChat's parser reads."""
-    clean = ILLEGAL.sub("", text).replace("]]>", "]]]]><![CDATA[>")
+    clean = ILLEGAL.sub("\ufffd", text).replace("]]>", "]]]]><![CDATA[>")
     return f"<![CDATA[{clean}]]>"
 
 
@@ -734,15 +747,47 @@ def size_of(text: str) -> int:
     return len(text.encode())
 
 
-def escape_links(text: str) -> str:
-    """Return text in which WeChat finds no link: only our own may be tapped."""
-    return re.sub(r"<(?=/?a)", "<\u200b", text, flags=re.IGNORECASE)
+# Our links are made of these until a reply leaves: nobody else can write them.
+LINK_BEGIN, LINK_WORDS, LINK_END = "\ufdd0", "\ufdd1", "\ufdd2"
+OUR_LINK = re.compile(
+    f"{LINK_BEGIN}([^\ufdd0-\ufdd2]*){LINK_WORDS}([^\ufdd0-\ufdd2]*){LINK_END}"
+)
+ANCHOR = re.compile(r"""(?is)<a\s[^<>]*?href=(["'])(.*?)\1[^<>]*>(.*?)</a>""")
+
+
+def web_link(words: str, url: str) -> str:
+    """Return a link that opens a page; `outgoing` writes it as WeChat reads it."""
+    return f"{LINK_BEGIN}{url}{LINK_WORDS}{words}{LINK_END}"
+
+
+def with_links(text: str) -> str:
+    """Return a text of the owner's with its HTML links as links of ours."""
+    return ANCHOR.sub(lambda link: web_link(link[3], link[2]), text)
+
+
+def outgoing(text: str) -> str:
+    """Return a reply's text as it is sent: our own links in it, and no others.
+
+    Nothing is removed or decoded behind this gate, which could join others' characters
+    to a link.
+    """
+    kept, at = [], 0
+    for link in OUR_LINK.finditer(text):
+        anchor = f'<a href="{ILLEGAL.sub("", link[1])}">{no_link(link[2])}</a>'
+        kept += [no_link(text[at : link.start()]), anchor]
+        at = link.end()
+    return "".join([*kept, no_link(text[at:])])
+
+
+def no_link(text: str) -> str:
+    """Return text in which WeChat finds no link, and our XML nothing illegal."""
+    return re.sub(r"(?i)<(?=/?a)", "<\u200b", ILLEGAL.sub("", text))
 
 
 def excerpt(text: str, length: int = 12) -> str:
     """Return the beginning of a question as one line in which WeChat finds no link."""
     line = " ".join(text.split())
-    return escape_links(line if len(line) <= length else line[:length] + "…")
+    return line if len(line) <= length else line[:length] + "…"
 
 
 def tap_link(words: str, content: str = "") -> str:
@@ -752,23 +797,17 @@ def tap_link(words: str, content: str = "") -> str:
     and it ignores a link whose msgmenuid is empty.
     """
     sent = re.sub(r"[^\w()./_-]", "", content or words)
-    return (
-        f'<a href="weixin://bizmsgmenu?msgmenucontent={sent}&msgmenuid=1">{words}</a>'
-    )
+    return web_link(words, f"weixin://bizmsgmenu?msgmenucontent={sent}&msgmenuid=1")
 
 
 def with_taps(text: str, names: typing.Iterable[str]) -> str:
     """Return one of our own texts with each `/NAME` in it as a tap."""
+    text = with_links(text)
     longest_first = sorted(map(re.escape, names), key=len, reverse=True)
-    pattern = rf"(?<![\w/\"'=.>])/(?:{'|'.join(longest_first)})(?![\w/.])"
+    pattern = rf"(?<![\w/\"'=.>{LINK_WORDS}])/(?:{'|'.join(longest_first)})(?![\w/.])"
     # ASCII, so that \w is no Chinese character: Chinese puts no spaces around a name.
     flags = re.ASCII | re.IGNORECASE
     return re.sub(pattern, lambda match: tap_link(match[0]), text, flags=flags)
-
-
-def web_link(words: str, url: str) -> str:
-    """Return a link that opens a page."""
-    return f'<a href="{url}">{words}</a>'
 
 
 # ---------------------------------------------------------------------------
@@ -2126,7 +2165,7 @@ class ChatWriter:
 
 # --- The chat text of an answer
 
-MAX_UNREAD = 8_000  # characters; most answers are shorter, so read only when asked for
+MAX_UNREAD = 2000  # characters: what is asked for at once takes a few milliseconds
 MAX_LEADING = 2000  # characters of such lines in a row
 # Lines that no part may end with: headings and list marks go with what follows.
 LEADING = re.compile(r"[ │•]*(?:【[^\n]*】|\d{1,4}[.)、）]|[•☐☑│])")
@@ -2134,14 +2173,16 @@ LEADING = re.compile(r"[ │•]*(?:【[^\n]*】|\d{1,4}[.)、）]|[•☐☑│
 
 def end_before_leading(text: str) -> int:
     """Return where a text ends without the headings and list marks at its end."""
-    end = len(text)
-    while end > len(text) - MAX_LEADING:
-        last = len(text[:end].rstrip())
-        begin = text.rfind("\n", 0, last) + 1
-        if not LEADING.fullmatch(text, begin, last):
-            return end
+    before = max(0, len(text) - 2 * MAX_LEADING)
+    end_of = text[before:]
+    end = len(end_of)
+    while end > len(end_of) - MAX_LEADING:
+        last = len(end_of[:end].rstrip())
+        begin = end_of.rfind("\n", 0, last) + 1
+        if not LEADING.fullmatch(end_of, begin, last):
+            return before + end
         end = begin
-    return end if end <= 0 else len(text)
+    return before + end if before + end <= 0 else len(text)
 
 
 class ChatText:
@@ -2152,20 +2193,20 @@ class ChatText:
         self.kinds: collections.Counter[str] = collections.Counter()  # of its tokens
         self.unread = markdown  # read in bulk: the text is rarely asked for
         self.shown = ""
+        self.stable: str | None = ""  # what of that is final; None: not known
 
     def feed(self, delta: str) -> None:
         """Add what the model has written."""
         self.unread += delta
         if len(self.unread) > MAX_UNREAD:  # or too much work would come at once
-            self.read(MAX_UNREAD - MAX_WINDOW)
+            self.read()
 
-    def read(self, left: int) -> None:
-        """Read what has been added, except for the last `left` characters."""
-        end = max(0, len(self.unread) - left)
-        for begin in range(0, end, MAX_WINDOW):
-            self.reader.feed(self.unread[begin : min(end, begin + MAX_WINDOW)])
+    def read(self) -> None:
+        """Read what has been added."""
+        for begin in range(0, len(self.unread), MAX_WINDOW):
+            self.reader.feed(self.unread[begin : begin + MAX_WINDOW])
             self.write()  # the tokens take far more memory than the text
-        self.unread = self.unread[end:]
+        self.unread = ""
 
     def write(self) -> None:
         """Write what has been read."""
@@ -2173,20 +2214,25 @@ class ChatText:
             self.writer.write(token)
             self.kinds.update([token.type, *(t.type for t in token.children or [])])
         self.reader.tokens.clear()
-        self.shown += "".join(self.writer.out)
+        if self.writer.out:
+            self.shown += "".join(self.writer.out)
+            self.stable = None
         self.writer.out.clear()
 
     def text(self, has_ended: bool) -> str:
         """Return the chat text; while the answer grows, the part that is final."""
-        self.read(0)
+        self.read()
         if has_ended:
             self.reader.finish()
             self.write()
-        return self.shown if has_ended else self.shown[: end_before_leading(self.shown)]
+            return self.shown
+        if self.stable is None:
+            self.stable = self.shown[: end_before_leading(self.shown)]
+        return self.stable
 
     def has_more_on_page(self) -> bool:
         """Say whether the page shows more: code, a table, formulas, pictures, links."""
-        self.read(0)
+        self.read()
         shown = {"table_open", "code_open", "image", "math_inline", "math_block"}
         is_long = self.kinds["heading_open"] >= 2 or self.kinds["link_open"] >= 3
         return is_long or not shown.isdisjoint(self.kinds)
@@ -2197,25 +2243,22 @@ def chat_text(markdown: str) -> str:
     return ChatText(markdown).text(has_ended=True)
 
 
+TEXT_END = re.compile(rf"\n|{SENTENCE_END.pattern}")
+
+
 def markdown_length(markdown: str, chat_length: int) -> int:
     """Return how much of a text has a chat text of at most `chat_length` characters."""
 
     def length(end: int) -> int:
         return len(chat_text(markdown[:end]))
 
-    chat, begin, line = ChatText(), 0, ""  # of the last line that may fit
-    for following in markdown.splitlines(keepends=True):
-        begin, line = begin + len(line), following
-        chat.feed(line)
-        if len(chat.text(has_ended=False)) > chat_length:
-            break
-    ends = [begin, *(begin + found.end() for found in SENTENCE_END.finditer(line))]
-    ends.append(begin + len(line))
-    end = ends[bisect.bisect_right(ends, chat_length, lo=1, key=length) - 1]
-    # A mark that is open shows more than the same mark once it is closed.
-    while end > 0 and length(end) > chat_length:
-        end = markdown.rfind("\n", 0, end)
-    return max(0, end)
+    most = 2 * chat_length + 100
+    while most < len(markdown) and length(most) <= chat_length:
+        most *= 2
+    ends = [0, *(found.end() for found in TEXT_END.finditer(markdown, 0, most))]
+    if most >= len(markdown):
+        ends.append(len(markdown))
+    return ends[bisect.bisect_right(ends, chat_length, lo=1, key=length) - 1]
 
 
 # --- Cuts
@@ -2291,11 +2334,14 @@ def cut_text(text: str, room: int) -> int:
 # --- Blocked words
 #
 # Words and texts are compared as people read them: in Unicode's compatibility form,
-# without case, white space, what has no width, and the marks of Markdown.
+# without case, white space, what has no width or is written over a character, and the
+# marks of Markdown.
 
 IGNORED = re.compile(
     r"[\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
-    r"\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e0fff*_~`\\]"
+    r"\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e0fff*_~`\\"
+    r"\x7f-\x9f\ufff9-\ufffb"  # and what is written over a character, or around it:
+    r"\u0334-\u0338\u20d2-\u20d3\u20d8-\u20da\u20dd-\u20e0\u20e2-\u20e6\u20ea-\u20eb]"
 )
 ENTITY_OR_CHARACTER = re.compile(rf"{ENTITY}|.", re.DOTALL | re.IGNORECASE | re.ASCII)
 OPEN_ENTITY = re.compile(r"&[^;&]{0,33}\Z")  # none is longer
@@ -2304,8 +2350,14 @@ OPEN_ENTITY = re.compile(r"&[^;&]{0,33}\Z")  # none is longer
 def compared(text: str) -> str:
     """Return a text as blocked words are compared with it."""
     text = re.sub(ENTITY, lambda entity: html.unescape(entity[0]), text, flags=re.I)
-    form = unicodedata.normalize("NFKC", stream_safe(text)).casefold()
-    return IGNORED.sub("", form)
+    normal = unicodedata.normalize("NFKC", stream_safe(text))
+    return IGNORED.sub("", normal.casefold())
+
+
+# What the chat shows and the page does not: addresses, and what stands for its layout.
+CHAT_ONLY = re.compile(
+    r"（[!-~]{1,4000}）|\[图片：|\] [!-~]{1,4000}|│|(?<=[_^])\(|\^\(?"
+)
 
 
 def combines(before: str, after: str) -> bool:
@@ -2322,7 +2374,7 @@ def clusters(text: str) -> Iterator[str]:
     """Yield each character, or entity, with the marks that change it."""
     cluster = ""
     for sign in ENTITY_OR_CHARACTER.findall(text):
-        if cluster and not combines(cluster, sign):
+        if len(cluster) > MARKS_IN_A_ROW or cluster and not combines(cluster, sign):
             yield cluster
             cluster = ""
         cluster += sign
@@ -2346,7 +2398,7 @@ class BlockedWords:
             return
         lines = pathlib.Path(self.path).read_text("utf-8-sig").splitlines()
         words = (line for line in lines if not line.lstrip().startswith("#"))
-        self.words = set(map(compared, words)) - {""}
+        self.words = set(compared("\0".join(words)).split("\0")) - {""}
         self.lengths = collections.defaultdict(set)
         for word in self.words:
             self.lengths[word[0]].add(len(word))
@@ -2366,6 +2418,13 @@ class BlockedWords:
         """Say whether a text has one of the words."""
         return bool(self.words) and self.are_in_form(compared(text))
 
+    def are_in_question(self, text: str) -> bool:
+        """Say whether a question has one, as it is written or as it would be shown."""
+        if not self.words:
+            return False
+        read = chat_text(text)
+        return any(map(self.are_in, (text, read, CHAT_ONLY.sub("", read))))
+
 
 class WordGuard:
     """Delays a stream just enough that no blocked word is shown in pieces."""
@@ -2376,6 +2435,13 @@ class WordGuard:
         # Clusters held back, with their lengths as compared; `form` is all of them.
         self.held: collections.deque[tuple[str, int]] = collections.deque()
         self.form = ""
+        self.seen = {"chat": "", "page": ""}  # the ends of what they show, as compared
+
+    def sees(self, where: str, text: str) -> bool:
+        """Say whether a blocked word is in what is shown, of which this is new."""
+        form = compared(self.seen[where] + text)
+        self.seen[where] = form[-self.blocked.longest :]
+        return self.blocked.are_in_form(form)
 
     def feed(self, delta: str, is_end: bool = False) -> tuple[str, bool]:
         """Return what may be shown now, and whether a blocked word came."""
@@ -2479,7 +2545,6 @@ class Ending:
     tokens_out: int | None
 
 
-LONG_CHARS = 10_000  # it takes some ten milliseconds to read an answer of this length
 SENTENCE_SIGN = re.compile(r"[。！？…!?.\n]")
 
 
@@ -2526,6 +2591,11 @@ class Turn:
         return f"turn={self.id} msg={self.msg_key.split()[1]} from={self.openid[:8]}"
 
     @property
+    def chars(self) -> int:
+        """Return how long question and answer are."""
+        return len(self.question) + len(self.answer)
+
+    @property
     def is_open(self) -> bool:
         """Say whether it is still being written, or waits to be."""
         return self.state == "open"
@@ -2541,23 +2611,15 @@ class Turn:
 
     def has_part(self, start: int) -> bool:
         """Say whether a reply from `start` on is full, or the answer has ended."""
-        return not self.is_open or size_of(self.shown()[start:]) > REPLY_BYTES
+        if not self.is_open:
+            return True
+        return size_of(self.shown()[start : start + REPLY_BYTES + 1]) > REPLY_BYTES
 
-    async def read(self) -> "Turn":
-        """Read the answer that came with the row; return the turn.
-
-        A long one is read in a thread: it takes up to a second, and pushes cannot wait.
-        """
-        if len(self.answer) > LONG_CHARS:
-            await asyncio.to_thread(self.replace_text, self.answer)
-        else:
-            self.replace_text(self.answer)
+    def read(self) -> "Turn":
+        """Read the answer that came with the row, for seconds at worst."""
+        self.chat = ChatText(self.answer)
+        self.shown()
         return self
-
-    def replace_text(self, text: str) -> None:
-        """Replace what was written."""
-        self.answer, self.chat = text, ChatText(text)
-        self.shown()  # reads it here, where `read` has put it in a thread
 
     def append(self, delta: str) -> None:
         """Add a delta."""
@@ -2572,23 +2634,22 @@ class Turn:
             self.news.look()
         self.deltas.look()
 
-    def restart(self, text: str = "") -> None:
+    def restart(self) -> None:
         """Start the answer over; nothing of it has been sent yet."""
         self.writing = secrets.token_hex(4)
-        self.replace_text(text)
+        self.answer, self.chat = "", ChatText()
         self.deltas.look()
 
-    def drop_thought(self) -> None:
-        """Drop what was written but not sent: it turned out to be a thought."""
-        sent = max(self.stops.values(), default=0)
-        text = self.answer[: markdown_length(self.answer, sent)]
-        text += self.shown()[len(chat_text(text)) : sent]  # sent in the midst of a mark
-        self.restart(text and f"{text}\n\n")
+    def as_sent(self, text: str) -> str:
+        """Return what of a text was sent in replies."""
+        return text[: markdown_length(text, max(self.stops.values(), default=0))]
 
-    def withhold(self) -> None:
-        """Drop what no reply has sent."""
-        sent = max(self.stops.values(), default=0)
-        self.replace_text(self.answer[: markdown_length(self.answer, sent)])
+    def without_thought(self, text: str) -> str:
+        """Return what of a text was sent; the rest turned out to be a thought."""
+        sent, kept = max(self.stops.values(), default=0), self.as_sent(text)
+        # Sent in the midst of a mark:
+        kept += ChatText(text).text(has_ended=False)[len(chat_text(kept)) : sent]
+        return kept and f"{kept}\n\n"
 
     def finish(self, state: str, reason: str | None = None) -> None:
         """End the answer, and wake all who wait for it."""
@@ -2771,6 +2832,9 @@ class Recalled(typing.NamedTuple):
 PICTURE_SECONDS = 600  # how long a picture waits for its question
 REPLY_HOURS = 24  # how long a later copy of a message gets the same reply
 LAPSE_SECONDS = 24 * 3600  # how long a session that ran out is mentioned
+
+
+PAGE_CHARS = 100_000  # of questions and answers on a page of the history
 
 
 class Store:
@@ -3088,13 +3152,24 @@ class Store:
         return None
 
     async def turns_of(self, openid: str, before: int, count: int) -> list[Turn]:
-        """Return a subscriber's turns below an id, newest first."""
+        """Return a subscriber's turns below an id, newest first.
+
+        The last one is that in which their characters exceed PAGE_CHARS.
+        """
+        query = """
+            SELECT id, length(question) + length(answer) FROM turn
+            WHERE openid = :openid AND id < :before ORDER BY id DESC LIMIT :count
+        """
+        values, first, chars = {"openid": openid, "before": before}, before, 0
+        for turn_id, size in await self.rows(query, count=count, **values):
+            if chars > PAGE_CHARS:
+                break
+            first, chars = turn_id, chars + size
         query = """
             SELECT * FROM exchange WHERE openid = :openid AND id < :before
-            ORDER BY id DESC LIMIT :count
+            AND id >= :first ORDER BY id DESC
         """
-        rows = await self.rows(query, openid=openid, before=before, count=count)
-        return [Turn(*row) for row in rows]
+        return [Turn(*row) for row in await self.rows(query, first=first, **values)]
 
     # Parts
 
@@ -3755,6 +3830,39 @@ class ThoughtEnd(str):
 USAGE_SECONDS = 2  # how long a complete answer waits for its usage
 
 
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture among messages; it becomes base64 only while a request is written."""
+
+    kind: str
+    body: bytes
+
+
+PIECE_BYTES = 48 * 1024  # of a picture that is encoded at once; a multiple of three
+
+
+def render_request(body: dict) -> tuple[int, AsyncIterator[bytes]]:
+    """Return the length of a request's JSON, and its pieces."""
+    pictures: list[bytes] = []
+    mark = secrets.token_hex(16)  # where one belongs; nobody's text has it
+
+    def place(picture: Picture) -> str:
+        pictures.append(picture.body)
+        return f"data:{picture.kind};base64,{mark}"
+
+    text = json.dumps(body, default=place)
+    texts = text.split(mark)
+    length = sum(map(len, texts)) + sum((len(one) + 2) // 3 * 4 for one in pictures)
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for part, picture in zip(texts, [*pictures, b""], strict=True):
+            yield part.encode()
+            for at in range(0, len(picture), PIECE_BYTES):
+                yield base64.b64encode(picture[at : at + PIECE_BYTES])
+
+    return length, pieces()
+
+
 class ChatClient:
     """One assistant's chat API. Any number of answers may stream at the same time."""
 
@@ -3787,10 +3895,11 @@ class ChatClient:
         """Return the response to a question, to be closed; raise ChatError."""
         while True:
             body = self.request_body(messages)
+            length, pieces = render_request(body)
             response = await self.http.post(
                 self.url,
-                json=body,
-                headers=self.headers,
+                data=pieces,
+                headers=self.headers | {"Content-Length": str(length)},
                 proxy=self.settings.proxy or None,
                 allow_redirects=False,
             )
@@ -3898,6 +4007,7 @@ class ChatClient:
 PICTURE_BYTES = 4 * 1024 * 1024  # a third more in a request, as base64
 PICTURE_FETCHES = 3  # at the same time, for all subscribers
 PICTURE_TIMEOUT = 20  # seconds for one picture
+PICTURES_BYTES = 8 * PICTURE_BYTES  # of questions that are being answered, in all
 MAGIC = {
     "image/jpeg": rb"\xff\xd8\xff",
     "image/png": rb"\x89PNG\r\n\x1a\n",
@@ -3912,9 +4022,36 @@ class Pictures:
     def __init__(self, hosts: tuple[str, ...], http: aiohttp.ClientSession) -> None:
         self.hosts, self.http = hosts, http
         self.slots = asyncio.Semaphore(PICTURE_FETCHES)
+        self.room = PICTURES_BYTES  # that is left
+        self.news = asyncio.Condition()  # there is more room
 
-    async def fetch(self, url: str) -> str:
-        """Return a picture as a data URL; raise ChatError.
+    @contextlib.asynccontextmanager
+    async def fetch_all(self, urls: list[str]) -> AsyncIterator[list[Picture]]:
+        """Give a question's pictures, once there is room; raise ChatError.
+
+        Inside the block they take their room.
+        """
+        size = len(urls) * PICTURE_BYTES
+        async with self.news:
+            await self.news.wait_for(lambda: self.room >= size)
+            self.room -= size
+        try:
+            pictures = await asyncio.gather(*map(self.fetch, urls))
+            spare = size - sum(len(picture.body) for picture in pictures)
+            await self.give_back(spare)
+            size -= spare
+            yield pictures
+        finally:
+            await self.give_back(size)
+
+    async def give_back(self, size: int) -> None:
+        """Let others have room that was taken."""
+        self.room += size
+        async with self.news:
+            self.news.notify_all()
+
+    async def fetch(self, url: str) -> Picture:
+        """Return a picture; raise ChatError.
 
         Its own URL would not do: a provider abroad may not reach WeChat's hosts.
         """
@@ -3931,7 +4068,7 @@ class Pictures:
             raise ChatError("picture", f"not fetched: {name}") from error
         for kind, magic in MAGIC.items():
             if re.match(magic, body, re.DOTALL):
-                return f"data:{kind};base64,{base64.b64encode(body).decode()}"
+                return Picture(kind, body)
         raise ChatError("picture", "neither JPEG, PNG, GIF nor WebP")
 
     async def read(self, url: str) -> bytes:
@@ -4023,6 +4160,29 @@ class Tasks:
         for task in list(self.running):
             task.cancel()
         await asyncio.gather(*self.running, return_exceptions=True)
+
+
+LONG_WORKS = 8  # results that are kept
+
+
+class LongWork:
+    """Work that would hold up everybody: in two threads, once for all who want it."""
+
+    def __init__(self) -> None:
+        self.threads = concurrent.futures.ThreadPoolExecutor(2)
+        self.results: dict[object, asyncio.Future] = {}  # the newest, by their keys
+
+    def run(self, work: Callable, *args: object) -> asyncio.Future:
+        """Run a function in a thread."""
+        return asyncio.get_running_loop().run_in_executor(self.threads, work, *args)
+
+    async def once(self, key: object, work: Callable, *args: object) -> typing.Any:
+        """Return what a function gives, or gave for this key a short time ago."""
+        if key not in self.results:
+            self.results[key] = self.run(work, *args)
+        if len(self.results) > LONG_WORKS:
+            del self.results[next(iter(self.results))]
+        return await asyncio.shield(self.results[key])
 
 
 class Subscriber:
@@ -4189,9 +4349,14 @@ def command(name: str) -> Callable[[Command], Command]:
 
 
 def folded(text: str) -> str:
-    """Return text as commands are compared, without width and case; '' if too long."""
-    is_short = len(text) <= COMMAND_CHARS
-    return unicodedata.normalize("NFKC", text).strip().casefold() if is_short else ""
+    """Return text as commands are compared: full-width forms and case do not matter.
+
+    What is too long for a command stays as it is.
+    """
+    text = text.strip()
+    if len(text) > COMMAND_CHARS:
+        return text
+    return unicodedata.normalize("NFKC", text).strip().casefold()
 
 
 def find_command(text: str) -> Command | None:
@@ -4255,10 +4420,15 @@ def continue_tap(number: int) -> str:
     return tap_link(f"继续{number}")
 
 
+def sent_size(text: str) -> int:
+    """Return the size that a text has when it is sent."""
+    return size_of(outgoing(text))
+
+
 def cut_reply(text: str, room: int) -> int:
     """Return how much of a chat text fits `room` bytes once links are escaped."""
     cut = cut_text(text, room)
-    while (over := size_of(escape_links(text[:cut])) - room) > 0:
+    while (over := sent_size(text[:cut]) - room) > 0:
         cut = cut_text(text, size_of(text[:cut]) - over)
     return cut
 
@@ -4278,8 +4448,20 @@ RETRY_PAUSES = (0.5, 1.0)  # seconds before a question is asked again
 RECENT_SECONDS = 3600  # how far back 继续 and 重试 look outside a session
 FORGET_SECONDS = 300  # how long 确认删除 is accepted
 HOLD_SECONDS = 3.0  # how long a timed-out request is kept open before it is dropped
-# After a link in the chat text; the page shows the link's words alone.
-SHOWN_ADDRESS = re.compile("（[!-~]{1,2000}）")
+PAGES_AT_ONCE = 8  # that are loaded, rendered or written
+DELTA_CHARS = 500  # what is appended at once; between two pieces others have a turn
+
+
+async def in_pieces(
+    stream: AsyncIterator[str | Ending],
+) -> AsyncGenerator[str | Ending, None]:
+    """Yield what a model streams; a long delta in pieces."""
+    async for item in stream:
+        while isinstance(item, str) and len(item) > DELTA_CHARS:
+            yield item[:DELTA_CHARS]
+            item = item[DELTA_CHARS:]
+            await asyncio.sleep(0)
+        yield item
 
 
 class Bot:
@@ -4295,13 +4477,16 @@ class Bot:
         cipher: Cipher | None,  # in safe mode
     ) -> None:
         self.config = config
-        self.texts = config.texts
+        lines = vars(config.texts).items()
+        self.texts = Texts({name: with_links(line) for name, line in lines})
         self.store = store
         self.chat = chat
         self.pictures = pictures
         self.blocked = blocked
         self.cipher = cipher
         self.tasks = Tasks()
+        self.work = LongWork()
+        self.pages = asyncio.Semaphore(PAGES_AT_ONCE)
         self.guard = MuteGuard(config.wechat.mute_guard)
         self.replays = ReplayGuard(self.tasks.loop.time, self.warn)
         self.slots = asyncio.Semaphore(config.limits.at_once)  # first come first
@@ -4330,6 +4515,7 @@ class Bot:
             left = self.tasks.closes_at - self.tasks.loop.time()
             await asyncio.wait(writing, timeout=max(0, left))
         await self.tasks.close()
+        self.work.threads.shutdown(wait=False, cancel_futures=True)
 
     def subscriber(self, openid: str) -> Subscriber:
         """Return a subscriber's state, new if nothing of theirs is in progress."""
@@ -4357,8 +4543,8 @@ class Bot:
         count = len(json.loads(turn.pictures or "[]"))
         return turn.question.removeprefix(self.texts.word_picture * count)
 
-    async def messages_for(self, turn: Turn) -> list[dict]:
-        """Return what the model gets; raise ChatError if a picture is not fetched."""
+    async def messages_for(self, turn: Turn, pictures: list[Picture]) -> list[dict]:
+        """Return what the model gets: prompt, the session so far, the question."""
         prompt = self.config.assistants[turn.assistant].system_prompt
         messages: list[dict] = []
         if prompt:
@@ -4368,18 +4554,17 @@ class Bot:
             messages.append({"role": "user", "content": question})
             messages.append({"role": "assistant", "content": answer})
         content: str | list[dict] = turn.question
-        if urls := json.loads(turn.pictures or "[]"):
+        if pictures:
             content = [{"type": "text", "text": self.question_words(turn)}]
-            for url in await asyncio.gather(*map(self.pictures.fetch, urls)):
-                picture = {"url": url, "detail": "low"}
-                content.append({"type": "image_url", "image_url": picture})
+            urls = [{"url": url, "detail": "low"} for url in pictures]
+            content += [{"type": "image_url", "image_url": url} for url in urls]
         return [*messages, {"role": "user", "content": content}]
 
     def show(self, turn: Turn, guard: WordGuard, delta: str, is_end: bool) -> None:
         """Append what of a stream may be shown; raise ChatError for a blocked word.
 
-        Links and tags may split a word in the Markdown that is whole in the chat, so
-        the chat text is searched as well, before anybody who waits can see it.
+        Links and tags part a word in the Markdown that is whole in the chat or on the
+        page: so what they show is looked through as well, before anybody is told.
         """
         text, is_blocked = guard.feed(delta, is_end)
         if text and not is_blocked and not self.blocked.words:
@@ -4387,9 +4572,9 @@ class Bot:
         elif text and not is_blocked:
             before = len(turn.shown())
             turn.append(text)
-            shown = turn.shown()[max(0, before - 4 * self.blocked.longest) :]
-            on_page = SHOWN_ADDRESS.sub("", shown)
-            is_blocked = self.blocked.are_in(shown) or self.blocked.are_in(on_page)
+            shown = turn.shown()[before:]
+            on_page = CHAT_ONLY.sub("", shown)
+            is_blocked = guard.sees("chat", shown) or guard.sees("page", on_page)
         if is_blocked:
             raise ChatError("blocked", "a blocked word in the answer")
 
@@ -4402,15 +4587,18 @@ class Bot:
         """Append what the model streams; return the Ending, or raise ChatError."""
         guard = WordGuard(self.blocked)
         ending = Ending("length", "", None, None)  # of an answer that goes on for ever
-        async with contextlib.aclosing(stream):
-            async for item in stream:
+        async with (
+            contextlib.aclosing(stream),
+            contextlib.aclosing(in_pieces(stream)) as pieces,
+        ):
+            async for item in pieces:
                 if isinstance(item, Ending):
                     ending = item
                     break
                 if is_resumed and not turn.answer:
                     await self.begin_anew(turn)
                 if isinstance(item, ThoughtEnd):
-                    turn.drop_thought()
+                    await self.rewrite(turn, turn.without_thought)
                     guard = WordGuard(self.blocked)
                 self.show(turn, guard, item[: ANSWER_CHARS - len(turn.answer)], False)
                 if len(turn.answer) >= ANSWER_CHARS:
@@ -4422,6 +4610,20 @@ class Bot:
             is_retryable = ending.finish_reason != "length"
             raise ChatError("empty", reason, is_retryable)
         return ending
+
+    async def rewrite(self, turn: Turn, change: Callable[[str], str]) -> None:
+        """Change what was written; nobody sees any of it meanwhile."""
+        text = turn.answer
+        turn.restart()
+
+        def read() -> tuple[str, ChatText]:
+            changed = change(text)
+            chat = ChatText(changed)
+            chat.text(has_ended=False)
+            return changed, chat
+
+        turn.answer, turn.chat = await self.work.run(read)
+        turn.deltas.look()
 
     async def begin_anew(self, turn: Turn) -> None:
         """Move unsent parts of what an earlier process wrote to the answer's start."""
@@ -4506,8 +4708,9 @@ class Bot:
         """Let the model answer a question, and store how that ended."""
         ending: Ending | None = None
         try:
-            async with self.slots:
-                messages = await self.messages_for(turn)
+            urls = json.loads(turn.pictures or "[]")
+            async with self.slots, self.pictures.fetch_all(urls) as pictures:
+                messages = await self.messages_for(turn, pictures)
                 if is_resumed or not turn.asked:
                     await self.store.count_asking(turn.id)
                 ending = await self.ask_models(turn, messages, is_resumed)
@@ -4517,9 +4720,9 @@ class Bot:
             level = logging.ERROR if error.kind == "setup" else logging.WARNING
             log.log(level, "%s failed: %s", turn.name, error)
             if error.kind == "blocked":
-                turn.withhold()
+                await self.rewrite(turn, turn.as_sent)
             elif earlier and not turn.answer:
-                turn.replace_text(earlier)
+                await self.rewrite(turn, lambda _: earlier)
             turn.finish(failed_state(turn, error.kind), error.kind)
         finally:
             if turn.is_open:  # cancelled: the next process goes on from the text so far
@@ -4619,7 +4822,7 @@ class Bot:
         for turn in turns:
             subscriber, earlier = self.subscriber(turn.openid), turn.answer
             if turn.asked >= ASKINGS or now - turn.created_at > RESUME_SECONDS:
-                self.turns[turn.id] = await turn.read()
+                self.turns[turn.id] = await self.work.run(turn.read)
                 self.end_unwritten(turn, "broken" if earlier else "failed", "given_up")
             elif not turn.asked and turn.session_id not in open_sessions:
                 self.turns[turn.id] = turn
@@ -4638,7 +4841,7 @@ class Bot:
             turn = await self.store.turn(turn_id)
             if turn is None:
                 return None
-            await turn.read()
+            turn = await self.work.once(("turn", turn_id), turn.read)
         return turn, part or Part(0, turn_id)
 
     async def unsent_source(self, delivery: Delivery, turn_id: int) -> Source | None:
@@ -4662,7 +4865,7 @@ class Bot:
             return texts.too_long.format(count=len(question), most=most)
         if waiting >= limits.waiting:
             return texts.too_many.format(count=waiting)
-        return texts.blocked_question if self.blocked.are_in(question) else ""
+        return texts.blocked_question if self.blocked.are_in_question(question) else ""
 
     async def refuse_for_today(self, openid: str) -> str:
         """Return the text about the day's limit that is used up."""
@@ -4921,6 +5124,7 @@ class Bot:
                 turn.task.cancel()
             self.turns.pop(turn.id, None)
         await self.store.forget(delivery.message.openid)
+        self.work.results.clear()
         subscriber.forget()
 
     # The message's task
@@ -4983,7 +5187,7 @@ class Bot:
 
     def rest_of(self, turn: Turn, start: int, head: str) -> str:
         """Return all that is left to say of an ended answer, of any size."""
-        text = escape_links(turn.shown()[start:].strip("\n"))
+        text = turn.shown()[start:].strip("\n")
         word = self.texts.word_retry
         words = ending_words(self.texts, turn, tap_link(word, f"{word}{turn.id}"))
         if not text:
@@ -4993,7 +5197,7 @@ class Bot:
             content += f"\n\n{words}"
         if turn.chat.has_more_on_page():
             link = "\n" + self.page_link(turn, self.texts.word_typeset)
-            content += link if size_of(content + link) <= REPLY_BYTES else ""
+            content += link if sent_size(content + link) <= REPLY_BYTES else ""
         return content
 
     def compose(self, delivery: Delivery) -> Reply:
@@ -5006,15 +5210,15 @@ class Bot:
         head = self.texts.anew + "\n" if part.is_anew else ""
         if not turn.is_open:
             content = self.rest_of(turn, part.start, head)
-            if size_of(content) <= REPLY_BYTES:
+            if sent_size(content) <= REPLY_BYTES:
                 return Reply(content, now, part, stop=len(shown))
         # Not all of it. The first reply that shows a part fixes where it ends.
         is_early = not turn.has_part(part.start)
         longest = head + self.tail(turn, (subscriber.last_part or 0) + 1)
-        room = REPLY_BYTES - size_of(longest)
+        room = REPLY_BYTES - sent_size(longest)
         rest = shown[part.start :]
         stop = turn.stops.get(part.start) or part.start + cut_reply(rest, room)
-        text = escape_links(shown[part.start : stop].strip("\n"))
+        text = shown[part.start : stop].strip("\n")
         if text:
             offered = subscriber.offer(turn.id, stop)
             content = head + text + self.tail(turn, offered.number)
@@ -5034,13 +5238,15 @@ class Bot:
             tap = continue_tap(number)
             line = self.texts.unread.format(question=excerpt(question), tap=tap)
             content = f"{reply.content}\n\n{line}"
-            if size_of(content) <= REPLY_BYTES:
+            if sent_size(content) <= REPLY_BYTES:
                 return replace(reply, content=content, mentions=turn_id)
         return reply
 
     def decide(self, delivery: Delivery) -> None:
         """Fix the reply of a message for all its requests, and start to store it."""
         reply = self.mention(delivery, self.compose(delivery))
+        if not delivery.is_repeat:
+            reply = replace(reply, content=outgoing(reply.content))
         to_mention = delivery.subscriber.to_mention
         if reply.mentions:
             del to_mention[reply.mentions]
@@ -5176,7 +5382,7 @@ def check_commands(config: Config) -> None:
     """Raise ConfigError for an assistant named like a command, or a reply too long."""
     replies, names = config.replies, [*config.assistants, *COMMANDS]
     for text in (replies.subscribe, replies.outside, *replies.keywords.values()):
-        size = size_of(with_taps(text, names))
+        size = sent_size(with_taps(text, names))
         wanted = f"at most {REPLY_BYTES} bytes with taps"
         require(size <= REPLY_BYTES, "replies", f"{size} bytes", wanted)
     for name in config.assistants:
@@ -5202,6 +5408,7 @@ POLICY = (
 RENDER_CHARS = 32_768  # the rest of a longer answer stays plain: rendering takes time
 FOLD_CHARS = 300  # longer answers are folded in the history, and typeset when opened
 HISTORY_COUNT = 50
+EVENT_CHARS = 32_768  # of an answer in one event of its stream
 RECONNECT_MS = 1000  # how long a viewer waits whose stream was lost
 
 
@@ -5254,7 +5461,9 @@ class AnswerRenderer(RendererHTML):
         self.formulas = 0  # so far
 
     def link_open(self, tokens: Sequence[Token], index: int, *_: object) -> str:
-        return link_tag(tokens[index].attrGet("href"))
+        address = tokens[index].attrGet("href")
+        is_empty = tokens[index + 1].type == "link_close"
+        return link_tag(address, str(address) if is_empty else "")
 
     def image(self, tokens: Sequence[Token], index: int, *_: object) -> str:
         # As a link, unless the answer holds it: loading one tells a stranger who reads.
@@ -5385,14 +5594,14 @@ def bad_ending(texts: Texts, turn: Turn) -> str:
     return ending_words(texts, turn, "\n" + texts.page_retry)
 
 
-def render_answer(texts: Texts, turn: Turn) -> Page:
-    """Return the page of one question and its finished answer."""
+def render_answer(texts: Texts, turn: Turn, answer: str) -> Page:
+    """Return the page of one question and its finished answer, which is HTML."""
     return render_page(
         "answer",
         texts,
         title=excerpt(turn.question, 30),
         turn=turn,
-        answer=Markup(render_markdown(texts, turn.answer)),
+        answer=Markup(answer),
         ended=bad_ending(texts, turn),
     )
 
@@ -5562,6 +5771,29 @@ def html_response(page: Page, status: int = 200) -> web.Response:
     return web.Response(text=page.html, status=status, headers=headers)
 
 
+PAGE_SECONDS = 60.0  # for making a page and writing it
+
+
+def a_few_at_once(
+    make: Callable[[web.Request], Awaitable[web.Response]],
+) -> Callable[[web.Request], Awaitable[web.Response]]:
+    """Let a handler's pages be loaded, rendered and written a few at a time."""
+
+    @functools.wraps(make)
+    async def write(request: web.Request) -> web.Response:
+        async with request.app[BOT].pages:
+            try:
+                async with asyncio.timeout(PAGE_SECONDS):
+                    response = await make(request)
+                    await response.prepare(request)
+                    await response.write_eof()
+            except (TimeoutError, ConnectionResetError):  # it is not read any more
+                return drop_connection(request)
+        return response
+
+    return write
+
+
 def error_page(bot: Bot, status: int) -> web.Response:
     """Return the page of an unknown (404) or expired (410) link."""
     words = bot.texts.page_expired if status == 410 else bot.texts.page_missing
@@ -5579,6 +5811,7 @@ async def find_linked(request: web.Request) -> Turn | web.Response:
     return turn
 
 
+@a_few_at_once
 async def answer_page(request: web.Request) -> web.Response:
     """Show one question and its answer, live while it is being written."""
     bot, turn = request.app[BOT], await find_linked(request)
@@ -5593,8 +5826,9 @@ async def answer_page(request: web.Request) -> web.Response:
         await bot.store.mark_read(turn.id)
     except sqlite3.Error as error:  # a full disk does not keep people from reading
         log.error("%s not stored as read: %s", turn.name, error)
-    # In a thread: a large answer may take a second to render, and pushes cannot wait.
-    return html_response(await asyncio.to_thread(render_answer, bot.texts, turn))
+    work, key = bot.work, ("page", turn.id)
+    answer = await work.once(key, render_markdown, bot.texts, turn.answer)
+    return html_response(await work.run(render_answer, bot.texts, turn, answer))
 
 
 PING_SECONDS = 15.0  # how long a live page's stream may be silent
@@ -5623,10 +5857,10 @@ async def follow(bot: Bot, turn: Turn, last: str) -> AsyncIterator[bytes]:
             offset = 0
             yield sse_event({}, "reset", f"{turn.writing}:0")
         writing = turn.writing
-        if delta := turn.answer[offset:]:
+        if delta := turn.answer[offset : offset + EVENT_CHARS]:
             offset += len(delta)
             yield sse_event({"text": delta}, number=f"{writing}:{offset}")
-        if not turn.is_open:
+        if not turn.is_open and offset == len(turn.answer):
             yield sse_event({"state": turn.state}, "done")
             return
         if offset:
@@ -5660,6 +5894,7 @@ def number_in(request: web.Request, name: str, missing: int) -> int:
     return int(value) if re.fullmatch(r"[0-9]{1,15}", value) else missing
 
 
+@a_few_at_once
 async def history_page(request: web.Request) -> web.Response:
     """Show a subscriber's history, newest first."""
     bot, key = request.app[BOT], request.match_info["key"]
@@ -5675,9 +5910,12 @@ async def history_page(request: web.Request) -> web.Response:
     else:
         below = number_in(request, "before", 2**62)
         turns = await bot.store.turns_of(openid, below, HISTORY_COUNT + 1)
-    older = f"?before={turns[HISTORY_COUNT - 1].id}" if turns[HISTORY_COUNT:] else ""
-    page = (bot.texts, turns[:HISTORY_COUNT], older, only < 0)
-    return html_response(await asyncio.to_thread(render_history, *page))
+    chars, older = sum(turn.chars for turn in turns), ""
+    if len(turns) > HISTORY_COUNT or len(turns) > 1 and chars > PAGE_CHARS:
+        turns.pop()
+        older = f"?before={turns[-1].id}"
+    page = (bot.texts, turns, older, only < 0)
+    return html_response(await bot.work.run(render_history, *page))
 
 
 async def health(request: web.Request) -> web.Response:

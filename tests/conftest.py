@@ -47,7 +47,7 @@ LONG = "".join(f"第{n}句：{SENTENCE}\n\n" for n in range(60))  # some four pa
 
 
 # What needs more than Python: `-m "not system"` leaves it out.
-SYSTEM = "browser clock crash demo disk hostile owner proxies restart".split()
+SYSTEM = "bounds browser clock crash demo disk hostile owner proxies restart".split()
 SYSTEM += ["shutdown", "systemd"]
 DEBIAN = ("proxies", "systemd")  # share one root, and each a container
 
@@ -318,8 +318,11 @@ async def run_command(
 class Process:
     """wxgpt as a process of its own, which a test can kill and start again."""
 
-    def __init__(self, path: pathlib.Path, port: int) -> None:
+    def __init__(
+        self, path: pathlib.Path, port: int, program: Sequence[str] = ()
+    ) -> None:
         self.path, self.port = path, port
+        self.program = program or (sys.executable, str(ROOT / "wxgpt.py"))
         self.process: asyncio.subprocess.Process  # once it was started
         self.log: list[str] = []
         self.reader: asyncio.Task[None]
@@ -329,8 +332,7 @@ class Process:
         """Start it and wait until it serves."""
         before = len(self.log)
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            str(ROOT / "wxgpt.py"),
+            *self.program,
             "--config",
             str(self.path),
             stderr=asyncio.subprocess.PIPE,
@@ -370,14 +372,16 @@ class Process:
 async def spawn(
     settings: dict[str, Any], tmp_path: pathlib.Path
 ) -> AsyncIterator[Callable[..., Any]]:
-    """Start wxgpt as a process; gives the server and the process."""
+    """Start wxgpt, or another program, as a process; gives the server and the process."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def start(**changes: Any) -> tuple[Server, Process]:
+        async def start(
+            program: Sequence[str] = (), **changes: Any
+        ) -> tuple[Server, Process]:
             changes = merged({"server": {"port": free_port()}}, changes)
             port, path = changes["server"]["port"], tmp_path / "wxgpt.toml"
             write_settings(path, merged(settings, changes))
-            process = Process(path, port)
+            process = Process(path, port, program)
             await process.start()
             stack.push_async_callback(process.kill)
             return await stack.enter_async_context(platform(port)), process
