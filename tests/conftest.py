@@ -285,6 +285,18 @@ def copy_server(folder: pathlib.Path) -> None:
         shutil.copy(ROOT / name, folder)
 
 
+@pytest.fixture
+def prune_often(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the tests run a copy of the program that deletes old things every moment."""
+    folder = tmp_path / "often"
+    copy_server(folder)
+    program = (folder / "wxgpt.py").read_text("utf-8")
+    assert "\nPRUNE_SECONDS = 600.0 " in program
+    program = program.replace("\nPRUNE_SECONDS = 600.0 ", "\nPRUNE_SECONDS = 0.2 ")
+    (folder / "wxgpt.py").write_text(program, "utf-8")
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", folder)
+
+
 async def run_command(
     path: pathlib.Path,
     *words: str,
