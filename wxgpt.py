@@ -3205,7 +3205,7 @@ class Store:
 PRAGMAS = (
     BUSY,
     "journal_mode = WAL",
-    "synchronous = NORMAL",
+    "synchronous = FULL",
     "foreign_keys = ON",
     "secure_delete = ON",
     "journal_size_limit = 16777216",

@@ -146,6 +146,11 @@ async def test_aiosqlite_runs_a_function_of_ours_in_its_thread(store):
     assert thread != threading.current_thread().name
 
 
+async def test_a_commit_waits_for_the_disk(store):
+    """A power failure takes nothing back that a reply has said: synchronous is FULL."""
+    assert await store.rows("PRAGMA synchronous") == [(2,)]
+
+
 async def test_a_statement_that_fails_costs_those_beside_it_nothing(store):
     """What waits shares one commit; when that fails, each is run for itself."""
     insert = "INSERT INTO forget_request VALUES (:who, :at)"
