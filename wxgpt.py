@@ -71,6 +71,7 @@ import contextlib
 import dataclasses
 import datetime
 import email.utils
+import fcntl
 import functools
 import gc
 import hashlib
@@ -2589,10 +2590,12 @@ class Turn:
 #               finish_turn; turn, turn_by_link, open_turns, newest_failed, turns_of;
 #               what the model gets of those before it: history
 #   a part      part, unsent_part, oldest_unsent
-#   the rest    add_history_link, history_owner; ask_forget, forget_asked_at, forget;
-#               prune
+#   the rest    add_history_link, history_owner; ask_forget, forget_asked_at, forget,
+#               forget_due; prune
 #
-# Triggers in schema.sql keep what always goes along with a change.
+# Triggers in schema.sql keep what always goes along with a change. Beside the database
+# lies the file NAME-duty, locked by the process that serves: the deletions that are
+# promised and not done yet, since the database may be locked or full just then.
 # ---------------------------------------------------------------------------
 
 SCHEMA = pathlib.Path(__file__).with_name("schema.sql")
@@ -2607,6 +2610,16 @@ Job = list[Statement]  # several are one transaction
 BUSY = "busy_timeout = 2000"  # milliseconds for another process's lock
 # A full or locked disk; a value that SQLite cannot hold.
 DATABASE_ERRORS = (sqlite3.Error, ValueError, OverflowError)
+
+
+@contextlib.contextmanager
+def without_waiting(db: sqlite3.Connection) -> Iterator[None]:
+    """Wait for no other process: whatever is to be stored would wait as well."""
+    db.execute("PRAGMA busy_timeout = 0")
+    try:
+        yield
+    finally:
+        db.execute(f"PRAGMA {BUSY}")
 
 
 def run_transaction(db: sqlite3.Connection, jobs: list[Job]) -> list[list[list]]:
@@ -2644,24 +2657,20 @@ def run_jobs(db: sqlite3.Connection, jobs: list[Job]) -> list:
         except DATABASE_ERRORS as error:
             name = getattr(error, "sqlite_errorname", "")
             is_locked = name.startswith("SQLITE_BUSY")
-    if is_locked:
-        db.execute("PRAGMA busy_timeout = 0")
-    results = [run_alone(db, job) for job in jobs]
-    if is_locked:
-        db.execute(f"PRAGMA {BUSY}")
-    return results
+    with without_waiting(db) if is_locked else contextlib.nullcontext():
+        return [run_alone(db, job) for job in jobs]
+
+
+def run_at_once(db: sqlite3.Connection, job: Job) -> None:
+    """Run a job unless another process holds the lock."""
+    with without_waiting(db):
+        run_transaction(db, [job])
 
 
 def truncate_wal(db: sqlite3.Connection) -> bool:
-    """Empty the WAL unless somebody reads it; say whether that was done.
-
-    Nobody waits for the reader: whatever is to be stored would wait as well.
-    """
-    db.execute("PRAGMA busy_timeout = 0")
-    try:
+    """Empty the WAL unless somebody reads it; say whether that was done."""
+    with without_waiting(db):
         [(is_busy, *_)] = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-    finally:
-        db.execute(f"PRAGMA {BUSY}")
     return not is_busy
 
 
@@ -2751,6 +2760,46 @@ PICTURE_SECONDS = 600  # a picture waits so long for its question
 REPLY_HOURS = 24  # for how long a later copy of a message gets the same reply
 LAPSE_SECONDS = 24 * 3600  # for how long it is mentioned that a session ran out
 
+Due = dict[str, tuple[str, str]]  # openid: key of the message that asked, its reply
+DUTY_BYTES = 4096  # of the file at least: on a full disk some thirty lines have room
+LOCK_SECONDS = 12.0  # how long we wait for the process before us, which ends in ten
+
+
+async def lock_file(file: int, path: str) -> None:
+    """Wait until no other process serves a database; raise StoreError if one stays."""
+    until = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                words = "another wxgpt serves it, end that one first"
+                raise StoreError(f"database {path}: {words}") from None
+        except OSError as error:
+            words = "no lock can be had, see that only one wxgpt serves it"
+            log.warning("database %s: %s: %s", path, error.strerror, words)
+            return
+        await asyncio.sleep(0.1)
+
+
+def read_due(file: int) -> Due:
+    """Return the deletions that a process before this one left undone."""
+    due = {}
+    for line in os.pread(file, os.fstat(file).st_size, 0).splitlines():
+        with contextlib.suppress(ValueError):  # empty, or torn: not promised yet
+            openid, key, reply = json.loads(line)
+            due[openid] = (key, reply)
+    return due
+
+
+def write_due(_: sqlite3.Connection, file: int, due: Due) -> None:
+    """Let the file hold these deletions; in the database's thread, one by one."""
+    lines = "".join(json.dumps([openid, *due[openid]]) + "\n" for openid in due)
+    text = lines.encode().ljust(DUTY_BYTES, b"\n")
+    os.pwrite(file, text, 0)
+    os.ftruncate(file, len(text))
+    os.fsync(file)
+
 
 class Store:
     """All that outlives the process. `open_store` opens it; `close` ends its thread.
@@ -2758,12 +2807,15 @@ class Store:
     Coroutines may use it at the same time; their statements run in the order given.
     """
 
-    def __init__(self, db: aiosqlite.Connection) -> None:
+    def __init__(self, db: aiosqlite.Connection, file: int) -> None:
         self.db = db
         self.batch = Batch(db)
         self.run = self.batch.run
         self.close = self.batch.close
-        self.is_wal_behind = False  # deleted text is still in the WAL
+        self.is_wal_behind = True  # deleted text may still be in the WAL
+        self.file = file  # NAME-duty, locked
+        self.due = read_due(file)
+        self.forgetting = asyncio.Lock()  # one deletion at a time
         self.newest_push = 0  # newest timestamp of a signed push, seconds
         self.saved_push = 0  # the one in the database, up to a minute older
         self.secret = b""  # keys the hashes under which questions are counted
@@ -2809,15 +2861,15 @@ class Store:
                         SELECT url FROM picture
                         WHERE openid = :openid AND created_at > :since ORDER BY id))
             FROM (SELECT 1)
-            LEFT JOIN reply ON reply.key = :key
+            LEFT JOIN reply ON reply.key IN (:key, :hash)
             LEFT JOIN turn ON turn.msg_key = :key
             LEFT JOIN session ON session.openid = :openid AND session.ended_at IS NULL
             LEFT JOIN part AS missed ON missed.openid = :openid AND missed.number = (
                 SELECT min(number) FROM part WHERE openid = :openid AND to_mention = 1)
             LEFT JOIN turn AS asked ON asked.id = missed.turn_id
         """
-        since = now - PICTURE_SECONDS
-        [row] = await self.rows(query, key=key, openid=openid, since=since)
+        since, hash_ = now - PICTURE_SECONDS, self.keyed_hash(key)
+        [row] = await self.rows(query, key=key, hash=hash_, openid=openid, since=since)
         reply = None
         if row[0] is not None:
             own = None if row[2] is None else Part(0, row[2])
@@ -2971,7 +3023,7 @@ class Store:
             asked=turn.asked,
             created_at=turn.created_at,
             day=beijing_day(turn.created_at),
-            counted_as=self.counted_as(turn.openid),
+            counted_as=self.keyed_hash(turn.openid),
             most=most,
             most_of_all=most_of_all,
         )
@@ -2979,14 +3031,14 @@ class Store:
             [(turn.id,)] = rows
         return bool(rows)
 
-    def counted_as(self, openid: str) -> str:
-        """Return the hash under which a subscriber's questions are counted."""
-        return hmac.new(self.secret, openid.encode(), "sha256").hexdigest()[:32]
+    def keyed_hash(self, name: str) -> str:
+        """Return what outlives a deletion in place of an openid or a message's key."""
+        return hmac.new(self.secret, name.encode(), "sha256").hexdigest()[:32]
 
     async def questions_of_day(self, openid: str, now: float) -> int:
         """Return how many questions a subscriber asked on this Beijing day."""
         query = "SELECT questions FROM quota WHERE day = :day AND who = :who"
-        day, who = beijing_day(now), self.counted_as(openid)
+        day, who = beijing_day(now), self.keyed_hash(openid)
         rows = await self.rows(query, day=day, who=who)
         return rows[0][0] if rows else 0
 
@@ -3054,12 +3106,14 @@ class Store:
         """Return the turn that an answer's link shows."""
         query = "SELECT * FROM exchange WHERE link_key = :key"
         rows = await self.rows(query, key=link_key)
-        return Turn(*rows[0]) if rows else None
+        turn = Turn(*rows[0]) if rows else None
+        return turn if turn and turn.openid not in self.due else None
 
     async def open_turns(self) -> tuple[list[Turn], set[int]]:
         """Return the unfinished turns in order, and their sessions that are open."""
         query = "SELECT * FROM exchange WHERE state = 'open' ORDER BY id"
         turns = [Turn(*row) for row in await self.rows(query)]
+        turns = [turn for turn in turns if turn.openid not in self.due]
         query = """
             SELECT session_id FROM turn JOIN session ON session.id = session_id
             WHERE state = 'open' AND ended_at IS NULL
@@ -3139,7 +3193,8 @@ class Store:
     async def history_owner(self, key: str) -> tuple[str, float] | None:
         """Return whose history a link shows and until when it works."""
         query = "SELECT openid, expires_at FROM history_link WHERE key = :key"
-        return next(iter(await self.rows(query, key=key)), None)
+        found = next(iter(await self.rows(query, key=key)), None)
+        return found if found and found[0] not in self.due else None
 
     async def ask_forget(self, openid: str, now: float) -> None:
         """Note that a subscriber asked for deletion and has yet to confirm it."""
@@ -3152,8 +3207,33 @@ class Store:
         rows = await self.rows(query, openid=openid)
         return rows[0][0] if rows else 0.0
 
-    async def forget(self, openid: str) -> None:
-        """Delete all that is stored about a subscriber, from the files too."""
+    async def forget(self, openid: str, key: str, reply: str) -> None:
+        """Delete all that is stored about a subscriber, later if that cannot be now.
+
+        As long as it is due, nothing of theirs may be stored: all there is is deleted.
+        A later copy of the message `key`, which asked for it, gets `reply`.
+        """
+        async with self.forgetting:
+            self.due[openid] = (self.keyed_hash(key), reply)
+            try:
+                await self.delete(openid, self.run)
+            except (OSError, *DATABASE_ERRORS) as error:
+                log.error("a deletion is due, and tried every second: %s", error)
+
+    async def forget_due(self) -> None:
+        """Try the deletions that are due again; nobody waits if they cannot be done."""
+        at_once = functools.partial(self.batch.call, run_at_once)
+        async with self.forgetting:
+            for openid in list(self.due):
+                with contextlib.suppress(OSError, *DATABASE_ERRORS):
+                    await self.delete(openid, at_once)
+                    log.info("a deletion that was due is done")
+
+    async def delete(self, openid: str, run: Callable[[Job], Awaitable]) -> None:
+        """Delete a subscriber's data, from the files too.
+
+        It is written down before, and crossed out before anything new can be stored.
+        """
         queries = (
             "DELETE FROM session WHERE openid = :openid",
             "DELETE FROM turn WHERE openid = :openid",
@@ -3162,9 +3242,18 @@ class Store:
             "DELETE FROM picture WHERE openid = :openid",
             "DELETE FROM history_link WHERE openid = :openid",
             "DELETE FROM forget_request WHERE openid = :openid",
+            "REPLACE INTO reply (key, openid, content, created)"
+            " VALUES (:key, '', :reply, :now)",
         )
-        await self.run([(query, {"openid": openid}) for query in queries])
+        key, reply = self.due[openid]
+        values = {"openid": openid, "key": key, "reply": reply, "now": int(time.time())}
+        with contextlib.suppress(OSError):  # memory keeps it
+            await self.batch.call(write_due, self.file, self.due)
+        await run([(query, dict(values)) for query in queries])
         await self.truncate_wal()
+        others = {who: self.due[who] for who in self.due if who != openid}
+        await self.batch.call(write_due, self.file, others)
+        del self.due[openid]
 
     async def truncate_wal(self) -> None:
         """Take deleted text out of the WAL; a reader may prevent it for a while.
@@ -3172,7 +3261,8 @@ class Store:
         In the database itself secure_delete has overwritten it.
         """
         self.is_wal_behind = True
-        self.is_wal_behind = not await self.batch.call(truncate_wal)
+        with contextlib.suppress(sqlite3.Error):  # locked or full: it is tried again
+            self.is_wal_behind = not await self.batch.call(truncate_wal)
 
     async def prune(self, now: float, link_seconds: float, keep_days: float) -> None:
         """Delete what has served its time: replies, links, counts, old exchanges."""
@@ -3222,11 +3312,14 @@ async def open_store(path: str) -> Store:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         with contextlib.suppress(PermissionError):  # another user's, lent to us
             os.chmod(path, 0o600)  # a restored copy may have come with any mode
+        file = os.open(path + "-duty", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise StoreError(f"database {path}: {error.strerror}") from None
     async with contextlib.AsyncExitStack() as undo:
-        store = Store(await aiosqlite.connect(path, isolation_level=None))
-        undo.push_async_callback(store.close)
+        undo.callback(os.close, file)
+        await lock_file(file, path)
+        store = Store(await aiosqlite.connect(path, isolation_level=None), file)
+        undo.push_async_callback(store.batch.close)
         try:
             # Checked before anything is written. This reads the whole file.
             is_small = os.path.getsize(path) <= CHECK_BYTES
@@ -3237,9 +3330,13 @@ async def open_store(path: str) -> Store:
             for pragma in PRAGMAS:
                 await store.rows(f"PRAGMA {pragma}")
             await store.migrate()
+            await store.truncate_wal()
+            with contextlib.suppress(OSError):  # full: it is written again when needed
+                await store.batch.call(write_due, file, store.due)
+            await store.forget_due()
         except sqlite3.Error as error:
             raise StoreError(f"database {path}: {error}") from None
-        undo.pop_all()  # it stays open
+        store.close = undo.pop_all().aclose
         return store
 
 
@@ -4241,7 +4338,8 @@ class Bot:
 
     async def store_end(self, turn: Turn, ending: Ending | None = None) -> None:
         """Store how an answer ended, and log it; readers have it from memory before."""
-        while True:  # the next question of the session needs it stored
+        # The next question of the session needs it stored, unless all is forgotten.
+        while turn.id in self.turns:
             try:
                 await self.store.finish_turn(turn, ending)
                 break
@@ -4423,7 +4521,7 @@ class Bot:
             case "event", "subscribe":
                 return self.tappable(self.config.replies.subscribe)
             case "event", "unsubscribe":
-                await self.forget_all(delivery)
+                await self.forget_all(delivery, "")
                 return ""
             case "event", _:
                 return ""
@@ -4604,21 +4702,23 @@ class Bot:
             return None
         if time.time() - asked_at > FORGET_SECONDS:
             return self.texts.forget_late
-        await self.forget_all(delivery)
-        return self.texts.forgotten
+        return await self.forget_all(delivery, self.texts.forgotten)
 
-    async def forget_all(self, delivery: Delivery) -> None:
-        """Delete a sender's data, end what runs, and keep nothing of this message."""
-        subscriber = delivery.subscriber
+    async def forget_all(self, delivery: Delivery, reply: str) -> str:
+        """End what runs for a sender and delete their data; return what to reply."""
+        message, subscriber = delivery.message, delivery.subscriber
         for one in self.deliveries.values():
             one.is_kept = one.is_kept and one.subscriber is not subscriber
         for turn in subscriber.turns:
+            turn.replace_text("")
             turn.finish("ended")
             if turn.task:
                 turn.task.cancel()
             self.turns.pop(turn.id, None)
-        await self.store.forget(delivery.message.openid)
         subscriber.forget()
+        await self.store.forget(message.openid, message.key, reply)
+        is_due = message.openid in self.store.due
+        return self.texts.forget_noted if is_due else reply
 
     # The message's task
 
@@ -4626,8 +4726,14 @@ class Bot:
         """Find out what answers a message, one of a subscriber after the other."""
         message, subscriber = delivery.message, delivery.subscriber
         async with subscriber.lock:
-            now = time.time()
-            recalled = await self.store.recall(message.key, message.openid, now)
+            openid, now = message.openid, time.time()
+            if openid in self.store.due:
+                await self.store.forget_due()
+            if openid in self.store.due:
+                delivery.is_kept = False
+                delivery.answer_with(self.texts.forget_noted)
+                return
+            recalled = await self.store.recall(message.key, openid, now)
             reply, turn_id, session, parts, mention, pictures = recalled
             if subscriber.parts is None:
                 subscriber.parts = parts
@@ -4862,8 +4968,9 @@ class Bot:
             await self.save_texts(news)
             saved = states
             if self.store.is_wal_behind:
-                with contextlib.suppress(sqlite3.Error):  # next time; saving must go on
-                    await self.store.truncate_wal()
+                await self.store.truncate_wal()
+            if self.store.due:
+                await self.store.forget_due()
 
     async def keep_pruning(self) -> None:
         """Delete what has served its time, every ten minutes, until cancelled.

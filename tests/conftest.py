@@ -242,6 +242,7 @@ async def serve(
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(**changes: Any) -> Server:
+            await stack.aclose()  # the server before this one: a database has one
             path = tmp_path / "wxgpt.toml"
             path.write_text(toml(merged(settings, changes)), "utf-8")
             config = wxgpt.load_config(path)

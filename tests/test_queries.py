@@ -88,7 +88,7 @@ CALLS = {
     "oldest_unsent outside": lambda s: s.oldest_unsent(ANN, None, NOW - 60),
     "add_history_link": lambda s: s.add_history_link(ANN, NOW + 60),
     "history_owner": lambda s: s.history_owner("key"),
-    "forget": lambda s: s.forget(ANN),
+    "forget": lambda s: s.forget(ANN, f"{ANN} 1", "已全部删除。"),
     "prune": lambda s: s.prune(NOW, 3600, 30),
 }
 
