@@ -68,6 +68,7 @@ import contextlib
 import dataclasses
 import datetime
 import email.utils
+import fcntl
 import functools
 import gc
 import hashlib
@@ -77,6 +78,7 @@ import importlib.util
 import itertools
 import json
 import logging
+import math
 import os
 import pathlib
 import random
@@ -2671,10 +2673,12 @@ class Turn:
 #               finish_turn; turn, turn_by_link, open_turns, newest_failed, turns_of;
 #               what the model gets of those before it: history
 #   a part      part, unsent_part, oldest_unsent
-#   the rest    add_history_link, history_owner; ask_forget, forget_asked_at, forget;
-#               prune
+#   the rest    add_history_link, history_owner; ask_forget, forget_asked_at, forget,
+#               forget_due; prune
 #
-# Triggers in schema.sql keep what always goes along with a change.
+# Triggers in schema.sql keep what always goes along with a change. Beside the database
+# lies the file NAME-duty, locked by the process that serves: the deletions that are
+# promised and not done yet, since the database may be locked or full just then.
 # ---------------------------------------------------------------------------
 
 SCHEMA = pathlib.Path(__file__).with_name("schema.sql")
@@ -2689,6 +2693,16 @@ Job = list[Statement]  # one transaction, if there are several
 BUSY_PRAGMA = "busy_timeout = 2000"  # milliseconds to wait for another process's lock
 # A full or locked disk; a value that SQLite cannot hold.
 DATABASE_ERRORS = (sqlite3.Error, ValueError, OverflowError)
+
+
+@contextlib.contextmanager
+def without_waiting(db: sqlite3.Connection) -> Iterator[None]:
+    """Wait for no other process: whatever is to be stored would wait as well."""
+    db.execute("PRAGMA busy_timeout = 0")
+    try:
+        yield
+    finally:
+        db.execute(f"PRAGMA {BUSY_PRAGMA}")
 
 
 def run_transaction(db: sqlite3.Connection, jobs: list[Job]) -> list[list[list]]:
@@ -2726,24 +2740,20 @@ def run_jobs(db: sqlite3.Connection, jobs: list[Job]) -> list:
         except DATABASE_ERRORS as error:
             name = getattr(error, "sqlite_errorname", "")
             is_locked = name.startswith("SQLITE_BUSY")
-    if is_locked:
-        db.execute("PRAGMA busy_timeout = 0")
-    results = [run_alone(db, job) for job in jobs]
-    if is_locked:
-        db.execute(f"PRAGMA {BUSY_PRAGMA}")
-    return results
+    with without_waiting(db) if is_locked else contextlib.nullcontext():
+        return [run_alone(db, job) for job in jobs]
+
+
+def run_at_once(db: sqlite3.Connection, job: Job) -> None:
+    """Run a job unless another process holds the lock."""
+    with without_waiting(db):
+        run_transaction(db, [job])
 
 
 def truncate_wal(db: sqlite3.Connection) -> bool:
-    """Empty the WAL unless somebody reads it; say whether that was done.
-
-    It does not wait for the reader: every write would have to wait as well.
-    """
-    db.execute("PRAGMA busy_timeout = 0")
-    try:
+    """Empty the WAL unless somebody reads it; say whether that was done."""
+    with without_waiting(db):
         [(is_busy, *_)] = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-    finally:
-        db.execute(f"PRAGMA {BUSY_PRAGMA}")
     return not is_busy
 
 
@@ -2833,6 +2843,46 @@ PICTURE_SECONDS = 600  # how long a picture waits for its question
 REPLY_HOURS = 24  # how long a later copy of a message gets the same reply
 LAPSE_SECONDS = 24 * 3600  # how long a session that ran out is mentioned
 
+Due = dict[str, tuple[str, str]]  # openid: key of the message that asked, its reply
+DUTY_BYTES = 4096  # of the file at least: on a full disk some thirty lines have room
+LOCK_SECONDS = 12.0  # how long we wait for the process before us, which ends in ten
+
+
+async def lock_file(file: int, path: str) -> None:
+    """Wait until no other process serves a database; raise StoreError if one stays."""
+    until = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                words = "another wxgpt serves it, end that one first"
+                raise StoreError(f"database {path}: {words}") from None
+        except OSError as error:
+            words = "no lock can be had, see that only one wxgpt serves it"
+            log.warning("database %s: %s: %s", path, error.strerror, words)
+            return
+        await asyncio.sleep(0.1)
+
+
+def read_due(file: int) -> Due:
+    """Return the deletions that a process before this one left undone."""
+    due = {}
+    for line in os.pread(file, os.fstat(file).st_size, 0).splitlines():
+        with contextlib.suppress(ValueError):  # empty, or torn: not promised yet
+            openid, key, reply = json.loads(line)
+            due[openid] = (key, reply)
+    return due
+
+
+def write_due(_: sqlite3.Connection, file: int, due: Due) -> None:
+    """Let the file hold these deletions; in the database's thread, one by one."""
+    lines = "".join(json.dumps([openid, *due[openid]]) + "\n" for openid in due)
+    text = lines.encode().ljust(DUTY_BYTES, b"\n")
+    os.pwrite(file, text, 0)
+    os.ftruncate(file, len(text))
+    os.fsync(file)
+
 
 PAGE_CHARS = 100_000  # of questions and answers on a page of the history
 
@@ -2843,12 +2893,15 @@ class Store:
     Coroutines may use it at the same time; their statements run in the order given.
     """
 
-    def __init__(self, db: aiosqlite.Connection) -> None:
+    def __init__(self, db: aiosqlite.Connection, file: int) -> None:
         self.db = db
         self.batch = Batch(db)
         self.run = self.batch.run
         self.close = self.batch.close
-        self.is_wal_behind = False  # deleted text is still in the WAL
+        self.is_wal_behind = True  # deleted text may still be in the WAL
+        self.file = file  # NAME-duty, locked
+        self.due = read_due(file)
+        self.forgetting = asyncio.Lock()  # one deletion at a time
         self.secret = b""  # keys the hashes under which questions are counted
 
     async def rows(self, query: str, **values: object) -> list:
@@ -2883,15 +2936,15 @@ class Store:
                         SELECT url FROM picture
                         WHERE openid = :openid AND created_at > :since ORDER BY id))
             FROM (SELECT 1)
-            LEFT JOIN reply ON reply.key = :key
+            LEFT JOIN reply ON reply.key IN (:key, :hash)
             LEFT JOIN turn ON turn.msg_key = :key
             LEFT JOIN session ON session.openid = :openid AND session.ended_at IS NULL
             LEFT JOIN part AS missed ON missed.openid = :openid AND missed.number = (
                 SELECT min(number) FROM part WHERE openid = :openid AND to_mention = 1)
             LEFT JOIN turn AS asked ON asked.id = missed.turn_id
         """
-        since = now - PICTURE_SECONDS
-        [row] = await self.rows(query, key=key, openid=openid, since=since)
+        since, hash_ = now - PICTURE_SECONDS, self.keyed_hash(key)
+        [row] = await self.rows(query, key=key, hash=hash_, openid=openid, since=since)
         reply = None
         if row[0] is not None:
             own = None if row[2] is None else Part(0, row[2])
@@ -3044,7 +3097,7 @@ class Store:
             asked=turn.asked,
             created_at=turn.created_at,
             day=beijing_day(turn.created_at),
-            counted_as=self.counted_as(turn.openid),
+            counted_as=self.keyed_hash(turn.openid),
             most=most,
             most_of_all=most_of_all,
         )
@@ -3052,14 +3105,14 @@ class Store:
             [(turn.id,)] = rows
         return bool(rows)
 
-    def counted_as(self, openid: str) -> str:
-        """Return the hash under which a subscriber's questions are counted."""
-        return hmac.new(self.secret, openid.encode(), "sha256").hexdigest()[:32]
+    def keyed_hash(self, name: str) -> str:
+        """Return what outlives a deletion in place of an openid or a message's key."""
+        return hmac.new(self.secret, name.encode(), "sha256").hexdigest()[:32]
 
     async def questions_of_day(self, openid: str, now: float) -> int:
         """Return how many questions a subscriber asked on this Beijing day."""
         query = "SELECT questions FROM quota WHERE day = :day AND who = :who"
-        day, who = beijing_day(now), self.counted_as(openid)
+        day, who = beijing_day(now), self.keyed_hash(openid)
         rows = await self.rows(query, day=day, who=who)
         return rows[0][0] if rows else 0
 
@@ -3128,12 +3181,14 @@ class Store:
         """Return the turn that an answer's link shows."""
         query = "SELECT * FROM exchange WHERE link_key = :key"
         rows = await self.rows(query, key=link_key)
-        return Turn(*rows[0]) if rows else None
+        turn = Turn(*rows[0]) if rows else None
+        return turn if turn and turn.openid not in self.due else None
 
     async def open_turns(self) -> tuple[list[Turn], set[int]]:
         """Return the unfinished turns in order, and their sessions that are open."""
         query = "SELECT * FROM exchange WHERE state = 'open' ORDER BY id"
         turns = [Turn(*row) for row in await self.rows(query)]
+        turns = [turn for turn in turns if turn.openid not in self.due]
         query = """
             SELECT session_id FROM turn JOIN session ON session.id = session_id
             WHERE state = 'open' AND ended_at IS NULL
@@ -3224,7 +3279,8 @@ class Store:
     async def history_owner(self, key: str) -> tuple[str, float] | None:
         """Return whose history a link shows and until when it works."""
         query = "SELECT openid, expires_at FROM history_link WHERE key = :key"
-        return next(iter(await self.rows(query, key=key)), None)
+        found = next(iter(await self.rows(query, key=key)), None)
+        return found if found and found[0] not in self.due else None
 
     async def ask_forget(self, openid: str, now: float) -> None:
         """Note that a subscriber asked for deletion and has yet to confirm it."""
@@ -3237,8 +3293,33 @@ class Store:
         rows = await self.rows(query, openid=openid)
         return rows[0][0] if rows else 0.0
 
-    async def forget(self, openid: str) -> None:
-        """Delete all that is stored about a subscriber, from the files too."""
+    async def forget(self, openid: str, key: str, reply: str) -> None:
+        """Delete all that is stored about a subscriber, later if that cannot be now.
+
+        As long as it is due, nothing of theirs may be stored: all there is is deleted.
+        A later copy of the message `key`, which asked for it, gets `reply`.
+        """
+        async with self.forgetting:
+            self.due[openid] = (self.keyed_hash(key), reply)
+            try:
+                await self.delete(openid, self.run)
+            except (OSError, *DATABASE_ERRORS) as error:
+                log.error("a deletion is due, and tried every second: %s", error)
+
+    async def forget_due(self) -> None:
+        """Try the deletions that are due again; nobody waits if they cannot be done."""
+        at_once = functools.partial(self.batch.call, run_at_once)
+        async with self.forgetting:
+            for openid in list(self.due):
+                with contextlib.suppress(OSError, *DATABASE_ERRORS):
+                    await self.delete(openid, at_once)
+                    log.info("a deletion that was due is done")
+
+    async def delete(self, openid: str, run: Callable[[Job], Awaitable]) -> None:
+        """Delete a subscriber's data, from the files too.
+
+        It is written down before, and crossed out before anything new can be stored.
+        """
         queries = (
             "DELETE FROM session WHERE openid = :openid",
             "DELETE FROM turn WHERE openid = :openid",
@@ -3247,9 +3328,18 @@ class Store:
             "DELETE FROM picture WHERE openid = :openid",
             "DELETE FROM history_link WHERE openid = :openid",
             "DELETE FROM forget_request WHERE openid = :openid",
+            "REPLACE INTO reply (key, openid, content, created)"
+            " VALUES (:key, '', :reply, :now)",
         )
-        await self.run([(query, {"openid": openid}) for query in queries])
+        key, reply = self.due[openid]
+        values = {"openid": openid, "key": key, "reply": reply, "now": int(time.time())}
+        with contextlib.suppress(OSError):  # memory keeps it
+            await self.batch.call(write_due, self.file, self.due)
+        await run([(query, dict(values)) for query in queries])
         await self.truncate_wal()
+        others = {who: self.due[who] for who in self.due if who != openid}
+        await self.batch.call(write_due, self.file, others)
+        del self.due[openid]
 
     async def truncate_wal(self) -> None:
         """Take deleted text out of the WAL; a reader may prevent it for a while.
@@ -3257,7 +3347,8 @@ class Store:
         In the database itself secure_delete has overwritten it.
         """
         self.is_wal_behind = True
-        self.is_wal_behind = not await self.batch.call(truncate_wal)
+        with contextlib.suppress(sqlite3.Error):  # locked or full: it is tried again
+            self.is_wal_behind = not await self.batch.call(truncate_wal)
 
     async def prune(self, now: float, link_seconds: float, keep_days: float) -> None:
         """Delete what has served its time: replies, links, counts, old exchanges."""
@@ -3278,17 +3369,19 @@ class Store:
             "DELETE FROM turn WHERE created_at < :at AND state <> 'open' RETURNING 1",
             "DELETE FROM reply WHERE created < :at",
             "DELETE FROM session WHERE opened_at < :at AND last_at < :at"
-            " AND NOT EXISTS (SELECT 1 FROM turn WHERE session_id = session.id)",
+            " AND NOT EXISTS (SELECT 1 FROM turn WHERE session_id = session.id)"
+            " RETURNING 1",
         )
-        gone, *_ = await self.run([(query, {"at": at}) for query in queries])
+        turns, _, sessions = await self.run([(query, {"at": at}) for query in queries])
         await self.truncate_wal()
-        log.info("%d exchanges older than keep_days deleted", len(gone))
+        if turns or sessions:
+            log.info("%d exchanges older than keep_days deleted", len(turns))
 
 
 PRAGMAS = (
     BUSY_PRAGMA,
     "journal_mode = WAL",
-    "synchronous = NORMAL",
+    "synchronous = FULL",
     "foreign_keys = ON",
     "secure_delete = ON",
     "journal_size_limit = 16777216",
@@ -3303,11 +3396,14 @@ async def open_store(path: str) -> Store:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         with contextlib.suppress(PermissionError):  # another user's
             os.chmod(path, 0o600)  # a restored copy may have come with any mode
+        file = os.open(path + "-duty", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise StoreError(f"database {path}: {error.strerror}") from None
     async with contextlib.AsyncExitStack() as undo:
-        store = Store(await aiosqlite.connect(path, isolation_level=None))
-        undo.push_async_callback(store.close)
+        undo.callback(os.close, file)
+        await lock_file(file, path)
+        store = Store(await aiosqlite.connect(path, isolation_level=None), file)
+        undo.push_async_callback(store.batch.close)
         try:
             # Checked before anything is written. This reads the whole file.
             is_small = os.path.getsize(path) <= CHECK_BYTES
@@ -3318,9 +3414,13 @@ async def open_store(path: str) -> Store:
             for pragma in PRAGMAS:
                 await store.rows(f"PRAGMA {pragma}")
             await store.migrate()
+            await store.truncate_wal()
+            with contextlib.suppress(OSError):  # full: it is written again when needed
+                await store.batch.call(write_due, file, store.due)
+            await store.forget_due()
         except sqlite3.Error as error:
             raise StoreError(f"database {path}: {error}") from None
-        undo.pop_all()  # it stays open
+        store.close = undo.pop_all().aclose
         return store
 
 
@@ -3877,7 +3977,11 @@ class ChatClient:
         self.url = f"{self.base}/chat/completions{mark}{query}"
         # In one case: a header of the settings replaces ours, whatever case it has.
         headers = {name.title(): value for name, value in settings.headers.items()}
-        self.headers = {"Authorization": f"Bearer {settings.api_key.strip()}"} | headers
+        own = {
+            "Authorization": f"Bearer {settings.api_key.strip()}",
+            "Content-Type": "application/json",
+        }
+        self.headers = own | headers
         self.refused: set[str] = set()  # fields that the provider does not accept
         self.opening = ""  # of the thoughts that its answers begin with, and lack
 
@@ -4446,7 +4550,8 @@ SAVE_SECONDS = 1.0  # how often the text so far is stored
 REPEAT_SECONDS = 60  # the same question again within this time joins the first
 RETRY_PAUSES = (0.5, 1.0)  # seconds before a question is asked again
 RECENT_SECONDS = 3600  # how far back 继续 and 重试 look outside a session
-FORGET_SECONDS = 300  # how long 确认删除 is accepted
+FORGET_SECONDS = 300  # how long 确认删除 counts
+PRUNE_SECONDS = 600.0  # how often what has served its time is deleted
 HOLD_SECONDS = 3.0  # how long a timed-out request is kept open before it is dropped
 PAGES_AT_ONCE = 8  # that are loaded, rendered or written
 DELTA_CHARS = 500  # what is appended at once; between two pieces others have a turn
@@ -4500,7 +4605,8 @@ class Bot:
             weakref.WeakValueDictionary()
         )
         self.opened_at = self.tasks.loop.time()
-        self.warned: dict[str, int] = {}  # the minute of each warning's last time
+        self.wechat_ahead = -math.inf  # WeChat's clock less the loop's, by the pushes
+        self.warned: dict[str, int] = {}  # in which minute something was warned of
 
     def end_waits(self, at: float) -> None:
         """End all waits at that time at the latest (loop's clock), live pages now."""
@@ -4759,8 +4865,9 @@ class Bot:
             return False
 
     async def store_end(self, turn: Turn, ending: Ending | None = None) -> None:
-        """Store and log how an answer ended, then drop it from memory."""
-        while True:  # the next question of the session needs it stored
+        """Store how an answer ended, and log it; readers have it from memory before."""
+        # The next question of the session needs it stored, unless all is forgotten.
+        while turn.id in self.turns:
             try:
                 await self.store.finish_turn(turn, ending)
                 break
@@ -4928,7 +5035,7 @@ class Bot:
             case "event", "subscribe":
                 return self.tappable(self.config.replies.subscribe)
             case "event", "unsubscribe":
-                await self.forget_all(delivery)
+                await self.forget_all(delivery, "")
                 return ""
             case "event", _:
                 return ""
@@ -5109,23 +5216,25 @@ class Bot:
             return None
         if time.time() - asked_at > FORGET_SECONDS:
             return self.texts.forget_late
-        await self.forget_all(delivery)
-        return self.texts.forgotten
+        return await self.forget_all(delivery, self.texts.forgotten)
 
-    async def forget_all(self, delivery: Delivery) -> None:
-        """Delete a sender's data, end what runs, and keep nothing of this message."""
-        subscriber = delivery.subscriber
+    async def forget_all(self, delivery: Delivery, reply: str) -> str:
+        """End what runs for a sender and delete their data; return what to reply."""
+        message, subscriber = delivery.message, delivery.subscriber
         for one in self.deliveries.values():
             if one.subscriber is subscriber:
                 one.is_kept = False
         for turn in subscriber.turns:
+            turn.restart()  # what is written is deleted, too
             turn.finish("ended")
             if turn.task:
                 turn.task.cancel()
             self.turns.pop(turn.id, None)
-        await self.store.forget(delivery.message.openid)
-        self.work.results.clear()
         subscriber.forget()
+        self.work.results.clear()
+        await self.store.forget(message.openid, message.key, reply)
+        is_due = message.openid in self.store.due
+        return self.texts.forget_noted if is_due else reply
 
     # The message's task
 
@@ -5133,8 +5242,14 @@ class Bot:
         """Find out what answers a message; a subscriber's messages take turns."""
         message, subscriber = delivery.message, delivery.subscriber
         async with subscriber.lock:
-            now = time.time()
-            recalled = await self.store.recall(message.key, message.openid, now)
+            openid, now = message.openid, time.time()
+            if openid in self.store.due:
+                await self.store.forget_due()
+            if openid in self.store.due:
+                delivery.is_kept = False
+                delivery.answer_with(self.texts.forget_noted)
+                return
+            recalled = await self.store.recall(message.key, openid, now)
             session = recalled.session
             if subscriber.last_part is None:
                 subscriber.last_part = recalled.last_part
@@ -5292,6 +5407,7 @@ class Bot:
                 # from CreateTime, which is rounded down to a second.
                 first -= max(0, time.time() - message.created - 1)
             delivery = Delivery(message, self.subscriber(message.openid), first)
+            self.wechat_ahead = max(self.wechat_ahead, message.created - arrived)
             self.deliveries[message.key] = delivery
             # Long after the last attempt a copy is answered from the store.
             seconds = 4 * self.config.wechat.attempts * timeout
@@ -5363,19 +5479,26 @@ class Bot:
             if await self.save_texts(changed):
                 saved = states
             if self.store.is_wal_behind:
-                with contextlib.suppress(sqlite3.Error):  # next time; saving must go on
-                    await self.store.truncate_wal()
+                await self.store.truncate_wal()
+            if self.store.due:
+                await self.store.forget_due()
 
     async def keep_pruning(self) -> None:
-        """Delete what has served its time, every hour, until cancelled."""
+        """Delete what has served its time, every ten minutes, until cancelled.
+
+        That is what is due by our clock and by WeChat's, which the newest push told: a
+        clock that jumps deletes nothing, nor does a process before its first push.
+        """
         link_seconds = self.config.history.link_hours * 3600
         days = self.config.history.keep_days
         while True:
+            await asyncio.sleep(PRUNE_SECONDS)
+            now = min(time.time(), self.wechat_ahead + self.tasks.loop.time())
             try:
-                await self.store.prune(time.time(), link_seconds, days)
+                if now > 0:
+                    await self.store.prune(now, link_seconds, days)
             except sqlite3.Error as error:
                 log.error("old replies not deleted: %s", error)
-            await asyncio.sleep(3600)
 
 
 def check_commands(config: Config) -> None:

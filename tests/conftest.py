@@ -252,6 +252,7 @@ async def serve(
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(**changes: Any) -> Server:
+            await stack.aclose()  # the server before this one: a database has one
             path = tmp_path / "wxgpt.toml"
             write_settings(path, merged(settings, changes))
             config = wxgpt.load_config(path)
@@ -293,6 +294,18 @@ def copy_server(folder: pathlib.Path) -> None:
     shutil.copytree(ROOT / "pages", folder / "pages")
     for name in ("wxgpt.py", "schema.sql", "texts.toml"):
         shutil.copy(ROOT / name, folder)
+
+
+@pytest.fixture
+def prune_often(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the tests run a copy of the program that deletes old things every moment."""
+    folder = tmp_path / "often"
+    copy_server(folder)
+    program = (folder / "wxgpt.py").read_text("utf-8")
+    assert "\nPRUNE_SECONDS = 600.0 " in program
+    program = program.replace("\nPRUNE_SECONDS = 600.0 ", "\nPRUNE_SECONDS = 0.2 ")
+    (folder / "wxgpt.py").write_text(program, "utf-8")
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", folder)
 
 
 async def run_command(

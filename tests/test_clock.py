@@ -13,7 +13,7 @@ import pytest
 import wxgpt
 from conftest import ANN, BOB, UNIT
 from fake_openai import Script, says
-from waiting import within
+from waiting import limit, within
 
 HOUR, DAY = 3600, 86400
 ATTEMPT = 2 * UNIT  # reading the time is slower under libfaketime
@@ -235,6 +235,41 @@ async def test_a_crash_and_a_jump_together_lose_nothing(running, shift, upstream
         "服务器中途重启" if jump > 0 else "还是答了。"
     )  # younger than ten minutes?
     assert seen.text.startswith(expected)
+
+
+@pytest.fixture
+async def keeping(prune_often, spawn, shift):
+    """A server that keeps exchanges for three days and holds one of Ann's of today."""
+    server, process = await spawn(history={"keep_days": 3})
+    await server.ask("/chatgpt 今天的")
+    return server, process
+
+
+@with_faketime
+async def test_a_clock_that_jumps_deletes_only_what_is_due(keeping, shift, database):
+    """400 days ahead: what is four days old goes, what is of today stays."""
+    server, _ = keeping
+    await server.ask("/chatgpt 四天前的", BOB)
+    database("UPDATE turn SET created_at = created_at - 345600 WHERE openid = ?", BOB)
+    shift(400 * 24 * HOUR)
+    await server.ask("/help")
+    async with limit(30, "end of the old exchange"):
+        while database("SELECT 1 FROM turn WHERE openid = ?", BOB):
+            await asyncio.sleep(0.05)
+    assert database("SELECT question FROM turn") == [("今天的",)]
+
+
+@with_faketime
+async def test_a_start_with_a_wrong_clock_deletes_nothing(keeping, shift, database):
+    """400 days ahead from the start, also once a push has told WeChat's time."""
+    server, process = keeping
+    await process.end()
+    shift(400 * 24 * HOUR)
+    await process.start()
+    await asyncio.sleep(1)  # it looks five times a second
+    await server.wechat.post(server.wechat.event(BOB, "view"))
+    await asyncio.sleep(1)
+    assert database("SELECT question FROM turn") == [("今天的",)]
 
 
 # WeChat's timestamps

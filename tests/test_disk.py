@@ -2,14 +2,19 @@
 
 import asyncio
 import contextlib
+import errno
+import fcntl
 import os
+import random
 import re
 import resource
 import shutil
+import signal
 import sqlite3
 import stat
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 
@@ -305,6 +310,214 @@ async def test_what_broke_off_is_read_until_its_end_is_stored(
     async with limit(30, "end of the live page"), page:
         assert "event: done" in await page.text()
     await within(30, "answers to both", asyncio.gather(*asking))
+
+
+# Deletions that the database cannot do at once
+
+
+NOTED, GONE = "记下了，你的记录会全部删除。", "已全部删除。"
+
+
+def holds(database, *words: str) -> list[str]:
+    """Say which words the database's files still hold, its list of deletions too."""
+    paths = (f"{database}{end}" for end in ("", "-wal", "-duty"))
+    held = b"".join(open(path, "rb").read() for path in paths if os.path.exists(path))
+    return [word for word in words if word.encode() in held]
+
+
+async def gone(database, *words: str) -> None:
+    """Wait until none of the words is in the files."""
+    async with limit(30, f"end of {words} in the files"):
+        while holds(database, *words):
+            await asyncio.sleep(0.05)
+
+
+def confirm(server):
+    """Make the push that confirms Ann's /forget."""
+    return server.wechat.text(ANN, "确认删除")
+
+
+@pytest.fixture
+async def asked(start):
+    """A server that holds a secret of Ann's, who has asked for deletion."""
+    server, process = await start()
+    await server.ask("秘密XYZZY")
+    await server.ask("/forget")
+    return server, process
+
+
+async def test_a_deletion_under_a_lock_is_done_when_it_ends(asked, database):
+    """The reply says that it is noted; a second later nothing is left in the files."""
+    server, _ = asked
+    with locked(database):
+        assert (await server.wechat.deliver(confirm(server))).text.startswith(NOTED)
+        assert holds(database, "XYZZY")
+    await gone(database, "XYZZY", ANN)
+
+
+async def test_a_deletion_that_is_due_outlives_kills(asked, database):
+    """The processes after a kill do it, and a copy of the message learns that."""
+    (server, process), push = asked, confirm(asked[0])
+    with locked(database):
+        await server.wechat.deliver(push)
+        await process.kill()
+        await process.start()  # cannot do it either
+        assert (await server.wechat.deliver(push)).text.startswith(NOTED)
+        await process.kill()
+    assert holds(database, "XYZZY", ANN) == ["XYZZY", ANN]
+    await process.start()
+    assert holds(database, "XYZZY", ANN) == []
+    assert (await server.wechat.deliver(push)).text == GONE
+
+
+async def test_who_unfollows_under_a_lock_is_forgotten(start, upstream, database):
+    """So is an answer that is being written: the call ends, none asks it again."""
+    server, process = await start()
+    upstream.will(Script(["写到这里XYZZY。", asyncio.Event()]))
+    asking = asyncio.create_task(server.ask("慢问题"))
+    call = await upstream.arrival("慢问题")
+    with locked(database):
+        await server.wechat.post(server.wechat.event(ANN, "unsubscribe"))
+        await call.wait_over()
+        assert "XYZZY" not in ((await asking).text or "")
+        await process.kill()
+    await process.start()
+    assert holds(database, "慢问题", "XYZZY", ANN) == []
+    assert call.outcome == "cut by client" and len(upstream.requests) == 1
+
+
+async def test_a_message_meanwhile_begins_no_new_life(asked, upstream, database):
+    """What comes before the deletion is done is not stored; what comes then stays."""
+    server, process = asked
+    with locked(database):
+        await server.wechat.deliver(confirm(server))
+        assert (await server.ask("/chatgpt 太早的")).text.startswith(NOTED)
+    await gone(database, "XYZZY", "太早的", ANN)
+    assert (await server.ask("/chatgpt 新生活")).text.startswith("你好！")
+    await process.kill()
+    await process.start()
+    assert rows(database, "SELECT question FROM turn") == [("新生活",)]
+    assert not upstream.asked("太早的")
+
+
+async def test_pages_of_who_is_to_be_forgotten_are_unknown(asked, database):
+    """Their links bring 404 though everything is still stored."""
+    server, _ = asked
+    link = (await server.ask("/history")).links[0][1]
+    [(key,)] = rows(database, "SELECT link_key FROM turn")
+    with locked(database):
+        await server.wechat.deliver(confirm(server))
+        for url in (link, f"{server.url}/a/{key}", f"{server.url}/a/{key}/events"):
+            assert (await server.get(url))[0] == 404
+
+
+async def test_a_deletion_on_a_full_disk_is_done_when_there_is_room(disk, small):
+    """The reply says that it is noted; nothing is left when there is room again."""
+    (server, process), path = small, disk.folder / "small.db"
+    await server.ask("秘密XYZZY")
+    await server.ask("/forget")
+    disk.fill(process)
+    assert (await server.wechat.deliver(confirm(server))).text.startswith(NOTED)
+    disk.free(process)
+    await gone(path, "XYZZY", ANN)
+
+
+@pytest.mark.parametrize("disk", ["tmpfs"], indirect=True)
+async def test_a_deletion_noted_on_a_full_disk_outlives_a_kill(disk, small):
+    """There is room for the note on a disk that has none left."""
+    (server, process), path = small, disk.folder / "small.db"
+    await server.ask("秘密XYZZY")
+    await server.ask("/forget")
+    disk.fill(process)
+    assert (await server.wechat.deliver(confirm(server))).text.startswith(NOTED)
+    await process.kill()
+    disk.free(process)
+    await process.start()
+    assert holds(path, "XYZZY", ANN) == []
+
+
+async def test_a_start_takes_deleted_text_out_of_the_files(asked, database):
+    """Killed while a reader kept the text in the WAL: the next start empties it."""
+    server, process = asked
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM turn").fetchall()
+        assert (await server.wechat.deliver(confirm(server))).text == GONE
+        await process.kill()
+        assert holds(database, "XYZZY")
+        reader.execute("COMMIT")
+        await process.start()
+        assert holds(database, "XYZZY", ANN) == []
+
+
+async def test_a_lost_confirmation_is_answered_again(asked, upstream, database):
+    """A copy after a kill is no question, not even in a new session."""
+    (server, process), push = asked, confirm(asked[0])
+    assert (await server.wechat.deliver(push)).text == GONE
+    await process.kill()
+    await process.start()
+    assert (await server.wechat.deliver(push)).text == GONE
+    await server.ask("/chatgpt")
+    assert (await server.wechat.deliver(push)).text == GONE
+    assert not upstream.asked("确认删除")
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_a_deletion_is_done_whenever_the_process_is_killed(asked, database, seed):
+    """Locked or not, at a random moment: WeChat's copies find it done at last."""
+    (server, process), chance = asked, random.Random(seed)
+    with locked(database) if seed % 2 else contextlib.nullcontext():
+        push = confirm(server)
+        sending = asyncio.create_task(server.wechat.attempt(push))
+        await asyncio.sleep(chance.uniform(0, 3.0 if seed % 2 else 0.03))
+        await process.kill()
+        await sending
+    await process.start()
+    assert (await server.wechat.deliver(push)).text == GONE
+    await gone(database, "XYZZY", ANN)
+    assert rows(database, "SELECT * FROM turn") == []
+
+
+# Two processes
+
+
+async def test_a_second_process_is_refused(spawn, settings, run, database):
+    """One line, exit 1; the first serves on, and `stats` reads beside it."""
+    server, _ = await spawn()
+    await server.ask("/chatgpt 一问")
+    began = asyncio.get_running_loop().time()
+    assert is_refused(await run(), f"{re.escape(database)}: another wxgpt serves it")
+    assert asyncio.get_running_loop().time() - began > 10  # it may be ending
+    assert (await server.ask("再问")).text.startswith("你好！")
+
+
+async def test_the_next_process_waits_for_the_one_that_ends(spawn, upstream):
+    """Started while an answer has its four seconds to end, it serves after that."""
+    server, process = await spawn(wechat={"attempt_timeout": 20})
+    await server.ask("/chatgpt")
+    upstream.will(Script([asyncio.Event()]), says("下一个进程答的。"))
+    push = server.wechat.text(ANN, "慢问题")
+    asking = asyncio.create_task(server.wechat.attempt(push))
+    await upstream.arrival("慢问题")
+    process.process.send_signal(signal.SIGTERM)
+    await process.says("stopping")
+    first, reader = process.process, process.reader
+    await process.start()
+    assert (await first.wait(), await asking) == (0, None)
+    await reader
+    seen = await server.wechat.attempt(push)
+    assert seen.text.startswith("下一个进程答的。")
+
+
+async def test_where_no_lock_can_be_had_it_serves_with_a_warning(
+    serve, monkeypatch, caplog
+):
+    """A file system without locks costs one line."""
+    error = OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=error))
+    server = await serve()
+    assert (await server.ask("/chatgpt")).text.startswith("你好，我是")
+    assert len([line for line in caplog.messages if "no lock" in line]) == 1
 
 
 # Databases that cannot be used

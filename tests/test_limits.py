@@ -463,16 +463,17 @@ def words_in_files(settings):
     return found
 
 
-async def restart(process):
-    """Start the next process, and wait until its first upkeep is over."""
+async def restart(server, process):
+    """Start the next process, and wait until it has deleted what is old."""
     await process.end()
     before = len(process.log)
     await process.start()
+    await server.wechat.post(server.wechat.event(BOB, "view"))  # says what time it is
     await process.says("exchanges older than keep_days deleted", before)
 
 
 async def test_old_exchanges_are_deleted_from_the_files(
-    spawn, upstream, database, words_in_files
+    prune_often, spawn, upstream, database, words_in_files
 ):
     """Question, answer, reply, parts and session of four days ago are gone; new stay."""
     server, process = await spawn(history={"keep_days": 3})
@@ -484,7 +485,7 @@ async def test_old_exchanges_are_deleted_from_the_files(
         database(statement)
     await server.ask("/chatgpt 新问题NITFOL")
     assert words_in_files("XYZZY", "PLUGH", "FROTZ", "NITFOL", BOB) != []
-    await restart(process)
+    await restart(server, process)
     assert words_in_files("XYZZY", "PLUGH", "FROTZ", "NITFOL", BOB) == ["NITFOL"]
     assert database("SELECT question FROM turn") == [("新问题NITFOL",)]
     assert database("SELECT count(*) FROM part") == [(0,)]
@@ -513,7 +514,7 @@ async def test_a_reader_of_what_is_deleted_holds_nobody_up(
 
 
 async def test_a_text_that_came_too_late_is_deleted_too(
-    spawn, upstream, database, words_in_files
+    prune_often, spawn, upstream, database, words_in_files
 ):
     """What a session keeps to be asked later goes, even without any exchange left."""
     server, process = await spawn(history={"keep_days": 3})
@@ -522,29 +523,34 @@ async def test_a_text_that_came_too_late_is_deleted_too(
     await server.ask("太晚的问题XYZZY")
     for statement in AGE:
         database(statement)
-    await restart(process)
+    await restart(server, process)
     assert words_in_files("XYZZY", ANN) == []
 
 
-async def test_without_keep_days_nothing_is_deleted(serve, database):
-    """Zero keeps exchanges for ever."""
+async def test_without_keep_days_nothing_is_deleted(serve, database, monkeypatch):
+    """Zero keeps exchanges for ever, also when their replies go after a day."""
+    monkeypatch.setattr(wxgpt, "PRUNE_SECONDS", 0.1)
     server = await serve()
     await server.ask("/chatgpt 旧问题")
     for statement in AGE:
         database(statement)
-    await serve()
+    async with limit(30, "end of the old replies"):
+        while database("SELECT 1 FROM reply"):
+            await asyncio.sleep(0.05)
     assert (await server.ask("/history")).links
     assert database("SELECT question FROM turn") == [("旧问题",)]
 
 
-async def test_a_link_to_a_deleted_answer_is_unknown(spawn, upstream, database):
+async def test_a_link_to_a_deleted_answer_is_unknown(
+    prune_often, spawn, upstream, database
+):
     """Its page is 404, and 继续 finds nothing."""
     server, process = await spawn(history={"keep_days": 3})
     upstream.will(says("春天来了，花都开了。\n\n" * 100))
     seen = await server.ask("/chatgpt 旧问题")
     for statement in AGE:
         database(statement)
-    await restart(process)
+    await restart(server, process)
     assert (await server.get(seen.links[0][1]))[0] == 404
     tapped = await server.wechat.tap(ANN, seen.taps[0])
     assert tapped.text.startswith("没有找到「继续1」")

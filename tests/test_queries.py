@@ -88,7 +88,7 @@ CALLS = {
     "oldest_unsent outside": lambda s: s.oldest_unsent(ANN, None, NOW - 60),
     "add_history_link": lambda s: s.add_history_link(ANN, NOW + 60),
     "history_owner": lambda s: s.history_owner("key"),
-    "forget": lambda s: s.forget(ANN),
+    "forget": lambda s: s.forget(ANN, f"{ANN} 1", "已全部删除。"),
     "prune": lambda s: s.prune(NOW, 3600, 30),
 }
 
@@ -144,6 +144,11 @@ async def test_aiosqlite_runs_a_function_of_ours_in_its_thread(store):
     kind, thread, value = await store.batch.call(where, "given")
     assert kind is sqlite3.Connection and value == "given"
     assert thread != threading.current_thread().name
+
+
+async def test_a_commit_waits_for_the_disk(store):
+    """A power failure takes nothing back that a reply has said: synchronous is FULL."""
+    assert await store.rows("PRAGMA synchronous") == [(2,)]
 
 
 async def test_a_statement_that_fails_costs_those_beside_it_nothing(store):

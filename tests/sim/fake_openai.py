@@ -167,6 +167,8 @@ def objection(headers: Mapping[str, str], body: Any) -> tuple[int, str] | None:
     """Return status and message for a request that OpenAI would not take, else None."""
     if not headers.get("Authorization", "").removeprefix("Bearer ").strip():
         return 401, "You didn't provide an API key."
+    if not headers.get("Content-Type", "").startswith("application/json"):
+        return 415, "Unsupported content type."
     if not isinstance(body, dict):
         return 400, "We could not parse the JSON body of your request."
     if not isinstance(body.get("model"), str):
