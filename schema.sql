@@ -197,3 +197,8 @@ CREATE VIEW exchange AS
     SELECT turn.id, session_id, turn.openid, msg_key, link_key, question, pictures,
            created_at, asked, assistant, answer, state, reason, model
     FROM turn JOIN session ON session.id = session_id;
+
+-- step 4
+
+-- Calls to the upstream for a question: asked again and the fallback's included.
+ALTER TABLE turn ADD COLUMN calls INTEGER;

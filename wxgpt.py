@@ -13,13 +13,13 @@
 # ///
 """wxgpt: subscribers of a WeChat Official Account talk with a chat model.
 
-WeChat posts each message as XML, waits five seconds, hangs up and posts the same
-message again: three attempts in all, and the answer to one of them is the only way to
-say anything. Models often need longer. So the first request of a message starts one
-task, every request of that message waits for it, and the last one leaves in time with
-what is written so far, a tap for the rest, and a link to a page that goes on live.
+WeChat posts each message as XML, waits five seconds, hangs up and posts it again, three
+times in all. The only way to say anything is to answer one of these requests. Models
+often need longer. So the first request of a message starts one task, every request of
+that message waits for it, and the last one is answered in time with what is written so
+far, a tap for the rest, and a link to a page that goes on live.
 
-The path of a message, always upwards in this file:
+The path of a message; a function stands above its callers:
 
     receive_message -> read_push: is_signed, parse_message
                     -> Bot.deliver -> Bot.reply_to -> render_text_reply
@@ -43,10 +43,6 @@ Beside this file: schema.sql; texts.toml, every line people read; pages/, what a
 shows; owner/, the commands that do not serve, which import this file and not the other
 way round.
 
-Sections: 1 constants, 2 configuration, 3 WeChat protocol, 4 formulas, 5 chat text,
-6 sessions, turns, parts, replies, 7 store, 8 chat API, 9 live state, 10 the bot,
-11 pages, 12 HTTP handlers, 13 application, 14 the command line.
-
 Glossary: openid (a subscriber of this account), message (what came; its MsgId is the
 same every time it is sent), request or attempt (one time it is sent), delivery (all
 requests of a message), passive reply, session (a conversation with one assistant), turn
@@ -59,7 +55,7 @@ Run `python wxgpt.py demo` to try it, `python wxgpt.py --config wxgpt.toml` to s
 
 import signal
 
-if __name__ == "__main__":  # from here on Ctrl-C waits for `main`, which ends quietly
+if __name__ == "__main__":  # hold Ctrl-C during the imports; `main` ends quietly on it
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 
 import argparse
@@ -184,9 +180,9 @@ class WeChatSettings:
     aes_key: str = secret("")  # EncodingAESKey, 43 characters
     attempt_timeout: float = bounded(ATTEMPT_SECONDS, 0.2, 60)  # seconds per attempt
     attempts: int = bounded(ATTEMPTS, 1, 10)  # requests WeChat makes for one message
-    # A reply that cannot wait any longer leaves this many seconds before the timeout.
+    # Seconds before its timeout at which a request is answered with what there is.
     reply_margin: float = bounded(0.8, 0, 30)
-    # How many attempts may time out within five minutes; 0: none.
+    # How many attempts may time out within five minutes (see MuteGuard); 0: none.
     mute_guard: int = bounded(30, 0, 1_000_000)
     # Hosts from which pictures may be fetched.
     picture_hosts: tuple[str, ...] = ("mmbiz.qpic.cn", "mmecoa.qpic.cn", "wx.qlogo.cn")
@@ -212,11 +208,15 @@ class AssistantSettings:
     api_key: str = secret()  # key of the chat API
     model: str = DEFAULT_MODEL  # name of the model
     system_prompt: str = DEFAULT_PROMPT  # empty: none
+    # Further HTTP headers, masked in the log: they may hold keys.
+    headers: dict[str, str] = field(default_factory=dict, metadata={"secret": True})
     proxy: str = secret("")  # http, https or socks proxy to reach the API through
     extra: dict = field(default_factory=dict)  # merged into the request body
     first_token_timeout: float = bounded(60.0, 0.05, 3600)  # seconds to the first token
     idle_timeout: float = bounded(60.0, 0.05, 3600)  # seconds between two tokens
     timeout: float = bounded(240.0, 0.05, 86400)  # seconds for a whole answer
+    fallback: str = ""  # the assistant whose model is asked when this one fails
+    fallback_after: float = bounded(20.0, 0, 3600)  # or is silent so long; 0: never
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,7 +224,7 @@ class SessionSettings:
     """How long a conversation lasts, and how much of it the model gets."""
 
     ttl: float = bounded(300.0, 1, 31_536_000)  # idle seconds until a session ends
-    context_chars: int = bounded(12000, 0, 10_000_000)  # how much of it is sent along
+    context_chars: int = bounded(12000, 0, 10_000_000)  # of it, sent with a question
     auto_open: bool = False  # any text outside a session opens the first assistant
 
 
@@ -233,7 +233,7 @@ class LimitSettings:
     """What strangers may cost."""
 
     questions_per_day: int = bounded(100, 0, 10**9)  # for each subscriber; 0: no limit
-    all_per_day: int = bounded(2000, 0, 10**9)  # for all subscribers together; 0: same
+    all_per_day: int = bounded(2000, 0, 10**9)  # for all together; 0: no limit
     question_chars: int = bounded(2000, 1, 1_000_000)  # longest question
     waiting: int = bounded(3, 1, 1000)  # unanswered questions one subscriber may have
     at_once: int = bounded(64, 1, 1_000_000)  # upstream calls at the same time
@@ -310,7 +310,7 @@ class Config:
 
 
 def require(is_met: object, name: str, found: object, accepted: str) -> None:
-    """Raise ConfigError, which names the setting, unless a condition is met."""
+    """Raise ConfigError for the named setting unless a condition is met."""
     if not is_met:
         raise ConfigError(f"{name}: found {found!r}, accepted is {accepted}")
 
@@ -325,7 +325,7 @@ def read_toml(path: str | os.PathLike) -> dict[str, typing.Any]:
         raise ConfigError(f"{path}: not TOML: {error}") from None
 
 
-# How an owner is told which type a setting has.
+# The types of settings in an owner's words.
 TYPE_NAMES: dict[object, str] = {
     str: "text",
     bool: "true or false",
@@ -378,7 +378,7 @@ def read_table(kind: typing.Any, table: object, name: str) -> typing.Any:
         is_required = entry.default is MISSING and entry.default_factory is MISSING
         if dataclasses.is_dataclass(entry.type):
             values[key] = read_table(entry.type, table.get(key, {}), where)
-        elif key in table and entry.type not in TYPE_NAMES:  # has been read already
+        elif key in table and entry.type not in TYPE_NAMES:  # read by load_config
             values[key] = table[key]
         elif key in table or is_required:
             values[key] = read_value(table.get(key, MISSING), entry, where)
@@ -386,14 +386,14 @@ def read_table(kind: typing.Any, table: object, name: str) -> typing.Any:
 
 
 # The environment variables that fill in what the file leaves out of `chatgpt`.
-VARIABLES = {"api_key": "OPENAI_API_KEY", "base_url": "OPENAI_BASE_URL"}
+CHATGPT_VARIABLES = {"api_key": "OPENAI_API_KEY", "base_url": "OPENAI_BASE_URL"}
 
 
 def setting_source(
     name: str, key: str, one: AssistantSettings, environ: typing.Mapping[str, str]
 ) -> str:
     """Return where an assistant's setting comes from: its name, or a variable."""
-    variable = VARIABLES.get(key, "")
+    variable = CHATGPT_VARIABLES.get(key, "")
     if name == "chatgpt" and environ.get(variable) == getattr(one, key):
         return f"{variable} in the environment"
     return f"assistants.{name}.{key}"
@@ -403,12 +403,12 @@ def read_assistants(table: typing.Any, environ: typing.Mapping[str, str]) -> dic
     """Return the assistants by name; raise ConfigError."""
     is_table = isinstance(table, dict)
     if not is_table or not all(isinstance(one, dict) for one in table.values()):
-        # Does not say what was found: it may be a key in the wrong place.
+        # What was found is not shown: it may be a misplaced API key.
         raise ConfigError("assistants: found no tables, accepted is a table of tables")
     if "chatgpt" not in table and not environ.get("OPENAI_API_KEY"):
         raise ConfigError("assistants.chatgpt: found nothing, accepted is a table")
     chatgpt = dict(table.get("chatgpt", {}))
-    for key, variable in VARIABLES.items():
+    for key, variable in CHATGPT_VARIABLES.items():
         if environ.get(variable):
             chatgpt.setdefault(key, environ[variable])
     return {
@@ -423,7 +423,7 @@ TEXTS = pathlib.Path(__file__).with_name("texts.toml")
 def read_texts(changes: typing.Any) -> Texts:
     """Return the lines of texts.toml with an owner's changes; raise ConfigError.
 
-    A changed line may leave out placeholders of the default, but not have others.
+    A changed line may leave out placeholders of the default, but not add any.
     """
     lines = read_toml(TEXTS)
     for name, line in lines.items():
@@ -434,7 +434,7 @@ def read_texts(changes: typing.Any) -> Texts:
         require(isinstance(line, str), f"texts.{name}", line, "text")
         accepted = sorted(set(re.findall(r"\{(\w+)\}", lines[name])))
         try:
-            # Some placeholders are texts, others numbers: any format must suit both.
+            # A placeholder gets a text or a number: its format must suit both.
             line.format_map(dict.fromkeys(accepted, ""))
             line.format_map(dict.fromkeys(accepted, 0))
         except KeyError as error:
@@ -446,8 +446,15 @@ def read_texts(changes: typing.Any) -> Texts:
     return Texts(lines | changes)
 
 
+# What an HTTP header may be called, but for those that describe the request's body.
+HEADER_NAME = r"(?i)(?!content-|transfer-)[!#$%&'*+.^_`|~0-9a-z-]+"
+
+
 def check_assistant(
-    name: str, one: AssistantSettings, environ: typing.Mapping[str, str]
+    name: str,
+    one: AssistantSettings,
+    others: typing.Collection[str],
+    environ: typing.Mapping[str, str],
 ) -> None:
     """Raise ConfigError for an assistant that cannot work."""
     where = f"assistants.{name}"
@@ -460,12 +467,20 @@ def check_assistant(
     found = "something else" if one.api_key.strip() else ""
     source = setting_source(name, "api_key", one, environ)
     require(is_key, source, found, "the key of the API, without blanks")
+    for header, content in one.headers.items():
+        is_header = re.fullmatch(HEADER_NAME, header)
+        require(is_header, f"{where}.headers", header, "names of further HTTP headers")
+        is_line = re.fullmatch(r"[!-~]([ -~]*[!-~])?", content)
+        accepted = "one line of letters, digits and signs"
+        require(is_line, f"{where}.headers.{header}", "something else", accepted)
     is_proxy = re.match(r"(https?|socks[45]h?)://|$", one.proxy)
     require(is_proxy, f"{where}.proxy", "***", "an http, https or socks URL")
     if one.proxy.startswith("socks"):
         has_package = importlib.util.find_spec("aiohttp_socks")
         accepted = "http(s), or socks after: pip install aiohttp-socks"
         require(has_package, f"{where}.proxy", "***", accepted)
+    is_other = not one.fallback or one.fallback in others
+    require(is_other, f"{where}.fallback", one.fallback, "another assistant's name")
     for key in ("model", "messages", "stream"):
         is_free, value = key not in one.extra, one.extra.get(key)
         require(is_free, f"{where}.extra.{key}", value, "anything but this key")
@@ -496,7 +511,7 @@ def check_values(config: Config, environ: typing.Mapping[str, str]) -> None:
     found = f"{len(wechat.aes_key)} characters"
     require(is_key, "wechat.aes_key", found, "43 letters and digits")
     for name, one in config.assistants.items():
-        check_assistant(name, one, environ)
+        check_assistant(name, one, config.assistants.keys() - {name}, environ)
 
 
 def load_config(
@@ -521,7 +536,7 @@ def load_config(
 
 
 def effective_settings(config: Config) -> Iterator[str]:
-    """Yield the settings as lines for the log, without secrets and the long prompt."""
+    """Yield the settings for the log, without secrets or the default prompt."""
     yield f"public_url={config.public_url}"
     names = ("server", "wechat", "session", "limits", "history", "database")
     tables = [(name, getattr(config, name)) for name in names]
@@ -663,8 +678,8 @@ class Cipher:
         return plain[20:end]
 
     def seal(self, body: bytes, created: int) -> bytes:
-        """Return the envelope of a reply, always the same bytes for the same reply."""
-        salt = hmac.digest(self.key, body, "sha256")  # random bytes would differ
+        """Return the envelope of a reply, the same bytes for every attempt."""
+        salt = hmac.digest(self.key, body, "sha256")  # hence not random
         plain = salt[:16] + len(body).to_bytes(4, "big") + body + self.app_id
         encryptor, padder = self.aes.encryptor(), self.padding.padder()
         padded = padder.update(plain) + padder.finalize()
@@ -709,11 +724,17 @@ def escape_links(text: str) -> str:
     return re.sub(r"<(?=/?a)", "<\u200b", text, flags=re.IGNORECASE)
 
 
+def excerpt(text: str, length: int = 12) -> str:
+    """Return the beginning of a question as one line in which WeChat finds no link."""
+    line = " ".join(text.split())
+    return escape_links(line if len(line) <= length else line[:length] + "…")
+
+
 def tap_link(words: str, content: str = "") -> str:
     """Return a link that sends `content`, or else its words, for the subscriber.
 
-    Android decodes the content twice, so it keeps only characters that survive this,
-    and ignores links whose msgmenuid is empty.
+    Android decodes the content twice, so only characters that survive that are kept,
+    and it ignores a link whose msgmenuid is empty.
     """
     sent = re.sub(r"[^\w()./_-]", "", content or words)
     return (
@@ -744,6 +765,7 @@ def web_link(words: str, url: str) -> str:
 # latex2mathml names the symbols and writes the pages' MathML; it is never given what
 # was refused here.
 # ---------------------------------------------------------------------------
+
 SUPERSCRIPTS = str.maketrans(
     "0123456789+−=()abcdefghijklmnoprstuvwxyzABDEGHIJKLMNOPRTUVW′∘",
     "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖʳˢᵗᵘᵛʷˣʸᶻᴬᴮᴰᴱᴳᴴᴵᴶᴷᴸᴹᴺᴼᴾᴿᵀᵁⱽᵂ′°",
@@ -764,12 +786,12 @@ DIFFERENTIAL = re.compile(rf"[d∂Δ][{SMALL_SIGNS}]{{0,4}}[^\W\d_]?{SCRIPTED}")
 
 
 def bracketed(text: str) -> str:
-    """Put a text in brackets unless it reads as one sign beside a stroke."""
+    """Put a text in brackets if a slash beside it would take only a part of it."""
     return text if ONE_SIGN.fullmatch(text) else f"({text})"
 
 
 def script_text(mark: str, script: str, base: str) -> str:
-    """Write a script in small characters if all have one, else behind its mark."""
+    """Write a script in small characters if all have one, else after its mark."""
     small = SUPERSCRIPTS if mark == "^" else SUBSCRIPTS
     script = re.sub(r" ?([^\w\s]) ?", r"\1", script)
     base = re.sub(r"([_^])(.)$", r"\1(\2)", base)  # v_y^2 is not v_(y²)
@@ -789,7 +811,7 @@ def fraction_text(over: str, under: str) -> str:
 
 
 def root_text(index: str, radicand: str) -> str:
-    """Write a root; an index without a sign of its own stands in square brackets."""
+    """Write a root; an index other than 2, 3 and 4 stands in square brackets."""
     sign = {"": "√", "2": "√", "3": "∛", "4": "∜"}.get(index, f"√[{index}]")
     is_bare = UNDER_ROOT.fullmatch(radicand) and "[" not in sign
     return sign + (radicand if is_bare else f"({radicand})")
@@ -830,9 +852,9 @@ def alphabet_text(alphabet: str, text: str) -> str:
     return symbol_text(f"{alphabet}{{{text}}}") if is_letter else bracketed(text)
 
 
-# A command's arguments, the kind of piece it makes, and what writes that. An argument m
-# is mathematics on one line, M may have several; o stands in square brackets or is
-# missing; t is words.
+# A command's arguments, the kind of piece it makes, and the function that writes it.
+# Arguments: m is mathematics on one line, M on any number of lines; o is optional, in
+# square brackets; t is words.
 FORMULA_COMMANDS: dict[str, tuple[str, str, Callable[..., str]]] = {
     name: (arguments, kind, write)
     for names, arguments, kind, write in (
@@ -878,23 +900,24 @@ class Piece:
 
     text: str
     kind: str = ""  # name, large, symbol, fraction, root, box, or a plain sign
-    space: str = ""  # before it: " " is a blank of the source, "~" a space asked for
+    space: str = ""  # before it: " " is a blank of the source, "~" a space command
 
 
-RELATION = r"\s*=+−±·×<>≤≥≠≈≡∼→⇒⇔∈,.;:|，。；：、\u3400-\u9fff"
-ALONE_BEHIND = re.compile(rf"$|[{RELATION}(\[{{⌊⌈⟨‖]")  # what may stand before 1/2
-ALONE_BEFORE = re.compile(rf"$|[{RELATION})\]}}⌋⌉⟩‖]")  # and what after
+# What may stand before or after a fraction without brackets, as characters of a class.
+SEPARATORS = r"\s*=+−±·×<>≤≥≠≈≡∼→⇒⇔∈,.;:|，。；：、\u3400-\u9fff"
+CLEAR_BEFORE = re.compile(rf"$|[{SEPARATORS}(\[{{⌊⌈⟨‖]")
+CLEAR_AFTER = re.compile(rf"$|[{SEPARATORS})\]}}⌋⌉⟩‖]")
 
 
 def needs_brackets(before: Piece, piece: Piece, after: Piece) -> bool:
-    """Say whether a fraction, root or box could be read into its neighbours."""
-    is_before_more = not ALONE_BEFORE.match(after.text)
+    """Say whether a fraction, root or box could be misread with its neighbours."""
+    joins_next = not CLEAR_AFTER.match(after.text)
     if piece.kind == "root":
-        return piece.text[-1] != ")" and is_before_more
+        return piece.text[-1] != ")" and joins_next
     last = before.text[-1:]
-    is_behind_more = before.kind != "large" and not ALONE_BEHIND.match(last)
+    joins_last = before.kind != "large" and not CLEAR_BEFORE.match(last)
     is_term = piece.kind == "box" and last in tuple("+−·×")
-    return is_behind_more or is_term or is_before_more
+    return joins_last or is_term or joins_next
 
 
 def needs_space(text: str, before: Piece, piece: Piece) -> bool:
@@ -904,13 +927,13 @@ def needs_space(text: str, before: Piece, piece: Piece) -> bool:
         return is_factor or piece.space != "" and piece.text[0] not in "([|"
     if before.kind == "large" or piece.kind == "name" and re.search(r"[\w)]$", text):
         return True
-    if before.kind == "symbol" and piece.space == " ":  # it may only end the command
+    if before.kind == "symbol" and piece.space == " ":  # perhaps just the command's end
         return not is_factor if text[-1].isalpha() else text[-2:-1] == " "
     return piece.space != "" or is_factor and bool(re.search(r"[_^].$", before.text))
 
 
 def render_pieces(pieces: list[Piece]) -> str:
-    """Write pieces one behind another, with the brackets and spaces they need."""
+    """Write pieces one after another, with the brackets and spaces they need."""
     text, before, nothing = "", Piece(""), Piece("")
     for piece, after in itertools.pairwise([*pieces, nothing]):
         written = piece.text
@@ -932,6 +955,7 @@ def render_pieces(pieces: list[Piece]) -> str:
 
 
 MAX_FORMULA_NESTING = 30  # a fraction in a fraction takes two; real ones stay under 12
+# What stands before an environment, after it, and between its rows.
 ENVIRONMENTS = dict.fromkeys(("align*", "cases", "array"), ("", "", "\n"))
 ENVIRONMENTS |= dict.fromkeys(("matrix", "pmatrix", "bmatrix"), ("[", "]", "; "))
 ENVIRONMENTS |= {"vmatrix": ("|", "|", "; "), "Vmatrix": ("‖", "‖", "; ")}
@@ -993,7 +1017,7 @@ class FormulaReader:
                 text, kind = f"{text}({script})", "large"
             elif script:
                 text = text + script if mark == "'" else script_text(mark, script, text)
-        # a script on nothing must not become one of what stands before it
+        # a script on nothing must not attach to what stands before it
         return [replace(base, text=text if base.text else " " + text, kind=kind)]
 
     def argument(self, kind: str = "m") -> str:
@@ -1034,7 +1058,7 @@ class FormulaReader:
         elif token in tuple("}&^_#\\"):
             raise ValueError(f"stray {token}")
         elif token[0] != "\\":
-            is_minus = token == "-" and self.tokens[-1] != ">"  # careless for an arrow
+            is_minus = token == "-" and self.tokens[-1] != ">"  # "->" is an arrow
             pieces = [Piece("−" if is_minus else token)]
         elif name in FORMULA_NAMES:
             pieces = [Piece(name, "name")]
@@ -1055,7 +1079,7 @@ class FormulaReader:
         r"""Read \begin{…} … \end{…}: a line a row, but a matrix on one line."""
         name = self.source()
         if name == "array":
-            self.source()  # how its columns are aligned
+            self.source()  # the alignment of its columns
         rows: list[list[str]] = [[]]
         while True:
             rows[-1].append(render_pieces(self.row("&", "\\\\", "\\end")).strip())
@@ -1072,7 +1096,7 @@ class FormulaReader:
             for row in rows:
                 row[1::2] = [re.sub("^(?=. )", " ", cell) for cell in row[1::2]]
                 row[2::2] = ["  " + cell for cell in row[2::2]]
-        elif name == "cases":  # a value, a comma, its condition; or the sides of x &= 1
+        elif name == "cases":  # "value, condition", or the two sides of x &= 1
             for row in rows:
                 line = "{ " + "\t".join(filter(None, row))
                 line = re.sub(r"(?<![,，])\t(?=[=<>≤≥]\S)", "", line)
@@ -1134,17 +1158,16 @@ def simpler_latex(latex: str) -> str:
 
 
 MAX_FORMULA_CHARS = 1500  # fifteen full lines of an aligned block; longest seen: 679
-NO_XML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
 @functools.lru_cache(256)
 def formula_text(latex: str) -> str | None:
-    """Return a formula as text without markup, or None when that would change it."""
-    if len(latex) > MAX_FORMULA_CHARS or NO_XML.search(latex):
+    """Return a formula as text without markup, or None if its meaning would change."""
+    if len(latex) > MAX_FORMULA_CHARS or ILLEGAL.search(latex):
         return None
     try:
         text = render_pieces(FormulaReader(simpler_latex(latex)).row(""))
-    except (ValueError, LookupError):  # a LookupError where it ends too early
+    except (ValueError, LookupError):  # LookupError: it ends too early
         return None
     return text.strip() or None
 
@@ -1160,7 +1183,7 @@ MATHML_ATTRIBUTES = set(  # no style, class, href, events; colours are the page'
 
 
 def formula_mathml(latex: str, is_block: bool) -> str | None:
-    """Return a formula as one <math> element, or None when that would change it."""
+    """Return a formula as one <math> element, or None if its meaning would change."""
     text = formula_text(latex)
     if text is None:
         return None
@@ -1174,15 +1197,15 @@ def formula_mathml(latex: str, is_block: bool) -> str | None:
     for node in tree.iter():
         reference = r"&#x([0-9A-F]{2,6});"
         node.text = re.sub(reference, lambda m: chr(int(m[1], 16)), node.text or "")
-        is_strange = "\\" in node.text or NO_XML.search(node.text)
+        is_strange = "\\" in node.text or ILLEGAL.search(node.text)
         if is_strange or node.tag not in MATHML_TAGS:
             return None
         for name in node.attrib.keys() - MATHML_ATTRIBUTES:
             del node.attrib[name]
     written = "".join(tree.itertext()), text.replace("∛", "3").replace("∜", "4")
     forms = (unicodedata.normalize("NFKC", form) for form in written)
-    numerals = [sorted(re.findall(r"[\d\u3400-\u9fff]", form)) for form in forms]
-    if numerals[0] != numerals[1]:  # which no notation may lose
+    kept = [sorted(re.findall(r"[\d\u3400-\u9fff]", form)) for form in forms]
+    if kept[0] != kept[1]:  # the library lost a digit or a Chinese character
         return None
     rendered: str = ElementTree.tostring(tree, encoding="unicode")
     return rendered
@@ -1191,12 +1214,11 @@ def formula_mathml(latex: str, is_block: bool) -> str | None:
 # ---------------------------------------------------------------------------
 # 5. Chat text
 #
-# A model writes Markdown; WeChat shows plain text. Nothing is lost and nothing is
-# changed but certain markup: a mark that may be text is text, in the chat and on the
-# page, which are both written from the same markdown-it tokens. General Markdown
-# parsers need a whole document. Here a line's kind is decided once, when the line is
-# complete, so the chat text of a growing answer only gets longer, and a part of the
-# answer is a slice of it.
+# A model writes Markdown; WeChat shows plain text. Only what is certain to be markup is
+# changed: a mark that may be text is text, in the chat and on the page, which are both
+# written from the same markdown-it tokens. General Markdown parsers need a whole
+# document. Here a line's kind is decided once, when the line is complete, so the chat
+# text of a growing answer only gets longer, and a part of the answer is a slice of it.
 # ---------------------------------------------------------------------------
 
 CJK = re.compile(
@@ -1240,15 +1262,15 @@ def shape(char: str) -> str:
 # --- The marks inside a line
 
 MAX_WINDOW = 4000  # characters read at once, which bounds what a search can cost
-MAX_FORMULA = 2000
+MAX_FORMULA_SPAN = 2000  # characters up to its closing mark, or a comment's
 MAX_OPENERS = 20
 
-# The HTML tags of tokens, where they are not their names.
+# The HTML tags of tokens, where the two names differ.
 TAGS = {"link": "a", "paragraph": "p", "list_item": "li"}
 TAGS |= {"ordered_list": "ol", "bullet_list": "ul"}
 EMPHASIS = {"*": ("em",), "**": ("strong",), "***": ("strong", "em"), "~~": ("s",)}
 ENTITY = r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z][a-z0-9]{1,31});"
-# Each is read by the method of its name: `read_code`.
+# The first that matches counts; it is read by the method of its name: `read_code`.
 INLINE_MARKS = {
     "newline": r"\n",
     "formula": r"\$\$|\\[(\[]|\\begin\{(?P<environment>\w{1,20}\*?)\}|<!--",
@@ -1271,7 +1293,7 @@ MARK = re.compile(
     "|".join(f"(?P<{name}>{pattern})" for name, pattern in INLINE_MARKS.items()),
     re.IGNORECASE | re.ASCII,
 )
-LINK = re.compile(  # behind a label: an address in round brackets, maybe with a title
+LINK = re.compile(  # after a label: an address in round brackets, maybe with a title
     r"\([ \t]*(?:<(?P<whole>[^<>\n]*)>|(?P<plain>(?:[^\s()<>]++|\([^\s()]*+\))*+))"
     r"(?:[ \t]+(?P<title>\"[^\"\n]*\"|'[^'\n]*'|\([^()\n]*\)))?[ \t]*\)"
 )
@@ -1300,7 +1322,7 @@ class Opener:
     """A mark that is markup if its closing mark comes."""
 
     mark: str
-    token: int  # its index; a token of text until the mark is closed
+    index: int  # of its token, which is text until the mark is closed
     end: int  # of the mark, in the text
     is_doubtful: bool
 
@@ -1309,20 +1331,22 @@ class InlineReader:
     """Reads the marks inside one text, once, from left to right."""
 
     def __init__(self, text: str, before: str, is_whole: bool) -> None:
-        self.text = before + text  # the character before it has been read
+        self.text = before + text  # so positions in it are one higher than in `text`
         self.is_whole = is_whole  # else more of the text may come
         self.tokens: list[Token] = []
         self.openers: list[Opener] = []
-        self.line = 1  # where it begins
-        self.sure = 1, 0  # the end of text, and of tokens, that nothing can change
+        self.line_start = 1
+        self.sure = 1, 0  # the text and the tokens before these ends cannot change
         self.is_held = False  # something is open that can change all that follows
         self.closer = ""  # what closes the formula or comment that is open
         words = WORD_WITH_SIGNS.finditer(self.text) if "\\" in text else ()
         paths = [range(*word.span()) for word in words if PATH.search(word[0])]
+        # Where a backslash, the last but one character of a match, escapes the last.
         self.escapes = {found.end() - 2 for found in ESCAPE.finditer(self.text, 1)}
         self.escapes.difference_update(*paths)
 
     def read(self) -> None:
+        """Read all of the text, as far as it can be told by now."""
         begin = 1
         while mark := MARK.search(self.text, begin):
             self.add_words(begin, mark.start())
@@ -1365,23 +1389,23 @@ class InlineReader:
         return next((o for o in reversed(self.openers) if o.mark in marks), None)
 
     def close(self, opener: Opener, *names: str) -> None:
-        """Make pairs of an open mark and the one read; what is open inside is text."""
+        """Pair an open mark with the one just read; marks open in between are text."""
         del self.openers[self.openers.index(opener) :]
         opened = [Token(f"{name}_open", TAGS.get(name, name), 1) for name in names]
-        self.tokens[opener.token : opener.token + 1] = opened
+        self.tokens[opener.index : opener.index + 1] = opened
         for name in reversed(names):
             self.add(f"{name}_close", TAGS.get(name, name), -1)
 
-    # A method a mark: each returns where what it has read ends, or 0 if it is text.
+    # One method for each mark, which returns where the markup ends, or 0 if it is text.
 
     def read_newline(self, mark: re.Match[str]) -> int:
-        openers = [
-            o for o in self.openers if o.mark not in tuple("*＊") and o.end > self.line
-        ]
+        """Read a line's end; a mark may close one line later, but not a single star."""
+        openers = [o for o in self.openers if o.end > self.line_start]
+        openers = [o for o in openers if o.mark not in ("*", "＊")]
         if not openers and not self.is_held:
             self.sure = mark.start(), len(self.tokens)
         self.add("softbreak", "br")
-        self.openers, self.line = openers, mark.end()
+        self.openers, self.line_start = openers, mark.end()
         return mark.end()
 
     def read_stars(self, mark: re.Match[str]) -> int:
@@ -1436,10 +1460,10 @@ class InlineReader:
         kind = "math_inline" if opener == "\\(" else "math_block"
         closer = "-->" if opener == "<!--" else f"\\end{{{mark['environment']}}}"
         closer = CLOSERS.get(opener, closer)
-        end = self.text.find(closer, inside, inside + MAX_FORMULA)
+        end = self.text.find(closer, inside, inside + MAX_FORMULA_SPAN)
         latex = self.text[inside:end]
         if end < 0:
-            if len(self.text) - inside < MAX_FORMULA:
+            if len(self.text) - inside < MAX_FORMULA_SPAN:
                 self.hold(closer)
             return 0
         if mark["environment"]:  # is LaTeX as a whole
@@ -1480,12 +1504,12 @@ class InlineReader:
             self.openers.remove(opener)
             return 0
         self.close(opener, "link")
-        opening, *label, _ = self.tokens[opener.token :]
+        opening, *label, _ = self.tokens[opener.index :]
         opening.attrs = {"href": url}
         if found["title"]:
             opening.attrs["title"] = found["title"][1:-1]
         if opener.mark == "![":
-            del self.tokens[opener.token :]
+            del self.tokens[opener.index :]
             attrs, source = {"src": url, "alt": ""}, self.text[opener.end : end - 1]
             self.add("image", "img", attrs=attrs, children=label, content=source)
         return found.end()
@@ -1548,7 +1572,7 @@ def window_end(text: str, begin: int, is_whole: bool) -> int:
 def read_inline(
     text: str, before: str = "\n", is_whole: bool = True
 ) -> tuple[list[Token], int, str]:
-    """Return a text's sure tokens, where they end, and what would close the rest."""
+    """Return a text's final tokens, where they end, and what would close the rest."""
     tokens: list[Token] = []
     begin, closer = 0, ""
     while begin < len(text):
@@ -1558,7 +1582,7 @@ def read_inline(
         reader.read()
         (sure, count), closer = reader.sure, reader.closer
         if sure == 1 and not is_last and end - begin >= MAX_WINDOW:
-            sure, count = end - begin + 1, len(reader.tokens)  # open so long: text
+            sure, count = end - begin + 1, len(reader.tokens)  # it never closed
         tokens += reader.tokens[:count]
         begin += sure - 1
         if sure == 1 or is_last:
@@ -1569,7 +1593,7 @@ def read_inline(
 
 # --- The lines of an answer
 
-MAX_QUOTES = 3  # of quotes in quotes
+MAX_QUOTES = 3  # of a quote in a quote
 MAX_COLUMNS = 40
 MAX_HEADER = 500  # characters of a table's header: each record repeats it
 MAX_CELLS = 4000  # of all tables of an answer; a page of more takes seconds to make
@@ -1579,7 +1603,7 @@ FENCE = re.compile(  # `py`, `js title="a"` and `{r}` are languages, words are n
     r"|[^`={]*+[={][^`]*+)?|\{[^`]*+)\s*|(?P<words>.*))",
     re.ASCII,
 )
-LATE_FENCE = re.compile(  # behind words: `代码如下：` and three backticks
+LATE_FENCE = re.compile(  # after words: `代码如下：` and three backticks
     r"(?<=[:：])[ \t]*(?P<mark>`{3,})(?P<info>[\w+#.-]*)[ \t\r]*\Z", re.ASCII
 )
 HEADING = re.compile(r"[ \t]*(#{1,6})[ \t]+(\S.*)")
@@ -1587,7 +1611,7 @@ QUOTE = re.compile(r"[ \t]*>(?!>>|=) ?(.*)")
 BLOCK = re.compile(r"[ \t]*(?:`{3}|~{3}|#{1,6}[ \t]+\S|>(?!>>|=))")
 ITEM = re.compile(r"[ \t]*([-*+]|\d{1,3}[.)])[ \t]+(\S.*)", re.ASCII)
 TASK = re.compile(r"\[([ xX])\][ \t]+(?=\S)")
-# Behind signs: `- 100 元`, `+ 300 元`, `> 60 分`; neither `2024 年` nor `1. 甲`.
+# After a sign: `- 100 元`, `+ 300 元`, `> 60 分`; neither `2024 年` nor `1. 甲`.
 AMOUNT = re.compile(
     r"[约近]?[^\w\s`。！？…!?]{0,3}\d[\d,.]*+(?! ?[年月日号点时:：、/)）])"
 )
@@ -1595,7 +1619,7 @@ BAR = re.compile(  # a bar, or code and formulas that may hold one
     r"(`+)(?!`).{1,300}?(?<!`)\1(?!`)|\\\(.{1,300}?\\\)"
     r"|\$(?![\s\d$])[^$]{0,300}[^\s$]\$(?!\w)|\\\||\|"
 )
-SIDES = {":": "center", "-": "right"}  # where a column stands whose rule ends with `:`
+SIDES = {":": "center", "-": "right"}  # by how a column's rule begins that ends with :
 TABLE_RULE = re.compile(r"\s*+\|?(?:\s*+:?-++:?\s*+(?:\||\Z))++\s*")
 
 
@@ -1629,32 +1653,32 @@ class MarkdownReader:
 
     def __init__(self, depth: int = 0) -> None:
         self.depth = depth  # of quotes around it
-        self.tokens: list[Token] = []  # whoever writes them clears the list
+        self.tokens: list[Token] = []  # cleared by whoever writes them
         self.rest = ""  # the line that is not complete
-        self.is_in_line = False  # its beginning was known to be text, and was read
+        self.is_in_line = False  # its beginning has been read, as text
         self.is_first = True  # no line with text has been read
         self.wrapper = ""  # the fence around the whole answer
         self.fence: Token | None = None  # the open code block's
-        self.code: list[str] = []  # the lines behind the fence
+        self.code: list[str] = []  # its lines
         self.quote: MarkdownReader | None = None
         self.lists: list[tuple[int, str]] = []  # indent of the marks; -, *, + or 1
-        self.is_behind_amount = False  # the last line was one behind a sign
+        self.is_after_amount = False  # the last line was a sign and an amount
         self.header = ""  # a line with bars: a table's header if a rule follows
         self.row: str | None = None  # how a row of the open table begins
         self.cells = 0  # of all tables so far
-        self.sides: list[str] = []  # where the cells of its columns stand
+        self.sides: list[str] = []  # how its columns are aligned
         self.paragraph: Token | None = None
-        self.pending = ""  # the end of the paragraph: its marks may be open
+        self.pending = ""  # its end, which is not read while a mark in it is open
         self.before = "\n"  # the character before that end
         self.closer = ""  # what closes the formula that is open at a line's end
-        self.behind = ""  # the lines since then
-        self.is_replay = False  # they are read again, as the formula was not closed
+        self.later_lines = ""  # the lines after that one
+        self.is_replay = False  # they are read again: the formula was never closed
 
     def feed(self, text: str) -> None:
         """Read what has been added to the text."""
         text = ILLEGAL.sub("", text)
         if not text.strip(" \t-*") and not self.is_in_line:
-            self.rest += text  # decides nothing, however much of it comes
+            self.rest += text  # blanks and rules: nothing can be told by them
             return
         *lines, self.rest = (self.rest + text).split("\n")
         for line in lines:
@@ -1758,7 +1782,7 @@ class MarkdownReader:
     def close_to(self, indent: int) -> None:
         """Close every block that a line with this indent is outside of."""
         self.close_block()
-        self.is_behind_amount = False
+        self.is_after_amount = False
         while self.lists and indent < self.lists[-1][0] + 2:
             self.close("list_item")
             self.close("ordered_list" if self.lists.pop()[1] == "1" else "bullet_list")
@@ -1787,12 +1811,12 @@ class MarkdownReader:
         if not self.paragraph or self.lists and indent < self.lists[-1][0] + 2:
             self.close_to(indent)
             self.paragraph, self.pending = self.open("paragraph"), ""
-        self.is_behind_amount = False
+        self.is_after_amount = False
         self.pending += line.lstrip() if self.lists else line
 
     def end_text_line(self) -> None:
         """Read the paragraph's last line; open marks may continue on the next line."""
-        if self.pending.endswith("\n"):
+        if self.pending.endswith("\n"):  # has been read
             return
         if fence := LATE_FENCE.search(self.pending):
             self.pending = self.pending[: fence.start()]
@@ -1813,19 +1837,19 @@ class MarkdownReader:
 
     def read_in_formula(self, line: str) -> None:
         """Read a line inside an open formula, where nothing is Markdown."""
-        self.behind += line + "\n"
+        self.later_lines += line + "\n"
         is_end = not line.strip() or FENCE.match(line) or HEADING.match(line)
-        if len(self.behind) > MAX_FORMULA or is_end:
+        if len(self.later_lines) > MAX_FORMULA_SPAN or is_end:
             self.give_up_formula()
         elif self.closer in line:
-            self.pending += self.behind[:-1]
-            self.behind, self.closer = "", ""
+            self.pending += self.later_lines[:-1]
+            self.later_lines, self.closer = "", ""
 
     def give_up_formula(self) -> None:
         """Take an unclosed formula as text, and read the lines after it again."""
         if self.closer:
             self.read_pending(is_whole=True)
-            lines, self.behind, self.is_replay = self.behind, "", True
+            lines, self.later_lines, self.is_replay = self.later_lines, "", True
             for line in lines.split("\n")[:-1]:
                 self.read_line(line)
             self.is_replay = False
@@ -1841,10 +1865,10 @@ class MarkdownReader:
             is_sign = kind == "+" and is_amount
         else:
             is_plus = kind == "+" and not is_nested and not task
-            is_sign = kind in "+-" and (is_amount or self.is_behind_amount or is_plus)
+            is_sign = kind in "+-" and (is_amount or self.is_after_amount or is_plus)
         if is_sign:
             self.read_text(line)
-            self.is_behind_amount = True
+            self.is_after_amount = True
             return
         self.close_to(indent + 2 if is_next else indent)
         if is_next:
@@ -1882,7 +1906,7 @@ class MarkdownReader:
                 self.read_text(" " * indent + words)
             self.close_to(indent)
             self.fence = self.add("code_open", info=info, markup=mark, hidden=True)
-            self.fence.level = indent
+            self.fence.level = indent  # which its lines lose
 
     def read_code(self, fence: Token, line: str) -> None:
         found = FENCE.fullmatch(line)
@@ -1934,8 +1958,8 @@ def read_markdown(markdown: str) -> list[Token]:
 
 # --- From tokens to chat text
 
-MAX_HEADING = 30  # characters; a longer one is shown as it is
-MAX_ROW = 20  # characters of a header whose table is shown in rows
+MAX_HEADING_CHARS = 30  # a longer one is shown as it is
+MAX_ROW_CHARS = 20  # of a header whose table is shown in rows
 MAX_BLANKS = 10  # newlines in a row
 SPACES = re.compile(r"[^\S\n]{200,}")  # a reply of nothing but spaces would be empty
 
@@ -1943,7 +1967,7 @@ SPACES = re.compile(r"[^\S\n]{200,}")  # a reply of nothing but spaces would be 
 def inline_text(children: list[Token]) -> str:
     """Return the chat text of the tokens of a line."""
     out: list[str] = []
-    begins: list[tuple[int, str]] = []  # of open links: in `out`, and the address
+    begins: list[tuple[int, str]] = []  # open links: index in `out`, and address
     for child in children:
         match child.type:
             case "softbreak" | "hardbreak":
@@ -1956,7 +1980,7 @@ def inline_text(children: list[Token]) -> str:
                 source = child.markup + child.content + CLOSERS.get(child.markup, "")
                 out.append(formula_text(child.content) or source)
             case "s_open" | "s_close":
-                out.append("~~")  # without them the meaning turns round
+                out.append("~~")  # without them it would say the opposite
             case "link_open" | "sub_open" | "sup_open":
                 begins.append((len(out), str(child.attrs.get("href"))))
             case "link_close":
@@ -1979,11 +2003,13 @@ class ChatWriter:
     """Writes tokens as chat text; what it has written never changes."""
 
     def __init__(self) -> None:
-        self.out: list[str] = []  # whoever shows it clears the list
+        self.out: list[str] = []  # cleared by whoever shows it
         self.is_empty = True  # nothing has been written
         self.newlines = 0  # before the next text
         self.spaces = ""  # before the next text, if it is on the same line
-        self.prefixes: list[str] = []  # of quotes and items; a mark until it is written
+        self.prefixes: list[
+            str
+        ] = []  # of open quotes and items; marks are written once
         self.captured: list[str] | None = None  # of a heading, or a row's cells
         self.columns: list[str] = []  # of the table's header
         self.is_wide = False  # the table is written as records
@@ -2027,7 +2053,8 @@ class ChatWriter:
                 self.captured = []
             case "heading_close":
                 text = "".join(self.take_captured()).strip()
-                is_plain = len(text) > MAX_HEADING or re.search("[【】《》]|^$", text)
+                is_long = len(text) > MAX_HEADING_CHARS
+                is_plain = is_long or re.search("[【】《》]|^$", text)
                 self.put(text if is_plain else f"【{text}】")
             case "table_open":
                 self.columns, self.has_rows = [], False
@@ -2044,7 +2071,7 @@ class ChatWriter:
         """Write a row, or a record of the cells below their columns."""
         if not self.columns:
             self.columns = cells
-            self.is_wide = len(cells) > 3 or len("".join(cells)) > MAX_ROW
+            self.is_wide = len(cells) > 3 or len("".join(cells)) > MAX_ROW_CHARS
         elif self.is_wide:
             self.break_line(2 if self.has_rows else 1)
             pairs = itertools.zip_longest(self.columns, cells, fillvalue="")
@@ -2084,8 +2111,8 @@ class ChatWriter:
 
 # --- The chat text of an answer
 
-MAX_UNREAD = 8_000  # characters: most answers are shorter, and read when asked for
-MAX_HEADINGS = 2000  # characters of headings in a row that go with what follows
+MAX_UNREAD = 8_000  # characters; most answers are shorter, so read only when asked for
+MAX_LEADING = 2000  # characters of such lines in a row
 # Lines that no part may end with: headings and list marks go with what follows.
 LEADING = re.compile(r"[ │•]*(?:【[^\n]*】|\d{1,4}[.)、）]|[•☐☑│])")
 
@@ -2093,7 +2120,7 @@ LEADING = re.compile(r"[ │•]*(?:【[^\n]*】|\d{1,4}[.)、）]|[•☐☑│
 def end_before_leading(text: str) -> int:
     """Return where a text ends without the headings and list marks at its end."""
     end = len(text)
-    while end > len(text) - MAX_HEADINGS:
+    while end > len(text) - MAX_LEADING:
         last = len(text[:end].rstrip())
         begin = text.rfind("\n", 0, last) + 1
         if not LEADING.fullmatch(text, begin, last):
@@ -2155,20 +2182,30 @@ def chat_text(markdown: str) -> str:
     return ChatText(markdown).text(has_ended=True)
 
 
-def stable_text(markdown: str) -> str:
-    """Return the part of a growing answer's chat text that can no longer change."""
-    return ChatText(markdown).text(has_ended=False)
+def markdown_length(markdown: str, chat_length: int) -> int:
+    """Return how much of a text has a chat text of at most `chat_length` characters."""
 
+    def length(end: int) -> int:
+        return len(chat_text(markdown[:end]))
 
-def has_more_on_page(markdown: str) -> bool:
-    """Say whether the page shows more of a whole answer than the chat can."""
-    chat = ChatText(markdown)
-    chat.text(has_ended=True)
-    return chat.has_more_on_page()
+    chat, begin, line = ChatText(), 0, ""  # of the last line that may fit
+    for following in markdown.splitlines(keepends=True):
+        begin, line = begin + len(line), following
+        chat.feed(line)
+        if len(chat.text(has_ended=False)) > chat_length:
+            break
+    ends = [begin, *(begin + found.end() for found in SENTENCE_END.finditer(line))]
+    ends.append(begin + len(line))
+    end = ends[bisect.bisect_right(ends, chat_length, lo=1, key=length) - 1]
+    # A mark that is open shows more than the same mark once it is closed.
+    while end > 0 and length(end) > chat_length:
+        end = markdown.rfind("\n", 0, end)
+    return max(0, end)
 
 
 # --- Cuts
 
+# A line that ends with an abbreviation or a number, not with a sentence.
 UNFINISHED = re.compile(r"(?:.*\W)?(?:No|Dr|Mr|Mrs|Ms|St|Prof|Fig|vs|第 ?\d{1,4})\.")
 RECORD = re.compile(r"【[^\n]*】(?:\n[^\n：]*+：[^\n]*+)*+")
 TABLE_ROW = re.compile(r"[^\n]*｜[^\n]*")
@@ -2186,7 +2223,7 @@ OTHER_ENDS = [
     (r"\n+", 1 / 3),
     (rf"(?:{SENTENCE_END.pattern}) *", 1 / 4),
     (PAUSE, 1 / 4),
-    (r"(?s).(?<!\0(?=\0))", 0.0),  # a character's, not in an address
+    (r"(?s).(?<!\0(?=\0))", 0.0),  # any character outside an address
 ]
 
 
@@ -2354,30 +2391,25 @@ class WordGuard:
         return "".join(shown), False
 
 
-def excerpt(text: str, length: int = 12) -> str:
-    """Return the first characters of a question in one line, harmless."""
-    line = " ".join(text.split())
-    return escape_links(line if len(line) <= length else line[:length] + "…")
-
-
 # ---------------------------------------------------------------------------
 # 6. Sessions, turns, parts, replies
 #
-# What the bot is about, each thing once. A Turn is written by one task and read by any
-# number of replies and pages, which wait for its Signals. The others are records.
+# A Turn is written by one task and read by any number of replies and pages, which wait
+# for its Signals. The others are records.
 # ---------------------------------------------------------------------------
 
 
 class Signal:
-    """A change that others wait for (Tasks.until), each until it is as they want."""
+    """A change that others wait for with Tasks.until, each with their own condition."""
 
     __slots__ = ("waiting",)
 
     def __init__(self) -> None:
+        # Condition and wake-up of each; Tasks.until adds them and takes them out.
         self.waiting: list[tuple[Callable[[], bool], asyncio.Future[bool]]] = []
 
     def look(self) -> None:
-        """Wake those who have what they want; whoever changes something calls this."""
+        """Wake those whose condition is met; to be called after every change."""
         for is_wanted, future in self.waiting:
             if not future.done() and is_wanted():
                 future.set_result(True)
@@ -2401,9 +2433,7 @@ class Part:
     turn_id: int
     start: int = 0  # offset in the chat text
     is_anew: bool = False  # the answer was written again since it was offered
-    reply: str | None = (
-        None  # what was sent of it, so that a second tap brings the same
-    )
+    reply: str | None = None  # what was sent of it: a second tap gets the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -2416,7 +2446,7 @@ class Reply:
     stop: int = 0  # where in the chat text that ends
     offered: Part | None = None  # the part that its tap asks for
     is_early: bool = False  # neither all that is left nor a full part
-    mentions: int | None = None  # a turn that is named under it: its answer is there
+    mentions: int | None = None  # a turn whose unread answer is named under it
 
     @property
     def has_text(self) -> bool:
@@ -2439,28 +2469,7 @@ class Ending:
     tokens_out: int | None
 
 
-def markdown_length(markdown: str, chat_length: int) -> int:
-    """Return how much of a text shows no more than so much of its chat text."""
-
-    def length(end: int) -> int:
-        return len(chat_text(markdown[:end]))
-
-    chat, begin, line = ChatText(), 0, ""  # of the last line that may fit
-    for following in markdown.splitlines(keepends=True):
-        begin, line = begin + len(line), following
-        chat.feed(line)
-        if len(chat.text(has_ended=False)) > chat_length:
-            break
-    ends = [begin, *(begin + found.end() for found in SENTENCE_END.finditer(line))]
-    ends.append(begin + len(line))
-    end = ends[bisect.bisect_right(ends, chat_length, lo=1, key=length) - 1]
-    # A mark that is open shows more than the same mark once it is closed.
-    while end > 0 and length(end) > chat_length:
-        end = markdown.rfind("\n", 0, end)
-    return max(0, end)
-
-
-LONG_CHARS = 10_000  # of an answer take some ten milliseconds to read
+LONG_CHARS = 10_000  # it takes some ten milliseconds to read an answer of this length
 SENTENCE_SIGN = re.compile(r"[。！？…!?.\n]")
 
 
@@ -2480,20 +2489,20 @@ class Turn:
     question: str
     pictures: str | None  # JSON list of URLs, until it is answered
     created_at: float
-    asked: int  # times it was taken to the upstream
+    asked: int  # times it was sent upstream, before a restart and after
     assistant: str
     answer: str = ""  # Markdown
     state: str = "open"
     reason: str | None = None  # a kind of ChatError
     model: str | None = None
     chat: ChatText = field(default_factory=ChatText)  # what the chat shows of `answer`
-    stops: dict[int, int] = field(
-        default_factory=dict
-    )  # where sent parts end, by start
+    stops: dict[int, int] = field(default_factory=dict)  # ends of sent parts, by start
+    # Random, and new when the answer is started over: then live pages start over, too.
     writing: str = field(default_factory=functools.partial(secrets.token_hex, 4))
     is_queued: bool = False  # the question before it is not answered yet
-    asked_at: float = 0.0  # monotonic: the wall's clock may jump while it is written
+    asked_at: float = 0.0  # created_at by the monotonic clock, which does not jump
     first_seconds: float | None = None  # from the question to the first text
+    calls: int = 0  # how often this process asked an upstream
     task: asyncio.Task | None = None  # writes it
     news: Signal = field(default_factory=Signal)  # a sentence more, or the end
     deltas: Signal = field(default_factory=Signal)  # any change: live pages
@@ -2536,9 +2545,9 @@ class Turn:
         return self
 
     def replace_text(self, text: str) -> None:
-        """Take another text in place of what was written."""
+        """Replace what was written."""
         self.answer, self.chat = text, ChatText(text)
-        self.shown()
+        self.shown()  # reads it here, where `read` has put it in a thread
 
     def append(self, delta: str) -> None:
         """Add a delta."""
@@ -2554,24 +2563,25 @@ class Turn:
         self.deltas.look()
 
     def restart(self, text: str = "") -> None:
-        """Begin a new writing, after one of which nothing was sent."""
+        """Start the answer over; nothing of it has been sent yet."""
         self.writing = secrets.token_hex(4)
         self.replace_text(text)
         self.deltas.look()
 
     def drop_thought(self) -> None:
-        """Drop a leading thought when the server omitted <think>."""
-        is_left = "</think>" in self.answer and "<think>" not in self.answer
-        if is_left and not self.stops:
-            self.restart(self.answer.partition("</think>")[2].lstrip())
+        """Drop what was written but not sent: it turned out to be a thought."""
+        sent = max(self.stops.values(), default=0)
+        text = self.answer[: markdown_length(self.answer, sent)]
+        text += self.shown()[len(chat_text(text)) : sent]  # sent in the midst of a mark
+        self.restart(text and f"{text}\n\n")
 
     def withhold(self) -> None:
-        """Take back what was not sent in a reply."""
+        """Drop what no reply has sent."""
         sent = max(self.stops.values(), default=0)
         self.replace_text(self.answer[: markdown_length(self.answer, sent)])
 
     def finish(self, state: str, reason: str | None = None) -> None:
-        """End the answer; everybody who waits learns of it."""
+        """End the answer, and wake all who wait for it."""
         self.state, self.reason = state, reason
         self.news.look()
         self.deltas.look()
@@ -2605,9 +2615,9 @@ class StoreError(Exception):
     """A database that cannot be used; the text is the one line an owner reads."""
 
 
-Statement = tuple[str, dict[str, object]]  # with its parameters
-Job = list[Statement]  # several are one transaction
-BUSY = "busy_timeout = 2000"  # milliseconds for another process's lock
+Statement = tuple[str, dict[str, object]]  # SQL and its parameters
+Job = list[Statement]  # one transaction, if there are several
+BUSY_PRAGMA = "busy_timeout = 2000"  # milliseconds to wait for another process's lock
 # A full or locked disk; a value that SQLite cannot hold.
 DATABASE_ERRORS = (sqlite3.Error, ValueError, OverflowError)
 
@@ -2619,7 +2629,7 @@ def without_waiting(db: sqlite3.Connection) -> Iterator[None]:
     try:
         yield
     finally:
-        db.execute(f"PRAGMA {BUSY}")
+        db.execute(f"PRAGMA {BUSY_PRAGMA}")
 
 
 def run_transaction(db: sqlite3.Connection, jobs: list[Job]) -> list[list[list]]:
@@ -2679,8 +2689,8 @@ class Batch:
 
     A hop to the thread costs ten times a statement and a commit twice, so everything
     that comes while the thread is at work shares the next hop and one commit; see
-    docs/benchmark.md. Jobs run in the order given, even if nobody waits for them any
-    more, and nobody's statement gets into a job of several.
+    docs/benchmark.md. Jobs run in the order given, even if their caller was cancelled,
+    and no other statement gets into a job of several.
     """
 
     def __init__(self, db: aiosqlite.Connection) -> None:
@@ -2700,12 +2710,12 @@ class Batch:
         """Run a function in the connection's thread, with the connection.
 
         aiosqlite has no public way to run more than one statement in a hop; a test
-        tells when a new version of it goes about this differently.
+        fails if a new version of it does this differently.
         """
         return await self.db._execute(function, self.db._conn, *values)
 
     async def carry(self) -> None:
-        """Take what waits to the thread until nothing does; hand out the results."""
+        """Take waiting jobs to the thread until none is left; hand out the results."""
         while self.waiting:
             batch, self.waiting = self.waiting, []
             try:
@@ -2745,20 +2755,20 @@ def split_statements(script: str) -> Iterator[str]:
         yield statement
 
 
-# What is known of a message and of its sender: its reply, the id of its turn; the open
-# session, the highest part number, an answer to mention (part, turn, question), and the
-# pictures that wait for a question (a JSON list of URLs).
-Recalled = tuple[
-    Reply | None,
-    int | None,
-    Session | None,
-    int,
-    tuple[int, int, str] | None,
-    str,
-]
-PICTURE_SECONDS = 600  # a picture waits so long for its question
-REPLY_HOURS = 24  # for how long a later copy of a message gets the same reply
-LAPSE_SECONDS = 24 * 3600  # for how long it is mentioned that a session ran out
+class Recalled(typing.NamedTuple):
+    """What is stored about a message and its sender."""
+
+    reply: Reply | None
+    turn_id: int | None  # of its question
+    session: Session | None  # the open one
+    last_part: int  # the highest part number
+    mention: tuple[int, int, str] | None  # part, turn and question of an unread answer
+    pictures: str  # that wait for a question: a JSON list of URLs
+
+
+PICTURE_SECONDS = 600  # how long a picture waits for its question
+REPLY_HOURS = 24  # how long a later copy of a message gets the same reply
+LAPSE_SECONDS = 24 * 3600  # how long a session that ran out is mentioned
 
 Due = dict[str, tuple[str, str]]  # openid: key of the message that asked, its reply
 DUTY_BYTES = 4096  # of the file at least: on a full disk some thirty lines have room
@@ -2849,7 +2859,7 @@ class Store:
             await self.rows("UPDATE platform SET newest_push = :at", at=timestamp)
 
     async def recall(self, key: str, openid: str, now: float) -> Recalled:
-        """Return what is stored around a message, in one hop."""
+        """Return what is stored about a message and its sender, in one hop."""
         query = """
             SELECT reply.content, reply.created, reply.turn_id, reply.stop, turn.id,
                    session.id, session.assistant, session.last_at,
@@ -2876,10 +2886,10 @@ class Store:
             reply = Reply(row[0], row[1], own, row[3])
         session = None if row[5] is None else Session(*row[5:9])
         mention = None if row[10] is None else row[10:13]
-        return reply, row[4], session, row[9] or 0, mention, row[13]
+        return Recalled(reply, row[4], session, row[9] or 0, mention, row[13])
 
     def save_reply(self, key: str, openid: str, reply: Reply) -> asyncio.Future:
-        """Store a decided reply, and what it says about parts, as one.
+        """Store a decided reply, and the parts it sends and offers.
 
         Triggers note that its question was replied to, and that an answer whose part
         was sent needs no mention.
@@ -2922,9 +2932,9 @@ class Store:
         return self.run(job)
 
     def mark_delivered(self, turn_id: int, how: str) -> asyncio.Future:
-        """Note how an answer was delivered, once it was or was not.
+        """Store how an answer was delivered.
 
-        An attempt that took it counts; 'part' and 'lost' only if none did before.
+        The newest attempt that took it counts; 'part' and 'lost' only if none did.
         """
         query = """
             UPDATE turn SET delivered = iif(:how IN ('part', 'lost'),
@@ -2954,12 +2964,12 @@ class Store:
         return Session(number, assistant, now)
 
     async def end_session(self, session_id: int, now: float, text: str | None) -> None:
-        """End a session, with the text that found it run out."""
+        """End a session; `text` came too late for it, None: the subscriber ended it."""
         query = "UPDATE session SET ended_at = :now, lapsed_text = :text WHERE id = :id"
         await self.rows(query, now=now, text=text, id=session_id)
 
     async def touch_session(self, session_id: int, now: float) -> None:
-        """Let the idle time count from now; a full disk costs only that."""
+        """Let the idle time begin now; a full disk prevents only that."""
         query = "UPDATE session SET last_at = :now WHERE id = :id"
         with contextlib.suppress(sqlite3.OperationalError):
             await self.rows(query, now=now, id=session_id)
@@ -2967,21 +2977,20 @@ class Store:
     async def lapsed_session(
         self, openid: str, since: float
     ) -> tuple[Session, str] | None:
-        """Return the newest session and the text that found it run out.
+        """Return the newest session, and the text that came too late for it.
 
-        None if it did not run out, or that text was asked since.
+        None if it did not run out, or if that text has been asked by now.
         """
         query = """
             SELECT id, assistant, last_at, lapsed_text FROM session
             WHERE openid = :openid AND coalesce(ended_at, :since + 1) > :since
             ORDER BY id DESC LIMIT 1
         """
-        for number, assistant, last_at, text in await self.rows(
-            query, openid=openid, since=since
-        ):
-            if text is not None:
-                return Session(number, assistant, last_at), text
-        return None
+        rows = await self.rows(query, openid=openid, since=since)
+        if not rows or rows[0][3] is None:
+            return None
+        number, assistant, last_at, text = rows[0]
+        return Session(number, assistant, last_at), text
 
     async def reopen_session(self, session_id: int, now: float) -> None:
         """Open a lapsed session again, with its conversation."""
@@ -2996,9 +3005,9 @@ class Store:
     # Turns
 
     async def add_turn(self, turn: Turn, most: int, most_of_all: int) -> bool:
-        """Store an accepted question, count it, and give it its id.
+        """Store and count an accepted question, and give it its id.
 
-        False, and nothing is stored, when the day's questions are used up (0: any).
+        False, with nothing stored, if the day's questions are used up; 0 is no limit.
         Triggers count under a keyed hash, which outlives a deletion until midnight.
         """
         query = """
@@ -3047,25 +3056,25 @@ class Store:
         await self.rows("UPDATE turn SET asked = asked + 1 WHERE id = :id", id=turn_id)
 
     async def save_texts(self, turns: list[Turn]) -> None:
-        """Store what is written so far of turns."""
+        """Store the text so far of turns."""
         query = "UPDATE turn SET answer = :text WHERE id = :id AND state = 'open'"
         await self.run([(query, {"id": t.id, "text": t.answer}) for t in turns])
 
     async def begin_anew(self, turn_id: int) -> None:
-        """Let what is not sent of a turn begin at its start: it is written again."""
+        """Move the unsent parts of a turn to its start: it is being written again."""
         query = """
             UPDATE part SET start = 0, is_anew = 1
             WHERE turn_id = :id AND reply IS NULL AND start > 0
         """
         await self.rows(query, id=turn_id)
 
-    async def finish_turn(self, turn: Turn, ending: "Ending | None") -> None:
+    async def finish_turn(self, turn: Turn, ending: Ending | None) -> None:
         """Store how an answer ended, in one statement."""
         query = """
             UPDATE turn SET answer = :answer, state = :state, reason = :reason,
                 finished_at = :finished_at, model = :model,
                 tokens_in = :tokens_in, tokens_out = :tokens_out, seconds = :seconds,
-                first_seconds = :first_seconds,
+                calls = coalesce(calls, 0) + :calls, first_seconds = :first_seconds,
                 pictures = iif(:state IN ('failed', 'broken'), pictures, NULL)
             WHERE id = :id
         """
@@ -3080,6 +3089,7 @@ class Store:
             tokens_in=ending.tokens_in if ending else None,
             tokens_out=ending.tokens_out if ending else None,
             seconds=round(turn.age, 3),
+            calls=turn.calls,
             first_seconds=turn.first_seconds,
         )
 
@@ -3125,10 +3135,10 @@ class Store:
         query = """
             SELECT * FROM exchange WHERE openid = :openid ORDER BY id DESC LIMIT 1
         """
-        for row in await self.rows(query, openid=openid):
-            turn = Turn(*row)
-            if turn.created_at > since and turn.state in ("failed", "broken"):
-                return turn
+        rows = await self.rows(query, openid=openid)
+        turn = Turn(*rows[0]) if rows else None
+        if turn and turn.created_at > since and turn.state in ("failed", "broken"):
+            return turn
         return None
 
     async def turns_of(self, openid: str, before: int, count: int) -> list[Turn]:
@@ -3163,9 +3173,9 @@ class Store:
     async def oldest_unsent(
         self, openid: str, session_id: int | None, since: float
     ) -> int | None:
-        """Return the oldest turn of which something was not sent yet.
+        """Return the id of the oldest turn of which something was not sent yet.
 
-        Of one session, or of all turns asked after `since` when there is none.
+        Only turns of the session count, without one all turns asked after `since`.
         """
         query = """
             SELECT turn.id FROM turn
@@ -3293,15 +3303,13 @@ class Store:
 
 
 PRAGMAS = (
-    BUSY,
+    BUSY_PRAGMA,
     "journal_mode = WAL",
     "synchronous = FULL",
     "foreign_keys = ON",
     "secure_delete = ON",
     "journal_size_limit = 16777216",
 )
-
-
 CHECK_BYTES = 64 * 1024 * 1024  # larger databases are not checked: it takes seconds
 
 
@@ -3310,7 +3318,7 @@ async def open_store(path: str) -> Store:
     try:
         # -wal and -shm copy its mode: nobody else reads what people wrote
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        with contextlib.suppress(PermissionError):  # another user's, lent to us
+        with contextlib.suppress(PermissionError):  # another user's
             os.chmod(path, 0o600)  # a restored copy may have come with any mode
         file = os.open(path + "-duty", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
@@ -3364,9 +3372,11 @@ class ChatError(Exception):
     status: int | None = None  # of the response, None if there was none
     code: str = ""  # the provider's code for the failure, or else its type
     words: str = ""  # its message, for `check` only: may repeat the key or a question
+    setting: str = ""  # of the assistant, which the owner should look at
 
     def __str__(self) -> str:
-        return f"{self.kind}: {self.detail}"
+        notes = getattr(self, "__notes__", ())
+        return "; ".join([f"{self.kind}: {self.detail}", *notes])
 
     def __setattr__(self, name: str, value: object) -> None:
         # frozen=True would refuse __traceback__, too, which contextlib sets.
@@ -3375,107 +3385,222 @@ class ChatError(Exception):
         super().__setattr__(name, value)
 
 
-@dataclass(eq=False, repr=False)
-class FieldRefused(ChatError):
-    """The provider does not accept a field of the request."""
-
-    field: str = ""
-
-
 EVENT_BYTES = 1 << 20  # more in one event would only fill the memory
+BLANKS = b" \t\r\n\xef\xbb\xbf"  # may stand before a body, the last as byte order mark
+# The fields of an event stream that matter (llama.cpp has errors in one of that name),
+# those that do not, and the lines of a body that is JSON.
+DATA = re.compile(rb"(?:data|error)(?:: ?|$)")
+OTHER_FIELD = re.compile(rb"(?:event|id|retry)?(?::|$)")
+JSON_LINE = re.compile(rb"(?=.)")
 
 
 class EventDecoder:
-    """Parses an event stream as the HTML standard does, from chunks of any size.
+    """Cuts a body into payloads, from chunks of any size.
 
-    It ignores the byte order mark: no chat API is known to send one.
+    Its first byte says what it is, since content types are often wrong. An event stream
+    is parsed as the HTML standard does, but an object ends where the next one begins,
+    too. JSON is taken line by line in the same way.
     """
 
     def __init__(self) -> None:
+        self.first = b""  # the first byte of the body
+        self.field = DATA
         self.line = b""  # the unfinished line
         self.data: list[bytes] = []  # the data lines of the unfinished event
         self.size = 0  # their bytes
         self.after_cr = False  # a LF that comes next belongs to the CR before
+        self.has_comment = False  # the last chunk had one: the server is alive
+        self.stray = ""  # the last line that is none of an event stream
 
     def feed(self, chunk: bytes) -> list[str]:
-        """Return the payloads that this chunk completes; raise ChatError."""
+        """Return the payloads that a chunk completes, b"" all; raise ChatError."""
+        payloads, self.has_comment = [], False
+        for line in self.split(chunk or b"\n\n"):
+            if found := self.field.match(line):
+                value = line[found.end() :]
+                is_new = value.startswith((b"{", b"[DONE]"))
+                if is_new and self.data and self.data[-1].rstrip().endswith(b"}"):
+                    payloads.append(self.take())
+                self.data.append(value)
+                self.size += len(line)
+            elif not line and self.data and self.field is DATA:
+                payloads.append(self.take())
+            elif not OTHER_FIELD.match(line):
+                self.stray = line.decode("utf-8", "replace")
+            self.has_comment |= line.startswith(b":")
+        if not chunk and self.data:
+            payloads.append(self.take())
+        if len(self.line) + self.size > EVENT_BYTES:
+            is_json = self.field is JSON_LINE
+            raise ChatError("broken", "an event is longer than 1 MiB", is_json)
+        return payloads
+
+    def split(self, chunk: bytes) -> list[bytes]:
+        """Return the lines that a chunk completes; raise ChatError for a web page."""
+        if not self.first:
+            chunk = chunk.lstrip(BLANKS)
+            self.first = chunk[:1]
+        if self.first == b"<":
+            page = ChatError("setup", "a web page, not an answer", setting="base_url")
+            raise page from ValueError("not JSON")
+        if self.first in (b"{", b"["):
+            self.field = JSON_LINE
         if self.after_cr and chunk[:1] == b"\n":
             chunk = chunk[1:]
         text = self.line + chunk
         self.after_cr = text.endswith(b"\r")
         lines = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
         self.line = lines.pop()
-        payloads = []
-        for line in lines:
-            if line.startswith(b"data:") or line == b"data":
-                self.data.append(line[6:] if line[5:6] == b" " else line[5:])
-                self.size += len(line)
-            elif not line and self.data:
-                payloads.append(b"\n".join(self.data).decode("utf-8", "replace"))
-                self.data, self.size = [], 0
-        if len(self.line) + self.size > EVENT_BYTES:
-            raise ChatError("broken", "an event of the stream is longer than 1 MiB")
-        return payloads
+        return lines
+
+    def take(self) -> str:
+        """Return the payload of the event that ends here."""
+        payload = b"\n".join(self.data).decode("utf-8", "replace")
+        self.data, self.size = [], 0
+        return payload
+
+
+TAG = r"[\w:]*(?:think|thought|reasoning)\w*"
+CHANNEL = r"(?:<\|start\|>assistant)?<\|channel\|>"
+# How thoughts begin and end.
+THOUGHTS = (
+    (rf"<(?P<tag>{TAG})(?:\s[^<>]*)?>", r"</(?P=tag)>"),  # DeepSeek, Qwen, Seed
+    (r"\[THINK\]", r"\[/THINK\]"),  # Magistral
+    (r"◁think▷", r"◁/think▷"),  # Kimi-VL
+    (r'<details\s[^<>]*type="reasoning"[^<>]*>', r"</details>"),  # Open WebUI
+    (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),  # OpenThinker
+    (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),  # Command A
+    (r"<\|channel>thought", r"<channel\|>"),  # Gemma
+    (rf"{CHANNEL}(?:analysis|commentary)[^<]*<\|message\|>", r"<\|end\|>"),  # gpt-oss
+)
+CLOSING = rf"</{TAG}>|\[/THINK\]|◁/think▷|<channel\|>"
+OPEN = re.compile("|".join(opening for opening, _ in THOUGHTS), re.IGNORECASE)
+# What comes before an answer: a thought, what is left of one, or how it is wrapped.
+BEFORE = "|".join(f"{opening}.*?{closing}" for opening, closing in THOUGHTS)
+BEFORE += rf"|{CLOSING}|{CHANNEL}final[^<]*<\|message\|>|(?P<wrapper><answer>)"
+BEFORE_ANSWER = re.compile(rf"\s*(?:{BEFORE})", re.IGNORECASE | re.DOTALL)
+TAG_CHARS = 200  # no tag is longer
+TAG_BEGUN = re.compile(rf"(?s:<\|.{{0,{TAG_CHARS}}})|[<\[◁][^>\]▷\n]{{0,{TAG_CHARS}}}")
+# The first tag inside an answer. One in backticks is only spoken of.
+LATE = re.compile(rf"(?i)(?<!`)(?:({CLOSING})|<{TAG}[\s>]|\[THINK\]|◁think▷)")
+ANSWER_END = "</answer>"  # Hunyuan's
+ANSWER_CHARS = 200_000  # an answer that goes on and on is cut there
 
 
 class ThoughtFilter:
-    """Removes `<think>…</think>` from the start of an answer, however it is split."""
+    """Removes the thoughts from the start of an answer, however they are split.
 
-    def __init__(self) -> None:
-        self.held = ""  # text that may still turn out to be a thought
-        self.state = "start"
+    Some servers swallow the opening tag. Then only the closing one shows that the text
+    before it was a thought; who knows that beforehand gives the `opening`.
+    """
+
+    def __init__(self, opening: str = "") -> None:
+        self.held = opening  # text that may still turn out to be a thought
+        self.kept = ""  # the text before it, an answer if no closing tag comes
+        self.opening = opening  # of a thought that came without it
+        self.is_inside = opening != ""  # as we believe
+        self.is_answer = False
+        self.is_wrapped = False  # the answer, in a tag of its own
+        self.is_late = False  # the text returned before was a thought: just found out
+        self.tail: str | None = ""  # of the answer; None: no tag is looked for
 
     def feed(self, delta: str) -> str:
         """Return the text that is now known to be visible."""
-        if self.state == "answer":
-            return delta
-        self.held = (self.held + delta).lstrip()
-        if self.state == "start":
-            if self.held.startswith("<think>"):
-                self.state = "thought"
-            elif "<think>".startswith(self.held):
-                return ""
-            else:
-                self.state = "answer"
-                return self.held
-        _, end, after = self.held.partition("</think>")
-        if after.strip():
-            self.state = "answer"
-            return after.lstrip()
-        # Of a thought, keep only what may be the start of its closing tag.
-        self.held = end or self.held[-len("</think>") :]
-        return ""
+        self.held, self.is_late = self.held + delta, False
+        self.is_answer = self.is_answer or self.has_answer()
+        if not self.is_answer:
+            return ""
+        found = None if self.tail is None else LATE.search(self.tail + self.held)
+        self.tail = None if found else self.tail
+        if found and found[1]:
+            self.held, self.opening = (
+                found.string[found.end() :],
+                found[1].replace("/", ""),
+            )
+            self.is_answer = False
+            text, self.is_late = self.feed(""), True
+            return text
+        end = max(0, len(self.held) - 2 * len(ANSWER_END) * self.is_wrapped)
+        text, self.held = self.held[:end], self.held[end:]
+        self.tail = None if self.tail is None else (self.tail + text)[-TAG_CHARS:]
+        return text
 
-    def flush(self) -> str:
+    def has_answer(self) -> bool:
+        """Drop what has ended before the answer; say whether that has begun."""
+        while found := BEFORE_ANSWER.match(self.held):
+            self.held, self.is_inside = self.held[found.end() :], False
+            self.is_wrapped = found["wrapper"] is not None
+        self.held = self.held.lstrip()
+        if found := OPEN.match(self.held):
+            end = max(found.end(), len(self.held) - TAG_CHARS)
+            if self.is_inside:
+                self.kept = (self.kept + self.held[found.end() : end])[:ANSWER_CHARS]
+            self.held = found[0] + self.held[end:]
+            return False
+        return self.held != "" and not TAG_BEGUN.fullmatch(self.held)
+
+    def flush(self, is_cut: bool) -> str:
         """Return the text still held at the end; an unclosed thought is not shown."""
-        return self.held if self.state == "start" else ""
+        if self.is_answer or not OPEN.match(self.held):
+            text = self.held
+            return text.rstrip().removesuffix(ANSWER_END) if self.is_wrapped else text
+        text = self.kept + self.held.removeprefix(self.opening)
+        is_shown, self.opening = self.is_inside and not is_cut, ""
+        return text if is_shown else ""
 
 
-# What an error means, by the first pattern that its code, type or message contains.
-MEANINGS = (
-    ("long", r"context_(length|size)|context ?window|maximum context|code=1261\b"),
-    ("long", r"model token limit|available context"),
-    ("blind", r"image_url|image input|support.{0,20} images?\b|\bvision\b"),
-    ("refused", r"content_?(policy|filter)|data_inspection_failed|code=1301\b"),
-    ("refused", r"(?<!case.)sensitive"),
-    ("setup", r"insufficient_quota|balance(?!r)|spend_limit|usage_limit"),
-    ("setup", r"arrearage|code=1113\b"),
-    ("setup", r"model_not_found|无可用渠道"),
-)
-FIELD_REFUSED = r"unsupported_parameter|unsupported_value|unknown_parameter"
+def read_words(text: str) -> list[tuple[str, re.Pattern[str]]]:
+    """Return a table's rows: what words mean, and a pattern that finds them."""
+    rows = (line.split(maxsplit=1) for line in text.strip().splitlines())
+    return [(name, re.compile(words, re.IGNORECASE)) for name, words in rows]
+
+
+def meaning_of(text: str, table: list[tuple[str, re.Pattern[str]]]) -> str:
+    """Return what the first row means that has words of a text, "" if none has."""
+    return next((name for name, words in table if words.search(text)), "")
+
+
+# What an error's status, codes and message mean: a kind, or the setting that its owner
+# should look at. Providers say the same in many ways.
+KINDS = ("refused", "busy", "long", "blind", "broken")
+MEANINGS = read_words(r"""
+long     ^status 413|request too large|tokens must be reduced
+api_key  account\b.{0,40}(suspend|deactivat|disabled|banned|locked)
+api_key  账[户号].{0,12}[锁封禁停]
+refused  content_?(policy|filter|security)|content management policy|policy_?violation
+refused  (usage|safety) (polic|guideline)|\bflagged\b|invalid_prompt|safety_?check
+refused  (?<!case.)sensitive|inappropriate|unsafe|\brisk\b|riskdetect|censor|moderation
+refused  data_?inspection|prohibited.content|guardrail|^status 451|code=(1301|102[67])\b
+refused  敏感|违规|涉嫌|不安全|(内容|高).{0,6}风险|审核[不未]通过|code=1001[349]\b
+api_key  insufficient_(user_)?quota|exceeded_current_quota|(spend\w*|usage)[ _]limit
+api_key  balance(?!r)|arrear|overdue|billing_|payment|can only afford|code=1113\b
+api_key  insufficient.{0,9}(credit|fund)|(out of|all available) credit
+api_key  credits?.{0,9}(exhaust|deplet)|(quota|free.?tier).{0,30}(exhaust|enough)
+api_key  余额|欠费|充值|到期|过期|额度.{0,4}[不用耗]
+busy     rate.?limit|too many requests|overload|throttl|concurren|exhausted
+busy     限流|速率|频率|并发|过载|饱和|繁忙
+long     context.?(length|size|window)|(maximum|available) context|outofcontext
+long     (prompt|input|message)s?\b.{0,60}(too l|longer|exceed)|token limit
+long     (input|prompt).{0,9}(length|tokens?\b)|tokens\b.{0,40}exceed|max_seq_len
+long     超长|(输入|上下文|提示|token).{0,12}(超|过长|太长)|code=1261\b
+model    model_?not_?(found|exist|open)|no (available c|endpoint)|(unknown|valid) model
+model    model\b.{0,80}(not exist|not found|decommission|deprecated)
+model    无可用渠道|模型.{0,20}(不存在|下线)
+blind    image_url|image input|support.{0,20} images?\b|\b(vision|vlm)\b|text.only
+blind    multi.?modal|不支持.{0,9}[图视]|[图视].{0,9}不支持
+proxy    \b(country|region)
+api_key  api.?key|unauthori|authenti|no_?auth|login fail|令牌|密钥|鉴权|^status 40[123]
+busy     ^status (408|409|429|5)|limit.?exceeded
+broken   ^status 2
+base_url ^status (3|40[45])
+extra    ^
+""")
+# A limit that is not over within the minutes that somebody waits for an answer.
+LASTING = re.compile(r"(?i)per.?(day|month)|daily|每[日天周月]|[今当]日|使用上限")
+ERROR_NAMES = ("code", "status_code", "http_code", "type", "status", "param")
 # A code or an id. Anything longer or with blanks may be what a subscriber wrote.
 WORD = re.compile(r"[A-Za-z0-9_.:\[\]-]{1,64}")
 RETRY_AFTER_SECONDS = 120  # nobody waits longer: then the question has failed
-
-
-def kind_of(status: int, text: str) -> str:
-    """Return the kind of an error by its status, and by its code, type and message."""
-    for kind, pattern in MEANINGS:
-        if re.search(pattern, text, re.IGNORECASE):
-            return kind
-    if status in (408, 409, 429) or status >= 500:
-        return "busy"
-    return "broken" if status == 200 else "setup"
 
 
 def retry_after(headers: typing.Mapping[str, str]) -> float | None:
@@ -3490,23 +3615,35 @@ def retry_after(headers: typing.Mapping[str, str]) -> float | None:
     return seconds if seconds > 0 else None  # nor is NaN
 
 
+def as_dict(value: object) -> dict:
+    """Return a dict, also if it is the first item of a list, otherwise an empty one."""
+    value = value[0] if isinstance(value, list) and value else value
+    return value if isinstance(value, dict) else {}
+
+
 def make_error(
     status: int, body: object, headers: typing.Mapping[str, str]
 ) -> ChatError:
     """Return the error that a response means; its body may have any shape."""
-    error = body.get("error") or body if isinstance(body, dict) else body
-    error = error if isinstance(error, dict) else {"message": error}
-    message = str(error.get("message") or error.get("detail") or "")[:300]
-    names = {name: str(error.get(name) or "") for name in ("code", "type", "param")}
+    outer = as_dict(body)
+    inner = outer.get("error") or outer.get("errors") or outer.get("base_resp")
+    error = outer | as_dict(inner)
+    texts = (error.get(name) for name in ("message", "detail", "msg", "status_msg"))
+    message = str(next(filter(None, texts), inner if outer else body) or "")[:300]
+    names = {name: str(error.get(name) or "") for name in ERROR_NAMES}
     names = {name: word for name, word in names.items() if WORD.fullmatch(word)}
-    code, param = names.get("code", ""), names.get("param", "")
-    if status == 200 and re.fullmatch("[45][0-9]{2}", code):
-        status = int(code)  # a gateway passes on the status that it received
+    if status == 200:  # a gateway passes on the status that it received
+        found = (w for w in names.values() if re.fullmatch("[45][0-9]{2}", w))
+        status = int(next(found, status))
+    code = names.get("code") or names.get("status_code", "")
     if code in ("", str(status)):  # which says nothing more
         code = names.get("type", "")
     summary = " ".join(f"{name}={word}" for name, word in names.items())
-    kind = kind_of(status, f"{summary} {message}")
-    is_retryable, retry_in = kind in ("busy", "broken"), retry_after(headers)
+    meaning = meaning_of(f"status {status} {summary} {message}", MEANINGS)
+    kind, setting = (meaning, "") if meaning in KINDS else ("setup", meaning)
+    retry_in = retry_after(headers)
+    is_passing = retry_in is not None or not LASTING.search(message)
+    is_retryable = kind in ("busy", "broken") and is_passing
     if retry_in is not None and retry_in > RETRY_AFTER_SECONDS:
         is_retryable, retry_in = False, None
     if headers.get("x-should-retry") in ("true", "false"):
@@ -3514,27 +3651,23 @@ def make_error(
     request_id = WORD.match(headers.get("x-request-id", ""))
     detail = f"status {status} {summary} request {request_id[0] if request_id else '-'}"
     known = (kind, detail, is_retryable, retry_in, status, code)
-    if param and re.search(FIELD_REFUSED, summary):
-        return FieldRefused(*known, words=message, field=param.partition(".")[0])
-    return ChatError(*known, words=message)  # by name: args are in its repr
+    return ChatError(*known, words=message, setting=setting)  # by name: args are shown
 
 
 def read_event(payload: str) -> dict:
     """Return the JSON object of an event; raise ChatError, also for an error in it."""
     try:
         event = json.loads(payload)
-        if not isinstance(event, dict):
-            raise ValueError("not an object")
     except (ValueError, RecursionError) as error:
         raise ChatError("broken", "an event is not JSON", is_retryable=True) from error
-    if event.get("error") or event.get("object") == "error":
+    fields = as_dict(event)
+    code = as_dict(fields.get("base_resp")).get("status_code")
+    code = code or (fields.get("code") if "choices" not in fields else 0)
+    is_failed = fields.get("error") or fields.get("errors") or (event and not fields)
+    is_named = "error" in (fields.get("object"), fields.get("type"))
+    if is_failed or is_named or code not in (None, "", 0, "0", 200, "200"):
         raise make_error(200, event, {})
-    return event
-
-
-def as_dict(value: object) -> dict:
-    """Return a value if it is a dict, otherwise an empty one."""
-    return value if isinstance(value, dict) else {}
+    return fields
 
 
 def as_count(value: object) -> int | None:
@@ -3542,65 +3675,128 @@ def as_count(value: object) -> int | None:
     return value if isinstance(value, int) and 0 <= value < 2**31 else None
 
 
-class Completion:
-    """Everything a stream has said so far; fed with its chunks."""
+def text_of(content: object) -> str:
+    """Return the text of a content: a string, or parts of which some are thoughts."""
+    if isinstance(content, str):
+        return content
+    parts = map(as_dict, content if isinstance(content, list) else [content])
+    shown = ("text", "output_text", None)
+    texts = (part.get("text") for part in parts if part.get("type") in shown)
+    return "".join(text for text in texts if isinstance(text, str))
 
-    def __init__(self, model: str) -> None:
+
+# What a finish_reason means; any other: the answer is broken off.
+ENDS = read_words(r"""
+stop     ^(finish_reason_)?(stop\w*|eos\w*|end|end_turn|completed?|finish(ed)?|done)$
+stop     ^(tool_calls?|tool_use|function_call)$
+refused  filter|sensitiv|refus|safety|prohibit|block|guardrail|moderat|recitation|spii
+refused  censor|violat|policy|risk
+broken   error|fail|abort|cancel|time_?out|resource|interrupt|overload|rate_?limit
+length   length|max|context|token|limit
+""")
+MID_SENTENCE = re.compile(r"[\w,，、:：;；(（《“-]\s*$")
+# The fields of a delta that show that the model is at work.
+ALIVE = ("content", "refusal", "reasoning_content", "reasoning", "reasoning_details")
+
+
+class Completion:
+    """Everything a response has said so far; fed with its chunks, b"" at its end."""
+
+    def __init__(self, model: str, opening: str = "") -> None:
         self.decoder = EventDecoder()
-        self.thoughts = ThoughtFilter()
+        self.thoughts = ThoughtFilter(opening)
         self.reason = ""  # the finish_reason; empty while the answer goes on
-        self.reason_when_done = "stop"  # the reason if [DONE] comes without one
+        self.is_named = False  # there was a finish_reason, if only null
         self.usage: object = {}
         self.model: object = model
-        self.has_progress = False  # the last chunk had text or hidden reasoning
+        self.half = ""  # of a character; the next event has the other one
+        self.last = ""  # the last visible text
+        self.stray = ""  # the last payload that is no object
+        self.has_progress = False  # the last chunk had text, thoughts or a comment
+        self.has_begun = False  # some event had text or thoughts
+        self.is_late = False  # all text before this chunk was a thought
         self.is_over = False  # [DONE] was read
         self.error: ChatError | None = None  # to be raised behind the text before it
 
     def feed(self, chunk: bytes) -> str:
         """Return the visible text of a chunk; set `error` if something is wrong."""
         texts: list[str] = []
-        self.has_progress = False
+        self.has_progress = self.is_late = False
         try:
             for payload in self.decoder.feed(chunk):
-                texts.append(self.read(payload))
+                text = self.read(payload.strip())
+                if self.thoughts.is_late:
+                    texts, self.is_late, self.thoughts.is_late = [], True, False
+                texts.append(text)
         except ChatError as error:
             self.error = error
+        self.has_progress |= self.decoder.has_comment
         return "".join(texts)
 
-    def read(self, payload: str, part: str = "delta") -> str:
+    def read(self, payload: str) -> str:
         """Return the visible text of an event; raise ChatError."""
-        if payload.strip() == "[DONE]":
-            self.reason = self.reason or self.reason_when_done
+        if payload == "[DONE]":
+            is_cut = self.is_named and MID_SENTENCE.search(self.last)
+            self.reason = self.reason or ("length" if is_cut else "stop")
             self.is_over = True
         if self.is_over:
             return ""
-        event = read_event(payload)
-        self.usage = event.get("usage") or self.usage
-        if self.reason:  # only usage follows
+        if not payload.startswith(("{", "[")):  # a heartbeat, or words of a failure
+            self.stray = payload or self.stray
             return ""
-        self.model = event.get("model") or self.model
+        event = read_event(payload)
         choices = event.get("choices")
-        choice = as_dict(choices[0] if isinstance(choices, list) and choices else None)
-        if "finish_reason" in choice:
-            self.reason = str(choice["finish_reason"] or "")
-            # Null until [DONE]: llama.cpp's server does so when it drops an answer.
-            self.reason_when_done = "length"
-        delta = as_dict(choice.get(part))
-        text = delta.get("content") or delta.get("refusal")
-        text = text if isinstance(text, str) else ""
-        if text or delta.get("reasoning_content") or delta.get("reasoning"):
-            self.has_progress = True
-        return self.thoughts.feed(text)
+        items = map(as_dict, choices if isinstance(choices, list) else [])
+        choice: dict = next((item for item in items if not item.get("index")), {})
+        if choice.get("error"):
+            raise make_error(200, choice, {})
+        self.usage = event.get("usage") or choice.get("usage") or self.usage
+        self.model = event.get("model") or self.model
+        self.read_reason(choice)
+        delta = as_dict(choice.get("delta"))
+        if not delta and not self.has_begun:  # an answer that is not streamed
+            delta = as_dict(choice.get("message"))
+            self.reason = self.reason or ("stop" if delta else "")
+        return self.read_delta(delta)
+
+    def read_reason(self, choice: dict) -> None:
+        """Take the finish_reason of an event; a filter's may follow another one."""
+        reason, native = (
+            str(choice.get(f"{name}finish_reason") or "") for name in ("", "native_")
+        )
+        # OpenRouter says stop for some failures of the providers behind it.
+        if reason and meaning_of(native, ENDS) in ("refused", "broken", "length"):
+            reason = native
+        if not self.reason or meaning_of(reason, ENDS) == "refused":
+            self.reason = reason
+        self.is_named |= "finish_reason" in choice
+
+    def read_delta(self, delta: dict) -> str:
+        """Return the visible text of a delta."""
+        is_alive = any(delta.get(name) for name in ALIVE)
+        self.has_progress |= is_alive
+        self.has_begun |= is_alive
+        text = text_of(delta.get("content")) or text_of(delta.get("refusal"))
+        text = self.half + text
+        self.half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
+        whole = text.removesuffix(self.half).encode("utf-16-le", "surrogatepass")
+        text = self.thoughts.feed(whole.decode("utf-16-le", "ignore"))
+        self.last = text if text.strip() else self.last
+        return text
 
     def ending(self) -> Ending:
-        """Return how the answer ended."""
+        """Return how the answer ended; raise ChatError unless it is good, or cut."""
         usage = as_dict(self.usage)
-        return Ending(
-            self.reason if WORD.fullmatch(self.reason) else "odd",
-            ILLEGAL.sub("", str(self.model)[:100]),
-            as_count(usage.get("prompt_tokens")),
-            as_count(usage.get("completion_tokens")),
-        )
+        given = as_count(usage.get("prompt_tokens", usage.get("input_tokens")))
+        taken = as_count(usage.get("completion_tokens", usage.get("output_tokens")))
+        kind = meaning_of(self.reason, ENDS) or "broken"
+        is_full = "context" in self.reason.lower() or not (self.has_begun or taken)
+        if kind == "length" and is_full and not self.last:
+            kind = "long"  # not a word fitted behind the question
+        if kind not in ("stop", "length"):
+            word = self.reason if WORD.fullmatch(self.reason) else "odd"
+            raise ChatError(kind, f"finish_reason {word}", kind == "broken")
+        return Ending(kind, ILLEGAL.sub("", str(self.model)[:100]), given, taken)
 
 
 async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
@@ -3622,15 +3818,39 @@ async def read_error(response: aiohttp.ClientResponse) -> ChatError:
     text = ""
     with contextlib.suppress(TimeoutError, aiohttp.ClientError, ConnectionError):
         async with asyncio.timeout(ERROR_SECONDS):
-            text = (await read_body(response, ERROR_BYTES)).decode("utf-8", "replace")
+            body = await read_body(response, ERROR_BYTES)
+            text = body.decode("utf-8-sig", "replace")
     try:
-        body = json.loads(text)
+        fields = json.loads(text)
     except (ValueError, RecursionError):
-        body = re.sub(r"<[^>]*>|\s+", " ", text).strip()
-    return make_error(response.status, body, response.headers)
+        fields = re.sub(r"<[^>]*>|\s+", " ", text).strip()
+    return make_error(response.status, fields, response.headers)
 
 
-ANSWER_CHARS = 200_000  # an answer that goes on and on is cut there
+def refused_field(text: str, body: dict) -> str:
+    """Return the optional field of a request that an error is about, or "".
+
+    Its name, or one with `_` inside it, may be there in any case and without the `_`;
+    what turns thinking off is also meant by a word about thinking.
+    """
+    places, switch = {}, ""
+    for name in [name for name in body if name not in ("model", "messages", "stream")]:
+        inner = re.findall(r'"(\w+_\w+)":', json.dumps(body[name]))
+        words = "|".join(map(re.escape, [name, *inner])).replace("_", "_?")
+        pattern = rf"(?i)(?<![a-z0-9_])({words})(?![a-z0-9_])"
+        if found := re.search(pattern, text):
+            places[name] = found.start()
+        if re.search("(?i)think|reason", f"{name} {inner}"):
+            switch = name
+    if not places and re.search("(?i)思考|推理|thinking|reasoning", text):
+        return switch
+    return min(places, key=places.__getitem__, default="")
+
+
+class ThoughtEnd(str):
+    """An empty delta that says: all the text before it was a thought."""
+
+
 USAGE_SECONDS = 2  # how long a complete answer waits for its usage
 
 
@@ -3642,9 +3862,15 @@ class ChatClient:
     ) -> None:
         self.settings = settings
         self.http = http
-        base = settings.base_url.strip().rstrip("/").removesuffix("/chat/completions")
-        self.url = f"{base}/chat/completions"
+        # Classic Azure has a query behind its path: ?api-version=…
+        base, mark, query = settings.base_url.strip().partition("?")
+        self.base = base.rstrip("/").removesuffix("/chat/completions")
+        self.url = f"{self.base}/chat/completions{mark}{query}"
+        # In one case: a header of the settings replaces ours, whatever case it has.
+        headers = {name.title(): value for name, value in settings.headers.items()}
+        self.headers = {"Authorization": f"Bearer {settings.api_key.strip()}"} | headers
         self.refused: set[str] = set()  # fields that the provider does not accept
+        self.opening = ""  # of the thoughts that its answers begin with, and lack
 
     def request_body(self, messages: list[dict]) -> dict:
         """Return the JSON of a request, without the fields refused before."""
@@ -3657,50 +3883,66 @@ class ChatClient:
         return {name: value for name, value in body.items() if name not in self.refused}
 
     async def post(self, messages: list[dict]) -> aiohttp.ClientResponse:
-        """Return the response to a question, to be closed; raise ChatError.
-
-        An optional field that the provider refuses is left out from then on.
-        """
-        optional = {*self.settings.extra, "stream_options", "reasoning_effort"}
+        """Return the response to a question, to be closed; raise ChatError."""
         while True:
             body = self.request_body(messages)
             response = await self.http.post(
                 self.url,
                 json=body,
-                headers={"Authorization": f"Bearer {self.settings.api_key.strip()}"},
+                headers=self.headers,
                 proxy=self.settings.proxy or None,
                 allow_redirects=False,
             )
-            if response.status == 200:
+            if 200 <= response.status < 300:
                 return response
             async with response:
                 error = await read_error(response)
-            if not (
-                isinstance(error, FieldRefused)
-                and error.field in optional
-                and error.field in body
-            ):
+            if not self.leaves_out(error, body):
                 raise error
-            if error.field not in self.refused:  # else another question found it out
-                self.refused.add(error.field)
-                log.warning("%s refuses %s: no longer sent", self.url, error.field)
+
+    def leaves_out(self, error: ChatError, body: dict) -> bool:
+        """Leave out what an error refuses from now on; say whether that may help."""
+        if error.setting != "extra" or error.status not in (400, 422):
+            return False
+        name = refused_field(f"{error.detail} {error.words}", body)
+        if name and name not in self.refused:  # else another question found it out
+            self.refused.add(name)
+            log.warning("%s refuses %s: no longer sent", self.base, name)
+        return bool(name)
+
+    def judged(self, error: ChatError, messages: list[dict]) -> ChatError:
+        """Return an error as this provider means it about this question."""
+        if error.code == "insufficient_quota" and "/compatible-mode/" in self.url:
+            # DashScope: too many tokens within a minute.
+            return replace(error, kind="busy", is_retryable=True, setting="")
+        if error.kind == "blind" and isinstance(messages[-1]["content"], str):
+            return replace(error, kind="setup", setting="model")  # no picture was sent
+        if self.leaves_out(error, self.request_body(messages)):  # it came in a 200
+            return replace(error, is_retryable=True, retry_in=0.0)
+        return error
 
     async def stream(
-        self, messages: list[dict], end: float
+        self, messages: list[dict], end: float, begin_within: float | None = None
     ) -> AsyncGenerator[str | Ending, None]:
         """Yield the visible deltas, then the Ending, before `end`; raise ChatError.
 
+        The first token may take `begin_within` seconds, if that is less than usual.
         Leaving the iterator early closes the connection, which stops the provider.
         """
         loop = asyncio.get_running_loop()
-        first = loop.time() + self.settings.first_token_timeout
+        usual = self.settings.first_token_timeout
+        first = loop.time() + min(usual, begin_within or usual)
         try:
             async with (
                 asyncio.timeout_at(min(end, first)) as limit,
                 await self.post(messages) as response,
             ):
-                async for item in self.read(response, limit, end):
+                # Where another model waits, a comment is no beginning.
+                is_patient = begin_within is None
+                async for item in self.read(response, limit, end, is_patient):
                     yield item
+        except ChatError as error:
+            raise self.judged(error, messages) from error.__cause__
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise ChatError("unreachable", str(error), is_retryable=True) from error
         except TimeoutError as error:
@@ -3712,40 +3954,44 @@ class ChatClient:
             raise ChatError("broken", name, is_retryable=True) from error
 
     async def read(
-        self, response: aiohttp.ClientResponse, limit: asyncio.Timeout, end: float
+        self,
+        response: aiohttp.ClientResponse,
+        limit: asyncio.Timeout,
+        end: float,
+        is_patient: bool,
     ) -> AsyncIterator[str | Ending]:
         """Yield a response's visible deltas and its Ending; raise ChatError."""
-        completion, chunk = Completion(self.settings.model), b"\n"
-        if response.content_type == "application/json":
-            # A server that does not stream sends one event, with all of the message.
-            body = await read_body(response, 8 * ANSWER_CHARS)
-            text = completion.read(body.decode("utf-8", "replace"), "message")
-            completion.reason, completion.is_over = completion.reason or "stop", True
-            if text:
-                yield text
+        completion, chunk = Completion(self.settings.model, self.opening), b"\n"
         loop, idle = asyncio.get_running_loop(), self.settings.idle_timeout
         while chunk and not completion.reason:
             chunk = await response.content.readany()
-            # Some servers omit the blank line behind the last event.
-            text = completion.feed(chunk or b"\n\n")
-            if completion.has_progress:
+            text = completion.feed(chunk)
+            if completion.has_progress and (is_patient or completion.has_begun):
                 limit.reschedule(min(end, loop.time() + idle))
+            if completion.is_late:
+                yield ThoughtEnd()
             if text:
                 yield text
             if completion.error and not completion.reason:
                 raise completion.error
         if not completion.reason:
+            if stray := completion.stray or completion.decoder.stray:
+                raise make_error(200, stray, {})
             raise ChatError("broken", "the stream ended early", is_retryable=True)
         # The answer is complete, whatever happens while its usage is awaited.
         limit.reschedule(None)
+        text = ""
         with contextlib.suppress(TimeoutError, aiohttp.ClientError, ConnectionError):
             async with asyncio.timeout(USAGE_SECONDS):
                 while chunk and not completion.is_over and not completion.error:
                     chunk = await response.content.readany()
-                    completion.feed(chunk)
-        if text := completion.thoughts.flush():
+                    text += completion.feed(chunk)
+        ending = completion.ending()
+        text += completion.thoughts.flush(ending.finish_reason == "length")
+        self.opening = completion.thoughts.opening
+        if text:
             yield text
-        yield completion.ending()
+        yield ending
 
 
 PICTURE_BYTES = 4 * 1024 * 1024  # a third more in a request, as base64
@@ -3824,16 +4070,16 @@ class Tasks:
     def start(
         self, work: Awaitable[None], name: str, fail: Callable[[], None] | None = None
     ) -> asyncio.Task:
-        """Run work as a task; if it breaks, `fail` is called, so nobody waits on."""
-        task = self.loop.create_task(self.edge(work, name, fail))
+        """Run work as a task; if it raises, `fail` is called, so nobody waits on."""
+        task = self.loop.create_task(self.run(work, name, fail))
         self.running.add(task)
         task.add_done_callback(self.running.discard)
         return task
 
-    async def edge(
+    async def run(
         self, work: Awaitable[None], name: str, fail: Callable[[], None] | None
     ) -> None:
-        """Await work at the edge of its task."""
+        """Await the work of a task, and log what it raises: nobody awaits the task."""
         try:
             await work
         except Exception as error:
@@ -3845,9 +4091,9 @@ class Tasks:
     async def until(
         self, news: Signal, is_wanted: Callable[[], bool], deadline: float
     ) -> bool:
-        """Wait until something is as wanted, which `news` tells; say whether it is.
+        """Wait for a condition that `news` may bring about; say whether it is met.
 
-        It ends at the deadline (loop's clock), and before that at a shutdown.
+        The wait ends at the deadline (loop's clock), or before that at a shutdown.
         """
         while not is_wanted():
             if self.closes_at is not None:
@@ -3863,8 +4109,8 @@ class Tasks:
                 news.waiting.remove((is_wanted, future))
         return True
 
-    def shut(self, at: float) -> None:
-        """Let all waits end by then, those to come as well."""
+    def end_waits(self, at: float) -> None:
+        """End all waits at that time at the latest, those to come as well."""
         self.closes_at = at
         for future, timer in self.waits.items():
             if timer.when() > at:
@@ -3887,22 +4133,22 @@ class Subscriber:
     def __init__(self) -> None:
         self.lock = asyncio.Lock()  # messages are taken up in the order they came
         self.turns: list[Turn] = []  # unfinished, the oldest first
-        self.parts: int | None = None  # highest part number; None: not read yet
+        self.last_part: int | None = None  # the highest number; None: not read yet
         # Numbers of the parts offered lately, by turn and start.
         self.offered: dict[tuple[int, int], int] = {}
-        # Answers whose early reply was not gone on with: part number and question.
+        # By turn, answers of which only an early reply was read: next part, question.
         self.to_mention: dict[int, tuple[int, str]] = {}
 
     def offer(self, turn_id: int, start: int) -> Part:
-        """Return the part of a turn from `start` on, by a number that is always its."""
+        """Return the part of a turn from `start` on, each time with the same number."""
         if (turn_id, start) not in self.offered:
-            self.parts = (self.parts or 0) + 1
-            self.offered[turn_id, start] = self.parts
+            self.last_part = (self.last_part or 0) + 1
+            self.offered[turn_id, start] = self.last_part
         return Part(self.offered[turn_id, start], turn_id, start)
 
     def forget(self) -> None:
-        """Forget all but what holds the subscriber's messages in order."""
-        self.parts = 0
+        """Forget all but the lock."""
+        self.last_part = 0
         self.turns.clear()
         self.offered.clear()
         self.to_mention.clear()
@@ -3917,10 +4163,10 @@ class Delivery:
     def __init__(self, message: Message, subscriber: Subscriber, first: float) -> None:
         self.message = message
         self.subscriber = subscriber
-        self.first = first  # loop's clock at the first request, or as reckoned
-        self.newest = -1e9  # loop's clock at the newest request
+        self.first = first  # loop's clock at the first request, or an estimate
+        self.newest = float("-inf")  # loop's clock at the newest request
         self.seen = 0  # requests that count as attempts
-        self.earlier = 0  # 1: a process before this one saw some, too
+        self.seen_before = 0  # attempts that an earlier process saw, at least: 0 or 1
         self.session: Session | None = None  # open, and not idle for too long
         self.lapsed: Session | None = None  # open in the store, but it ran out
         self.pictures = "[]"  # JSON list of URLs that wait for a question
@@ -3934,7 +4180,7 @@ class Delivery:
     def arrive(self, now: float, half_attempt: float) -> int:
         """Count a request; return which attempt it is in this process.
 
-        One that comes within half an attempt of the one before is a mere copy.
+        One that comes within half an attempt of the one before is a duplicate.
         """
         if now - self.newest >= half_attempt:
             self.seen += 1
@@ -3959,7 +4205,7 @@ class Delivery:
 
 
 class MuteGuard:
-    """Counts attempts left to run over; WeChat mutes an account that fails too often.
+    """Counts attempts left to time out; WeChat mutes an account that fails too often.
 
     (接口报警和排查指引: no pushes for one minute; the threshold is not published.)
     """
@@ -3970,7 +4216,7 @@ class MuteGuard:
         self.charges: collections.deque[float] = collections.deque()
 
     def charge(self, now: float) -> bool:
-        """Charge one attempt; say no, and charge nothing, when that were too many."""
+        """Count one attempt and return True; count nothing if it is one too many."""
         while self.charges and self.charges[0] <= now - self.seconds:
             self.charges.popleft()
         if len(self.charges) >= self.limit:
@@ -3995,13 +4241,13 @@ COMMANDS: dict[str, Command] = {}
 
 
 def command(name: str) -> Callable[[Command], Command]:
-    """Enter a method as the command `/name`."""
+    """Register a method as the command `/name`."""
 
-    def enter(method: Command) -> Command:
+    def register(method: Command) -> Command:
         COMMANDS[name] = method
         return method
 
-    return enter
+    return register
 
 
 def folded(text: str) -> str:
@@ -4010,13 +4256,13 @@ def folded(text: str) -> str:
 
 
 def find_command(text: str) -> Command | None:
-    """Return the command that a whole text is."""
+    """Return the command that a whole text is, or None."""
     name = folded(text)
     return COMMANDS.get(name[1:].strip()) if name.startswith("/") else None
 
 
 def find_assistant(text: str, names: typing.Iterable[str]) -> tuple[str, str] | None:
-    """Return the assistant a text opens and the question behind, or None.
+    """Return the assistant a text opens and the question after it, or None.
 
     `/chatgpt 问题` and `/chatgpt问题` are the same; of two names the longer one counts.
     """
@@ -4032,10 +4278,10 @@ def find_assistant(text: str, names: typing.Iterable[str]) -> tuple[str, str] | 
 
 
 def shortened(messages: list[dict], is_last: bool) -> list[dict]:
-    """Return messages without the older half of the conversation, at last all of it."""
+    """Return messages without the older half of the conversation, or all of it."""
     head = [m for m in messages if m["role"] == "system"]
     rest = messages[len(head) :]
-    begin = len(rest) if is_last else (len(rest) // 4 + 1) * 2
+    begin = len(rest) if is_last else (len(rest) // 4 + 1) * 2  # whole exchanges
     return head + rest[min(begin, len(rest) - 1) :]
 
 
@@ -4071,7 +4317,7 @@ def continue_tap(number: int) -> str:
 
 
 def cut_reply(text: str, room: int) -> int:
-    """Return how much of a chat text goes into `room` bytes once it is harmless."""
+    """Return how much of a chat text fits `room` bytes once links are escaped."""
     cut = cut_text(text, room)
     while (over := size_of(escape_links(text[:cut])) - room) > 0:
         cut = cut_text(text, size_of(text[:cut]) - over)
@@ -4084,9 +4330,9 @@ def log_failure(name: str, stored: asyncio.Future) -> None:
         log.error("%s not stored: %s", name, error)
 
 
-ASKINGS = 3  # how many processes may take one question to the upstream
+ASKINGS = 3  # how many times a question is sent upstream across restarts
 RESUME_SECONDS = 600  # a question older than that is not asked again after a crash
-STORE_SECONDS = 2.0  # before the end of an answer is stored again after a failure
+STORE_SECONDS = 2.0  # pause before trying again to store how an answer ended
 SAVE_SECONDS = 1.0  # how often the text so far is stored
 REPEAT_SECONDS = 60  # the same question again within this time joins the first
 RETRY_PAUSES = (0.5, 1.0)  # seconds before a question is asked again
@@ -4094,7 +4340,7 @@ RECENT_SECONDS = 3600  # how far back 继续 and 重试 look outside a session
 FORGET_SECONDS = 300  # how long 确认删除 counts
 PRUNE_SECONDS = 600.0  # how often what has served its time is deleted
 HOLD_SECONDS = 3.0  # how long a timed-out request is kept open before it is dropped
-# Behind a link of an answer; the page shows the link's words alone.
+# After a link in the chat text; the page shows the link's words alone.
 SHOWN_ADDRESS = re.compile("（[!-~]{1,2000}）")
 
 
@@ -4133,14 +4379,14 @@ class Bot:
         self.wechat_ahead = -math.inf  # WeChat's clock less the loop's, by the pushes
         self.warned: dict[str, int] = {}  # in which minute something was warned of
 
-    def shut(self, at: float) -> None:
-        """Let all waits end by then (loop's clock), and live pages now."""
-        self.tasks.shut(at)
+    def end_waits(self, at: float) -> None:
+        """End all waits at that time at the latest (loop's clock), live pages now."""
+        self.tasks.end_waits(at)
         for turn in self.turns.values():
             turn.deltas.look()
 
     async def close(self) -> None:
-        """Let running answers end until the time given to `shut`; then cancel all."""
+        """Let running answers go on until the time given to `end_waits`; cancel all."""
         writing = [t.task for t in self.turns.values() if t.task and not t.is_queued]
         if writing and self.tasks.closes_at:
             left = self.tasks.closes_at - self.tasks.loop.time()
@@ -4148,14 +4394,11 @@ class Bot:
         await self.tasks.close()
 
     def subscriber(self, openid: str) -> Subscriber:
-        """Return the record of a subscriber, a new one if nothing of theirs goes on."""
-        found = self.subscribers.get(openid)
-        if found is None:
-            found = self.subscribers[openid] = Subscriber()
-        return found
+        """Return a subscriber's state, new if nothing of theirs is in progress."""
+        return self.subscribers.setdefault(openid, Subscriber())
 
     def warn(self, words: str) -> None:
-        """Warn of something that may go on and on, once a minute."""
+        """Log a warning, but not twice in a minute."""
         minute = int(self.tasks.loop.time() // 60)
         if self.warned.get(words) != minute:
             self.warned[words] = minute
@@ -4177,10 +4420,7 @@ class Bot:
         return turn.question.removeprefix(self.texts.word_picture * count)
 
     async def messages_for(self, turn: Turn) -> list[dict]:
-        """Return what the model gets: system prompt, the session so far, the question.
-
-        Raise ChatError if a picture of the question cannot be fetched.
-        """
+        """Return what the model gets; raise ChatError if a picture is not fetched."""
         prompt = self.config.assistants[turn.assistant].system_prompt
         messages: list[dict] = []
         if prompt:
@@ -4200,8 +4440,8 @@ class Bot:
     def show(self, turn: Turn, guard: WordGuard, delta: str, is_end: bool) -> None:
         """Append what of a stream may be shown; raise ChatError for a blocked word.
 
-        Links and tags part a word in the Markdown that is whole in the chat: so what is
-        shown is looked through as well, before anybody who waits can be told.
+        Links and tags may split a word in the Markdown that is whole in the chat, so
+        the chat text is searched as well, before anybody who waits can see it.
         """
         text, is_blocked = guard.feed(delta, is_end)
         if text and not is_blocked and not self.blocked.words:
@@ -4231,22 +4471,22 @@ class Bot:
                     break
                 if is_resumed and not turn.answer:
                     await self.begin_anew(turn)
+                if isinstance(item, ThoughtEnd):
+                    turn.drop_thought()
+                    guard = WordGuard(self.blocked)
                 self.show(turn, guard, item[: ANSWER_CHARS - len(turn.answer)], False)
                 if len(turn.answer) >= ANSWER_CHARS:
                     break
         self.show(turn, guard, "", True)
-        if ending.finish_reason in ("content_filter", "sensitive"):
-            if not turn.stops:
-                turn.restart()  # withdrawn
-            raise ChatError("refused", f"finish_reason {ending.finish_reason}")
-        turn.drop_thought()
         if not turn.answer.strip():
             reason = f"finish_reason {ending.finish_reason}"
-            raise ChatError("empty", reason, is_retryable=True)
+            # A limit that thoughts alone reach will be reached again.
+            is_retryable = ending.finish_reason != "length"
+            raise ChatError("empty", reason, is_retryable)
         return ending
 
     async def begin_anew(self, turn: Turn) -> None:
-        """Let parts of an earlier process's writing that were not sent begin at 0."""
+        """Move unsent parts of what an earlier process wrote to the answer's start."""
         await self.store.begin_anew(turn.id)
         for delivery in self.deliveries.values():
             if isinstance(delivery.source, tuple) and delivery.source[0] is turn:
@@ -4255,16 +4495,32 @@ class Bot:
                 delivery.source = turn, replace(part, start=0, is_anew=is_anew)
 
     async def ask_model(
-        self, turn: Turn, messages: list[dict], is_resumed: bool
+        self,
+        turn: Turn,
+        name: str,
+        messages: list[dict],
+        is_resumed: bool,
+        is_only: bool = False,
+        begin_within: float | None = None,
     ) -> Ending:
-        """Write the answer, asking up to three times; raise ChatError."""
-        client = self.chat[turn.assistant]
+        """Let an assistant's model write the answer; raise ChatError.
+
+        The only model there is gets up to three calls. Others are called again only
+        with fewer messages, where the conversation is too long for them.
+        """
+        client = self.chat[name]
         end = self.tasks.loop.time() + client.settings.timeout
         for pause in (*RETRY_PAUSES, None):
-            stream = client.stream(messages, end)
+            turn.calls += 1
+            stream = client.stream(messages, end, begin_within)
             try:
                 return await self.write_text(turn, stream, is_resumed)
             except ChatError as error:
+                if error.setting:
+                    place = f"assistants.{name}.{error.setting}"
+                    error.add_note(f"look at {place}, and run wxgpt.py check")
+                if error.kind == "refused" and not turn.stops:
+                    turn.restart()  # withdrawn
                 if pause is None or turn.stops:
                     raise
                 fewer = messages
@@ -4272,7 +4528,7 @@ class Bot:
                     fewer = shortened(messages, is_last=pause == RETRY_PAUSES[-1])
                 if len(fewer) < len(messages):
                     messages, pause = fewer, 0.0
-                elif not error.is_retryable:
+                elif not is_only or not error.is_retryable:
                     raise
                 elif error.retry_in is not None:
                     pause = error.retry_in
@@ -4285,15 +4541,38 @@ class Bot:
             await asyncio.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
 
+    async def ask_models(
+        self, turn: Turn, messages: list[dict], is_resumed: bool
+    ) -> Ending:
+        """Let the assistant's model answer, or its fallback's if that fails.
+
+        Raise ChatError if both fail, or the first one did when text of it was sent.
+        """
+        name = turn.assistant
+        settings = self.config.assistants[name]
+        if not settings.fallback:
+            return await self.ask_model(turn, name, messages, is_resumed, is_only=True)
+        begin_within = settings.fallback_after or None
+        try:
+            return await self.ask_model(
+                turn, name, messages, is_resumed, begin_within=begin_within
+            )
+        except ChatError as error:
+            if turn.stops or error.kind == "blocked":
+                raise
+            log.warning("%s goes to %s after %s", turn.name, settings.fallback, error)
+        turn.restart()
+        return await self.ask_model(turn, settings.fallback, messages, is_resumed)
+
     async def write(self, turn: Turn, is_resumed: bool, earlier: str) -> None:
-        """Let the model answer a question, and store the end."""
+        """Let the model answer a question, and store how that ended."""
         ending: Ending | None = None
         try:
             async with self.slots:
                 messages = await self.messages_for(turn)
                 if is_resumed or not turn.asked:
                     await self.store.count_asking(turn.id)
-                ending = await self.ask_model(turn, messages, is_resumed)
+                ending = await self.ask_models(turn, messages, is_resumed)
             turn.model = ending.model
             turn.finish("cut" if ending.finish_reason == "length" else "done")
         except ChatError as error:
@@ -4327,14 +4606,16 @@ class Bot:
                 turn.is_queued = False
                 await self.write(turn, is_resumed, earlier)
 
-    async def save_texts(self, turns: list[Turn]) -> None:
-        """Store the text of unfinished answers; a failure costs only that."""
+    async def save_texts(self, turns: list[Turn]) -> bool:
+        """Store the text of unfinished answers; say whether that worked."""
         turns = [turn for turn in turns if turn.answer]
         try:
             if turns:
                 await self.store.save_texts(turns)
+            return True
         except sqlite3.Error as error:
             log.error("text so far not stored: %s", error)
+            return False
 
     async def store_end(self, turn: Turn, ending: Ending | None = None) -> None:
         """Store how an answer ended, and log it; readers have it from memory before."""
@@ -4348,14 +4629,8 @@ class Bot:
                 await asyncio.sleep(STORE_SECONDS)
         state = f"{turn.state} {turn.reason or ''}".strip()
         given, taken = (ending.tokens_in, ending.tokens_out) if ending else (None, None)
-        log.info(
-            "%s %s after %.1f s, tokens %s in %s out",
-            turn.name,
-            state,
-            turn.age,
-            given,
-            taken,
-        )
+        line = "%s %s after %.1f s, tokens %s in %s out"
+        log.info(line, turn.name, state, turn.age, given, taken)
         self.drop(turn)
 
     def drop(self, turn: Turn) -> None:
@@ -4366,7 +4641,7 @@ class Bot:
             subscriber.turns.remove(turn)
 
     def end_unwritten(self, turn: Turn, state: str, reason: str | None = None) -> None:
-        """End an answer that nobody writes, or nobody any more."""
+        """End an answer that no task is writing."""
         turn.finish(state, reason)
         self.tasks.start(self.store_end(turn), turn.name, lambda: self.drop(turn))
 
@@ -4392,7 +4667,7 @@ class Bot:
         turn.task = self.tasks.start(work, turn.name, fail)
 
     def end_queued(self, subscriber: Subscriber) -> None:
-        """End the questions that wait in a session which is ended: they are not asked.
+        """End the questions that still wait in a session that has ended.
 
         What is being written is finished, and stays readable by its links.
         """
@@ -4419,11 +4694,8 @@ class Bot:
 
     # What answers a message
 
-    async def part_of(self, turn_id: int, part: Part | None) -> Source | None:
-        """Return a part of a turn (None: all of it) that is being written or stored.
-
-        None if the turn was deleted since its id was read.
-        """
+    async def source_of(self, turn_id: int, part: Part | None) -> Source | None:
+        """Return a part of a turn, or all of it; None if it was deleted meanwhile."""
         turn = self.turns.get(turn_id)
         if turn is None:
             turn = await self.store.turn(turn_id)
@@ -4432,17 +4704,14 @@ class Bot:
             await turn.read()
         return turn, part or Part(0, turn_id)
 
-    async def unsent_part(self, delivery: Delivery, turn_id: int) -> Source | None:
-        """Return the unsent part of a turn, numbered now if it was not offered before.
-
-        None if the turn was deleted meanwhile.
-        """
+    async def unsent_source(self, delivery: Delivery, turn_id: int) -> Source | None:
+        """Return what a turn has unsent, with a number; None if it was deleted."""
         part = await self.store.unsent_part(turn_id)
         part = part or delivery.subscriber.offer(turn_id, 0)
-        return await self.part_of(turn_id, part)
+        return await self.source_of(turn_id, part)
 
     def refuse_question(self, delivery: Delivery, question: str) -> str:
-        """Return why a question is not accepted, '' if it is; refusals cost nothing."""
+        """Return why a question is not accepted, '' if it is; nothing is counted."""
         texts, limits = self.texts, self.config.limits
         waiting = sum(turn.is_open for turn in delivery.subscriber.turns)
         try:
@@ -4459,7 +4728,7 @@ class Bot:
         return texts.blocked_question if self.blocked.are_in(question) else ""
 
     async def refuse_for_today(self, openid: str) -> str:
-        """Return which of the day's limits is used up."""
+        """Return the text about the day's limit that is used up."""
         most = self.config.limits.questions_per_day
         asked = await self.store.questions_of_day(openid, time.time())
         if most and asked >= most:
@@ -4481,11 +4750,9 @@ class Bot:
         before = [t for t in subscriber.turns if t.session_id == session.id]
         for turn in before:
             # With a picture that came since, the same words are a new question.
-            is_same = (
-                self.question_words(turn) == question and delivery.pictures == "[]"
-            )
-            if is_same and turn.age < REPEAT_SECONDS:
-                if source := await self.unsent_part(delivery, turn.id):
+            is_same = self.question_words(turn) == question
+            if is_same and delivery.pictures == "[]" and turn.age < REPEAT_SECONDS:
+                if source := await self.unsent_source(delivery, turn.id):
                     return source
         if refusal := self.refuse_question(delivery, question):
             return refusal
@@ -4533,9 +4800,9 @@ class Bot:
         return self.texts.unsupported if delivery.session else ""
 
     async def handle_text(self, delivery: Delivery) -> Source:
-        """Return what answers a text: the first rung of a ladder that fits.
+        """Return what answers a text: the first of these cases that applies.
 
-        Outside a session that is mostly nothing: other auto-replies live there.
+        Outside a session it is mostly nothing, for the account's other auto-replies.
         """
         text, session = delivery.message.content.strip(), delivery.session
         config, is_words = self.config, bool(text) and text not in STICKER_TEXTS
@@ -4557,7 +4824,7 @@ class Bot:
         if config.session.auto_open:
             first = next(iter(config.assistants))
             return await self.open_and_ask(delivery, first, text)
-        if delivery.lapsed:  # it ran out, and nobody was told yet
+        if delivery.lapsed:  # it ran out, which they have not been told
             now = time.time()
             await self.store.end_session(delivery.lapsed.id, now, text)
             if now - delivery.lapsed.last_at < LAPSE_SECONDS:
@@ -4566,9 +4833,9 @@ class Bot:
         return self.tappable(config.replies.outside)
 
     async def handle_tap(self, delivery: Delivery, words: str) -> Source | None:
-        """Return what answers a tap, which may be typed, too; None when it is none now.
+        """Return what answers a tap, or the same words typed; None if they are a text.
 
-        Only 继续 and 重试 with a number always are; what is behind others may be gone.
+        继续 and 重试 with a number never are; the others if nothing is left to act on.
         """
         texts, retry = self.texts, folded(self.texts.word_retry)
         tap = re.fullmatch(rf"(继续|{re.escape(retry)})\s*([0-9]{{1,9}})", words)
@@ -4595,7 +4862,7 @@ class Bot:
         if part and part.reply is not None:
             delivery.is_repeat = True
             return part.reply
-        source = await self.part_of(part.turn_id, part) if part else None
+        source = await self.source_of(part.turn_id, part) if part else None
         return source or self.texts.no_part.format(number=number)
 
     async def continue_oldest(self, delivery: Delivery) -> Source | None:
@@ -4603,7 +4870,7 @@ class Bot:
         openid, since = delivery.message.openid, time.time() - RECENT_SECONDS
         session_id = delivery.session.id if delivery.session else None
         turn_id = await self.store.oldest_unsent(openid, session_id, since)
-        return None if turn_id is None else await self.unsent_part(delivery, turn_id)
+        return None if turn_id is None else await self.unsent_source(delivery, turn_id)
 
     async def retry(self, delivery: Delivery, turn: Turn | None) -> Source | None:
         """Ask a failed question of theirs again; None if there is none to be asked."""
@@ -4618,7 +4885,7 @@ class Bot:
         return await self.accept_question(delivery, session, words, pictures)
 
     async def resume_session(self, delivery: Delivery) -> Source | None:
-        """Open the session that ran out again, and ask the text that came too late."""
+        """Reopen a lapsed session and ask what came too late; None if there is none."""
         since = time.time() - LAPSE_SECONDS
         found = await self.store.lapsed_session(delivery.message.openid, since)
         if found is None or found[0].assistant not in self.config.assistants:
@@ -4630,7 +4897,7 @@ class Bot:
     async def open_and_ask(
         self, delivery: Delivery, assistant: str, question: str
     ) -> Source:
-        """Open a session unless this assistant has one open; ask what came along."""
+        """Open a session unless this assistant has one open; ask any question."""
         session, allow = delivery.session, self.config.limits.allow
         if allow and delivery.message.openid not in allow:
             return self.texts.not_allowed
@@ -4708,7 +4975,8 @@ class Bot:
         """End what runs for a sender and delete their data; return what to reply."""
         message, subscriber = delivery.message, delivery.subscriber
         for one in self.deliveries.values():
-            one.is_kept = one.is_kept and one.subscriber is not subscriber
+            if one.subscriber is subscriber:
+                one.is_kept = False
         for turn in subscriber.turns:
             turn.replace_text("")
             turn.finish("ended")
@@ -4723,7 +4991,7 @@ class Bot:
     # The message's task
 
     async def find_source(self, delivery: Delivery) -> None:
-        """Find out what answers a message, one of a subscriber after the other."""
+        """Find out what answers a message; a subscriber's messages take turns."""
         message, subscriber = delivery.message, delivery.subscriber
         async with subscriber.lock:
             openid, now = message.openid, time.time()
@@ -4734,26 +5002,26 @@ class Bot:
                 delivery.answer_with(self.texts.forget_noted)
                 return
             recalled = await self.store.recall(message.key, openid, now)
-            reply, turn_id, session, parts, mention, pictures = recalled
-            if subscriber.parts is None:
-                subscriber.parts = parts
-                if mention:
-                    number, missed_id, question = mention
+            session = recalled.session
+            if subscriber.last_part is None:
+                subscriber.last_part = recalled.last_part
+                if recalled.mention:
+                    number, missed_id, question = recalled.mention
                     subscriber.to_mention[missed_id] = (number, question)
-            if reply:  # a copy of a message that was answered before
-                delivery.earlier = 1
-                self.hand_out(delivery, reply)
+            if recalled.reply:  # a copy of a message that was answered before
+                delivery.seen_before = 1
+                self.hand_out(delivery, recalled.reply)
                 return
-            if turn_id is not None:  # asked by a process before this one
-                delivery.earlier = 1
-                # Of a turn that is deleted meanwhile nothing is said: to ask it again
+            if recalled.turn_id is not None:  # asked by a process before this one
+                delivery.seen_before = 1
+                # If the turn was deleted meanwhile, nothing is said: to ask it again
                 # would store it again.
-                source = await self.part_of(turn_id, None) or ""
+                source = await self.source_of(recalled.turn_id, None) or ""
                 if isinstance(source, tuple):
                     delivery.first = min(delivery.first, source[0].asked_at)
                 delivery.answer_with(source)
                 return
-            delivery.pictures = pictures
+            delivery.pictures = recalled.pictures
             if session and session.assistant in self.config.assistants:
                 is_idle = now - session.last_at > self.config.session.ttl
                 if is_idle and not session.is_busy:
@@ -4779,7 +5047,7 @@ class Bot:
         )
 
     def tail(self, turn: Turn, number: int) -> str:
-        """Return the lines under a part that has another one behind it."""
+        """Return the lines under a part that another one follows."""
         page = self.page_link(turn, self.texts.word_page)
         more = self.texts.more.format(tap=continue_tap(number), page=page)
         return f"{self.config.replies.label_line}\n\n{more}"
@@ -4811,9 +5079,9 @@ class Bot:
             content = self.rest_of(turn, part.start, head)
             if size_of(content) <= REPLY_BYTES:
                 return Reply(content, now, part, stop=len(shown))
-        # Not all of it: where a part ends is fixed once, for all who read it.
+        # Not all of it. The first reply that shows a part fixes where it ends.
         is_early = not turn.has_part(part.start)
-        longest = head + self.tail(turn, (subscriber.parts or 0) + 1)
+        longest = head + self.tail(turn, (subscriber.last_part or 0) + 1)
         room = REPLY_BYTES - size_of(longest)
         rest = shown[part.start :]
         stop = turn.stops.get(part.start) or part.start + cut_reply(rest, room)
@@ -4822,13 +5090,12 @@ class Bot:
             offered = subscriber.offer(turn.id, stop)
             content = head + text + self.tail(turn, offered.number)
             return Reply(content, now, part, stop, offered, is_early)
-        # Nothing can be shown yet.
         offered = part if part.number else subscriber.offer(turn.id, part.start)
         content = self.patience(turn, offered.number)
         return Reply(content, now, part, part.start, offered, is_early=True)
 
     def mention(self, delivery: Delivery, reply: Reply) -> Reply:
-        """Return a reply with an answer named under it that came but was not read."""
+        """Return a reply, if possible with a line about an answer not read yet."""
         if not reply.content or delivery.is_repeat:
             return reply
         own_id = reply.part.turn_id if reply.part else None
@@ -4843,7 +5110,7 @@ class Bot:
         return reply
 
     def decide(self, delivery: Delivery) -> None:
-        """Fix the reply of a message for all its requests, and begin to store it."""
+        """Fix the reply of a message for all its requests, and start to store it."""
         reply = self.mention(delivery, self.compose(delivery))
         to_mention = delivery.subscriber.to_mention
         if reply.mentions:
@@ -4865,7 +5132,7 @@ class Bot:
         self.hand_out(delivery, reply)
 
     def hand_out(self, delivery: Delivery, reply: Reply) -> None:
-        """Let every request of a message have its reply."""
+        """Give every request of a message its reply."""
         delivery.reply = reply
         delivery.news.look()
         if isinstance(delivery.source, tuple):
@@ -4874,24 +5141,20 @@ class Bot:
     def is_last_chance(self, delivery: Delivery, number: int, arrived: float) -> bool:
         """Say whether WeChat will not ask again after this request."""
         wechat = self.config.wechat
+        # Halfway between the last attempt but one and the last.
         late = (wechat.attempts - 1.5) * wechat.attempt_timeout
-        return (
-            number + delivery.earlier >= wechat.attempts
-            or arrived - delivery.first > late
-        )
+        is_last = number + delivery.seen_before >= wechat.attempts
+        return is_last or arrived - delivery.first > late
 
     def deliver(self, message: Message, arrived: float) -> tuple[Delivery, int]:
-        """Return the delivery that a request belongs to, and which attempt it is.
-
-        The first request starts the work.
-        """
+        """Return a request's delivery, made by the first, and which attempt it is."""
         timeout = self.config.wechat.attempt_timeout
         delivery = self.deliveries.get(message.key)
         if delivery is None:
             first = arrived
             if arrived - self.opened_at < 2 * timeout:
-                # Attempts before this one may have met nobody: reckon from CreateTime,
-                # a whole second that began up to one second before.
+                # Attempts before this one may have found no server: estimate the first
+                # from CreateTime, which is rounded down to a second.
                 first -= max(0, time.time() - message.created - 1)
             delivery = Delivery(message, self.subscriber(message.openid), first)
             self.wechat_ahead = max(self.wechat_ahead, message.created - arrived)
@@ -4926,7 +5189,7 @@ class Bot:
         if not is_last and self.guard.charge(loop.time()):
             if not await self.until_ready(delivery, over):
                 # WeChat has stopped reading, but an answer here would end its retries:
-                # hold the line and say nothing, unless another request gets the reply.
+                # say nothing, unless another request gets the reply, and hang up.
                 news = delivery.news
                 await self.tasks.until(
                     news, lambda: delivery.reply is not None, over + HOLD_SECONDS
@@ -4943,15 +5206,13 @@ class Bot:
         return delivery.reply
 
     def note_delivery(self, delivery: Delivery, number: int, is_taken: bool) -> None:
-        """Note how text of an answer was delivered: once that is known, for `stats`."""
+        """Store for `stats` how text of an answer was delivered, or that it was not."""
         reply = delivery.reply
-        if reply is None or reply.part is None or not reply.has_text:
-            return
-        if not delivery.is_kept:
+        if not (delivery.is_kept and reply and reply.part and reply.has_text):
             return
         how = "lost"
         if is_taken:
-            how = "part" if reply.part.number else str(number + delivery.earlier)
+            how = "part" if reply.part.number else str(number + delivery.seen_before)
         stored = self.store.mark_delivered(reply.part.turn_id, how)
         stored.add_done_callback(functools.partial(log_failure, delivery.message.name))
 
@@ -4964,9 +5225,9 @@ class Bot:
             await asyncio.sleep(SAVE_SECONDS)
             running = [turn for turn in self.turns.values() if turn.is_open]
             states = {turn.id: (turn.writing, len(turn.answer)) for turn in running}
-            news = [turn for turn in running if saved.get(turn.id) != states[turn.id]]
-            await self.save_texts(news)
-            saved = states
+            changed = [t for t in running if saved.get(t.id) != states[t.id]]
+            if await self.save_texts(changed):
+                saved = states
             if self.store.is_wal_behind:
                 await self.store.truncate_wal()
             if self.store.due:
@@ -5005,9 +5266,9 @@ def check_commands(config: Config) -> None:
 # ---------------------------------------------------------------------------
 # 11. Pages
 #
-# Minimal HTML, made for a phone, no outside resource. They work without script: a
-# pending answer then reloads itself every three seconds. How they look stands in
-# pages/; here records become what the templates there ask for.
+# Minimal HTML for a phone, with no outside resource. Without script, a pending answer
+# reloads itself every three seconds. How pages look is in pages/; here records become
+# what the templates there ask for.
 # ---------------------------------------------------------------------------
 
 PAGES = pathlib.Path(__file__).with_name("pages")
@@ -5017,16 +5278,16 @@ POLICY = (
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
 )
-RENDER_CHARS = 32_768  # longer answers go on as plain text: rendering takes time
+RENDER_CHARS = 32_768  # the rest of a longer answer stays plain: rendering takes time
 FOLD_CHARS = 300  # longer answers are folded in the history, and typeset when opened
 HISTORY_COUNT = 50
-RECONNECT_MS = 1000  # a viewer whose stream was lost waits so long
+RECONNECT_MS = 1000  # how long a viewer waits whose stream was lost
 
 
 def element(tag: str, words: str, kind: str = "") -> str:
     """Return an element around escaped words."""
     attribute = f' class="{kind}"' if kind else ""
-    return f"<{tag}{attribute}>{html.escape(words)}</{tag.split()[0]}>"
+    return f"<{tag}{attribute}>{html.escape(words)}</{tag}>"
 
 
 def link_tag(address: object, words: str = "") -> str:
@@ -5036,20 +5297,17 @@ def link_tag(address: object, words: str = "") -> str:
 
 
 def fix_headings(tokens: list[Token], above: int) -> None:
-    """Let headings step down one by one from a level, and empty headers be cells.
-
-    So a screen reader's outline has no holes, whatever a model writes.
-    """
+    """Leave no heading level out and no header cell empty, for screen readers."""
     level = max(above, 1)
     for index, token in enumerate(tokens):
         if token.type == "heading_open":
             level = min(above + int(token.tag[1]), level + 1, 6)
-            token.tag = tokens[index + 2].tag = f"h{level}"
+            token.tag = tokens[index + 2].tag = f"h{level}"  # the one that closes it
         if token.type == "th_open" and not tokens[index + 1].content:
             token.tag = tokens[index + 2].tag = "td"
 
 
-MAX_FORMULAS = 500  # of a page are typeset: each takes a fifth of a millisecond
+MAX_FORMULAS = 500  # typeset on a page; each takes a fifth of a millisecond
 DATA_PICTURE_CHARS = 4 * 1024 * 1024 * 4 // 3
 RENDER_OPTIONS = OptionsDict(
     {
@@ -5067,7 +5325,7 @@ RENDER_OPTIONS = OptionsDict(
 
 
 class AnswerRenderer(RendererHTML):
-    """Renders an answer; a method per token that the library would write otherwise."""
+    """Renders an answer; a method for each token the library renders otherwise."""
 
     def __init__(self, texts: Texts) -> None:
         super().__init__()
@@ -5124,7 +5382,7 @@ class AnswerRenderer(RendererHTML):
 
 
 def render_markdown(texts: Texts, markdown: str, above: int = 0) -> str:
-    """Return an answer as HTML; what is beyond all measure as plain text.
+    """Return an answer as HTML; the text beyond RENDER_CHARS stays plain.
 
     `above` is the level of the heading that the answer stands under.
     """
@@ -5143,7 +5401,7 @@ def clock(seconds: float, form: str = "%Y-%m-%d %H:%M") -> str:
 
 
 def preview(markdown: str) -> str:
-    """Return how a long answer begins, in one line without marks and unparsed."""
+    """Return the beginning of a long answer in one line, without marks, unparsed."""
     marks = r"(?m)^\s*(?:[#>*+-]+ |```.*|~~~.*)|[*`|]+|!?\[(?=[^]]*\]\()|\]\([^)\s]*\)"
     words = re.split(r"\n(?:```|~~~|\|)", markdown[:FOLD_CHARS].strip())[0]
     return excerpt(re.sub(marks, "", words), 80)
@@ -5159,7 +5417,7 @@ def minified(text: str) -> str:
 def load_pages() -> jinja2.Environment:
     """Return the templates, compiled; raise ConfigError if one is missing or broken.
 
-    The first call is the start's: what is changed later waits for the next start.
+    First called at the start; files changed later wait for the next start.
     """
     pages = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGES),
@@ -5225,10 +5483,7 @@ def render_live(texts: Texts, turn: Turn) -> Page:
 
 
 def render_history(texts: Texts, turns: list[Turn], older: str, folds: bool) -> Page:
-    """Return a page of a subscriber's exchanges; `older` is the next page's query.
-
-    If it `folds`, long answers are not typeset.
-    """
+    """Return a page of exchanges, long ones folded if `folds`; `older` is the next."""
     exchanges: list[tuple[Turn, Markup | None, str]] = []
     for turn in turns:
         answer = None
@@ -5258,12 +5513,6 @@ def sse_event(data: dict, event: str = "", number: str = "") -> bytes:
 # ---------------------------------------------------------------------------
 
 BOT = web.AppKey("bot", Bot)
-BODY_SECONDS = 10.0
-PING_SECONDS = 15.0
-PROBE_PATH = "/healthz/stream"
-FOLLOW_SECONDS = 0.1  # a live page is told of new text so often at most
-
-
 SIGNATURE_SECONDS = 600  # how far a push's timestamp may be off
 
 
@@ -5283,14 +5532,12 @@ def is_fresh(bot: Bot, timestamp: str) -> bool:
     return True
 
 
-def is_from_wechat(
-    bot: Bot, request: web.Request, encrypted: str | None = None
-) -> bool:
+def is_from_wechat(bot: Bot, request: web.Request, encrypted: str = "") -> bool:
     """Say whether a request is rightly signed and fresh.
 
     In safe mode a push has a signature of its own, which covers what it encrypts.
     """
-    query, sealed = request.query, () if encrypted is None else (encrypted,)
+    query, sealed = request.query, (encrypted,) if encrypted else ()
     timestamp, nonce = query.get("timestamp", ""), query.get("nonce", "")
     signature = query.get("msg_signature" if sealed else "signature", "")
     token = bot.config.wechat.token
@@ -5323,7 +5570,7 @@ def outcome_of(reply: Reply) -> str:
     return "answered early" if reply.is_early else "replied"
 
 
-def cut_line(request: web.Request) -> web.Response:
+def drop_connection(request: web.Request) -> web.Response:
     """Close the connection without an answer: a reply would end WeChat's retries."""
     if request.transport:
         request.transport.abort()
@@ -5333,14 +5580,14 @@ def cut_line(request: web.Request) -> web.Response:
 async def answer_request(
     request: web.Request, delivery: Delivery, number: int, arrived: float
 ) -> web.StreamResponse:
-    """Wait for the reply and write it, or cut the line; log what became of it."""
+    """Wait for the reply and write it, or drop the connection; log the outcome."""
     bot, message, loop = request.app[BOT], delivery.message, asyncio.get_running_loop()
     name = f"{message.name} attempt={number}"
     try:
         reply = await bot.reply_to(delivery, number, arrived)
         if reply is None:
             log.info("%s held to the end, cut", name)
-            return cut_line(request)
+            return drop_connection(request)
         body = render_text_reply(message, reply.content, reply.created)
         if bot.cipher and reply.content:  # `success` is never encrypted
             body = bot.cipher.seal(body, reply.created)
@@ -5358,20 +5605,15 @@ async def answer_request(
     return response
 
 
-def refuse_plain(bot: Bot, request: web.Request) -> web.Response:
-    """Refuse a push in the clear; of a rightly signed one the owner reads why."""
-    if is_from_wechat(bot, request):
-        words = "a push that is not encrypted was refused: is the console in 安全模式?"
-        bot.warn(words)
-    return web.Response(status=403)
-
-
 async def note_time(bot: Bot, timestamp: int) -> None:
-    """Note when a push was signed; one that cannot be stored is taken all the same."""
+    """Note when a push was signed; if that cannot be stored, the push still counts."""
     try:
         await bot.store.note_push(timestamp)
     except sqlite3.Error as error:
         log.error("newest timestamp not stored: %s", error)
+
+
+BODY_SECONDS = 10.0  # how long a push's body may take to arrive
 
 
 async def read_push(request: web.Request) -> Message | web.Response:
@@ -5383,19 +5625,22 @@ async def read_push(request: web.Request) -> Message | web.Response:
         async with asyncio.timeout(BODY_SECONDS):
             body = await request.read()
     except (TimeoutError, ConnectionResetError):  # stalled, or hung up in the middle
-        return cut_line(request)
+        return drop_connection(request)
     except web.RequestPayloadError:
         body = b""  # torn or badly packed: nothing that can be read
     except web.HTTPRequestEntityTooLarge:
-        # Too long to be opened; the plain signature still tells a stranger.
+        # Too long to be opened, but the plain signature still shows a stranger.
         if bot.cipher and not is_from_wechat(bot, request):
             return web.Response(status=403)
         raise
     if bot.cipher:
         encrypted = parse_envelope(body)
-        if not encrypted:
-            return refuse_plain(bot, request)
         if not is_from_wechat(bot, request, encrypted):
+            return web.Response(status=403)
+        if not encrypted:
+            bot.warn(
+                "a push that is not encrypted was refused: is the console in 安全模式?"
+            )
             return web.Response(status=403)
     await note_time(bot, int(request.query["timestamp"]))
     try:
@@ -5408,7 +5653,7 @@ async def read_push(request: web.Request) -> Message | web.Response:
 
 
 async def receive_message(request: web.Request) -> web.StreamResponse:
-    """Answer a push with a passive reply; a signed one never gets another status."""
+    """Answer a push with a passive reply, or with `success` whatever breaks."""
     bot, arrived = request.app[BOT], asyncio.get_running_loop().time()
     try:
         message = await read_push(request)
@@ -5417,7 +5662,7 @@ async def receive_message(request: web.Request) -> web.StreamResponse:
         delivery, number = bot.deliver(message, arrived)
         return await answer_request(request, delivery, number, arrived)
     except web.HTTPException:
-        raise  # 413
+        raise  # 413: no push of WeChat's is so long
     except Exception:
         log.exception("a push broke off at the door")
         return web.Response(body=b"success")
@@ -5450,8 +5695,7 @@ async def find_linked(request: web.Request) -> Turn | web.Response:
     turn = await bot.store.turn_by_link(request.match_info["key"])
     if turn is None:
         return error_page(bot, 404)
-    hours = bot.config.history.link_hours
-    if time.time() - turn.created_at > hours * 3600:
+    if time.time() - turn.created_at > bot.config.history.link_hours * 3600:
         return error_page(bot, 410)
     return turn
 
@@ -5470,12 +5714,16 @@ async def answer_page(request: web.Request) -> web.Response:
         await bot.store.mark_read(turn.id)
     except sqlite3.Error as error:  # a full disk does not keep people from reading
         log.error("%s not stored as read: %s", turn.name, error)
-    # In a thread: the worst of answers takes most of a second, and pushes cannot wait.
+    # In a thread: a large answer may take a second to render, and pushes cannot wait.
     return html_response(await asyncio.to_thread(render_answer, bot.texts, turn))
 
 
+PING_SECONDS = 15.0  # how long a live page's stream may be silent
+FOLLOW_SECONDS = 0.1  # pause between two events of new text
+
+
 async def follow(bot: Bot, turn: Turn, last: str) -> AsyncIterator[bytes]:
-    """Yield an answer's events from what the viewer has until it ends.
+    """Yield the events of an answer that a viewer lacks, until it ends.
 
     `last` is the id of the newest event a viewer got: WRITING:OFFSET.
     """
@@ -5506,16 +5754,12 @@ async def follow(bot: Bot, turn: Turn, last: str) -> AsyncIterator[bytes]:
 
 async def answer_events(request: web.Request) -> web.StreamResponse:
     """Stream an answer as it is written; end with its final state."""
-    bot, turn = request.app[BOT], await find_linked(request)
-    if isinstance(turn, web.Response):
-        return turn
-    if turn.id in bot.turns:
-        turn = bot.turns[turn.id]
-    else:
-        stored = await bot.store.turn(turn.id)  # it may have ended meanwhile
-        if stored is None:  # or was deleted
-            return error_page(bot, 404)
-        turn = stored
+    bot, found = request.app[BOT], await find_linked(request)
+    if isinstance(found, web.Response):
+        return found
+    turn = bot.turns.get(found.id) or await bot.store.turn(found.id)  # if it has ended
+    if turn is None:  # deleted meanwhile
+        return error_page(bot, 404)
     response = web.StreamResponse(
         headers={
             "Content-Type": "text/event-stream; charset=utf-8",
@@ -5568,6 +5812,9 @@ async def health(request: web.Request) -> web.Response:
     return web.json_response({"status": "ok"})
 
 
+PROBE_PATH = "/healthz/stream"
+
+
 async def probe_stream(request: web.Request) -> web.StreamResponse:
     """Send two events half a second apart: `check` sees if a proxy buffers."""
     response = web.StreamResponse(headers={"X-Accel-Buffering": "no"})
@@ -5580,14 +5827,14 @@ async def probe_stream(request: web.Request) -> web.StreamResponse:
 
 
 def is_our_fault(record: logging.LogRecord) -> bool:
-    """Say whether a line of aiohttp's tells more than that a stranger sent no HTTP."""
+    """Say whether aiohttp logs more than that a stranger sent what is not HTTP."""
     error = record.exc_info[1] if record.exc_info else None
     not_http = (aiohttp.http_exceptions.HttpProcessingError, web.RequestPayloadError)
     return not isinstance(error, not_http)
 
 
 async def hide_server(request: web.Request, response: web.StreamResponse) -> None:
-    """Leave out which versions serve."""
+    """Hide the versions of Python and aiohttp."""
     response.headers["Server"] = "wxgpt"
 
 
@@ -5748,13 +5995,11 @@ async def keep_watchdog() -> None:
 
 
 GRACE_SECONDS = 4.0  # how long running answers may go on after SIGTERM
-# Part of GRACE_SECONDS: connections accepted just before shutdown may still send their
-# request.
-LINGER_SECONDS = 0.25
+LINGER_SECONDS = 0.25  # part of it, for requests on connections accepted last
 
 
 async def linger(runner: web.AppRunner) -> None:
-    """Give connections that were accepted last, if any, a moment to send a request."""
+    """Give connections accepted last a moment to send their request."""
     for _ in range(2):  # the event loop needs two rounds to accept a connection
         await asyncio.sleep(0)
     if runner.server and runner.server.connections:
@@ -5763,7 +6008,7 @@ async def linger(runner: web.AppRunner) -> None:
 
 @contextlib.asynccontextmanager
 async def open_server(config: Config) -> AsyncIterator[tuple[Bot, int]]:
-    """Serve inside the block; give the bot and the port. Ends in order."""
+    """Serve inside the block, which gets the bot and the port."""
     async with open_bot(config) as bot:
         runner = web.AppRunner(
             make_app(bot),
@@ -5785,7 +6030,7 @@ async def open_server(config: Config) -> AsyncIterator[tuple[Bot, int]]:
             await site.stop()
             await linger(runner)
         finally:
-            bot.shut(bot.tasks.loop.time() + GRACE_SECONDS - LINGER_SECONDS)
+            bot.end_waits(bot.tasks.loop.time() + GRACE_SECONDS - LINGER_SECONDS)
             await runner.cleanup()
 
 

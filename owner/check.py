@@ -63,11 +63,21 @@ CONSOLE = """
 启用后，后台的自动回复和自定义菜单会停用；[replies] 可以代替自动回复。
 个人订阅号不能用：客服消息、菜单接口、素材接口、用户昵称。wxgpt 都不需要它们。"""
 
-# How to turn thinking off, by the provider's base URL.
+# How an assistant is kept from thinking, by its base URL and model; the first counts.
+DISABLED = 'extra.thinking.type = "disabled"'
+BRIEFLY = 'extra.reasoning_effort = "low"'  # for models that always think
 SWITCHES = (
-    (r"api\.openai\.com|:11434\b", 'extra.reasoning_effort = "none"'),
-    (r"deepseek\.com|moonshot\.|bigmodel\.cn", 'extra.thinking.type = "disabled"'),
-    (r"dashscope", "extra.enable_thinking = false"),
+    (r"moonshot\.\S+ kimi-k3|minimaxi?\.\S+ MiniMax-M3\.1", BRIEFLY),
+    (r"(bigmodel\.cn|z\.ai)\S* glm-(4|5(?!\.[3-9]))", DISABLED),
+    (r"bigmodel\.cn|z\.ai|generativelanguage\.googleapis\.com", BRIEFLY),
+    (
+        r"api\.openai\.com|\.azure\.com|api\.mistral\.ai|:11434\b",
+        'extra.reasoning_effort = "none"',
+    ),
+    (r"deepseek\.com|moonshot\.|volces\.com|minimaxi?\.", DISABLED),
+    (r"dashscope|siliconflow\.", "extra.enable_thinking = false"),
+    # vLLM and llama.cpp
+    (r":8000\b", "extra.chat_template_kwargs.enable_thinking = false"),
 )
 
 # The faults of a certificate, by OpenSSL's X509_V_ERR_… (9: not valid yet, 64: of an IP)
@@ -183,8 +193,9 @@ def reason_of(error: BaseException) -> str:
 def switch_of(settings: AssistantSettings) -> str:
     """Return how to get the first word of an assistant sooner."""
     for pattern, switch in SWITCHES:
-        if re.search(pattern, settings.base_url):
-            return f"switch thinking off: {switch}; or take a faster model"
+        if re.search(pattern, f"{settings.base_url} {settings.model}"):
+            how = "keep thinking short" if switch == BRIEFLY else "switch thinking off"
+            return f"{how}: {switch}; or take a faster model"
     return "switch thinking off with `extra` (docs/models.md), or take a faster model"
 
 

@@ -29,6 +29,7 @@ def summarise(rows: list[sqlite3.Row]) -> dict[str, object]:
     failures = [row for row in rows if row["state"] in FAILED_STATES]
     return {
         "questions": len(rows),
+        "calls": sum(row["calls"] or 0 for row in rows),
         "failures": len(failures),
         "tokens_in": sum(row["tokens_in"] or 0 for row in rows),
         "tokens_out": sum(row["tokens_out"] or 0 for row in rows),
@@ -36,6 +37,11 @@ def summarise(rows: list[sqlite3.Row]) -> dict[str, object]:
         "p95_seconds": seconds[-(-95 * len(seconds) // 100) - 1] if seconds else None,
         "delivered": {way: ways[way] for way in DELIVERED},
     }
+
+
+def busiest_first(groups: dict[str, list]) -> list[tuple[str, list]]:
+    """Return groups of exchanges with their names, the largest first."""
+    return sorted(groups.items(), key=lambda item: -len(item[1]))
 
 
 def gather_stats(config: Config, days: int, is_full: bool) -> dict[str, object]:
@@ -46,22 +52,28 @@ def gather_stats(config: Config, days: int, is_full: bool) -> dict[str, object]:
     ) as db:
         db.row_factory = sqlite3.Row
         query = """
-            SELECT openid, created_at, state, tokens_in, tokens_out, seconds, delivered
+            SELECT openid, created_at, state, model, calls, tokens_in, tokens_out,
+                   seconds, delivered
             FROM turn WHERE created_at > ? ORDER BY created_at
         """
         today = datetime.datetime.now(BEIJING).replace(hour=0, minute=0, second=0)
         since = today - datetime.timedelta(days=days - 1)
         rows = db.execute(query, (since.timestamp() if days else 0,)).fetchall()
     by_day, by_openid = collections.defaultdict(list), collections.defaultdict(list)
+    by_model = collections.defaultdict(list)
     for row in rows:
         by_day[beijing_day(row["created_at"])].append(row)
         by_openid[row["openid"]].append(row)
-    busiest_first = sorted(by_openid.items(), key=lambda item: -len(item[1]))
+        by_model[row["model"] or "-"].append(row)  # none of them has answered
     return {
         "days": [{"day": day} | summarise(rows) for day, rows in by_day.items()],
         "subscribers": [
             {"openid": openid if is_full else openid[:8] + "…"} | summarise(rows)
-            for openid, rows in busiest_first
+            for openid, rows in busiest_first(by_openid)
+        ],
+        "models": [
+            {"model": model} | summarise(rows)
+            for model, rows in busiest_first(by_model)
         ],
         "total": summarise(rows),
         "reply_margin": config.wechat.margin,
@@ -98,6 +110,7 @@ def print_stats(stats: dict[str, typing.Any]) -> None:
         return
     print_table("day", stats["days"], total)
     print_table("openid", stats["subscribers"], total)
+    print_table("model", stats["models"], total)
     print(LEGEND)
     lost, questions = total["delivered"]["lost"], total["questions"]
     verdict = "fits" if lost <= LOST_SHARE * questions else "is too small: raise it"

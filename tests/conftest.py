@@ -39,6 +39,7 @@ TOKEN = "secretToken42"
 ROOT = pathlib.Path(__file__).parent.parent
 PORT = 8080  # in a container
 # A first attempt outlasts any restart.
+PEERS_SECONDS = 1800  # to compile llama.cpp
 PATIENT: dict[str, Any] = {"attempt_timeout": 30}
 ANN, BOB = "oAnn7Zt1BvK9mHdLr3PwYc8SgNf2", "oBob7Zt1BvK9mHdLr3PwYc8SgNf2"
 SENTENCE = "春天来了，花都开了，鸟也叫了，人们走出门去看风景。"
@@ -76,6 +77,9 @@ def pytest_collection_modifyitems(
         if name in DEBIAN:
             item.add_marker(pytest.mark.xdist_group(name="debian"))
             item.add_marker(pytest.mark.timeout(machine.BUILD_SECONDS))
+        if item.get_closest_marker("peers"):  # the first of them installs and compiles
+            item.add_marker(pytest.mark.xdist_group(name="peers"))
+            item.add_marker(pytest.mark.timeout(PEERS_SECONDS))
     if "peers" not in config.option.markexpr:
         peers = [item for item in items if item.get_closest_marker("peers")]
         config.hook.pytest_deselected(items=peers)

@@ -1,6 +1,7 @@
 """The chat API as it is met: many dialects, hidden thoughts, and every way to fail."""
 
 import asyncio
+import json
 import re
 
 import pytest
@@ -75,6 +76,24 @@ async def test_a_base_url_is_understood_in_every_usual_form(serve, upstream, for
     assert (await server.ask("你好")).text.startswith("你好！")
 
 
+@pytest.mark.parametrize("end", ["?v=1", "/?v=1", "/chat/completions?v=1"])
+def test_the_query_of_a_base_url_stays_behind_the_path(end):
+    """Classic Azure wants `?api-version=` with every request."""
+    one = wxgpt.AssistantSettings(api_key="x", base_url=f"https://a.example/gpt{end}")
+    client = wxgpt.ChatClient(one, None)
+    assert client.url == "https://a.example/gpt/chat/completions?v=1"
+
+
+async def test_further_headers_are_sent(serve, upstream):
+    """They come with every request; one that we send is replaced, in any case."""
+    headers = {"X-Title": "wxgpt", "authorization": "Basic c2VjcmV0"}
+    server = await with_assistant(serve, headers=headers)
+    await server.ask("你好")
+    [asked] = upstream.requests
+    assert asked.headers["X-Title"] == headers["X-Title"]
+    assert asked.headers.getall("Authorization") == ["Basic c2VjcmV0"]
+
+
 # The answer
 
 
@@ -141,6 +160,22 @@ async def test_what_no_xml_can_carry_is_left_out(server, upstream):
     assert (await server.ask("说")).text == "好的。" + LABEL
 
 
+async def test_a_thought_without_its_opening_tag_is_dropped_late(server, upstream):
+    """What was sent stays, the answer follows; the next one is known to begin in one."""
+    gate = asyncio.Event()
+    upstream.will(Script(["秘密想法。\n想", "法", gate, "。</think>\n\n好的。"]))
+    seen = await server.ask("甲问")
+    assert seen.text.startswith("秘密想法。")
+    gate.set()
+    assert (await server.ask("继续")).text == "好的。" + LABEL
+    upstream.will(Script(["又是想法。", "</thi", "nk>", "答案。"]))
+    assert (await server.ask("乙问")).text == "答案。" + LABEL
+    [before] = [
+        m["content"] for m in upstream.requests[1].messages if m["role"] == "assistant"
+    ]
+    assert before.endswith("好的。")
+
+
 async def test_an_answer_at_its_length_limit_says_so(server, upstream):
     """The text counts, with a word that it was cut."""
     upstream.will(Script("写到这里", finish="length"))
@@ -160,7 +195,6 @@ BROKEN = {
     "error in a stream": Script("写了一半", ending="error"),
     "error in a 200": Script(body={"error": {"message": "internal-words"}}),
     "no answer in a 200": Script(""),
-    "HTML in a 200": Script(body="<html>internal-words</html>"),
     "reset before the headers": Script(ending="reset", headless=True),
     "cut before the headers": Script(ending="cut", headless=True),
     "500": fails(500, message="internal-words"),
@@ -177,6 +211,7 @@ FINAL = {
     "400": fails(400, message="internal-words"),
     "no money": fails(429, type="insufficient_quota", code="insufficient_quota"),
     "filtered": fails(400, code="content_filter", message="internal-words"),
+    "HTML in a 200": Script(body="<html>internal-words</html>"),
 }
 
 
@@ -361,3 +396,341 @@ def test_a_line_without_an_end_is_refused():
     with pytest.raises(wxgpt.ChatError):
         for _ in range(40):
             decoder.feed(b"data: " + b"x" * 65536)
+
+
+# What a body says: its bytes, and the text and the end that are read from it
+
+
+def sse(*events, sep="\n\n", field="data: "):
+    """Return an event stream of these payloads."""
+    made = (e if isinstance(e, str) else json.dumps(e) for e in events)
+    return "".join(f"{field}{payload}{sep}" for payload in made).encode()
+
+
+def chunk(content=None, finish=None, **more):
+    """Return one event of a streamed answer."""
+    delta = {} if content is None else {"content": content}
+    return {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}], **more}
+
+
+def whole(content, **more):
+    """Return an answer that is not streamed."""
+    message = {"role": "assistant", "content": content}
+    return {
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]
+    } | more
+
+
+def part(kind, text):
+    """Return a content of one typed part."""
+    return [{"type": kind, kind: text}]
+
+
+def failure(message, **fields):
+    """Return an error as it stands in a body."""
+    return {"error": {"message": message} | fields}
+
+
+END = (chunk(None, "stop"), "[DONE]")
+ANSWER = (chunk("好"), chunk("的。"), *END)
+EMOJI = json.dumps("🙂")
+THINKS = [{"type": "thinking", "thinking": part("text", "秘密")}]
+FORMS = {
+    "a stream": sse(*ANSWER),
+    "a byte order mark": b"\xef\xbb\xbf" + sse(*ANSWER),
+    "blanks and a byte order mark": b"\r\n \xef\xbb\xbf" + sse(*ANSWER),
+    "no blank lines": sse(*ANSWER, sep="\n"),
+    "no blank lines, CRLF": sse(*ANSWER, sep="\r\n"),
+    "no space, CR": sse(*ANSWER, sep="\r\r", field="data:"),
+    "an event over several lines": b"data: {\ndata: "
+    + json.dumps(chunk("好的。"))[1:-1].encode()
+    + b"\ndata: }\n\n"
+    + sse(*END),
+    "heartbeats": b": ping\n\ndata:\n\n" + sse("ping", chunk("好的。"), "pong", *END),
+    "lines of JSON": b"\n".join(json.dumps(e).encode() for e in ANSWER[:-1]),
+    "JSON": json.dumps(whole("好的。")).encode(),
+    "JSON over several lines": json.dumps(whole("好的。"), indent=2).encode(),
+    "JSON with a byte order mark": b"\xef\xbb\xbf\n"
+    + json.dumps(whole("好的。")).encode(),
+    "JSON behind empty lines": b"\n\n\n" + json.dumps(whole("好的。")).encode(),
+    "JSON of parts": json.dumps(whole(THINKS + part("text", "好的。"))).encode(),
+    "all in one event": sse(whole("好的。"), "[DONE]"),
+    "all in one event, again": sse(*ANSWER[:3], whole("好的。"), "[DONE]"),
+    "all so far in each event": sse(
+        {"choices": [{"delta": {"content": "好"}, "message": {"content": "好"}}]},
+        {"choices": [{"delta": {"content": "的。"}, "message": {"content": "好的。"}}]},
+        *END,
+    ),
+    "parts": sse(chunk(THINKS), chunk(part("text", "好")), chunk("的。"), *END),
+    "an object for a part": sse(chunk({"type": "text", "text": "好的。"}), *END),
+    "an index before ours": sse(
+        {
+            "choices": [
+                {"index": 1, "delta": {"content": "错"}},
+                chunk("好的。")["choices"][0],
+            ]
+        },
+        *END,
+    ),
+    "text behind the reason": sse(chunk("好", "stop"), chunk("的。"), "[DONE]"),
+    "a null delta": sse({"choices": [{"delta": None}]}, {"choices": None}, *ANSWER),
+    "an empty object": sse({}, [], *ANSWER),
+    "a good code": sse({"code": 0, "message": "ok"}, chunk("好的。", code=0), *END),
+    "another event first": sse({"status": "running"}, *ANSWER),
+}
+
+
+def outcome(raw, cuts=(), opening=""):
+    """Return the text of a body read in pieces, and how it ends or the kind of error."""
+    edges = [0, *sorted(cuts), len(raw)]
+    completion, text = wxgpt.Completion("some-model", opening), ""
+    for start, end in [*zip(edges, edges[1:]), (len(raw), len(raw))]:
+        more = completion.feed(raw[start:end])
+        text = more if completion.is_late else text + more
+        if completion.error and not completion.reason:
+            return text.strip(), completion.error.kind
+    if not completion.reason:
+        return text.strip(), "early end"
+    try:
+        finish = completion.ending().finish_reason
+    except wxgpt.ChatError as error:
+        return text.strip(), error.kind
+    return (text + completion.thoughts.flush(finish == "length")).strip(), finish
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_an_answer_is_told_by_what_it_says(name):
+    """Whatever its content type, its line ends, and the shape of its events."""
+    assert outcome(FORMS[name]) == ("好的。", "stop")
+
+
+def test_halves_of_a_character_become_whole():
+    """Some servers cut their text by UTF-16; a half alone is dropped."""
+    high, low = EMOJI[1:7], EMOJI[7:13]
+    events = (
+        f'{{"choices":[{{"delta":{{"content":"{x}"}}}}]}}' for x in (high, low, high)
+    )
+    assert outcome(sse(*events, *END)) == ("🙂", "stop")
+
+
+# An answer's deltas, and what of them is shown.
+THOUGHTS = {
+    "empty": (["<think>\n\n</think>\n\n", "好的。"], "好的。"),
+    "two": (["<think>秘密</think>\n\n<think>秘密", "</think>好的。"], "好的。"),
+    "attributes": (['<think time="3">秘密</think>好的。'], "好的。"),
+    "capitals": (["<Thinking>秘密</thinking>好的。"], "好的。"),
+    "thought": (["<thought>秘密", "</thought>好的。"], "好的。"),
+    "thoughts": (["<thoughts>秘密</thought>还是</thoughts>好的。"], "好的。"),
+    "reasoning": (["<reasoning>秘密</reasoning>好的。"], "好的。"),
+    "Seed": (["<seed:think>秘密</seed:think>好的。"], "好的。"),
+    "LongCat": (["<longcat_think>秘密</longcat_think>好的。"], "好的。"),
+    "Magistral": (["[THINK]秘密", "[/THINK]好的。"], "好的。"),
+    "Kimi-VL": (["◁think▷秘密◁/think▷好的。"], "好的。"),
+    "Command A": (["<|START_THINKING|>秘密<|END_THINKING|>好的。"], "好的。"),
+    "OpenThinker": (["<|begin_of_thought|>秘密<|end_of_thought|>好的。"], "好的。"),
+    "Gemma": (["<|channel>thought\n秘密<channel|>好的。"], "好的。"),
+    "Hunyuan": (["<think>秘密</think>\n<answer>\n好的。", "\n</answer>\n"], "好的。"),
+    "gpt-oss": (
+        ["<|channel|>analysis<|message|>秘密<|end|><|start|>assistant<|channel|>"]
+        + ["commentary<|message|>秘密<|end|><|start|>assistant<|channel|>final"]
+        + ["<|message|>好的。"],
+        "好的。",
+    ),
+    "gpt-oss without a thought": (["<|channel|>final<|message|>好的。"], "好的。"),
+    "Open WebUI": (
+        ['<details type="reasoning" done="true">\n<summary>秘密</summary>\n秘密\n']
+        + ["</details>\n好的。"],
+        "好的。",
+    ),
+    "a closing tag at the start": (["\n</think>\n\n", "好的。"], "好的。"),
+    "a late closing tag": (["秘密", "还是秘密</think>\n\n", "好的。"], "好的。"),
+    "another late closing tag": (["秘密[/THINK]好的。"], "好的。"),
+    "a thought behind a late tag": (
+        ["秘密</think><think>秘密</think>好的。"],
+        "好的。",
+    ),
+    "tags that are spoken of": (["以 `</think>` 结束。"], "以 `</think>` 结束。"),
+    "tags in the text": (["写 <think>x</think>。"], "写 <think>x</think>。"),
+    "other tags": (["<b>好</b>", "的。"], "<b>好</b>的。"),
+    "details": (["<details><summary>好</summary>"], "<details><summary>好</summary>"),
+    "a link": (["[好的](https://a.b)"], "[好的](https://a.b)"),
+    "brackets": (["[" * 500], "[" * 500),
+    "the beginning of a tag": (["<thin"], "<thin"),
+    "no end": (["<think>秘密"], ""),
+}
+
+
+@pytest.mark.parametrize("name", THOUGHTS)
+def test_a_thought_at_the_beginning_is_not_shown(name):
+    """Whatever a model wraps it in; what only looks like one is shown."""
+    deltas, shown = THOUGHTS[name]
+    assert outcome(sse(*map(chunk, deltas), *END)) == (shown, "stop")
+
+
+INSIDE = {
+    "a thought": ("秘密</think>好的。", "stop", "好的。", True),
+    "a thought with its tag": ("<think>秘密</think>好的。", "stop", "好的。", True),
+    "two thoughts": ("秘密</think><think>秘密", "stop", "", False),
+    "nothing but a closing tag": ("</think>好的。", "stop", "好的。", True),
+    "an answer": ("好的。", "stop", "好的。", False),
+    "a cut thought": ("秘密", "length", "", False),
+    "a long answer": ("好" * 999, "stop", "好" * 999, False),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_an_answer_known_to_begin_inside_a_thought(name):
+    """Nothing is shown before the closing tag; an answer without one is still shown."""
+    content, finish, shown, is_so_again = INSIDE[name]
+    raw = sse(chunk(content, finish))
+    assert outcome(raw, opening="<think>") == (shown, finish)
+    thoughts = wxgpt.ThoughtFilter("<think>")
+    text = thoughts.feed(content) + thoughts.flush(finish == "length")
+    assert (text, thoughts.opening != "") == (shown, is_so_again)
+
+
+# A finish_reason, what is behind it in the stream, and how the answer ends.
+ENDS = {
+    **dict.fromkeys(("stop", "STOP", "eos", "end_turn", "stop_sequence"), "stop"),
+    **dict.fromkeys(("tool_calls", "completed", "FINISH_REASON_STOP"), "stop"),
+    **dict.fromkeys(("length", "max_tokens", "MAX_TOKENS", "model_length"), "length"),
+    **dict.fromkeys(("max_output_tokens", "token_limit"), "length"),
+    **dict.fromkeys(("content_filter", "sensitive", "SAFETY", "refusal"), "refused"),
+    **dict.fromkeys(("content_filter: PROHIBITED_CONTENT", "RECITATION"), "refused"),
+    **dict.fromkeys(("error", "network_error", "abort", "OTHER", "odd"), "broken"),
+    **dict.fromkeys(("insufficient_system_resource", "rate_limit"), "broken"),
+    "model_context_window_exceeded": "length",
+}
+
+
+@pytest.mark.parametrize("reason", ENDS)
+def test_only_a_known_reason_is_a_good_end(reason):
+    """Limits and filters are told by their kin, anything else has broken off."""
+    assert outcome(sse(chunk("写到"), chunk("", reason))) == ("写到", ENDS[reason])
+
+
+NATIVE = {"choices": [{"delta": {}, "finish_reason": "stop"}]}
+ENDINGS = {
+    "null, a sentence": (sse(chunk("好的。"), "[DONE]"), "stop"),
+    "null, code": (sse(chunk("```\nx\n```\n"), "[DONE]"), "stop"),
+    "null, in mid-sentence": (sse(chunk("好的，"), "[DONE]"), "length"),
+    "null, in mid-word": (sse(chunk("好的"), chunk("\n"), "[DONE]"), "length"),
+    "never named": (sse({"choices": [{"delta": {"content": "好"}}]}, "[DONE]"), "stop"),
+    "nothing": (sse(chunk("好的。")), "early end"),
+    "a reason that is empty": (sse(chunk("好", ""), chunk("", "stop")), "stop"),
+    "a filter behind a stop": (
+        sse(chunk("好", "stop"), chunk("", "content_filter")),
+        "refused",
+    ),
+    "a window without room": (sse(chunk("", "model_context_window_exceeded")), "long"),
+    "no room": (sse(chunk("", "length", usage={"completion_tokens": 0})), "long"),
+    "thoughts alone": (
+        sse(chunk("", "length", usage={"completion_tokens": 9})),
+        "length",
+    ),
+    **{
+        f"stop for {native}": (
+            sse(
+                chunk("好"),
+                {"choices": [NATIVE["choices"][0] | {"native_finish_reason": native}]},
+            ),
+            kind,
+        )
+        for native, kind in (
+            ("network_error", "broken"),
+            ("SAFETY", "refused"),
+            ("MAX_TOKENS", "length"),
+            ("whatever", "stop"),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_an_end_is_told_by_all_that_was_said(name):
+    """Null reasons, none at all, and those that hide another one."""
+    raw, kind = ENDINGS[name]
+    assert outcome(raw)[1] == kind
+
+
+# What comes with a status of 200 and is no answer, and the kind of its error.
+FAILED_200 = {
+    "a web page": (b"\n<!doctype html><title>New API</title>", "setup"),
+    "an error": (json.dumps(failure("Insufficient Balance")).encode(), "setup"),
+    "a text for an error": (b'{"error": "Invalid API key"}', "setup"),
+    "a list": (json.dumps([failure("Quota", code=429)]).encode(), "busy"),
+    "errors": (b'{"errors": [{"code": 401, "message": "x"}]}', "setup"),
+    "base_resp, money": (
+        b'{"choices":null,"base_resp":{"status_code":1008,"status_msg":"insufficient balance"}}',
+        "setup",
+    ),
+    "base_resp, refused": (
+        b'{"choices":null,"base_resp":{"status_code":1027,"status_msg":"x"}}',
+        "refused",
+    ),
+    "base_resp, rate": (
+        sse(
+            {
+                "choices": None,
+                "base_resp": {"status_code": 1002, "status_msg": "rate limit"},
+            }
+        ),
+        "busy",
+    ),
+    "a field of its own": (b'error: {"code":400,"message":"x"}\n\n', "setup"),
+    "an event without choices": (
+        b'event:error\n:HTTP_STATUS/400\ndata:{"code":"InvalidParameter","message":'
+        b'"Range of input length should be [1, 30720]"}\n\n',
+        "long",
+    ),
+    "a choice": (sse({"choices": [{"error": {"code": 502, "message": "x"}}]}), "busy"),
+    "a kind of event": (sse({"type": "error", "message": "Overloaded"}), "busy"),
+    "behind text": (
+        sse(chunk("写"), failure("x", code="data_inspection_failed")),
+        "refused",
+    ),
+    "nobody knows": (sse(failure("x")), "broken"),
+    "half an event": (sse(chunk("写"), '{"choi'), "broken"),
+    "nothing": (b"", "early end"),
+    "words": (b"insufficient balance", "early end"),
+}
+
+
+@pytest.mark.parametrize("name", FAILED_200)
+def test_an_error_in_a_200_is_told_by_what_it_says(name):
+    """Wherever it stands, and whatever shape it has."""
+    raw, kind = FAILED_200[name]
+    assert outcome(raw)[1] == kind
+
+
+EVERYTHING = {
+    **FORMS,
+    **{f"ending: {name}": raw for name, (raw, _) in ENDINGS.items()},
+    **{f"error: {name}": raw for name, (raw, _) in FAILED_200.items()},
+    **{
+        f"thought: {name}": sse(*map(chunk, deltas), *END)
+        for name, (deltas, _) in THOUGHTS.items()
+    },
+}
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+@settings(deadline=None, max_examples=20)
+@given(st.data())
+def test_a_body_is_read_in_any_pieces(name, data):
+    """Wherever it is torn, its text and its end are the same."""
+    raw = EVERYTHING[name]
+    cuts = data.draw(st.sets(st.integers(1, max(1, len(raw) - 1)), max_size=40))
+    cuts = [cut for cut in cuts if cut < len(raw)]
+    assert outcome(raw, cuts) == outcome(raw)
+
+
+@pytest.mark.parametrize("name", THOUGHTS)
+@given(st.data())
+def test_a_thought_is_dropped_in_any_deltas(name, data):
+    """Wherever a provider cuts its text."""
+    deltas, shown = THOUGHTS[name]
+    text = "".join(deltas)
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(text) - 1), max_size=40)))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
+    assert outcome(sse(*map(chunk, pieces), *END)) == (shown, "stop")

@@ -17,10 +17,8 @@ from wxgpt import (
     ChatText,
     chat_text,
     cut_text,
-    has_more_on_page,
     read_markdown,
     size_of,
-    stable_text,
 )
 
 AS_WRITTEN = [
@@ -413,6 +411,11 @@ def test_a_picture_in_the_text_may_be_large():
     assert chat_text(f"看![x]({picture})**好**") == "看[图片]好"
 
 
+def stable_text(markdown):
+    """Return the chat text of an answer that is still being written."""
+    return ChatText(markdown).text(has_ended=False)
+
+
 def test_an_early_reply_ends_with_a_sentence_that_no_mark_is_open_in():
     assert stable_text("甲。**乙。丙") == "甲。"
     assert stable_text("甲。乙，丙") == "甲。"
@@ -437,7 +440,9 @@ def test_an_early_reply_ends_with_a_sentence_that_no_mark_is_open_in():
     ],
 )
 def test_the_page_is_offered_where_it_shows_more(markdown, is_more):
-    assert has_more_on_page(markdown) == is_more
+    chat = ChatText(markdown)
+    chat.text(has_ended=True)
+    assert chat.has_more_on_page() == is_more
 
 
 @MANY

@@ -35,6 +35,14 @@ REFUSED = {
         URL + WECHAT + '[assistants.chatgpt]\napi_key = ""\n',
         ["assistants.chatgpt.api_key", "accepted"],
     ),
+    "fallback to nobody": (
+        GOOD + 'fallback = "spare"\n',
+        ["assistants.chatgpt.fallback", "'spare'", "another assistant"],
+    ),
+    "fallback to itself": (
+        GOOD + 'fallback = "chatgpt"\n',
+        ["assistants.chatgpt.fallback", "'chatgpt'", "another assistant"],
+    ),
     "unknown key at the top": ("colour = 1\n" + GOOD, ["colour", "public_url"]),
     "unknown table": (GOOD + "[sessions]\nttl = 5\n", ["sessions", "public_url"]),
     "unknown key in a table": (GOOD + "[session]\ntll = 5\n", ["session.tll", "ttl"]),
@@ -97,6 +105,26 @@ REFUSED = {
         GOOD + f'proxy = "ftp://me:{KEY}@proxy"\n',
         ["assistants.chatgpt.proxy", "http"],
     ),
+    "header of another type": (
+        GOOD + f'headers = {{X-Key = ["{KEY}"]}}\n',
+        ["assistants.chatgpt.headers", "a table of texts"],
+    ),
+    "header with a bad name": (
+        GOOD + "headers = {'X Key' = 'x'}\n",
+        ["assistants.chatgpt.headers", "'X Key'"],
+    ),
+    "header of the body": (
+        GOOD + "headers = {Content-Length = '1'}\n",
+        ["assistants.chatgpt.headers", "'Content-Length'"],
+    ),
+    "header of two lines": (
+        GOOD + f'headers = {{X-Key = "{KEY}\\nHost: x"}}\n',
+        ["assistants.chatgpt.headers.X-Key", "one line"],
+    ),
+    "empty header": (
+        GOOD + "headers = {X-Key = ''}\n",
+        ["assistants.chatgpt.headers.X-Key", "one line"],
+    ),
     "extra with the model": (
         GOOD + 'extra.model = "x"\n',
         ["assistants.chatgpt.extra.model"],
@@ -153,6 +181,7 @@ ASSISTANT_DEFAULTS = {
         "你在微信里和人聊天。用对方的语言，先给结论，一般不超过 200 字，需要时再展开。"
         "少用标题和表格，公式用普通文字写。"
     ),
+    "headers": {},
     "proxy": "",
     "extra": {},
     "first_token_timeout": 60,
@@ -331,6 +360,14 @@ async def test_the_settings_are_logged_at_start_without_secrets(spawn):
     text = "".join(process.log)
     assert "ttl=77" in text and "***" in text
     assert TOKEN not in text and KEY not in text
+
+
+def test_further_headers_are_masked_in_the_log(load):
+    """They may hold keys."""
+    config = load(GOOD + f'headers.api-key = "{KEY}"\n')
+    assert config.assistants["chatgpt"].headers == {"api-key": KEY}
+    lines = "\n".join(wxgpt.effective_settings(config))
+    assert "headers=***" in lines and KEY not in lines
 
 
 async def test_only_the_owner_may_read_the_database(serve, settings):

@@ -245,6 +245,25 @@ async def test_an_answer_that_ends_under_a_lock_is_stored_later(
     assert rows(database, "SELECT state FROM turn") == [("done",)]
 
 
+async def test_text_that_was_not_stored_under_a_lock_is_stored_later(
+    start, upstream, database
+):
+    """Though the model says nothing more: what is written so far is tried again."""
+    server, process = await start()
+    said, gate = asyncio.Event(), asyncio.Event()
+    upstream.will(Script([said, "写到这里。", gate]))
+    asking = asyncio.create_task(server.ask("慢"))
+    await upstream.arrival("慢")
+    with locked(database):
+        said.set()
+        await process.says("text so far not stored")
+    async with limit(30, "text so far in the database"):
+        while rows(database, "SELECT answer FROM turn") != [("写到这里。",)]:
+            await asyncio.sleep(0.1)
+    gate.set()
+    await asking
+
+
 async def test_pages_are_read_under_a_lock(start, database):
     """A write that waits for the lock beside them fails; they are only late."""
     server, _ = await start()

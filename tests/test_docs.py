@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import operator
+import pathlib
 import re
 import tomllib
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from conftest import ROOT
 from owner.check import switch_of
 
 README, README_ZH = "README.md", "README.zh-CN.md"
+MODELS, MODELS_ZH = "docs/models.md", "docs/models.zh-CN.md"
 EXAMPLE = ROOT / "wxgpt.example.toml"
 LINES = tomllib.loads((ROOT / "texts.toml").read_text("utf-8"))
 COMMANDS = [
@@ -72,7 +74,7 @@ def as_table(text: str) -> dict[str, object]:
 
 
 def headings(name: str) -> list[int]:
-    """Return the levels of a README's headings."""
+    """Return the levels of a page's headings."""
     prose = BLOCK.sub("", read(name))
     return [len(marks) for marks in re.findall(r"(?m)^(#+) ", prose)]
 
@@ -145,10 +147,12 @@ def test_the_commands_table_has_every_command(name):
     assert sorted({*found} - {"chatgpt", "NAME"}) == sorted({*wxgpt.COMMANDS})
 
 
-def test_both_readmes_have_the_same_shape():
+@pytest.mark.parametrize("pages", [(README, README_ZH), (MODELS, MODELS_ZH)])
+def test_a_page_has_the_same_shape_in_both_languages(pages):
     """Headings have the same levels in the same order, code blocks the same text."""
-    assert headings(README) == headings(README_ZH)
-    assert BLOCK.findall(read(README)) == BLOCK.findall(read(README_ZH))
+    english, chinese = pages
+    assert headings(english) == headings(chinese)
+    assert BLOCK.findall(read(english)) == BLOCK.findall(read(chinese))
 
 
 @pytest.mark.parametrize("name", [README, README_ZH])
@@ -166,21 +170,52 @@ def test_the_path_of_a_message_names_what_is_there():
     assert all(operator.attrgetter(name)(wxgpt) for name in names)
 
 
-def test_the_recipes_for_models_can_be_loaded(tmp_path):
-    """Each is an assistant of its own, and `check` knows its switch for thinking."""
-    recipes = "\n".join(
-        re.findall(r"(?ms)^```toml\n(.*?)^```$", read("docs/models.md"))
-    )
-    path = tmp_path / "wxgpt.toml"
+def recipes(name: str, path: pathlib.Path) -> dict[str, wxgpt.AssistantSettings]:
+    """Return the assistants of a page's recipes, loaded all together."""
+    tables = "\n".join(re.findall(r"(?ms)^```toml\n(.*?)^```$", read(name)))
     head = EXAMPLE.read_text("utf-8").partition("[assistants.")[0]
-    path.write_text(f"{head}\n{recipes}", "utf-8")
+    path.write_text(f"{head}\n{tables}", "utf-8")
     found = wxgpt.load_config(path).assistants
-    assert len(found) == recipes.count("[assistants.") == 7
-    thinking = [one for one in found.values() if one.extra]
-    switches = [switch_of(one).split("; or")[0] for one in thinking]
-    assert [tomllib.loads(line.partition(": ")[2]) for line in switches] == [
-        {"extra": one.extra} for one in thinking
-    ]
+    assert len(found) == len(re.findall(r"(?m)^\[assistants\.[^.]+\]$", tables))
+    return dict(found)
+
+
+def models_table(name: str) -> list[list[str]]:
+    """Return the cells of each row of the table at the top of the recipes."""
+    rows = re.findall(r"(?m)^\| \[.+\|$", read(name))
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+
+
+@pytest.mark.parametrize("name", [MODELS, MODELS_ZH])
+def test_the_recipes_for_models_can_be_loaded(tmp_path, name):
+    """Each is an assistant of its own; those of providers are in the table of all."""
+    found = recipes(name, tmp_path / "wxgpt.toml").values()
+    rows = [[cell.strip("`") for cell in row[1:3]] for row in models_table(name)]
+    shown = [[one.base_url, one.model] for one in found]
+    assert shown[: len(rows)] == rows  # what follows shows settings, not providers
+
+
+@pytest.mark.parametrize("name", [MODELS, MODELS_ZH])
+def test_check_advises_what_each_recipe_does(tmp_path, name):
+    """The recipe, its row in the table and `check` have the same switch for thinking."""
+    unneeded, rows = {"chatgpt", "gemini", "gateway"}, models_table(name)
+    found = recipes(name, tmp_path / "wxgpt.toml")
+    for (assistant, one), row in zip(found.items(), rows):
+        switch = switch_of(one).partition(": ")[2].partition(";")[0]
+        if assistant in unneeded:
+            assert not one.extra
+        else:
+            assert tomllib.loads(switch) == {"extra": one.extra}
+            assert f"`{switch}`" in row[-1]
+
+
+@pytest.mark.parametrize("name", [MODELS, MODELS_ZH])
+def test_the_table_of_recipes_leads_to_their_sections(name):
+    """GitHub names a heading's place by its letters, digits and hyphens."""
+    titles = re.findall(r"(?m)^## (.+)$", BLOCK.sub("", read(name)))
+    places = [re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles]
+    links = [row[0].partition("(#")[2].rstrip(")") for row in models_table(name)]
+    assert [place for place in places if place in links] == links
 
 
 @pytest.mark.parametrize(
@@ -192,6 +227,12 @@ def test_what_a_page_links_to_is_there(name):
     links = re.findall(r"\]\(([^)#:]+)\)|src=\"([^\":]+)\"", text)
     for link in map("".join, links):
         assert ((ROOT / name).parent / link).exists()
+
+
+def test_the_chinese_readme_links_to_chinese_pages():
+    """Where a page is there in Chinese, that is the one it leads to."""
+    links = re.findall(r"\]\((docs/\w+)\.md\)", read(README_ZH))
+    assert [link for link in links if (ROOT / f"{link}.zh-CN.md").exists()] == []
 
 
 def test_the_example_settings_of_the_readme_can_be_loaded(tmp_path):

@@ -40,7 +40,7 @@ from conftest import (
     toml,
 )
 from fake_openai import Script, Thought, fails, says
-from owner.check import Doctor
+from owner.check import Doctor, switch_of
 from waiting import within
 from wxgpt import AssistantSettings, ChatError, Config, Texts, WeChatSettings
 
@@ -217,7 +217,7 @@ THOUGHTS = Script([*(Thought("嗯") for _ in range(50)), "好"])
         "api.openai.com": 'extra.reasoning_effort = "none"',
         "api.deepseek.com": 'extra.thinking.type = "disabled"',
         "api.moonshot.cn": 'extra.thinking.type = "disabled"',
-        "open.bigmodel.cn": 'extra.thinking.type = "disabled"',
+        "open.bigmodel.cn": 'short: extra.reasoning_effort = "low"',
         "dashscope.aliyuncs.com": "extra.enable_thinking = false",
         "ollama.example:11434": 'extra.reasoning_effort = "none"',
         "gateway.example:4000": "`extra` (docs/models.md)",
@@ -230,6 +230,26 @@ async def test_hidden_thinking_is_a_warning(check, upstream, host, switch):
     known = {"chatgpt": {"base_url": f"http://{host}/v1", "proxy": proxy}}
     line = f"! .* s, 51 tokens for 1 characters: .* thinking .*{re.escape(switch)}"
     await assert_found(check(assistants=known), line)
+
+
+@pytest.mark.parametrize(
+    "host, model, advice",
+    [
+        ("api.moonshot.cn", "kimi-k2.6", "off: extra.thinking"),
+        ("api.moonshot.cn", "kimi-k3", "short: extra.reasoning_effort"),
+        ("open.bigmodel.cn", "glm-5-turbo", "off: extra.thinking"),
+        ("open.bigmodel.cn", "glm-5.2", "off: extra.thinking"),
+        ("open.bigmodel.cn", "glm-5.3-flash", "short: extra.reasoning_effort"),
+        ("api.z.ai", "glm-6", "short: extra.reasoning_effort"),
+        ("api.minimax.io", "MiniMax-M3", "off: extra.thinking"),
+        ("api.minimaxi.com", "MiniMax-M3.1-Flash", "short: extra.reasoning_effort"),
+        ("api.siliconflow.cn", "deepseek-ai/DeepSeek-V4", "off: extra.enable_thinking"),
+    ],
+)
+def test_the_switch_for_thinking_depends_on_the_model_too(host, model, advice):
+    """A provider's models that always think are asked to do so briefly."""
+    one = AssistantSettings(base_url=f"https://{host}/v1", api_key="k", model=model)
+    assert advice in switch_of(one)
 
 
 @pytest.mark.parametrize(
@@ -943,6 +963,7 @@ async def test_stats_count_by_day_and_by_subscriber(stats):
         {
             "openid": ANN[:8] + "…",
             "questions": 5,
+            "calls": 5,
             "failures": 1,
             "tokens_in": 400,
             "tokens_out": 40,
@@ -953,6 +974,7 @@ async def test_stats_count_by_day_and_by_subscriber(stats):
         {
             "openid": BOB[:8] + "…",
             "questions": 3,
+            "calls": 3,
             "failures": 1,
             "tokens_in": 400,
             "tokens_out": 198,
@@ -991,8 +1013,8 @@ async def test_stats_are_tables_for_people(stats):
 
 async def test_the_columns_of_stats_stand_under_their_names(stats):
     """Cells end where the name of their column ends; the last row is the sum."""
-    days, subscribers, _ = (await stats("--full")).split("\n\n")
-    for table in (days, subscribers):
+    days, subscribers, models, _ = (await stats("--full")).split("\n\n")
+    for table in (days, subscribers, models):
         head, *rows = table.splitlines()
         ends = [cell.end() for cell in re.finditer(r"\S+( \S+)*", head)][1:]
         for row in rows:

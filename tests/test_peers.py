@@ -17,7 +17,7 @@ from peers import KEY, Wiretap, litellm_proxy, small_model
 from test_owner import bad
 from test_pages import events_of
 from test_upstream import BUSY, LABEL, LONG, SETUP
-from waiting import within
+from waiting import limit, within
 
 pytestmark = pytest.mark.peers
 
@@ -165,6 +165,9 @@ async def test_a_failure_behind_the_gateway_is_a_sentence(talk, gateway, name):
     for seen in (first, again):
         assert seen.text.startswith(sentence) and seen.text.endswith("重试")
         assert not re.search("(?i)litellm|mock|http", seen.content)
+    async with limit(30, "line of the log for each call"):
+        while len(re.findall(line, "".join(process.log))) < 2 * calls:
+            await asyncio.sleep(0.1)
     log = "".join(process.log)
     assert len(re.findall(line, log)) == 2 * calls
     assert not re.search(f"(?i)litellm|mock|{KEY}|{STRANGER}", log)

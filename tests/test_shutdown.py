@@ -164,7 +164,7 @@ async def test_a_wait_that_ends_with_the_shutdown_is_answered(serve, upstream):
     tasks, loop = server.bot.tasks, asyncio.get_running_loop()
     [at] = {timer.when() for timer in tasks.waits.values()}
     shutting = loop.create_future()
-    loop.call_at(at, lambda: shutting.set_result(tasks.shut(at)))
+    loop.call_at(at, lambda: shutting.set_result(tasks.end_waits(at)))
     await within(30, "moment of the shutdown", shutting)
     assert (await waiting).text.startswith("到这里为止。")
 

@@ -34,6 +34,7 @@ PATIENCE = 30.0  # seconds an attempt lasts here: the first one brings the end
 SETUP, REFUSED, LONG = "模型服务需要管理员", "模型不愿回答", "这段对话太长"
 BUSY, BROKEN, SLOW = "模型这会儿太忙", "回答中断了", "模型太久没有回应"
 UNREACHABLE = "暂时连不上模型"
+BLIND = "这个模型看不懂图片"
 KIND = {SETUP: "setup", REFUSED: "refused", LONG: "long", BUSY: "busy"}
 CALLS = 3  # to the upstream for one question, at most
 
@@ -313,27 +314,50 @@ def test_an_error_says_whether_and_when_to_ask_again(headers, wait):
     assert (error.is_retryable, error.retry_in) == wait
 
 
-@pytest.mark.parametrize(
-    ("param", "code", "name"),
-    [
-        ("top_p", "unsupported_parameter", "top_p"),
-        ("thinking.type", "unknown_parameter", "thinking"),
-        ("top_p", "unsupported_value", "top_p"),
-    ],
-)
-def test_a_refused_field_is_an_error_of_its_own(param, code, name):
-    """It names the field of the request, also where only its inside is wrong."""
-    error = error_in(refusal(400, {"error": {"param": param, "code": code}}))
-    assert isinstance(error, wxgpt.FieldRefused)
-    assert (error.field, error.kind, error.is_retryable) == (name, "setup", False)
+# A request's optional fields, and the words of a refusal with the field it means.
+BODY = {
+    "model": "m",
+    "messages": [],
+    "stream": True,
+    "stream_options": {"include_usage": True},
+    "top_p": 0.5,
+    "thinking": {"type": "disabled"},
+    "extra_body": {"google": {"budget_tokens": 0}},
+}
+PYDANTIC = {
+    "type": "extra_forbidden",
+    "loc": ["body", "stream_options", "include_usage"],
+}
+LITERAL = {"loc": ["body", "top_p"], "msg": "Input should be less than 1"}
+REFUSALS_OF_A_FIELD = {
+    "a parameter": (error(param="top_p", code="unsupported_parameter"), "top_p"),
+    "its inside": (error(param="thinking.type", code="unknown"), "thinking"),
+    "a name in the message": (
+        error("Unrecognized argument: stream_options"),
+        "stream_options",
+    ),
+    "in one word": (error("does not support parameter topP."), "top_p"),
+    "in capitals": (error("TOP_P is out of range"), "top_p"),
+    "the first of several": (error("Unknown top_p; known: thinking"), "top_p"),
+    "FastAPI": ({"detail": [PYDANTIC]}, "stream_options"),
+    "Mistral": ({"object": "error", "message": {"detail": [LITERAL]}}, "top_p"),
+    "Gemini": ([error('Unknown name "thinking": Cannot find field.')], "thinking"),
+    "deep inside": (error("budgetTokens is not known"), "extra_body"),
+    "a code": (error(code="NotSupportThinking.top_p"), "top_p"),
+    "thinking": (error("This model is always reasoning"), "thinking"),
+    "思考": (error("该模型始终思考，不支持关闭", code="1210"), "thinking"),
+    "none": (error("Something is odd"), ""),
+    "a part of a word": (error("stopped at top_position"), ""),
+    "what must stay": (error("Unknown model", param="messages"), ""),
+}
 
 
-@pytest.mark.parametrize(
-    "fields", [{"param": "top_p", "code": "odd"}, {"code": "unsupported_value"}]
-)
-def test_an_error_without_a_refused_field_names_none(fields):
-    """A parameter is only mentioned, or a value refused without a name."""
-    assert type(error_in(refusal(400, {"error": fields}))) is wxgpt.ChatError
+@pytest.mark.parametrize("name", REFUSALS_OF_A_FIELD)
+def test_a_refused_field_is_found_by_its_name(name):
+    """In any wording and case; what turns thinking off also by a word about it."""
+    body, field = REFUSALS_OF_A_FIELD[name]
+    error = error_in(refusal(400, body))
+    assert wxgpt.refused_field(f"{error.detail} {error.words}", BODY) == field
 
 
 REFUSED_FIELD = refusal(400, error(param="top_p", code="unsupported_value"))
@@ -586,6 +610,132 @@ async def test_a_parameter_refused_again_and_again_is_no_loop(serve, upstream):
     assert len(upstream.requests) == 3
 
 
+async def test_all_optional_fields_may_be_refused_in_turn(serve, upstream, caplog):
+    """The first question learns it without a pause, the second one need not."""
+    extra = {"top_p": 0.5, "thinking": {"type": "disabled"}}
+    server = await talking(serve, assistants={"chatgpt": {"extra": extra}})
+    fields = ("top_p", "thinking", "stream_options", "reasoning_effort")
+    upstream.will(*map(unsupported, fields), "这次好了。")
+    began = time.monotonic()
+    assert (await server.ask("甲问")).text == "这次好了。" + LABEL
+    assert time.monotonic() - began < 0.37  # the first pause of an asking again
+    await server.ask("乙问")
+    assert len(upstream.requests) == len(fields) + 2
+    assert not set(fields) & set(upstream.requests[-1].body)
+    assert len(told(caplog)) == len(fields)
+
+
+async def test_a_field_may_be_refused_in_a_200(server, upstream):
+    """Asked again at once without it."""
+    refused = error("Unknown field stream_options", code=400)
+    upstream.will(Script(body=refused), "这次好了。")
+    assert (await server.ask(QUESTION)).text == "这次好了。" + LABEL
+    assert "stream_options" not in upstream.requests[1].body
+
+
+# What the owner must mend
+
+MEND = {
+    "key": (refusal(401, error("Incorrect API key provided")), "api_key"),
+    "money": (refusal(402, error("Insufficient Balance")), "api_key"),
+    "model": (refusal(404, error("The model x does not exist")), "model"),
+    "address": (refusal(404, "<h1>Not Found</h1>"), "base_url"),
+    "web page": (Script(body="<!doctype html>"), "base_url"),
+    "field": (refusal(400, error("Something is odd")), "extra"),
+    "country": (refusal(403, error("Country not supported")), "proxy"),
+}
+
+
+@pytest.mark.parametrize("name", MEND)
+async def test_the_owner_reads_which_setting_to_look_at(server, upstream, caplog, name):
+    """And the command that says more; after one call, and without a quotation."""
+    script, setting = MEND[name]
+    upstream.will(script)
+    seen = await server.ask(QUESTION)
+    assert seen.text.startswith(SETUP) and len(upstream.requests) == 1
+    [line] = told(caplog)
+    assert f"look at assistants.chatgpt.{setting}, " in line and "check" in line
+    assert_discreet(seen, caplog)
+
+
+# What an error means: a body, its status, and the kind
+
+SAID = {
+    "OpenAI prompt": ("your prompt was flagged as potentially", "refused"),
+    "DeepSeek": ("Content Exists Risk", "refused"),
+    "xAI": ("Content violates usage guidelines", "refused"),
+    "GLM": ("系统检测到输入可能包含不安全或敏感内容", "refused"),
+    "Spark": ("输入内容审核不通过，涉嫌违规", "refused"),
+    "Doubao money": ("your account has an overdue balance", "setup"),
+    "Kimi money": ("Your account org-x is suspended, please check", "setup"),
+    "xAI money": ("Your team has used all available credits", "setup"),
+    "one-api money": ("该令牌额度已用尽", "setup"),
+    "GLM plan": ("您的套餐已到期", "setup"),
+    "locked": ("账户因违规行为已被锁定", "setup"),
+    "rate": ("Rate limit reached for requests", "busy"),
+    "GLM rate": ("您的账户已达到速率限制", "busy"),
+    "Kimi": ("The engine is currently overloaded", "busy"),
+    "one-api": ("当前分组上游负载已饱和", "busy"),
+    "Gemini long": ("The input token count (9) exceeds the maximum number", "long"),
+    "Qwen long": ("Range of input length should be [1, 983616]", "long"),
+    "xAI long": ("This model's maximum prompt length is 131072", "long"),
+    "Anthropic long": ("prompt is too long: 9 tokens > 8 maximum", "long"),
+    "llama.cpp long": ("request (9 tokens) exceeds the available context", "long"),
+    "SiliconFlow long": (
+        "length of prompt_tokens must be less than max_seq_len",
+        "long",
+    ),
+    "Mistral long": ("Prompt contains 9 tokens, too large for model x", "long"),
+    "Groq long": ("Request too large for model on tokens per minute (TPM)", "long"),
+    "Doubao long": ("Total tokens of image and text exceed max tokens", "long"),
+    "Qwen free": ("The free tier of the model has been exhausted", "setup"),
+    "OpenRouter": ("x is not a valid model ID", "setup"),
+    "GLM long": ("输入超过了模型的上下文长度", "long"),
+    "gone": ("The model `x-vision` has been decommissioned", "setup"),
+    "VLM": ("The model is not a VLM. Please use text-only prompts.", "blind"),
+    "无视觉": ("该模型不支持图片输入", "blind"),
+}
+
+
+@pytest.mark.parametrize("status", [400, 429])
+@pytest.mark.parametrize("name", SAID)
+def test_an_error_is_known_by_its_words(name, status):
+    """Whatever the status: providers do not agree on that."""
+    message, kind = SAID[name]
+    assert error_in(refusal(status, {"error": {"message": message}})).kind == kind
+
+
+@pytest.mark.parametrize(("status", "kind"), [(413, "long"), (451, "refused")])
+def test_an_error_may_be_known_by_its_status(status, kind):
+    """Whatever it says."""
+    assert error_in(refusal(status)).kind == kind
+
+
+def test_a_limit_of_a_day_is_not_tried_again():
+    """It will not pass while somebody waits."""
+    error = error_in(refusal(429, {"error": "Rate limit exceeded: 50 per day"}))
+    assert (error.kind, error.is_retryable) == ("busy", False)
+
+
+def test_a_quota_of_dashscope_is_one_of_the_minute():
+    """It says so in OpenAI's words for a lack of money."""
+    error, asked = error_in(FINAL["quota"][0]), [{"role": "user", "content": "问"}]
+    kinds = []
+    for path in ("/v1", "/compatible-mode/v1"):
+        base_url = f"https://api.example{path}"
+        one = wxgpt.AssistantSettings(api_key="x", base_url=base_url)
+        judged = wxgpt.ChatClient(one, None).judged(error, asked)
+        kinds.append((judged.kind, judged.is_retryable))
+    assert kinds == [("setup", False), ("busy", True)]
+
+
+async def test_only_who_sent_a_picture_is_told_that_it_is_not_seen(server, upstream):
+    """A provider may say so about a text; that is the owner's matter."""
+    upstream.will(refusal(400, error(SAID["VLM"][0])))
+    assert (await server.ask(QUESTION)).text.startswith(SETUP)
+    assert len(upstream.requests) == 1
+
+
 # An end without a reason
 
 CUT = "\n\n（回答到了长度上限，可以问「接着说」）"
@@ -593,15 +743,18 @@ UNNAMED: dict[str, None] = {}
 NAMED = {"finish_reason": None}
 
 
-@pytest.mark.parametrize("choice, note", [(UNNAMED, ""), (NAMED, CUT)])
+@pytest.mark.parametrize(
+    "choice, text, note",
+    [(UNNAMED, "写到这里", ""), (NAMED, "写到这里。", ""), (NAMED, "写到这里", CUT)],
+)
 async def test_an_answer_broken_off_with_done_is_not_whole(
-    server, upstream, choice, note
+    server, upstream, choice, text, note
 ):
-    """A server that names reasons and gives none at [DONE] was interrupted."""
-    delta = {"delta": {"content": "写到这里。"}} | choice
+    """A server that names reasons, but none at [DONE], may have been interrupted."""
+    delta = {"delta": {"content": text}} | choice
     headers = {"Content-Type": "text/event-stream"}
     upstream.will(Script(body=sse({"choices": [delta]}, "[DONE]"), headers=headers))
-    assert (await server.ask(QUESTION)).text == "写到这里。" + LABEL + note
+    assert (await server.ask(QUESTION)).text == text + LABEL + note
     assert len(upstream.requests) == 1
 
 
@@ -796,6 +949,7 @@ def bytes_of(*pieces):
 
 
 GOOD = bytes_of(OK, delta("这次好了。"), END)
+GOOD_END = bytes_of(delta("这次好了。"), END)
 BEGUN = delta("写了一半")
 GARBLED = {
     "no HTTP": bytes_of(f"{QUOTE}\r\n\r\n".encode()),
@@ -847,7 +1001,6 @@ async def test_an_error_whose_body_does_not_come_is_known_by_its_status(
 
 DRIPS = {
     "nothing": b"",
-    "comments": b": keep-alive\n\n",
     "events without text": sse({"choices": [{"delta": {"content": ""}}]}).encode(),
     "a line without an end": b"x",
     "an event without an end": b"data: x\n",
@@ -856,13 +1009,29 @@ DRIPS = {
 
 @pytest.mark.parametrize("name", DRIPS)
 async def test_a_drip_without_a_word_is_given_up(serve, wire, caplog, name):
-    """Bytes are no sign of life; words are."""
+    """Bytes are no sign of life; words and comments are."""
     limits = {"first_token_timeout": 0.3}
     server = await talking(serve, assistants={"chatgpt": wire.settings | limits})
     wire.scripts = [lambda: chained(bytes_of(OK)(), for_ever(DRIPS[name]))]
     seen = await server.ask(QUESTION)
     assert seen.text == "这次好了。" + LABEL and wire.calls == 2
     assert "slow" in told(caplog)[0]
+
+
+async def test_comments_are_a_sign_of_life(serve, wire):
+    """Providers send them while a model has not begun; only the total ends them."""
+    limits = {"first_token_timeout": 0.3, "idle_timeout": 0.3, "timeout": 1}
+    server = await talking(serve, assistants={"chatgpt": wire.settings | limits})
+
+    async def patience():
+        for _ in range(6):
+            yield b": keep-alive\n\n"
+            await asyncio.sleep(0.1)
+
+    wire.scripts = [lambda: chained(bytes_of(OK)(), patience(), GOOD_END())]
+    assert (await server.ask(QUESTION)).text == "这次好了。" + LABEL
+    wire.scripts = [lambda: chained(bytes_of(OK)(), for_ever(b": keep-alive\n\n"))]
+    assert (await server.ask("再问")).text.startswith(SLOW) and wire.calls == 2
 
 
 async def test_a_drip_of_words_ends_with_the_time_for_all(serve, wire):
