@@ -63,6 +63,7 @@ import asyncio
 import base64
 import bisect
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -135,8 +136,11 @@ BEIJING = datetime.timezone(datetime.timedelta(hours=8))
 # WeChat delivers a sticker as one of these texts (from reports to many projects).
 STICKER_TEXTS = ("【收到不支持的消息类型，暂无法显示】", "[Unsupported Message]")
 
-# What XML 1.0 cannot contain, lone surrogates included; WeChat shows an error for it.
-ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+# What no text of others keeps: what XML 1.0 cannot contain, lone surrogates included
+# (WeChat shows an error for it), and Unicode's characters for internal use: our links.
+ILLEGAL = re.compile(
+    "[^\t\n\r\x20-\ud7ff\ue000-\ufdcf\ufdf0-\ufffd\U00010000-\U0010ffff]"
+)
 
 
 # ---------------------------------------------------------------------------
@@ -601,10 +605,33 @@ def is_signed(token: str, signature: str, *values: str) -> bool:
     return hmac.compare_digest(expected, signature.encode("utf-8", "replace"))
 
 
+MARKS_IN_A_ROW = 30  # combining ones, of Unicode's stream-safe format (UAX #15)
+LATE_MARKS = "\u0f73\u0f75\u0f81\uff9e\uff9f"  # become marks when they are normalised
+RARE_RUN = re.compile(f"[^\0-\u02ff\u3100-\u9fff\uac00-\ud7a3]{{{MARKS_IN_A_ROW},}}.")
+
+
+def stream_safe(text: str) -> str:
+    """Return text without what is over 30 combining marks in a row.
+
+    Unicode's normalising sorts them, in the square of their number.
+    """
+
+    def shorter(run: re.Match[str]) -> str:
+        kept, marks = [], 0
+        for char in run[0]:
+            is_mark = unicodedata.combining(char) or char in LATE_MARKS
+            marks = marks + 1 if is_mark else 0
+            if marks <= MARKS_IN_A_ROW:
+                kept.append(char)
+        return "".join(kept)
+
+    return RARE_RUN.sub(shorter, text)
+
+
 def read_xml(body: bytes) -> dict[str, str]:
     """Return the text fields of a push; raise BadMessage."""
     # Control characters that a subscriber pasted arrive as they are.
-    text = ILLEGAL.sub("", body.decode("utf-8", "ignore"))
+    text = stream_safe(ILLEGAL.sub("", body.decode("utf-8", "ignore")))
     try:
         root = xmltodict.parse(text).get("xml")
     except (ExpatError, ValueError) as error:
@@ -614,11 +641,14 @@ def read_xml(body: bytes) -> dict[str, str]:
     return {name: value for name, value in root.items() if isinstance(value, str)}
 
 
-def parse_envelope(body: bytes) -> str:
-    """Return the encrypted part of a push in safe mode; '' for anything else."""
-    with contextlib.suppress(BadMessage):
-        return read_xml(body).get("Encrypt", "")
-    return ""
+def find_encrypted(body: bytes) -> str:
+    """Return the encrypted part of a push in safe mode, without parsing; '' if none."""
+    # The last one: in 兼容模式 what a subscriber wrote stands before it.
+    _, tag, rest = body.rpartition(b"<Encrypt>")
+    value = rest.partition(b"</Encrypt>")[0].strip() if tag else b""
+    return (
+        value.removeprefix(b"<![CDATA[").removesuffix(b"]]>").decode(errors="replace")
+    )
 
 
 def parse_message(body: bytes) -> Message:
@@ -635,7 +665,7 @@ def parse_message(body: bytes) -> Message:
         msg_type=root["MsgType"].lower(),
         created=int(created) if re.fullmatch(r"[0-9]{1,12}", created) else 0,
         msg_id=root.get("MsgId", ""),
-        content=root.get("Content", ""),
+        content=stream_safe(root.get("Content", "")),
         event=root.get("Event", "").lower(),
         event_key=root.get("EventKey", ""),
         picture_url=root.get("PicUrl", ""),
@@ -697,7 +727,7 @@ class Cipher:
 
 def cdata(text: str) -> str:
     """Return text as XML character data that WeChat's parser reads."""
-    clean = ILLEGAL.sub("", text).replace("]]>", "]]]]><![CDATA[>")
+    clean = ILLEGAL.sub("\ufffd", text).replace("]]>", "]]]]><![CDATA[>")
     return f"<![CDATA[{clean}]]>"
 
 
@@ -719,15 +749,47 @@ def size_of(text: str) -> int:
     return len(text.encode())
 
 
-def escape_links(text: str) -> str:
-    """Return text in which WeChat finds no link: only our own may be tapped."""
-    return re.sub(r"<(?=/?a)", "<\u200b", text, flags=re.IGNORECASE)
+# Our links are made of these until a reply leaves: nobody else can write them.
+LINK_BEGIN, LINK_WORDS, LINK_END = "\ufdd0", "\ufdd1", "\ufdd2"
+OUR_LINK = re.compile(
+    f"{LINK_BEGIN}([^\ufdd0-\ufdd2]*){LINK_WORDS}([^\ufdd0-\ufdd2]*){LINK_END}"
+)
+ANCHOR = re.compile(r"""(?is)<a\s[^<>]*?href=(["'])(.*?)\1[^<>]*>(.*?)</a>""")
+
+
+def web_link(words: str, url: str) -> str:
+    """Return a link that opens a page; `outgoing` writes it as WeChat reads it."""
+    return f"{LINK_BEGIN}{url}{LINK_WORDS}{words}{LINK_END}"
+
+
+def with_links(text: str) -> str:
+    """Return a text of the owner's with its HTML links as links of ours."""
+    return ANCHOR.sub(lambda link: web_link(link[3], link[2]), text)
+
+
+def outgoing(text: str) -> str:
+    """Return a reply's text as it is sent: our own links in it, and no others.
+
+    Nothing is removed or decoded behind this gate, which could join others' characters
+    to a link.
+    """
+    kept, at = [], 0
+    for link in OUR_LINK.finditer(text):
+        anchor = f'<a href="{ILLEGAL.sub("", link[1])}">{no_link(link[2])}</a>'
+        kept += [no_link(text[at : link.start()]), anchor]
+        at = link.end()
+    return "".join([*kept, no_link(text[at:])])
+
+
+def no_link(text: str) -> str:
+    """Return text in which WeChat finds no link, and our XML nothing illegal."""
+    return re.sub(r"(?i)<(?=/?a)", "<\u200b", ILLEGAL.sub("", text))
 
 
 def excerpt(text: str, length: int = 12) -> str:
     """Return the beginning of a question as one line in which WeChat finds no link."""
     line = " ".join(text.split())
-    return escape_links(line if len(line) <= length else line[:length] + "…")
+    return line if len(line) <= length else line[:length] + "…"
 
 
 def tap_link(words: str, content: str = "") -> str:
@@ -737,23 +799,17 @@ def tap_link(words: str, content: str = "") -> str:
     and it ignores a link whose msgmenuid is empty.
     """
     sent = re.sub(r"[^\w()./_-]", "", content or words)
-    return (
-        f'<a href="weixin://bizmsgmenu?msgmenucontent={sent}&msgmenuid=1">{words}</a>'
-    )
+    return web_link(words, f"weixin://bizmsgmenu?msgmenucontent={sent}&msgmenuid=1")
 
 
 def with_taps(text: str, names: typing.Iterable[str]) -> str:
     """Return one of our own texts with each `/NAME` in it as a tap."""
+    text = with_links(text)
     longest_first = sorted(map(re.escape, names), key=len, reverse=True)
-    pattern = rf"(?<![\w/\"'=.>])/(?:{'|'.join(longest_first)})(?![\w/.])"
+    pattern = rf"(?<![\w/\"'=.>{LINK_WORDS}])/(?:{'|'.join(longest_first)})(?![\w/.])"
     # ASCII, so that \w is no Chinese character: Chinese puts no spaces around a name.
     flags = re.ASCII | re.IGNORECASE
     return re.sub(pattern, lambda match: tap_link(match[0]), text, flags=flags)
-
-
-def web_link(words: str, url: str) -> str:
-    """Return a link that opens a page."""
-    return f'<a href="{url}">{words}</a>'
 
 
 # ---------------------------------------------------------------------------
@@ -2111,7 +2167,7 @@ class ChatWriter:
 
 # --- The chat text of an answer
 
-MAX_UNREAD = 8_000  # characters; most answers are shorter, so read only when asked for
+MAX_UNREAD = 2000  # characters: what is asked for at once takes a few milliseconds
 MAX_LEADING = 2000  # characters of such lines in a row
 # Lines that no part may end with: headings and list marks go with what follows.
 LEADING = re.compile(r"[ │•]*(?:【[^\n]*】|\d{1,4}[.)、）]|[•☐☑│])")
@@ -2119,14 +2175,16 @@ LEADING = re.compile(r"[ │•]*(?:【[^\n]*】|\d{1,4}[.)、）]|[•☐☑│
 
 def end_before_leading(text: str) -> int:
     """Return where a text ends without the headings and list marks at its end."""
-    end = len(text)
-    while end > len(text) - MAX_LEADING:
-        last = len(text[:end].rstrip())
-        begin = text.rfind("\n", 0, last) + 1
-        if not LEADING.fullmatch(text, begin, last):
-            return end
+    before = max(0, len(text) - 2 * MAX_LEADING)
+    end_of = text[before:]
+    end = len(end_of)
+    while end > len(end_of) - MAX_LEADING:
+        last = len(end_of[:end].rstrip())
+        begin = end_of.rfind("\n", 0, last) + 1
+        if not LEADING.fullmatch(end_of, begin, last):
+            return before + end
         end = begin
-    return end if end <= 0 else len(text)
+    return before + end if before + end <= 0 else len(text)
 
 
 class ChatText:
@@ -2137,20 +2195,20 @@ class ChatText:
         self.kinds: collections.Counter[str] = collections.Counter()  # of its tokens
         self.unread = markdown  # read in bulk: the text is rarely asked for
         self.shown = ""
+        self.stable: str | None = ""  # what of that is final; None: not known
 
     def feed(self, delta: str) -> None:
         """Add what the model has written."""
         self.unread += delta
         if len(self.unread) > MAX_UNREAD:  # or too much work would come at once
-            self.read(MAX_UNREAD - MAX_WINDOW)
+            self.read()
 
-    def read(self, left: int) -> None:
-        """Read what has been added, except for the last `left` characters."""
-        end = max(0, len(self.unread) - left)
-        for begin in range(0, end, MAX_WINDOW):
-            self.reader.feed(self.unread[begin : min(end, begin + MAX_WINDOW)])
+    def read(self) -> None:
+        """Read what has been added."""
+        for begin in range(0, len(self.unread), MAX_WINDOW):
+            self.reader.feed(self.unread[begin : begin + MAX_WINDOW])
             self.write()  # the tokens take far more memory than the text
-        self.unread = self.unread[end:]
+        self.unread = ""
 
     def write(self) -> None:
         """Write what has been read."""
@@ -2158,20 +2216,25 @@ class ChatText:
             self.writer.write(token)
             self.kinds.update([token.type, *(t.type for t in token.children or [])])
         self.reader.tokens.clear()
-        self.shown += "".join(self.writer.out)
+        if self.writer.out:
+            self.shown += "".join(self.writer.out)
+            self.stable = None
         self.writer.out.clear()
 
     def text(self, has_ended: bool) -> str:
         """Return the chat text; while the answer grows, the part that is final."""
-        self.read(0)
+        self.read()
         if has_ended:
             self.reader.finish()
             self.write()
-        return self.shown if has_ended else self.shown[: end_before_leading(self.shown)]
+            return self.shown
+        if self.stable is None:
+            self.stable = self.shown[: end_before_leading(self.shown)]
+        return self.stable
 
     def has_more_on_page(self) -> bool:
         """Say whether the page shows more: code, a table, formulas, pictures, links."""
-        self.read(0)
+        self.read()
         shown = {"table_open", "code_open", "image", "math_inline", "math_block"}
         is_long = self.kinds["heading_open"] >= 2 or self.kinds["link_open"] >= 3
         return is_long or not shown.isdisjoint(self.kinds)
@@ -2182,25 +2245,22 @@ def chat_text(markdown: str) -> str:
     return ChatText(markdown).text(has_ended=True)
 
 
+TEXT_END = re.compile(rf"\n|{SENTENCE_END.pattern}")
+
+
 def markdown_length(markdown: str, chat_length: int) -> int:
     """Return how much of a text has a chat text of at most `chat_length` characters."""
 
     def length(end: int) -> int:
         return len(chat_text(markdown[:end]))
 
-    chat, begin, line = ChatText(), 0, ""  # of the last line that may fit
-    for following in markdown.splitlines(keepends=True):
-        begin, line = begin + len(line), following
-        chat.feed(line)
-        if len(chat.text(has_ended=False)) > chat_length:
-            break
-    ends = [begin, *(begin + found.end() for found in SENTENCE_END.finditer(line))]
-    ends.append(begin + len(line))
-    end = ends[bisect.bisect_right(ends, chat_length, lo=1, key=length) - 1]
-    # A mark that is open shows more than the same mark once it is closed.
-    while end > 0 and length(end) > chat_length:
-        end = markdown.rfind("\n", 0, end)
-    return max(0, end)
+    most = 2 * chat_length + 100
+    while most < len(markdown) and length(most) <= chat_length:
+        most *= 2
+    ends = [0, *(found.end() for found in TEXT_END.finditer(markdown, 0, most))]
+    if most >= len(markdown):
+        ends.append(len(markdown))
+    return ends[bisect.bisect_right(ends, chat_length, lo=1, key=length) - 1]
 
 
 # --- Cuts
@@ -2276,26 +2336,30 @@ def cut_text(text: str, room: int) -> int:
 # --- Blocked words
 #
 # Words and texts are compared as people read them: in Unicode's compatibility form,
-# without case, white space, what has no width, and the marks of Markdown.
+# without case, white space, what has no width or is written over a character, and the
+# marks of Markdown.
 
 IGNORED = re.compile(
     r"[\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
-    r"\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e0fff*_~`\\]"
+    r"\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e0fff*_~`\\"
+    r"\x7f-\x9f\ufff9-\ufffb"  # and what is written over a character, or around it:
+    r"\u0334-\u0338\u20d2-\u20d3\u20d8-\u20da\u20dd-\u20e0\u20e2-\u20e6\u20ea-\u20eb]"
 )
 ENTITY_OR_CHARACTER = re.compile(rf"{ENTITY}|.", re.DOTALL | re.IGNORECASE | re.ASCII)
 OPEN_ENTITY = re.compile(r"&[^;&]{0,33}\Z")  # none is longer
-MARKS_IN_A_ROW = 30  # of Unicode's stream-safe format (UAX #15)
 
 
 def compared(text: str) -> str:
     """Return a text as blocked words are compared with it."""
     text = re.sub(ENTITY, lambda entity: html.unescape(entity[0]), text, flags=re.I)
-    kept, marks = [], 0  # normalising a long run of combining marks is quadratic
-    for char in text:
-        marks = marks + 1 if unicodedata.combining(char) else 0
-        if marks <= MARKS_IN_A_ROW:
-            kept.append(char)
-    return IGNORED.sub("", unicodedata.normalize("NFKC", "".join(kept)).casefold())
+    normal = unicodedata.normalize("NFKC", stream_safe(text))
+    return IGNORED.sub("", normal.casefold())
+
+
+# What the chat shows and the page does not: addresses, and what stands for its layout.
+CHAT_ONLY = re.compile(
+    r"（[!-~]{1,4000}）|\[图片：|\] [!-~]{1,4000}|│|(?<=[_^])\(|\^\(?"
+)
 
 
 def combines(before: str, after: str) -> bool:
@@ -2312,7 +2376,7 @@ def clusters(text: str) -> Iterator[str]:
     """Yield each character, or entity, with the marks that change it."""
     cluster = ""
     for sign in ENTITY_OR_CHARACTER.findall(text):
-        if cluster and not combines(cluster, sign):
+        if len(cluster) > MARKS_IN_A_ROW or cluster and not combines(cluster, sign):
             yield cluster
             cluster = ""
         cluster += sign
@@ -2336,7 +2400,7 @@ class BlockedWords:
             return
         lines = pathlib.Path(self.path).read_text("utf-8-sig").splitlines()
         words = (line for line in lines if not line.lstrip().startswith("#"))
-        self.words = set(map(compared, words)) - {""}
+        self.words = set(compared("\0".join(words)).split("\0")) - {""}
         self.lengths = collections.defaultdict(set)
         for word in self.words:
             self.lengths[word[0]].add(len(word))
@@ -2356,6 +2420,13 @@ class BlockedWords:
         """Say whether a text has one of the words."""
         return bool(self.words) and self.are_in_form(compared(text))
 
+    def are_in_question(self, text: str) -> bool:
+        """Say whether a question has one, as it is written or as it would be shown."""
+        if not self.words:
+            return False
+        read = chat_text(text)
+        return any(map(self.are_in, (text, read, CHAT_ONLY.sub("", read))))
+
 
 class WordGuard:
     """Delays a stream just enough that no blocked word is shown in pieces."""
@@ -2366,6 +2437,13 @@ class WordGuard:
         # Clusters held back, with their lengths as compared; `form` is all of them.
         self.held: collections.deque[tuple[str, int]] = collections.deque()
         self.form = ""
+        self.seen = {"chat": "", "page": ""}  # the ends of what they show, as compared
+
+    def sees(self, where: str, text: str) -> bool:
+        """Say whether a blocked word is in what is shown, of which this is new."""
+        form = compared(self.seen[where] + text)
+        self.seen[where] = form[-self.blocked.longest :]
+        return self.blocked.are_in_form(form)
 
     def feed(self, delta: str, is_end: bool = False) -> tuple[str, bool]:
         """Return what may be shown now, and whether a blocked word came."""
@@ -2469,7 +2547,6 @@ class Ending:
     tokens_out: int | None
 
 
-LONG_CHARS = 10_000  # it takes some ten milliseconds to read an answer of this length
 SENTENCE_SIGN = re.compile(r"[。！？…!?.\n]")
 
 
@@ -2516,6 +2593,11 @@ class Turn:
         return f"turn={self.id} msg={self.msg_key.split()[1]} from={self.openid[:8]}"
 
     @property
+    def chars(self) -> int:
+        """Return how long question and answer are."""
+        return len(self.question) + len(self.answer)
+
+    @property
     def is_open(self) -> bool:
         """Say whether it is still being written, or waits to be."""
         return self.state == "open"
@@ -2531,23 +2613,15 @@ class Turn:
 
     def has_part(self, start: int) -> bool:
         """Say whether a reply from `start` on is full, or the answer has ended."""
-        return not self.is_open or size_of(self.shown()[start:]) > REPLY_BYTES
+        if not self.is_open:
+            return True
+        return size_of(self.shown()[start : start + REPLY_BYTES + 1]) > REPLY_BYTES
 
-    async def read(self) -> "Turn":
-        """Read the answer that came with the row; return the turn.
-
-        A long one is read in a thread: it takes up to a second, and pushes cannot wait.
-        """
-        if len(self.answer) > LONG_CHARS:
-            await asyncio.to_thread(self.replace_text, self.answer)
-        else:
-            self.replace_text(self.answer)
+    def read(self) -> "Turn":
+        """Read the answer that came with the row, for seconds at worst."""
+        self.chat = ChatText(self.answer)
+        self.shown()
         return self
-
-    def replace_text(self, text: str) -> None:
-        """Replace what was written."""
-        self.answer, self.chat = text, ChatText(text)
-        self.shown()  # reads it here, where `read` has put it in a thread
 
     def append(self, delta: str) -> None:
         """Add a delta."""
@@ -2562,23 +2636,22 @@ class Turn:
             self.news.look()
         self.deltas.look()
 
-    def restart(self, text: str = "") -> None:
+    def restart(self) -> None:
         """Start the answer over; nothing of it has been sent yet."""
         self.writing = secrets.token_hex(4)
-        self.replace_text(text)
+        self.answer, self.chat = "", ChatText()
         self.deltas.look()
 
-    def drop_thought(self) -> None:
-        """Drop what was written but not sent: it turned out to be a thought."""
-        sent = max(self.stops.values(), default=0)
-        text = self.answer[: markdown_length(self.answer, sent)]
-        text += self.shown()[len(chat_text(text)) : sent]  # sent in the midst of a mark
-        self.restart(text and f"{text}\n\n")
+    def as_sent(self, text: str) -> str:
+        """Return what of a text was sent in replies."""
+        return text[: markdown_length(text, max(self.stops.values(), default=0))]
 
-    def withhold(self) -> None:
-        """Drop what no reply has sent."""
-        sent = max(self.stops.values(), default=0)
-        self.replace_text(self.answer[: markdown_length(self.answer, sent)])
+    def without_thought(self, text: str) -> str:
+        """Return what of a text was sent; the rest turned out to be a thought."""
+        sent, kept = max(self.stops.values(), default=0), self.as_sent(text)
+        # Sent in the midst of a mark:
+        kept += ChatText(text).text(has_ended=False)[len(chat_text(kept)) : sent]
+        return kept and f"{kept}\n\n"
 
     def finish(self, state: str, reason: str | None = None) -> None:
         """End the answer, and wake all who wait for it."""
@@ -2594,7 +2667,7 @@ class Turn:
 # and all of its SQL stands in it:
 #
 #   a message   what is known of it and of its sender: recall; its reply: save_reply,
-#               mark_delivered, mark_read; when it was signed: note_push
+#               mark_delivered, mark_read
 #   a session   start_, end_, touch_, reopen_session, lapsed_session; add_picture
 #   a turn      add_turn, questions_of_day, count_asking, save_texts, begin_anew,
 #               finish_turn; turn, turn_by_link, open_turns, newest_failed, turns_of;
@@ -2811,6 +2884,9 @@ def write_due(_: sqlite3.Connection, file: int, due: Due) -> None:
     os.fsync(file)
 
 
+PAGE_CHARS = 100_000  # of questions and answers on a page of the history
+
+
 class Store:
     """All that outlives the process. `open_store` opens it; `close` ends its thread.
 
@@ -2826,8 +2902,6 @@ class Store:
         self.file = file  # NAME-duty, locked
         self.due = read_due(file)
         self.forgetting = asyncio.Lock()  # one deletion at a time
-        self.newest_push = 0  # newest timestamp of a signed push, seconds
-        self.saved_push = 0  # the one in the database, up to a minute older
         self.secret = b""  # keys the hashes under which questions are counted
 
     async def rows(self, query: str, **values: object) -> list:
@@ -2845,18 +2919,9 @@ class Store:
         for number, step in enumerate(steps[version:], version + 1):
             statements = [*split_statements(step), f"PRAGMA user_version = {number}"]
             await self.run([(statement, {}) for statement in statements])
-        [(newest, secret)] = await self.rows("SELECT newest_push, secret FROM platform")
-        self.newest_push = self.saved_push = newest
-        self.secret = secret
+        [(self.secret,)] = await self.rows("SELECT secret FROM platform")
 
     # A message and its reply
-
-    async def note_push(self, timestamp: int) -> None:
-        """Keep the newest timestamp of a signed push, written once a minute."""
-        self.newest_push = max(self.newest_push, timestamp)
-        if self.newest_push >= self.saved_push + 60:
-            self.saved_push = self.newest_push
-            await self.rows("UPDATE platform SET newest_push = :at", at=timestamp)
 
     async def recall(self, key: str, openid: str, now: float) -> Recalled:
         """Return what is stored about a message and its sender, in one hop."""
@@ -3142,13 +3207,24 @@ class Store:
         return None
 
     async def turns_of(self, openid: str, before: int, count: int) -> list[Turn]:
-        """Return a subscriber's turns below an id, newest first."""
+        """Return a subscriber's turns below an id, newest first.
+
+        The last one is that in which their characters exceed PAGE_CHARS.
+        """
+        query = """
+            SELECT id, length(question) + length(answer) FROM turn
+            WHERE openid = :openid AND id < :before ORDER BY id DESC LIMIT :count
+        """
+        values, first, chars = {"openid": openid, "before": before}, before, 0
+        for turn_id, size in await self.rows(query, count=count, **values):
+            if chars > PAGE_CHARS:
+                break
+            first, chars = turn_id, chars + size
         query = """
             SELECT * FROM exchange WHERE openid = :openid AND id < :before
-            ORDER BY id DESC LIMIT :count
+            AND id >= :first ORDER BY id DESC
         """
-        rows = await self.rows(query, openid=openid, before=before, count=count)
-        return [Turn(*row) for row in rows]
+        return [Turn(*row) for row in await self.rows(query, first=first, **values)]
 
     # Parts
 
@@ -3854,6 +3930,39 @@ class ThoughtEnd(str):
 USAGE_SECONDS = 2  # how long a complete answer waits for its usage
 
 
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture among messages; it becomes base64 only while a request is written."""
+
+    kind: str
+    body: bytes
+
+
+PIECE_BYTES = 48 * 1024  # of a picture that is encoded at once; a multiple of three
+
+
+def render_request(body: dict) -> tuple[int, AsyncIterator[bytes]]:
+    """Return the length of a request's JSON, and its pieces."""
+    pictures: list[bytes] = []
+    mark = secrets.token_hex(16)  # where one belongs; nobody's text has it
+
+    def place(picture: Picture) -> str:
+        pictures.append(picture.body)
+        return f"data:{picture.kind};base64,{mark}"
+
+    text = json.dumps(body, default=place)
+    texts = text.split(mark)
+    length = sum(map(len, texts)) + sum((len(one) + 2) // 3 * 4 for one in pictures)
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for part, picture in zip(texts, [*pictures, b""], strict=True):
+            yield part.encode()
+            for at in range(0, len(picture), PIECE_BYTES):
+                yield base64.b64encode(picture[at : at + PIECE_BYTES])
+
+    return length, pieces()
+
+
 class ChatClient:
     """One assistant's chat API. Any number of answers may stream at the same time."""
 
@@ -3886,10 +3995,11 @@ class ChatClient:
         """Return the response to a question, to be closed; raise ChatError."""
         while True:
             body = self.request_body(messages)
+            length, pieces = render_request(body)
             response = await self.http.post(
                 self.url,
-                json=body,
-                headers=self.headers,
+                data=pieces,
+                headers=self.headers | {"Content-Length": str(length)},
                 proxy=self.settings.proxy or None,
                 allow_redirects=False,
             )
@@ -3997,6 +4107,7 @@ class ChatClient:
 PICTURE_BYTES = 4 * 1024 * 1024  # a third more in a request, as base64
 PICTURE_FETCHES = 3  # at the same time, for all subscribers
 PICTURE_TIMEOUT = 20  # seconds for one picture
+PICTURES_BYTES = 8 * PICTURE_BYTES  # of questions that are being answered, in all
 MAGIC = {
     "image/jpeg": rb"\xff\xd8\xff",
     "image/png": rb"\x89PNG\r\n\x1a\n",
@@ -4011,9 +4122,36 @@ class Pictures:
     def __init__(self, hosts: tuple[str, ...], http: aiohttp.ClientSession) -> None:
         self.hosts, self.http = hosts, http
         self.slots = asyncio.Semaphore(PICTURE_FETCHES)
+        self.room = PICTURES_BYTES  # that is left
+        self.news = asyncio.Condition()  # there is more room
 
-    async def fetch(self, url: str) -> str:
-        """Return a picture as a data URL; raise ChatError.
+    @contextlib.asynccontextmanager
+    async def fetch_all(self, urls: list[str]) -> AsyncIterator[list[Picture]]:
+        """Give a question's pictures, once there is room; raise ChatError.
+
+        Inside the block they take their room.
+        """
+        size = len(urls) * PICTURE_BYTES
+        async with self.news:
+            await self.news.wait_for(lambda: self.room >= size)
+            self.room -= size
+        try:
+            pictures = await asyncio.gather(*map(self.fetch, urls))
+            spare = size - sum(len(picture.body) for picture in pictures)
+            await self.give_back(spare)
+            size -= spare
+            yield pictures
+        finally:
+            await self.give_back(size)
+
+    async def give_back(self, size: int) -> None:
+        """Let others have room that was taken."""
+        self.room += size
+        async with self.news:
+            self.news.notify_all()
+
+    async def fetch(self, url: str) -> Picture:
+        """Return a picture; raise ChatError.
 
         Its own URL would not do: a provider abroad may not reach WeChat's hosts.
         """
@@ -4030,7 +4168,7 @@ class Pictures:
             raise ChatError("picture", f"not fetched: {name}") from error
         for kind, magic in MAGIC.items():
             if re.match(magic, body, re.DOTALL):
-                return f"data:{kind};base64,{base64.b64encode(body).decode()}"
+                return Picture(kind, body)
         raise ChatError("picture", "neither JPEG, PNG, GIF nor WebP")
 
     async def read(self, url: str) -> bytes:
@@ -4122,6 +4260,29 @@ class Tasks:
         for task in list(self.running):
             task.cancel()
         await asyncio.gather(*self.running, return_exceptions=True)
+
+
+LONG_WORKS = 8  # results that are kept
+
+
+class LongWork:
+    """Work that would hold up everybody: in two threads, once for all who want it."""
+
+    def __init__(self) -> None:
+        self.threads = concurrent.futures.ThreadPoolExecutor(2)
+        self.results: dict[object, asyncio.Future] = {}  # the newest, by their keys
+
+    def run(self, work: Callable, *args: object) -> asyncio.Future:
+        """Run a function in a thread."""
+        return asyncio.get_running_loop().run_in_executor(self.threads, work, *args)
+
+    async def once(self, key: object, work: Callable, *args: object) -> typing.Any:
+        """Return what a function gives, or gave for this key a short time ago."""
+        if key not in self.results:
+            self.results[key] = self.run(work, *args)
+        if len(self.results) > LONG_WORKS:
+            del self.results[next(iter(self.results))]
+        return await asyncio.shield(self.results[key])
 
 
 class Subscriber:
@@ -4225,6 +4386,42 @@ class MuteGuard:
         return True
 
 
+class ReplayGuard:
+    """Knows which signed requests are of now, and whose message came with a signature.
+
+    A query does not cover its body, and digits moved between timestamp and nonce leave
+    its signature right: so that belongs to one message. 100 pushes a second take 30 MB.
+    """
+
+    SECONDS = 600  # how far a timestamp may be off
+
+    def __init__(self, clock: Callable[[], float], warn: Callable[..., None]) -> None:
+        self.clock, self.warn = clock, warn  # the loop's clock; Bot.warn
+        self.began = time.time() - clock()  # the wall clock when that was 0
+        # A signature's message, hashed, for 20 to 30 minutes: timestamps may be ahead.
+        self.owners: collections.ChainMap[str, int] = collections.ChainMap()
+        self.next_map_at = clock()
+
+    def is_fresh(self, timestamp: str) -> bool:
+        """Say whether a timestamp is near our clock, or near it had it never jumped."""
+        signed = int(timestamp) if re.fullmatch("[0-9]{10}", timestamp) else -1e9
+        clocks = time.time(), self.began + self.clock()
+        seconds = min((now - signed for now in clocks), key=abs)
+        if abs(seconds) > self.SECONDS:
+            self.warn("stale push refused: our clock is %+.0f s off its time", seconds)
+        return abs(seconds) <= self.SECONDS
+
+    def is_first(self, signature: str, message: object) -> bool:
+        """Say whether no other message came with this signature before."""
+        if self.clock() >= self.next_map_at:
+            self.next_map_at = self.clock() + self.SECONDS
+            self.owners = collections.ChainMap({}, *self.owners.maps[:2])
+        is_its_own = self.owners.setdefault(signature, hash(message)) == hash(message)
+        if not is_its_own:
+            self.warn("replayed push refused: another message had its signature")
+        return is_its_own
+
+
 # ---------------------------------------------------------------------------
 # 10. The bot
 #
@@ -4238,6 +4435,7 @@ class MuteGuard:
 
 Command = Callable[["Bot", Delivery], Awaitable[str]]
 COMMANDS: dict[str, Command] = {}
+COMMAND_CHARS = 64  # what is longer is no command and no tap
 
 
 def command(name: str) -> Callable[[Command], Command]:
@@ -4251,7 +4449,13 @@ def command(name: str) -> Callable[[Command], Command]:
 
 
 def folded(text: str) -> str:
-    """Return text as commands are compared: full-width forms and case do not matter."""
+    """Return text as commands are compared: full-width forms and case do not matter.
+
+    What is too long for a command stays as it is.
+    """
+    text = text.strip()
+    if len(text) > COMMAND_CHARS:
+        return text
     return unicodedata.normalize("NFKC", text).strip().casefold()
 
 
@@ -4270,7 +4474,7 @@ def find_assistant(text: str, names: typing.Iterable[str]) -> tuple[str, str] | 
     if not folded(text[:1]).startswith("/"):
         return None
     for name in sorted(names, key=len, reverse=True):
-        wanted = "/" + folded(name)
+        wanted = folded("/" + name)
         for end in range(1, min(len(text), 2 * len(wanted)) + 1):
             if folded(text[:end]) == wanted:
                 return name, text[end:].strip()
@@ -4316,10 +4520,15 @@ def continue_tap(number: int) -> str:
     return tap_link(f"继续{number}")
 
 
+def sent_size(text: str) -> int:
+    """Return the size that a text has when it is sent."""
+    return size_of(outgoing(text))
+
+
 def cut_reply(text: str, room: int) -> int:
     """Return how much of a chat text fits `room` bytes once links are escaped."""
     cut = cut_text(text, room)
-    while (over := size_of(escape_links(text[:cut])) - room) > 0:
+    while (over := sent_size(text[:cut]) - room) > 0:
         cut = cut_text(text, size_of(text[:cut]) - over)
     return cut
 
@@ -4337,11 +4546,23 @@ SAVE_SECONDS = 1.0  # how often the text so far is stored
 REPEAT_SECONDS = 60  # the same question again within this time joins the first
 RETRY_PAUSES = (0.5, 1.0)  # seconds before a question is asked again
 RECENT_SECONDS = 3600  # how far back 继续 and 重试 look outside a session
-FORGET_SECONDS = 300  # how long 确认删除 counts
+FORGET_SECONDS = 300  # how long 确认删除 is accepted
 PRUNE_SECONDS = 600.0  # how often what has served its time is deleted
 HOLD_SECONDS = 3.0  # how long a timed-out request is kept open before it is dropped
-# After a link in the chat text; the page shows the link's words alone.
-SHOWN_ADDRESS = re.compile("（[!-~]{1,2000}）")
+PAGES_AT_ONCE = 8  # that are loaded, rendered or written
+DELTA_CHARS = 500  # what is appended at once; between two pieces others have a turn
+
+
+async def in_pieces(
+    stream: AsyncIterator[str | Ending],
+) -> AsyncGenerator[str | Ending, None]:
+    """Yield what a model streams; a long delta in pieces."""
+    async for item in stream:
+        while isinstance(item, str) and len(item) > DELTA_CHARS:
+            yield item[:DELTA_CHARS]
+            item = item[DELTA_CHARS:]
+            await asyncio.sleep(0)
+        yield item
 
 
 class Bot:
@@ -4357,14 +4578,18 @@ class Bot:
         cipher: Cipher | None,  # in safe mode
     ) -> None:
         self.config = config
-        self.texts = config.texts
+        lines = vars(config.texts).items()
+        self.texts = Texts({name: with_links(line) for name, line in lines})
         self.store = store
         self.chat = chat
         self.pictures = pictures
         self.blocked = blocked
         self.cipher = cipher
         self.tasks = Tasks()
+        self.work = LongWork()
+        self.pages = asyncio.Semaphore(PAGES_AT_ONCE)
         self.guard = MuteGuard(config.wechat.mute_guard)
+        self.replays = ReplayGuard(self.tasks.loop.time, self.warn)
         self.slots = asyncio.Semaphore(config.limits.at_once)  # first come first
         self.deliveries: dict[str, Delivery] = {}  # of the last minute, by message key
         self.turns: dict[int, Turn] = {}  # being written or waiting
@@ -4392,17 +4617,18 @@ class Bot:
             left = self.tasks.closes_at - self.tasks.loop.time()
             await asyncio.wait(writing, timeout=max(0, left))
         await self.tasks.close()
+        self.work.threads.shutdown(wait=False, cancel_futures=True)
 
     def subscriber(self, openid: str) -> Subscriber:
         """Return a subscriber's state, new if nothing of theirs is in progress."""
         return self.subscribers.setdefault(openid, Subscriber())
 
-    def warn(self, words: str) -> None:
+    def warn(self, words: str, *values: object) -> None:
         """Log a warning, but not twice in a minute."""
         minute = int(self.tasks.loop.time() // 60)
         if self.warned.get(words) != minute:
             self.warned[words] = minute
-            log.warning("%s", words)
+            log.warning(words, *values)
 
     def tappable(self, text: str) -> str:
         """Return one of our own texts with the commands in it as taps."""
@@ -4419,8 +4645,8 @@ class Bot:
         count = len(json.loads(turn.pictures or "[]"))
         return turn.question.removeprefix(self.texts.word_picture * count)
 
-    async def messages_for(self, turn: Turn) -> list[dict]:
-        """Return what the model gets; raise ChatError if a picture is not fetched."""
+    async def messages_for(self, turn: Turn, pictures: list[Picture]) -> list[dict]:
+        """Return what the model gets: prompt, the session so far, the question."""
         prompt = self.config.assistants[turn.assistant].system_prompt
         messages: list[dict] = []
         if prompt:
@@ -4430,18 +4656,17 @@ class Bot:
             messages.append({"role": "user", "content": question})
             messages.append({"role": "assistant", "content": answer})
         content: str | list[dict] = turn.question
-        if urls := json.loads(turn.pictures or "[]"):
+        if pictures:
             content = [{"type": "text", "text": self.question_words(turn)}]
-            for url in await asyncio.gather(*map(self.pictures.fetch, urls)):
-                picture = {"url": url, "detail": "low"}
-                content.append({"type": "image_url", "image_url": picture})
+            urls = [{"url": url, "detail": "low"} for url in pictures]
+            content += [{"type": "image_url", "image_url": url} for url in urls]
         return [*messages, {"role": "user", "content": content}]
 
     def show(self, turn: Turn, guard: WordGuard, delta: str, is_end: bool) -> None:
         """Append what of a stream may be shown; raise ChatError for a blocked word.
 
-        Links and tags may split a word in the Markdown that is whole in the chat, so
-        the chat text is searched as well, before anybody who waits can see it.
+        Links and tags part a word in the Markdown that is whole in the chat or on the
+        page: so what they show is looked through as well, before anybody is told.
         """
         text, is_blocked = guard.feed(delta, is_end)
         if text and not is_blocked and not self.blocked.words:
@@ -4449,9 +4674,9 @@ class Bot:
         elif text and not is_blocked:
             before = len(turn.shown())
             turn.append(text)
-            shown = turn.shown()[max(0, before - 4 * self.blocked.longest) :]
-            on_page = SHOWN_ADDRESS.sub("", shown)
-            is_blocked = self.blocked.are_in(shown) or self.blocked.are_in(on_page)
+            shown = turn.shown()[before:]
+            on_page = CHAT_ONLY.sub("", shown)
+            is_blocked = guard.sees("chat", shown) or guard.sees("page", on_page)
         if is_blocked:
             raise ChatError("blocked", "a blocked word in the answer")
 
@@ -4464,15 +4689,18 @@ class Bot:
         """Append what the model streams; return the Ending, or raise ChatError."""
         guard = WordGuard(self.blocked)
         ending = Ending("length", "", None, None)  # of an answer that goes on for ever
-        async with contextlib.aclosing(stream):
-            async for item in stream:
+        async with (
+            contextlib.aclosing(stream),
+            contextlib.aclosing(in_pieces(stream)) as pieces,
+        ):
+            async for item in pieces:
                 if isinstance(item, Ending):
                     ending = item
                     break
                 if is_resumed and not turn.answer:
                     await self.begin_anew(turn)
                 if isinstance(item, ThoughtEnd):
-                    turn.drop_thought()
+                    await self.rewrite(turn, turn.without_thought)
                     guard = WordGuard(self.blocked)
                 self.show(turn, guard, item[: ANSWER_CHARS - len(turn.answer)], False)
                 if len(turn.answer) >= ANSWER_CHARS:
@@ -4484,6 +4712,20 @@ class Bot:
             is_retryable = ending.finish_reason != "length"
             raise ChatError("empty", reason, is_retryable)
         return ending
+
+    async def rewrite(self, turn: Turn, change: Callable[[str], str]) -> None:
+        """Change what was written; nobody sees any of it meanwhile."""
+        text = turn.answer
+        turn.restart()
+
+        def read() -> tuple[str, ChatText]:
+            changed = change(text)
+            chat = ChatText(changed)
+            chat.text(has_ended=False)
+            return changed, chat
+
+        turn.answer, turn.chat = await self.work.run(read)
+        turn.deltas.look()
 
     async def begin_anew(self, turn: Turn) -> None:
         """Move unsent parts of what an earlier process wrote to the answer's start."""
@@ -4568,8 +4810,9 @@ class Bot:
         """Let the model answer a question, and store how that ended."""
         ending: Ending | None = None
         try:
-            async with self.slots:
-                messages = await self.messages_for(turn)
+            urls = json.loads(turn.pictures or "[]")
+            async with self.slots, self.pictures.fetch_all(urls) as pictures:
+                messages = await self.messages_for(turn, pictures)
                 if is_resumed or not turn.asked:
                     await self.store.count_asking(turn.id)
                 ending = await self.ask_models(turn, messages, is_resumed)
@@ -4579,9 +4822,9 @@ class Bot:
             level = logging.ERROR if error.kind == "setup" else logging.WARNING
             log.log(level, "%s failed: %s", turn.name, error)
             if error.kind == "blocked":
-                turn.withhold()
+                await self.rewrite(turn, turn.as_sent)
             elif earlier and not turn.answer:
-                turn.replace_text(earlier)
+                await self.rewrite(turn, lambda _: earlier)
             turn.finish(failed_state(turn, error.kind), error.kind)
         finally:
             if turn.is_open:  # cancelled: the next process goes on from the text so far
@@ -4682,7 +4925,7 @@ class Bot:
         for turn in turns:
             subscriber, earlier = self.subscriber(turn.openid), turn.answer
             if turn.asked >= ASKINGS or now - turn.created_at > RESUME_SECONDS:
-                self.turns[turn.id] = await turn.read()
+                self.turns[turn.id] = await self.work.run(turn.read)
                 self.end_unwritten(turn, "broken" if earlier else "failed", "given_up")
             elif not turn.asked and turn.session_id not in open_sessions:
                 self.turns[turn.id] = turn
@@ -4701,7 +4944,7 @@ class Bot:
             turn = await self.store.turn(turn_id)
             if turn is None:
                 return None
-            await turn.read()
+            turn = await self.work.once(("turn", turn_id), turn.read)
         return turn, part or Part(0, turn_id)
 
     async def unsent_source(self, delivery: Delivery, turn_id: int) -> Source | None:
@@ -4725,7 +4968,7 @@ class Bot:
             return texts.too_long.format(count=len(question), most=most)
         if waiting >= limits.waiting:
             return texts.too_many.format(count=waiting)
-        return texts.blocked_question if self.blocked.are_in(question) else ""
+        return texts.blocked_question if self.blocked.are_in_question(question) else ""
 
     async def refuse_for_today(self, openid: str) -> str:
         """Return the text about the day's limit that is used up."""
@@ -4978,13 +5221,14 @@ class Bot:
             if one.subscriber is subscriber:
                 one.is_kept = False
         for turn in subscriber.turns:
-            turn.replace_text("")
+            turn.restart()  # nothing of it is shown any more
             turn.finish("ended")
             if turn.task:
                 turn.task.cancel()
             self.turns.pop(turn.id, None)
         subscriber.forget()
         await self.store.forget(message.openid, message.key, reply)
+        self.work.results.clear()
         is_due = message.openid in self.store.due
         return self.texts.forget_noted if is_due else reply
 
@@ -5054,7 +5298,7 @@ class Bot:
 
     def rest_of(self, turn: Turn, start: int, head: str) -> str:
         """Return all that is left to say of an ended answer, of any size."""
-        text = escape_links(turn.shown()[start:].strip("\n"))
+        text = turn.shown()[start:].strip("\n")
         word = self.texts.word_retry
         words = ending_words(self.texts, turn, tap_link(word, f"{word}{turn.id}"))
         if not text:
@@ -5064,7 +5308,7 @@ class Bot:
             content += f"\n\n{words}"
         if turn.chat.has_more_on_page():
             link = "\n" + self.page_link(turn, self.texts.word_typeset)
-            content += link if size_of(content + link) <= REPLY_BYTES else ""
+            content += link if sent_size(content + link) <= REPLY_BYTES else ""
         return content
 
     def compose(self, delivery: Delivery) -> Reply:
@@ -5077,15 +5321,15 @@ class Bot:
         head = self.texts.anew + "\n" if part.is_anew else ""
         if not turn.is_open:
             content = self.rest_of(turn, part.start, head)
-            if size_of(content) <= REPLY_BYTES:
+            if sent_size(content) <= REPLY_BYTES:
                 return Reply(content, now, part, stop=len(shown))
         # Not all of it. The first reply that shows a part fixes where it ends.
         is_early = not turn.has_part(part.start)
         longest = head + self.tail(turn, (subscriber.last_part or 0) + 1)
-        room = REPLY_BYTES - size_of(longest)
+        room = REPLY_BYTES - sent_size(longest)
         rest = shown[part.start :]
         stop = turn.stops.get(part.start) or part.start + cut_reply(rest, room)
-        text = escape_links(shown[part.start : stop].strip("\n"))
+        text = shown[part.start : stop].strip("\n")
         if text:
             offered = subscriber.offer(turn.id, stop)
             content = head + text + self.tail(turn, offered.number)
@@ -5105,13 +5349,15 @@ class Bot:
             tap = continue_tap(number)
             line = self.texts.unread.format(question=excerpt(question), tap=tap)
             content = f"{reply.content}\n\n{line}"
-            if size_of(content) <= REPLY_BYTES:
+            if sent_size(content) <= REPLY_BYTES:
                 return replace(reply, content=content, mentions=turn_id)
         return reply
 
     def decide(self, delivery: Delivery) -> None:
         """Fix the reply of a message for all its requests, and start to store it."""
         reply = self.mention(delivery, self.compose(delivery))
+        if not delivery.is_repeat:
+            reply = replace(reply, content=outgoing(reply.content))
         to_mention = delivery.subscriber.to_mention
         if reply.mentions:
             del to_mention[reply.mentions]
@@ -5255,7 +5501,7 @@ def check_commands(config: Config) -> None:
     """Raise ConfigError for an assistant named like a command, or a reply too long."""
     replies, names = config.replies, [*config.assistants, *COMMANDS]
     for text in (replies.subscribe, replies.outside, *replies.keywords.values()):
-        size = size_of(with_taps(text, names))
+        size = sent_size(with_taps(text, names))
         wanted = f"at most {REPLY_BYTES} bytes with taps"
         require(size <= REPLY_BYTES, "replies", f"{size} bytes", wanted)
     for name in config.assistants:
@@ -5281,6 +5527,7 @@ POLICY = (
 RENDER_CHARS = 32_768  # the rest of a longer answer stays plain: rendering takes time
 FOLD_CHARS = 300  # longer answers are folded in the history, and typeset when opened
 HISTORY_COUNT = 50
+EVENT_CHARS = 32_768  # of an answer in one event of its stream
 RECONNECT_MS = 1000  # how long a viewer waits whose stream was lost
 
 
@@ -5333,7 +5580,9 @@ class AnswerRenderer(RendererHTML):
         self.formulas = 0  # so far
 
     def link_open(self, tokens: Sequence[Token], index: int, *_: object) -> str:
-        return link_tag(tokens[index].attrGet("href"))
+        address = tokens[index].attrGet("href")
+        is_empty = tokens[index + 1].type == "link_close"
+        return link_tag(address, str(address) if is_empty else "")
 
     def image(self, tokens: Sequence[Token], index: int, *_: object) -> str:
         # As a link, unless the answer holds it: loading one tells a stranger who reads.
@@ -5464,14 +5713,14 @@ def bad_ending(texts: Texts, turn: Turn) -> str:
     return ending_words(texts, turn, "\n" + texts.page_retry)
 
 
-def render_answer(texts: Texts, turn: Turn) -> Page:
-    """Return the page of one question and its finished answer."""
+def render_answer(texts: Texts, turn: Turn, answer: str) -> Page:
+    """Return the page of one question and its finished answer, which is HTML."""
     return render_page(
         "answer",
         texts,
         title=excerpt(turn.question, 30),
         turn=turn,
-        answer=Markup(render_markdown(texts, turn.answer)),
+        answer=Markup(answer),
         ended=bad_ending(texts, turn),
     )
 
@@ -5513,47 +5762,23 @@ def sse_event(data: dict, event: str = "", number: str = "") -> bytes:
 # ---------------------------------------------------------------------------
 
 BOT = web.AppKey("bot", Bot)
-SIGNATURE_SECONDS = 600  # how far a push's timestamp may be off
 
 
-def is_fresh(bot: Bot, timestamp: str) -> bool:
-    """Say whether a signed timestamp is near our clock or near the newest push.
-
-    If only our clock is off, pushes stay accepted.
-    """
-    if not re.fullmatch(r"[0-9]{1,12}", timestamp):
-        return False
-    at, newest = int(timestamp), bot.store.newest_push
-    if abs(time.time() - at) <= SIGNATURE_SECONDS:
-        return True
-    if at < newest - SIGNATURE_SECONDS:
-        return False
-    bot.warn("our clock and WeChat's timestamps are more than ten minutes apart")
-    return True
-
-
-def is_from_wechat(bot: Bot, request: web.Request, encrypted: str = "") -> bool:
-    """Say whether a request is rightly signed and fresh.
-
-    In safe mode a push has a signature of its own, which covers what it encrypts.
-    """
-    query, sealed = request.query, (encrypted,) if encrypted else ()
+def is_from_wechat(request: web.Request, name: str, encrypted: str = "") -> bool:
+    """Say whether a request is rightly signed and of now; its body stays unread."""
+    bot, query = request.app[BOT], request.query
     timestamp, nonce = query.get("timestamp", ""), query.get("nonce", "")
-    signature = query.get("msg_signature" if sealed else "signature", "")
-    token = bot.config.wechat.token
-    if not is_signed(token, signature, timestamp, nonce, *sealed):
-        return False
-    if not is_fresh(bot, timestamp):
-        log.warning("a signed request with a stale timestamp was refused")
-        return False
-    return True
+    signature, token = query.get(name, ""), bot.config.wechat.token
+    is_right = is_signed(token, signature, timestamp, nonce, encrypted)
+    return is_right and bot.replays.is_fresh(timestamp)
 
 
 async def verify_url(request: web.Request) -> web.Response:
-    """Answer the console's verification with the echostr."""
-    bot = request.app[BOT]
-    if not is_from_wechat(bot, request):
-        bot.warn("verification with a wrong signature: is the token the same?")
+    """Answer the console's verification with the echostr; no push may be signed so."""
+    bot, is_right = request.app[BOT], is_from_wechat(request, "signature")
+    if not is_right:
+        bot.warn("verification with a wrong signature or time: is the token the same?")
+    if not (is_right and bot.replays.is_first(request.query["signature"], "GET")):
         return web.Response(status=403)
     log.info("verified by WeChat's console")
     return web.Response(text=request.query.get("echostr", ""))
@@ -5605,51 +5830,35 @@ async def answer_request(
     return response
 
 
-async def note_time(bot: Bot, timestamp: int) -> None:
-    """Note when a push was signed; if that cannot be stored, the push still counts."""
-    try:
-        await bot.store.note_push(timestamp)
-    except sqlite3.Error as error:
-        log.error("newest timestamp not stored: %s", error)
-
-
 BODY_SECONDS = 10.0  # how long a push's body may take to arrive
 
 
 async def read_push(request: web.Request) -> Message | web.Response:
     """Return the message of a rightly signed push, or the response to anything else."""
-    bot, encrypted = request.app[BOT], ""
-    if not bot.cipher and not is_from_wechat(bot, request):
-        return web.Response(status=403)
+    bot, refusal = request.app[BOT], web.Response(status=403)
+    if not is_from_wechat(request, "signature"):
+        return refusal
     try:
         async with asyncio.timeout(BODY_SECONDS):
             body = await request.read()
     except (TimeoutError, ConnectionResetError):  # stalled, or hung up in the middle
         return drop_connection(request)
     except web.RequestPayloadError:
-        body = b""  # torn or badly packed: nothing that can be read
-    except web.HTTPRequestEntityTooLarge:
-        # Too long to be opened, but the plain signature still shows a stranger.
-        if bot.cipher and not is_from_wechat(bot, request):
-            return web.Response(status=403)
-        raise
-    if bot.cipher:
-        encrypted = parse_envelope(body)
-        if not is_from_wechat(bot, request, encrypted):
-            return web.Response(status=403)
-        if not encrypted:
-            bot.warn(
-                "a push that is not encrypted was refused: is the console in 安全模式?"
-            )
-            return web.Response(status=403)
-    await note_time(bot, int(request.query["timestamp"]))
+        body = b""  # torn: nothing that can be read
     try:
         if bot.cipher:
-            body = bot.cipher.open(encrypted)
-        return parse_message(body)
+            sealed = find_encrypted(body)
+            if not sealed or not is_from_wechat(request, "msg_signature", sealed):
+                bot.warn("a push is not rightly encrypted: is the console in 安全模式?")
+                return refusal
+            body = bot.cipher.open(sealed)
+        message = parse_message(body)
     except BadMessage as error:
-        log.warning("unreadable push: %s", error)
+        bot.warn("unreadable push: %s", error)
         return web.Response(body=b"success")
+    same = message.key, message.msg_type, message.content  # on every attempt
+    is_first = bot.replays.is_first(request.query["signature"], same)
+    return message if is_first else refusal
 
 
 async def receive_message(request: web.Request) -> web.StreamResponse:
@@ -5671,22 +5880,43 @@ async def receive_message(request: web.Request) -> web.StreamResponse:
 def html_response(page: Page, status: int = 200) -> web.Response:
     """Return a page with the headers that keep it private."""
     headers = {
+        "Content-Type": "text/html; charset=utf-8",
         "Content-Security-Policy": page.policy,
         "Cache-Control": "no-store",
         "Referrer-Policy": "no-referrer",
         "X-Robots-Tag": "noindex",
         "X-Content-Type-Options": "nosniff",
     }
-    return web.Response(
-        text=page.html, status=status, content_type="text/html", headers=headers
-    )
+    return web.Response(text=page.html, status=status, headers=headers)
+
+
+PAGE_SECONDS = 60.0  # for making a page and writing it
+
+
+def a_few_at_once(
+    make: Callable[[web.Request], Awaitable[web.Response]],
+) -> Callable[[web.Request], Awaitable[web.Response]]:
+    """Let a handler's pages be loaded, rendered and written a few at a time."""
+
+    @functools.wraps(make)
+    async def write(request: web.Request) -> web.Response:
+        async with request.app[BOT].pages:
+            try:
+                async with asyncio.timeout(PAGE_SECONDS):
+                    response = await make(request)
+                    await response.prepare(request)
+                    await response.write_eof()
+            except (TimeoutError, ConnectionResetError):  # it is not read any more
+                return drop_connection(request)
+        return response
+
+    return write
 
 
 def error_page(bot: Bot, status: int) -> web.Response:
     """Return the page of an unknown (404) or expired (410) link."""
-    texts = bot.texts
-    words = texts.page_expired if status == 410 else texts.page_missing
-    return html_response(render_error(texts, words), status)
+    words = bot.texts.page_expired if status == 410 else bot.texts.page_missing
+    return html_response(render_error(bot.texts, words), status)
 
 
 async def find_linked(request: web.Request) -> Turn | web.Response:
@@ -5700,6 +5930,7 @@ async def find_linked(request: web.Request) -> Turn | web.Response:
     return turn
 
 
+@a_few_at_once
 async def answer_page(request: web.Request) -> web.Response:
     """Show one question and its answer, live while it is being written."""
     bot, turn = request.app[BOT], await find_linked(request)
@@ -5714,12 +5945,18 @@ async def answer_page(request: web.Request) -> web.Response:
         await bot.store.mark_read(turn.id)
     except sqlite3.Error as error:  # a full disk does not keep people from reading
         log.error("%s not stored as read: %s", turn.name, error)
-    # In a thread: a large answer may take a second to render, and pushes cannot wait.
-    return html_response(await asyncio.to_thread(render_answer, bot.texts, turn))
+    work, key = bot.work, ("page", turn.id)
+    answer = await work.once(key, render_markdown, bot.texts, turn.answer)
+    return html_response(await work.run(render_answer, bot.texts, turn, answer))
 
 
 PING_SECONDS = 15.0  # how long a live page's stream may be silent
 FOLLOW_SECONDS = 0.1  # pause between two events of new text
+EVENT_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-store",
+    "X-Accel-Buffering": "no",
+}
 
 
 async def follow(bot: Bot, turn: Turn, last: str) -> AsyncIterator[bytes]:
@@ -5739,10 +5976,10 @@ async def follow(bot: Bot, turn: Turn, last: str) -> AsyncIterator[bytes]:
             offset = 0
             yield sse_event({}, "reset", f"{turn.writing}:0")
         writing = turn.writing
-        if delta := turn.answer[offset:]:
+        if delta := turn.answer[offset : offset + EVENT_CHARS]:
             offset += len(delta)
             yield sse_event({"text": delta}, number=f"{writing}:{offset}")
-        if not turn.is_open:
+        if not turn.is_open and offset == len(turn.answer):
             yield sse_event({"state": turn.state}, "done")
             return
         if offset:
@@ -5760,13 +5997,7 @@ async def answer_events(request: web.Request) -> web.StreamResponse:
     turn = bot.turns.get(found.id) or await bot.store.turn(found.id)  # if it has ended
     if turn is None:  # deleted meanwhile
         return error_page(bot, 404)
-    response = web.StreamResponse(
-        headers={
-            "Content-Type": "text/event-stream; charset=utf-8",
-            "Cache-Control": "no-store",
-            "X-Accel-Buffering": "no",
-        }
-    )
+    response = web.StreamResponse(headers=EVENT_HEADERS)
     with contextlib.suppress(ConnectionResetError):
         await response.prepare(request)
         last = request.headers.get("Last-Event-ID", "")
@@ -5776,12 +6007,13 @@ async def answer_events(request: web.Request) -> web.StreamResponse:
     return response
 
 
-def number_in(request: web.Request, name: str) -> int | None:
-    """Return a number of the query; None if it is missing or made up."""
+def number_in(request: web.Request, name: str, missing: int) -> int:
+    """Return a number of the query, or another if it is missing or made up."""
     value = request.query.get(name, "")
-    return int(value) if re.fullmatch(r"[0-9]{1,15}", value) else None
+    return int(value) if re.fullmatch(r"[0-9]{1,15}", value) else missing
 
 
+@a_few_at_once
 async def history_page(request: web.Request) -> web.Response:
     """Show a subscriber's history, newest first."""
     bot, key = request.app[BOT], request.match_info["key"]
@@ -5791,16 +6023,18 @@ async def history_page(request: web.Request) -> web.Response:
     openid, expires_at = owner
     if time.time() > expires_at:
         return error_page(bot, 410)
-    only, below = number_in(request, "only"), number_in(request, "before")
-    if only is not None:
+    if (only := number_in(request, "only", -1)) >= 0:
         turns = await bot.store.turns_of(openid, only + 1, 1)
         turns = [turn for turn in turns if turn.id == only]
     else:
-        below = 2**62 if below is None else below
+        below = number_in(request, "before", 2**62)
         turns = await bot.store.turns_of(openid, below, HISTORY_COUNT + 1)
-    older = f"?before={turns[HISTORY_COUNT - 1].id}" if turns[HISTORY_COUNT:] else ""
-    page = (bot.texts, turns[:HISTORY_COUNT], older, only is None)
-    return html_response(await asyncio.to_thread(render_history, *page))
+    chars, older = sum(turn.chars for turn in turns), ""
+    if len(turns) > HISTORY_COUNT or len(turns) > 1 and chars > PAGE_CHARS:
+        turns.pop()
+        older = f"?before={turns[-1].id}"
+    page = (bot.texts, turns, older, only < 0)
+    return html_response(await bot.work.run(render_history, *page))
 
 
 async def health(request: web.Request) -> web.Response:
@@ -5817,8 +6051,7 @@ PROBE_PATH = "/healthz/stream"
 
 async def probe_stream(request: web.Request) -> web.StreamResponse:
     """Send two events half a second apart: `check` sees if a proxy buffers."""
-    response = web.StreamResponse(headers={"X-Accel-Buffering": "no"})
-    response.content_type = "text/event-stream"
+    response = web.StreamResponse(headers=EVENT_HEADERS)
     await response.prepare(request)
     await response.write(sse_event({"event": 1}))
     await asyncio.sleep(0.5)
@@ -5897,17 +6130,13 @@ def make_blocked(config: Config) -> BlockedWords:
 @contextlib.asynccontextmanager
 async def open_bot(config: Config) -> AsyncIterator[Bot]:
     """Open everything that lives as long as the process, closed in reverse order."""
-    store = await open_store(config.database.path)
-    try:
-        async with open_chat(config) as (chat, pictures):
-            blocked, cipher = make_blocked(config), make_cipher(config)
-            bot = Bot(config, store, chat, pictures, blocked, cipher)
-            try:
-                yield bot
-            finally:
-                await bot.close()
-    finally:
-        await store.close()
+    async with contextlib.AsyncExitStack() as stack:
+        store = await open_store(config.database.path)
+        stack.push_async_callback(store.close)
+        chat = await stack.enter_async_context(open_chat(config))
+        bot = Bot(config, store, *chat, make_blocked(config), make_cipher(config))
+        stack.push_async_callback(bot.close)
+        yield bot
 
 
 def make_app(bot: Bot) -> web.Application:
@@ -5915,19 +6144,16 @@ def make_app(bot: Bot) -> web.Application:
     app = web.Application(client_max_size=BODY_BYTES)
     app[BOT] = bot
     path = bot.config.server.path.rstrip("/")
-    app.add_routes(
-        [
-            web.get(path, verify_url),
-            web.get(path + "/", verify_url),
-            web.post(path, receive_message),
-            web.post(path + "/", receive_message),
-            web.get("/a/{key}", answer_page),
-            web.get("/a/{key}/events", answer_events),
-            web.get("/h/{key}", history_page),
-            web.get("/healthz", health),
-            web.get(PROBE_PATH, probe_stream),
-        ]
-    )
+    routes = [
+        web.get(path + "{slash:/?}", verify_url),
+        web.post(path + "{slash:/?}", receive_message),
+        web.get("/a/{key}", answer_page),
+        web.get("/a/{key}/events", answer_events),
+        web.get("/h/{key}", history_page),
+        web.get("/healthz", health),
+        web.get(PROBE_PATH, probe_stream),
+    ]
+    app.add_routes(routes)
     app.on_response_prepare.append(hide_server)
     return app
 
@@ -5937,20 +6163,17 @@ def sd_notify(state: str, *descriptors: int) -> None:
 
     See sd_notify(3). Nothing is sent, and nothing fails, if systemd does not listen.
     """
-    address = os.environ.get("NOTIFY_SOCKET", "")
+    address = re.sub("^@", "\0", os.environ.get("NOTIFY_SOCKET", ""))  # @: abstract
     if not address:
         return
-    if address.startswith("@"):  # an abstract socket
-        address = "\0" + address[1:]
-    with (
-        contextlib.suppress(OSError),
-        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out,
-    ):
+    kind = socket.AF_UNIX, socket.SOCK_DGRAM
+    with contextlib.suppress(OSError), socket.socket(*kind) as out:
         out.connect(address)
         socket.send_fds(out, [state.encode()], descriptors)
 
 
 BACKLOG = 1024  # connections that may wait in the socket during a restart
+UNREAD_BYTES = 16 * 1024  # of a connection; 1,000 with long bodies at once take 70 MB
 SD_FIRST_DESCRIPTOR = 3  # the first one that systemd passes on; sd_listen_fds(3)
 
 
@@ -5976,6 +6199,7 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error
         raise OSError(f"cannot listen on {host} port {port}: {reason}") from None
+    new.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, UNREAD_BYTES)
     sd_notify("FDSTORE=1\nFDNAME=listen", new.fileno())
     return new
 
@@ -6014,6 +6238,8 @@ async def open_server(config: Config) -> AsyncIterator[tuple[Bot, int]]:
             make_app(bot),
             access_log=None,
             handler_cancellation=True,  # ends a hung-up request; its work goes on
+            auto_decompress=False,  # WeChat compresses nothing; bombs stay shut
+            lingering_time=1.0,  # for what is left of a refused request's body
             # aiohttp waits this long twice for a client that does not read; in all, a
             # shutdown takes less than ten seconds.
             shutdown_timeout=GRACE_SECONDS + LINGER_SECONDS,
@@ -6039,14 +6265,10 @@ class JournalFormatter(logging.Formatter):
 
     PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 
-    def __init__(self, is_journal: bool) -> None:
-        super().__init__("%(message)s")
-        self.is_journal = is_journal
-
     def format(self, record: logging.LogRecord) -> str:
         """Return the text of a record; each line of a traceback has its priority."""
         text = super().format(record)
-        if not self.is_journal:
+        if "JOURNAL_STREAM" not in os.environ:
             return f"{time.strftime('%H:%M:%S')} {record.levelname.lower()} {text}"
         priority = self.PRIORITIES.get(record.levelname, 5)
         return "\n".join(f"<{priority}>{line}" for line in text.split("\n"))
@@ -6055,7 +6277,7 @@ class JournalFormatter(logging.Formatter):
 def set_up_log() -> None:
     """Send the log to stderr."""
     handler = logging.StreamHandler()
-    handler.setFormatter(JournalFormatter("JOURNAL_STREAM" in os.environ))
+    handler.setFormatter(JournalFormatter())
     # No line shows these, so do not look them up (Logging HOWTO, Optimization).
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
@@ -6105,12 +6327,28 @@ def print_error(error: object) -> None:
     print(f"{priority}wxgpt: {error}", file=sys.stderr)
 
 
-def serve_command(config: Config) -> int:
+def find_risks(config: Config, path: str, user: int) -> Iterator[tuple[str, str, str]]:
+    """Yield where others may get in if `user` serves: the place, why, how to fix it."""
+    # systemd lets nobody else into its folder of credentials.
+    is_credential = os.path.dirname(path) == os.environ.get("CREDENTIALS_DIRECTORY")
+    if os.stat(path).st_mode & 0o077 and not is_credential:
+        yield "settings", f"others on this machine can read {path}", f"chmod 600 {path}"
+    if user == 0:
+        yield "user", "root serves", "use wxgpt.service, which has a user of its own"
+    near = r"http://(localhost|127\.[\d.]+|\[::1\])([:/].*)?|https://.*"
+    if not config.wechat.aes_key and not re.fullmatch(near, config.public_url):
+        found = "http:// in 明文模式: who is on the way can read pushes and repeat them"
+        yield "public_url", found, "https://, or 安全模式 (app_id and aes_key)"
+
+
+def serve_command(config: Config, path: str) -> int:
     """Run the server; return the exit status."""
     load_pages()
     set_up_log()
     for line in effective_settings(config):
         log.info("%s", line)
+    for risk in find_risks(config, path, os.geteuid()):
+        log.warning("%s: %s; better: %s", *risk)
     try:
         asyncio.run(run_server(config))
     except (StoreError, OSError) as error:
@@ -6175,12 +6413,12 @@ def run_command(words: list[str]) -> int:
     if arguments.command == "check":
         from owner.check import run_check
 
-        return asyncio.run(run_check(config, os.environ))
+        return asyncio.run(run_check(config, os.environ, arguments.config))
     if arguments.command == "stats":
         from owner.stats import stats_command
 
         return stats_command(config, arguments.days, arguments.full, arguments.json)
-    return serve_command(config)
+    return serve_command(config, arguments.config)
 
 
 def main() -> int:

@@ -34,6 +34,7 @@ from wxgpt import (
     Config,
     DatabaseSettings,
     Ending,
+    find_risks,
     listen,
     load_pages,
     log,
@@ -226,6 +227,17 @@ def is_private(host: str) -> bool:
     return host == "localhost" or "." not in host
 
 
+def serving_user(port: int) -> int:
+    """Return the id of the user who listens on a port; -1 if nobody, or not known."""
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError):
+            for line in pathlib.Path(table).read_text().splitlines()[1:]:
+                _, address, _, state, _, _, _, user, *_ = line.split()
+                if state == "0A" and int(address.rpartition(":")[2], 16) == port:
+                    return int(user)
+    return -1
+
+
 class Doctor:
     """Prints one line per finding, and remembers whether anything failed."""
 
@@ -233,6 +245,7 @@ class Doctor:
         self.config = config
         self.environ = environ
         self.has_failed = False
+        self.server_user = -1  # the id of the user under whom wxgpt serves, if it does
         self.is_colourful = sys.stdout.isatty()
 
     def report(self, grade: str, what: str, found: str, fix: str = "") -> None:
@@ -242,6 +255,11 @@ class Doctor:
         mark, colour = MARKS[grade]
         mark = f"\033[{colour}m{mark}\033[0m" if self.is_colourful else mark
         print(f"{mark} {what}: {found}" + (f" → {fix}" if fix else ""), flush=True)
+
+    def check_risks(self, path: str) -> None:
+        """Warn of what lets others in; the server's log says the same at its start."""
+        for place, found, fix in find_risks(self.config, path, self.server_user):
+            self.report("warn", place, found, fix)
 
     def check_database(self) -> None:
         """Check that the database can be written, and the disk has room."""
@@ -277,6 +295,7 @@ class Doctor:
             async with http.get(f"http://{near}:{port}/healthz") as response:
                 if response.headers.get("Server") == "wxgpt":
                     self.report("ok", "port", f"{port}, wxgpt is serving on it")
+                    self.server_user = serving_user(port)
                     return False
             fix = "another program holds it: end that, or change server.port"
             self.report("fail", "port", f"{port} answers, but not as wxgpt", fix)
@@ -459,7 +478,9 @@ class Doctor:
             self.report("fail", "live pages", "events come all at once", fix)
 
 
-async def run_check(config: Config, environ: typing.Mapping[str, str]) -> int:
+async def run_check(
+    config: Config, environ: typing.Mapping[str, str], path: str
+) -> int:
     """Check everything in order; return the exit status."""
     doctor = Doctor(config, environ)
     log.setLevel(logging.CRITICAL)  # findings only
@@ -475,6 +496,7 @@ async def run_check(config: Config, environ: typing.Mapping[str, str]) -> int:
         opening = aiohttp.ClientSession(timeout=timeout, connector=connector)
         http = await stack.enter_async_context(opening)
         is_free = await doctor.check_port(http)
+        doctor.check_risks(path)
         clients, _ = await stack.enter_async_context(open_chat(config))
         await doctor.check_clock(clients.values())
         for name, client in clients.items():

@@ -47,7 +47,7 @@ LONG = "".join(f"第{n}句：{SENTENCE}\n\n" for n in range(60))  # some four pa
 
 
 # What needs more than Python: `-m "not system"` leaves it out.
-SYSTEM = "browser clock crash demo disk hostile owner proxies restart".split()
+SYSTEM = "bounds browser clock crash demo disk hostile owner proxies restart".split()
 SYSTEM += ["shutdown", "systemd"]
 DEBIAN = ("proxies", "systemd")  # share one root, and each a container
 
@@ -97,6 +97,12 @@ def toml(table: dict[str, Any], name: str = "") -> str:
         if isinstance(value, dict):
             lines.append(toml(value, f"{name}.{json.dumps(key)}".lstrip(".")))
     return "\n".join(lines)
+
+
+def write_settings(path: pathlib.Path, table: dict[str, Any]) -> None:
+    """Write settings as an owner should: readable for nobody else."""
+    path.touch(0o600)
+    path.write_text(toml(table), "utf-8")
 
 
 def merged(table: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -248,7 +254,7 @@ async def serve(
         async def start(**changes: Any) -> Server:
             await stack.aclose()  # the server before this one: a database has one
             path = tmp_path / "wxgpt.toml"
-            path.write_text(toml(merged(settings, changes)), "utf-8")
+            write_settings(path, merged(settings, changes))
             config = wxgpt.load_config(path)
             opened = wxgpt.open_server(config)
             bot, port = await stack.enter_async_context(opened)
@@ -325,8 +331,11 @@ async def run_command(
 class Process:
     """wxgpt as a process of its own, which a test can kill and start again."""
 
-    def __init__(self, path: pathlib.Path, port: int) -> None:
+    def __init__(
+        self, path: pathlib.Path, port: int, program: Sequence[str] = ()
+    ) -> None:
         self.path, self.port = path, port
+        self.program = program or (sys.executable, str(ROOT / "wxgpt.py"))
         self.process: asyncio.subprocess.Process  # once it was started
         self.log: list[str] = []
         self.reader: asyncio.Task[None]
@@ -336,8 +345,7 @@ class Process:
         """Start it and wait until it serves."""
         before = len(self.log)
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            str(ROOT / "wxgpt.py"),
+            *self.program,
             "--config",
             str(self.path),
             stderr=asyncio.subprocess.PIPE,
@@ -377,14 +385,16 @@ class Process:
 async def spawn(
     settings: dict[str, Any], tmp_path: pathlib.Path
 ) -> AsyncIterator[Callable[..., Any]]:
-    """Start wxgpt as a process; gives the server and the process."""
+    """Start wxgpt, or another program, as a process; gives the server and the process."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def start(**changes: Any) -> tuple[Server, Process]:
+        async def start(
+            program: Sequence[str] = (), **changes: Any
+        ) -> tuple[Server, Process]:
             changes = merged({"server": {"port": free_port()}}, changes)
             port, path = changes["server"]["port"], tmp_path / "wxgpt.toml"
-            path.write_text(toml(merged(settings, changes)), "utf-8")
-            process = Process(path, port)
+            write_settings(path, merged(settings, changes))
+            process = Process(path, port, program)
             await process.start()
             stack.push_async_callback(process.kill)
             return await stack.enter_async_context(platform(port)), process
@@ -417,7 +427,7 @@ async def install(
         async def put(**changes: Any) -> tuple[Server, machine.Unit]:
             table = {"server": {"port": PORT}, "database": {"path": ""}}
             table = merged(merged(settings, table), changes)
-            write_settings(container, table)
+            write_settings(container.settings, table)
             unit = await stack.enter_async_context(container.follow("wxgpt.service"))
             return await stack.enter_async_context(platform(PORT, **PATIENT)), unit
 
@@ -434,9 +444,3 @@ async def start(install: Callable[..., Any]) -> Callable[..., Any]:
         return server, unit
 
     return started
-
-
-def write_settings(container: machine.Container, table: dict[str, Any]) -> None:
-    """Write the settings where LoadCredential finds them, readable for root alone."""
-    container.settings.touch(0o600)
-    container.settings.write_text(toml(table), "utf-8")

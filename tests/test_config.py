@@ -477,3 +477,66 @@ def test_the_script_header_agrees_with_the_requirements():
     wanted = [line for line in lines if line and not line.startswith("#")]
     assert sorted(header["dependencies"]) == sorted(wanted)
     assert header["requires-python"] == ">=3.11"
+
+
+SAFE = {"app_id": "wx0123456789abcdef", "aes_key": "a" * 43}
+RISKS = [  # public_url, mode of the file, user, safe mode, what is warned of
+    ("https://wx.example.com", 0o600, 1000, False, []),
+    ("https://wx.example.com", 0o400, 1000, False, []),
+    ("https://wx.example.com", 0o640, 1000, False, ["settings"]),
+    ("https://wx.example.com", 0o604, 1000, False, ["settings"]),
+    ("https://wx.example.com", 0o620, 1000, False, ["settings"]),
+    ("https://wx.example.com", 0o600, 0, False, ["user"]),
+    ("http://wx.example.com", 0o600, 1000, False, ["public_url"]),
+    ("http://wx.example.com", 0o600, 1000, True, []),
+    ("http://127.0.0.1:8080", 0o600, 1000, False, []),
+    ("http://localhost/x", 0o600, 1000, False, []),
+    ("http://[::1]", 0o600, 1000, False, []),
+    ("http://127.0.0.1.example.com", 0o600, 1000, False, ["public_url"]),
+    ("http://localhost.example.com", 0o600, 1000, False, ["public_url"]),
+    ("http://wx.example.com", 0o644, 0, False, ["settings", "user", "public_url"]),
+]
+
+
+def unsafe(url, **safe):
+    """Return settings with this public_url, in plain mode or in safe mode."""
+    wechat = wxgpt.WeChatSettings(token="token", **safe)
+    texts = wxgpt.read_texts({})
+    return wxgpt.Config(public_url=url, wechat=wechat, assistants={}, texts=texts)
+
+
+@pytest.mark.parametrize("url, mode, user, is_safe, warned", RISKS)
+def test_what_lets_others_in_is_found(tmp_path, url, mode, user, is_safe, warned):
+    """Each with a word on how to close it."""
+    path = tmp_path / "wxgpt.toml"
+    path.touch()
+    path.chmod(mode)
+    config = unsafe(url, **SAFE if is_safe else {})
+    risks = list(wxgpt.find_risks(config, str(path), user))
+    assert [place for place, _, _ in risks] == warned
+    assert all(found and fix for _, found, fix in risks)
+
+
+def test_a_credential_of_systemds_is_closed(tmp_path, monkeypatch):
+    """Its mode shows an access list's mask; its folder lets in the service alone."""
+    path = tmp_path / "wxgpt.toml"
+    path.touch()
+    path.chmod(0o440)
+    config = unsafe("https://wx.example.com")
+    assert len(list(wxgpt.find_risks(config, str(path), 1000))) == 1
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert list(wxgpt.find_risks(config, str(path), 1000)) == []
+
+
+async def test_the_start_warns_of_what_lets_others_in(spawn, tmp_path):
+    """One line each, which says how to close it; a server that is closed has none."""
+    path = tmp_path / "wxgpt.toml"
+    path.touch(0o644)
+    _, process = await spawn()
+    lines = [line.split(" warning ")[1] for line in process.log if " warning " in line]
+    closed = (
+        f"settings: others on this machine can read {path}; better: chmod 600 {path}"
+    )
+    assert lines[0].strip() == closed
+    assert lines[-1].startswith("public_url: http:// in 明文模式: ")
+    assert len(lines) == (3 if os.geteuid() == 0 else 2)

@@ -7,25 +7,30 @@ bodies, stalled ones, idle connections and floods. All of it from loopback, and 
 import asyncio
 import contextlib
 import gzip
+import itertools
 import pathlib
 import random
 import re
 import resource
+import signal
 import sqlite3
 import time
+import unicodedata
 import urllib.parse
 
 import aiohttp
 import pytest
+from aiohttp import web
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 import wxgpt
-from conftest import ANN, BOB, PATIENT, TOKEN
+from conftest import ANN, BOB, PATIENT, TOKEN, platform
 from wechat import sign
 
 AT_ONCE = 16
+NONCES = itertools.count(10**8)
 IDLE = 2000
 SEED = 20261122
 AES_KEY, APP_ID = "abcdefghijklmnopqrstuvwxyz0123456789ABCDEFG", "wx0123456789abcdef"
@@ -88,23 +93,20 @@ async def server(serve):
 
 
 def signed(**more):
-    """Return the query of a rightly signed request."""
-    stamp = str(int(time.time())), "4711"
+    """Return the query of a rightly signed request, another one each time."""
+    stamp = str(int(time.time())), str(next(NONCES))
     query = {"timestamp": stamp[0], "nonce": stamp[1], "signature": sign(TOKEN, *stamp)}
     return query | more
 
 
 def rows(path):
-    """Return how many rows each table has, and what the platform's clock is."""
+    """Return how many rows each table has."""
     with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
         names = [
             n
             for (n,) in db.execute("SELECT name FROM sqlite_schema WHERE type='table'")
         ]
-        counts = {
-            n: db.execute(f"SELECT count(*) FROM {n}").fetchone()[0] for n in names
-        }
-        return counts, db.execute("SELECT newest_push FROM platform").fetchone()
+        return {n: db.execute(f"SELECT count(*) FROM {n}").fetchone()[0] for n in names}
 
 
 # Properties
@@ -336,14 +338,14 @@ def ours(caplog):
 async def test_a_signed_body_of_any_kind_is_taken(server, settings, name, caplog):
     """`success` ends its retries; only what is too long is refused, and none stored."""
     headers, body, status = SIGNED[name]
-    before = rows(settings["database"]["path"])[0]
+    before = rows(settings["database"]["path"])
     url = f"{server.url}/wechat"
     async with server.http.post(
         url, params=signed(), data=body, headers=headers
     ) as answer:
         assert answer.status == status
         assert status == 413 or await answer.read() == b"success"
-    assert rows(settings["database"]["path"])[0] == before
+    assert rows(settings["database"]["path"]) == before
     assert ours(caplog) == []
 
 
@@ -351,7 +353,7 @@ async def test_a_signed_body_of_any_kind_is_taken(server, settings, name, caplog
 async def test_an_unsigned_body_of_any_kind_is_refused_in_safe_mode(
     serve, name, caplog
 ):
-    """There the envelope is read before the signature can be known."""
+    """There, too, the query tells; nothing is read."""
     server = await serve(wechat=SAFE_MODE)
     headers, body, _ = SIGNED[name]
     url = f"{server.url}/wechat?signature=x&timestamp=1&nonce=2&msg_signature=x"
@@ -527,3 +529,144 @@ async def test_a_flood_without_signatures_leaves_nothing(spawn, settings):
     assert rows(settings["database"]["path"]) == stored
     assert_given_back(process, before)
     assert (await server.ask("还在吗")).text.startswith("你好！")
+
+
+STRANGER = "POST /wechat?signature={}&timestamp={}&nonce=1&msg_signature=0 HTTP/1.1\r\n"
+STRANGER += "Host: x\r\nContent-Length: {}\r\n\r\n"
+LINES = 200  # connections of strangers
+
+
+def unsigned(size, sent=None):
+    """Return a request that is not signed, with a body of XML, or its beginning."""
+    head = STRANGER.format("0" * 40, int(time.time()), size).encode()
+    return (
+        head + (b"<xml>" + b"<a>1</a>" * (size // 8))[: size if sent is None else sent]
+    )
+
+
+async def knock_on(port, times):
+    """Send unsigned requests over one connection; return the answers' first lines."""
+    lines, writer = [], None
+    for _ in range(times):
+        if writer is None or writer.is_closing():
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(unsigned(60_000))
+        lines.append((await reader.readuntil(b"\r\n\r\n")).partition(b"\r")[0])
+    writer.close()
+    return lines
+
+
+@pytest.mark.parametrize("mode", [{}, SAFE_MODE], ids=["plain", "safe"])
+async def test_strangers_cost_nobody_an_answer(serve, monkeypatch, mode):
+    """200 lines with 5,800 requests of 60 KB: no body is read, and everybody answered."""
+    served = await serve(wechat=mode | PATIENT)
+    read, parsed = [], []
+    real_read, real_parse = web.Request.read, wxgpt.read_xml
+
+    async def count_read(request):
+        read.append(request)
+        return await real_read(request)
+
+    def count_parsed(body):
+        parsed.append(body)
+        return real_parse(body)
+
+    monkeypatch.setattr(web.Request, "read", count_read)
+    monkeypatch.setattr(wxgpt, "read_xml", count_parsed)
+    async with platform(served.port, **mode) as server:
+        server.wechat.attempt_timeout = PATIENT["attempt_timeout"]
+        knocking = [
+            asyncio.create_task(knock_on(served.port, 29)) for _ in range(LINES)
+        ]
+        seen = [await server.ask("/help", f"oAsker{n}") for n in range(20)]
+        answers = await asyncio.gather(*knocking)
+    assert all(one.attempt == 1 and "/chatgpt" in one.text for one in seen)
+    assert {line for lines in answers for line in lines} == {b"HTTP/1.1 403 Forbidden"}
+    assert len(read) == len(parsed) == len(seen)
+
+
+@pytest.mark.parametrize("sent", [0, 100, 60_000])
+async def test_a_refused_body_that_does_not_end_ends_its_line(server, sent):
+    """What is left of it has a second to come, not the ten that aiohttp gives."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(unsigned(10**9, sent))
+    async with asyncio.timeout(8):
+        assert (await reader.readline()).split()[1] == b"403"
+        await reader.read()  # to its end
+    writer.close()
+
+
+async def test_unread_bodies_take_little(spawn):
+    """400 strangers with 250 KB each, all at the door before the first is refused."""
+    server, process = await spawn()
+    before, lines = resident(process), []
+
+    async def begin():
+        _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(unsigned(10**6, 250_000))
+        lines.append(writer)
+
+    process.process.send_signal(signal.SIGSTOP)
+    with many_files(1000):
+        await asyncio.gather(*(begin() for _ in range(400)))
+        await asyncio.sleep(0.5)  # for the kernel to take what it will
+        process.process.send_signal(signal.SIGCONT)
+        assert (await server.ask("/help")).attempt == 1
+    status = pathlib.Path(f"/proc/{process.process.pid}/status").read_text()
+    most = int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+    assert most - before < 60 * 1024  # it was 100 MB more
+    for writer in lines:
+        writer.close()
+
+
+# Combining characters
+
+
+MARKS = [
+    "\u0301\u0323",
+    "\u0301",
+    "\u3099",
+    "\u0301\uff9e",
+    "\u0f74\u0f73",
+    "\u0345\u0301",
+]
+
+
+def longest_run(text):
+    """Return how many marks follow one another once a text is normalised."""
+    classes = map(unicodedata.combining, unicodedata.normalize("NFKD", text))
+    runs = itertools.groupby(map(bool, classes))
+    return max((len(list(run)) for is_mark, run in runs if is_mark), default=0)
+
+
+@pytest.mark.parametrize("marks", MARKS)
+async def test_long_runs_of_marks_are_cut_at_the_door(server, upstream, marks):
+    """A question comes with thirty of them, and is asked as usual."""
+    await server.ask("/chatgpt a" + marks * 900 + "b")
+    [request] = upstream.requests
+    run = wxgpt.MARKS_IN_A_ROW
+    assert request.question == "a" + (marks * 30)[:run] + "b"
+
+
+@given(st.text(st.sampled_from("aé字\u0301\u0323\u3099\uff9e\u0f73"), max_size=200))
+def test_what_is_stream_safe_has_no_long_run(text):
+    """And what has none stays as it is."""
+    safe = wxgpt.stream_safe(text)
+    assert longest_run(safe) <= 2 * wxgpt.MARKS_IN_A_ROW  # some become two
+    assert longest_run(text) > wxgpt.MARKS_IN_A_ROW or safe == text
+
+
+async def test_a_long_text_is_no_command_and_no_tap(server, upstream):
+    """Commands and taps are looked for in 64 characters."""
+    for text in (
+        "/stop" + " " * 60 + ".",
+        "继续" + " " * 60 + "123",
+        "/help" + "字" * 60,
+    ):
+        await server.ask(text)
+    assert [request.question for request in upstream.requests] == [
+        "/stop" + " " * 60 + ".",
+        "继续" + " " * 60 + "123",
+        "/help" + "字" * 60,
+    ]
+    assert (await server.ask("  " * 60 + "/stop")).text.startswith("对话结束了")

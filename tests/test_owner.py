@@ -38,6 +38,7 @@ from conftest import (
     run_command,
     serving,
     toml,
+    write_settings,
 )
 from fake_openai import Script, Thought, fails, says
 from owner.check import Doctor, switch_of
@@ -45,13 +46,18 @@ from waiting import within
 from wxgpt import AssistantSettings, ChatError, Config, Texts, WeChatSettings
 
 PORT_LINE = "✗ public_url: port "
+ROOT_LINE = "! user: root serves → use wxgpt.service, which has a user of its own"
 DAY = 86400
 
 
 def bad(text):
-    """Return the findings that are not good, but for the port's that loopback has."""
+    """Return the findings that are not good, but for those of where tests run.
+
+    Loopback has no port of WeChat's, and a server that root's tests start is root's.
+    """
     lines = [line for line in text.splitlines() if line[:1] in "!✗" and line]
-    return [line for line in lines if not line.startswith(PORT_LINE)]
+    usual = [ROOT_LINE] if os.geteuid() == 0 else []
+    return [line for line in lines if not line.startswith((PORT_LINE, *usual))]
 
 
 @pytest.fixture
@@ -65,7 +71,7 @@ def check(settings, tmp_path):
             "server": {"port": port},
             "wechat": {"attempt_timeout": 5},
         }
-        path.write_text(toml(merged(merged(settings, own), changes)), "utf-8")
+        write_settings(path, merged(merged(settings, own), changes))
         status, out, err = await run_command(path, "check", env=env, prefix=prefix)
         assert err == ""
         return status, out
@@ -456,7 +462,38 @@ async def test_a_public_url_without_a_port_is_as_wechat_wants_it(check):
     """Nothing is left to fail, so the exit status is 0: a warning is none."""
     status, out = await check(public_url="http://wx.invalid")
     assert "✓ public_url: http://wx.invalid\n" in out
-    assert [line[:15] for line in bad(out)] == ["! verification "] and status == 0
+    warned = ["! public_url: h", "! verification "]
+    assert [line[:15] for line in bad(out)] == warned and status == 0
+
+
+async def test_settings_that_others_can_read_are_a_warning(check, tmp_path):
+    """With the command that closes them."""
+    path = tmp_path / "check.toml"
+    path.touch(0o640)
+    _, out = await check()
+    found = f"! settings: others on this machine can read {path} → chmod 600 {path}"
+    assert bad(out) == [found]
+
+
+async def test_plain_pushes_over_http_are_a_warning(check):
+    """Not over https, and not in safe mode."""
+    line = "! public_url: http:// in 明文模式: who is on the way can read pushes and "
+    line += "repeat them → https://, or 安全模式 (app_id and aes_key)"
+    safe = {"app_id": "wx0123456789abcdef", "aes_key": "a" * 43, "attempt_timeout": 5}
+    assert line in (await check(public_url="http://wx.invalid"))[1]
+    assert line not in (await check(public_url="https://wx.invalid"))[1]
+    assert line not in (await check(public_url="http://wx.invalid", wechat=safe))[1]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root alone can serve as root")
+async def test_a_server_of_roots_is_a_warning(spawn, check):
+    """It is the server's user that counts, not that of the check."""
+    port = free_port()
+    _, out = await check()
+    assert ROOT_LINE not in out
+    server, _ = await spawn(server={"port": port}, wechat={"attempt_timeout": 5})
+    _, out = await check(public_url=server.url, server={"port": port})
+    assert out.count(ROOT_LINE) == 1
 
 
 @pytest.mark.parametrize("host", ["192.168.1.5", "[::1]", "localhost", "raspberry"])

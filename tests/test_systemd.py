@@ -107,7 +107,7 @@ async def test_another_port_takes_effect_at_a_restart(start, container, settings
     """The kept socket is given up for one at the new port."""
     _, unit = await start()
     table = {"server": {"port": PORT + 1}, "database": {"path": ""}}
-    write_settings(container, merged(settings, table))
+    write_settings(container.settings, merged(settings, table))
     assert await unit.systemctl("restart") == 0
     async with platform(PORT + 1) as moved, platform(PORT) as left:
         assert (await moved.ask("/chatgpt")).attempt == 1
@@ -119,7 +119,7 @@ async def test_another_address_takes_effect_at_a_restart(start, container, setti
     """The kept socket is given up for one at the new address and the same port."""
     _, unit = await start()
     table = {"server": {"port": PORT, "host": "0.0.0.0"}, "database": {"path": ""}}
-    write_settings(container, merged(settings, table))
+    write_settings(container.settings, merged(settings, table))
     assert await unit.systemctl("restart") == 0
     async with platform(PORT) as server:
         server.wechat.url = server.wechat.url.replace("127.0.0.1", "127.0.0.2")

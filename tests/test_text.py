@@ -8,7 +8,7 @@ import pytest
 
 from conftest import ROOT
 from wechat import show
-from wxgpt import Texts, excerpt, tap_link
+from wxgpt import Texts, excerpt, outgoing, tap_link
 
 SOURCE = (ROOT / "wxgpt.py").read_text("utf-8")
 LINES = tomllib.loads((ROOT / "texts.toml").read_text("utf-8"))
@@ -64,13 +64,13 @@ def test_a_text_cannot_be_changed_while_the_server_runs():
 )
 def test_a_question_is_named_by_its_first_characters(text, short):
     """Twelve characters in one line, of which none can be a link."""
-    assert excerpt(text) == short
+    assert outgoing(excerpt(text)) == short
 
 
 def test_a_tap_sends_its_words():
     """The visible words are what may be typed instead."""
     tap = '<a href="weixin://bizmsgmenu?msgmenucontent=继续3&msgmenuid=1">继续3</a>'
-    assert tap_link("继续3") == tap
+    assert outgoing(tap_link("继续3")) == tap
 
 
 @pytest.mark.parametrize(
@@ -83,6 +83,6 @@ def test_a_tap_sends_its_words():
 )
 def test_a_tap_survives_being_decoded_twice(words, content, sent):
     """No sign is sent that the Android client would stumble over."""
-    [tap] = show(tap_link(words, content), b"").taps
+    [tap] = show(outgoing(tap_link(words, content)), b"").taps
     assert (tap.label, tap.content) == (words, sent)
     assert tap.menu_id

@@ -15,6 +15,7 @@ import hashlib
 import os
 import random
 import re
+import secrets
 import struct
 import time
 from collections.abc import Callable, Mapping
@@ -359,7 +360,7 @@ class WeChat:
         return await self.deliver(push)
 
     def _signed(self, query: dict[str, Value], token: str) -> dict[str, Value]:
-        nonce = random.randrange(10**8, 10**10)
+        nonce = 10**8 + secrets.randbelow(10**10 - 10**8)  # no two, whatever the seed
         params = {"timestamp": int(time.time()), "nonce": nonce} | query
         stamp = (str(params["timestamp"]), str(params["nonce"]))
         return {"signature": sign(token, *stamp)} | params
