@@ -4550,7 +4550,7 @@ SAVE_SECONDS = 1.0  # how often the text so far is stored
 REPEAT_SECONDS = 60  # the same question again within this time joins the first
 RETRY_PAUSES = (0.5, 1.0)  # seconds before a question is asked again
 RECENT_SECONDS = 3600  # how far back 继续 and 重试 look outside a session
-FORGET_SECONDS = 300  # how long 确认删除 counts
+FORGET_SECONDS = 300  # how long 确认删除 is accepted
 PRUNE_SECONDS = 600.0  # how often what has served its time is deleted
 HOLD_SECONDS = 3.0  # how long a timed-out request is kept open before it is dropped
 PAGES_AT_ONCE = 8  # that are loaded, rendered or written
@@ -5225,7 +5225,7 @@ class Bot:
             if one.subscriber is subscriber:
                 one.is_kept = False
         for turn in subscriber.turns:
-            turn.restart()  # what is written is deleted, too
+            turn.restart()  # nothing of it is shown any more
             turn.finish("ended")
             if turn.task:
                 turn.task.cancel()
@@ -5233,6 +5233,7 @@ class Bot:
         subscriber.forget()
         self.work.results.clear()
         await self.store.forget(message.openid, message.key, reply)
+        self.work.results.clear()
         is_due = message.openid in self.store.due
         return self.texts.forget_noted if is_due else reply
 
