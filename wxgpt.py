@@ -4453,14 +4453,9 @@ def command(name: str) -> Callable[[Command], Command]:
 
 
 def folded(text: str) -> str:
-    """Return text as commands are compared: full-width forms and case do not matter.
-
-    What is too long for a command stays as it is.
-    """
-    text = text.strip()
-    if len(text) > COMMAND_CHARS:
-        return text
-    return unicodedata.normalize("NFKC", text).strip().casefold()
+    """Return text as commands are compared, without width and case; '' if too long."""
+    is_short = len(text) <= COMMAND_CHARS
+    return unicodedata.normalize("NFKC", text).strip().casefold() if is_short else ""
 
 
 def find_command(text: str) -> Command | None:
