@@ -3289,7 +3289,7 @@ EVENT_BYTES = 1 << 20  # more in one event would only fill the memory
 BLANKS = b" \t\r\n\xef\xbb\xbf"  # may stand before a body, the last as byte order mark
 # The fields of an event stream that matter (llama.cpp has errors in one of that name),
 # those that do not, and the lines of a body that is JSON.
-DATA = re.compile(rb"(?:data|error)(?:: ?|$)")
+DATA = re.compile(rb"(?:data: ?)+|(?:data|error)(?:: ?|$)")
 OTHER_FIELD = re.compile(rb"(?:event|id|retry)?(?::|$)")
 JSON_LINE = re.compile(rb"(?=.)")
 
@@ -3381,8 +3381,9 @@ BEFORE += rf"|{CLOSING}|{CHANNEL}final[^<]*<\|message\|>|(?P<wrapper><answer>)"
 BEFORE_ANSWER = re.compile(rf"\s*(?:{BEFORE})", re.IGNORECASE | re.DOTALL)
 TAG_CHARS = 200  # no tag is longer
 TAG_BEGUN = re.compile(rf"(?s:<\|.{{0,{TAG_CHARS}}})|[<\[◁][^>\]▷\n]{{0,{TAG_CHARS}}}")
-# The first tag inside an answer. One in backticks is only spoken of.
-LATE = re.compile(rf"(?i)(?<!`)(?:({CLOSING})|<{TAG}[\s>]|\[THINK\]|◁think▷)")
+# The first tag inside an answer. One that is quoted, or code, is only spoken of.
+QUOTED = r"""(?<![`“‘「『])(?<!\s["'])(?<!`\n)(?<!`xml\n)(?<!`(?:html|text)\n)"""
+LATE = re.compile(rf"(?i){QUOTED}({CLOSING})|(?<!`)(?:<{TAG}[\s>]|\[THINK\]|◁think▷)")
 ANSWER_END = "</answer>"  # Hunyuan's
 ANSWER_CHARS = 200_000  # an answer that goes on and on is cut there
 
@@ -3587,16 +3588,16 @@ def text_of(content: object) -> str:
 
 # What a finish_reason means; any other: the answer is broken off.
 ENDS = read_words(r"""
-stop     ^(finish_reason_)?(stop\w*|eos\w*|end|end_turn|completed?|finish(ed)?|done)$
-stop     ^(tool_calls?|tool_use|function_call)$
+stop     ^(finish_reason_)?(stop\w*|eos\w*|end(_\w*turn)?|completed?|finish(ed)?)$
+stop     ^(done|normal|tool_calls?|tool_use|function_call)$
 refused  filter|sensitiv|refus|safety|prohibit|block|guardrail|moderat|recitation|spii
-refused  censor|violat|policy|risk
+refused  censor|violat|policy|risk|toxic
 broken   error|fail|abort|cancel|time_?out|resource|interrupt|overload|rate_?limit
-length   length|max|context|token|limit
+length   length|max|context|token|limit|truncat
 """)
 MID_SENTENCE = re.compile(r"[\w,，、:：;；(（《“-]\s*$")
 # The fields of a delta that show that the model is at work.
-ALIVE = ("content", "refusal", "reasoning_content", "reasoning", "reasoning_details")
+ALIVE = re.compile("content|refusal|reason|think|thought")
 
 
 class Completion:
@@ -3673,7 +3674,7 @@ class Completion:
 
     def read_delta(self, delta: dict) -> str:
         """Return the visible text of a delta."""
-        is_alive = any(delta.get(name) for name in ALIVE)
+        is_alive = any(delta[name] for name in delta if ALIVE.search(name))
         self.has_progress |= is_alive
         self.has_begun |= is_alive
         text = text_of(delta.get("content")) or text_of(delta.get("refusal"))

@@ -476,6 +476,15 @@ FORMS = {
     "a null delta": sse({"choices": [{"delta": None}]}, {"choices": None}, *ANSWER),
     "an empty object": sse({}, [], *ANSWER),
     "a good code": sse({"code": 0, "message": "ok"}, chunk("好的。", code=0), *END),
+    "a prefix twice": sse(*ANSWER, field="data: data: "),
+    "blanks behind the end": sse(chunk("好的。"), "[DONE] "),
+    "pings": b'event: ping\ndata: {"type": "ping"}\n\n' + sse(*ANSWER),
+    "no error in each event": sse(chunk("好的。", error=None, errors=[]), *END),
+    "a list for a delta": sse({"choices": [{"delta": []}]}, *ANSWER),
+    "references": sse(chunk([{"type": "reference", "reference_ids": [1]}]), *ANSWER),
+    "a refusal": sse({"choices": [{"delta": {"refusal": "好的。"}}]}, *END),
+    "two ends": sse(*ANSWER[:3], chunk("", "stop"), "[DONE]"),
+    "an error behind the end": sse(*ANSWER[:3], failure("x", code=502)),
     "another event first": sse({"status": "running"}, *ANSWER),
 }
 
@@ -556,6 +565,36 @@ THOUGHTS = {
     "a link": (["[好的](https://a.b)"], "[好的](https://a.b)"),
     "brackets": (["[" * 500], "[" * 500),
     "the beginning of a tag": (["<thin"], "<thin"),
+    "inner thoughts": (["<inner_thoughts>秘密</inner_thoughts>好的。"], "好的。"),
+    "a thought in a thought": (
+        ["<think><think>秘密</think>秘密</think>好的。"],
+        "好的。",
+    ),
+    "code in a thought": (["秘密\n```\nx\n```\n秘密\n</think>\n\n好的。"], "好的。"),
+    "a quote before the tag": (['他说："秘密。"</think>好的。'], "好的。"),
+    **{
+        text[:20]: ([text], text)
+        for text in (
+            "以此结尾：\n```\n</think>\n```\n之后是答案。",
+            "以此结尾：\n```xml\n</think>\n```\n之后是答案。",
+            "以此结尾：\n```html\n</think>\n```\n之后是答案。",
+            "标签“</think>”表示思考结束。",
+            "标签「</think>」表示思考结束。",
+            '标签 "</think>" 表示思考结束。',
+            "提示词里的 <thinking> 标签要闭合：</thinking>。",
+            "写 [THINK] 这个词，再写 [/THINK]。",
+            "`<think>` 开头，`</think>` 结尾。",
+            "```xml\n<think>x</think>\n```",
+            '{"error": "rate limit exceeded"}',
+            "[1] 来源，[2] 另一个。",
+            "[DONE]",
+            "data: [DONE]",
+            "< 5 的数有四个。",
+            "<!DOCTYPE html>\n<p>好</p>",
+            "<thead><tr></tr></thead>",
+            "Error: 429 too many requests 的意思是请求太多。",
+        )
+    },
     "no end": (["<think>秘密"], ""),
 }
 
@@ -593,11 +632,17 @@ def test_an_answer_known_to_begin_inside_a_thought(name):
 ENDS = {
     **dict.fromkeys(("stop", "STOP", "eos", "end_turn", "stop_sequence"), "stop"),
     **dict.fromkeys(("tool_calls", "completed", "FINISH_REASON_STOP"), "stop"),
+    **dict.fromkeys(("COMPLETE", "eos_token", "normal", "end_of_turn"), "stop"),
     **dict.fromkeys(("length", "max_tokens", "MAX_TOKENS", "model_length"), "length"),
     **dict.fromkeys(("max_output_tokens", "token_limit"), "length"),
+    **dict.fromkeys(("max_new_tokens", "max_length", "truncated"), "length"),
     **dict.fromkeys(("content_filter", "sensitive", "SAFETY", "refusal"), "refused"),
     **dict.fromkeys(("content_filter: PROHIBITED_CONTENT", "RECITATION"), "refused"),
+    **dict.fromkeys(("BLOCKLIST", "content-filter", "IMAGE_SAFETY"), "refused"),
+    **dict.fromkeys(("ERROR_TOXIC", "guardrail_intervened"), "refused"),
     **dict.fromkeys(("error", "network_error", "abort", "OTHER", "odd"), "broken"),
+    **dict.fromkeys(("MALFORMED_FUNCTION_CALL", "user_cancelled"), "broken"),
+    **dict.fromkeys(("engine_overloaded", "context_canceled", "unknown"), "broken"),
     **dict.fromkeys(("insufficient_system_resource", "rate_limit"), "broken"),
     "model_context_window_exceeded": "length",
 }
@@ -689,6 +734,20 @@ FAILED_200 = {
         sse(chunk("写"), failure("x", code="data_inspection_failed")),
         "refused",
     ),
+    "behind text, its provider": (
+        sse(chunk("写"), failure("Upstream idle timeout", code=502)),
+        "busy",
+    ),
+    "a web page behind text": (
+        sse(chunk("写")) + b"<html>\n<title>504 Gateway Time-out</title>\n</html>",
+        "early end",
+    ),
+    "words in an event": (
+        b"event: error\ndata: Internal Server Error\n\n",
+        "early end",
+    ),
+    "JSON of words": (b'"insufficient balance"', "early end"),
+    "nothing but the words of it": (b'{"detail": "Not Found"}', "early end"),
     "nobody knows": (sse(failure("x")), "broken"),
     "half an event": (sse(chunk("写"), '{"choi'), "broken"),
     "nothing": (b"", "early end"),
