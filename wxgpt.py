@@ -3731,19 +3731,19 @@ async def read_error(response: aiohttp.ClientResponse) -> ChatError:
 def refused_field(text: str, body: dict) -> str:
     """Return the optional field of a request that an error is about, or "".
 
-    Its name, or one with `_` inside it, may be there in any case and without the `_`;
+    Its name, or one with `_` inside it, may be there in any case and without any `_`;
     what turns thinking off is also meant by a word about thinking.
     """
     places, switch = {}, ""
     for name in [name for name in body if name not in ("model", "messages", "stream")]:
         inner = re.findall(r'"(\w+_\w+)":', json.dumps(body[name]))
-        words = "|".join(map(re.escape, [name, *inner])).replace("_", "_?")
+        words = "|".join(map(re.escape, [name, *inner])).replace("_", "[ _]?")
         pattern = rf"(?i)(?<![a-z0-9_])({words})(?![a-z0-9_])"
         if found := re.search(pattern, text):
             places[name] = found.start()
         if re.search("(?i)think|reason", f"{name} {inner}"):
             switch = name
-    if not places and re.search("(?i)思考|推理|thinking|reasoning", text):
+    if not places and re.search("(?i)思考|推理|think|reasoning", text):
         return switch
     return min(places, key=places.__getitem__, default="")
 
