@@ -3465,40 +3465,49 @@ def meaning_of(text: str, table: list[tuple[str, re.Pattern[str]]]) -> str:
 # should look at. Providers say the same in many ways.
 KINDS = ("refused", "busy", "long", "blind", "broken")
 MEANINGS = read_words(r"""
-long     ^status 413|request too large|tokens must be reduced
-api_key  account\b.{0,40}(suspend|deactivat|disabled|banned|locked)
+long     ^status 413|request too large|tokens must be reduced|reduce the length
+blind    support image input|at most 0 image
+model    no endpoints|no available c|model_price
+extra    max_\w*tokens\W.{0,40}(must be less|too large)
+api_key  account\b.{0,60}(suspend|deactivat|disabled|banned|locked)|\bpaused\b
 api_key  账[户号].{0,12}[锁封禁停]
 refused  content_?(policy|filter|security)|content management policy|policy_?violation
-refused  (usage|safety) (polic|guideline)|\bflagged\b|invalid_prompt|safety_?check
-refused  (?<!case.)sensitive|inappropriate|unsafe|\brisk\b|riskdetect|censor|moderation
-refused  data_?inspection|prohibited.content|guardrail|^status 451|code=(1301|102[67])\b
-refused  敏感|违规|涉嫌|不安全|(内容|高).{0,6}风险|审核[不未]通过|code=1001[349]\b
+refused  (usage|safety) (polic|guideline)|\bflagged\b|invalid_prompt|violat.{0,30}polic
+refused  safety.?(check|system)|(prompt|response|content|put)s?\b.{0,30}\bblocked
+refused  (?<!case.)(?<!in)sensitive|inappropriate|unsafe|\brisk\b|riskdetect|censor
+refused  moderation|data_?inspection|prohibited.content|guardrail|^status 451
+refused  敏感|违[规法反]|涉嫌|不安全|不适当|拦截|(内容|高).{0,6}风险
+refused  审核[不未]通过|code=(1301|102[67]|1001[349])\b
 api_key  insufficient_(user_)?quota|exceeded_current_quota|(spend\w*|usage)[ _]limit
 api_key  balance(?!r)|arrear|overdue|billing_|payment|can only afford|code=1113\b
 api_key  insufficient.{0,9}(credit|fund)|(out of|all available) credit
-api_key  credits?.{0,9}(exhaust|deplet)|(quota|free.?tier).{0,30}(exhaust|enough)
-api_key  余额|欠费|充值|到期|过期|额度.{0,4}[不用耗]
+api_key  credits?.{0,9}(exhaust|deplet)|(quota|free.?tier).{0,40}(exhaust|enough)
+api_key  pack.?exhaust|(?<!thinking.)budget.{0,12}exceeded
+api_key  余[额量]|欠费|充值|到期|过期|未开[通放]|额度.{0,4}[不用耗]
 busy     rate.?limit|too many requests|overload|throttl|concurren|exhausted
-busy     限流|速率|频率|并发|过载|饱和|繁忙
+busy     ^status 429.*limit|code=1039\b|(?<!context.)capacity
+busy     限流|速率|频率|并发|过载|饱和|忙
 long     context.?(length|size|window)|(maximum|available) context|outofcontext
-long     (prompt|input|message)s?\b.{0,60}(too l|longer|exceed)|token limit
-long     (input|prompt).{0,9}(length|tokens?\b)|tokens\b.{0,40}exceed|max_seq_len
+long     (prompt|input|message|tokens|character)s?(\b.{0,60}|_)(too.l|longer|exceed)
+long     (input|prompt).{0,9}(length|tokens?\b)|token limit|max_seq_len
 long     超长|(输入|上下文|提示|token).{0,12}(超|过长|太长)|code=1261\b
-model    model_?not_?(found|exist|open)|no (available c|endpoint)|(unknown|valid) model
-model    model\b.{0,80}(not exist|not found|decommission|deprecated)
-model    无可用渠道|模型.{0,20}(不存在|下线)
+model    model_?not_?(found|exist|open|avail)|(unknown|valid|such|found the) model
+model    models?\b.{0,80}(not exist|not found|decommission|deprecated)
+model    models? (\S+ )?(is )?((not|only) supported|disabled)|not a chat model
+model    invalid_?endpoint|无可用渠道|模型.{0,20}(不存在|下线|未配置)
 blind    image_url|image input|support.{0,20} images?\b|\b(vision|vlm)\b|text.only
 blind    multi.?modal|不支持.{0,9}[图视]|[图视].{0,9}不支持
-proxy    \b(country|region)
-api_key  api.?key|unauthori|authenti|no_?auth|login fail|令牌|密钥|鉴权|^status 40[123]
+proxy    country|\bregion|user location|just a moment|been blocked|network settings
+api_key  (api|access).?(key|token)|auth|login fail|令牌|密钥|鉴权|认证|^status 40[123]
 busy     ^status (408|409|429|5)|limit.?exceeded
 broken   ^status 2
 base_url ^status (3|40[45])
 extra    ^
 """)
 # A limit that is not over within the minutes that somebody waits for an answer.
-LASTING = re.compile(r"(?i)per.?(day|month)|daily|每[日天周月]|[今当]日|使用上限")
+LASTING = re.compile(r"(?i)\b[rt]pd|hour|da[iy]|week|month|[每今当][日天周月]|使用上限")
 ERROR_NAMES = ("code", "status_code", "http_code", "type", "status", "param")
+MESSAGE_NAMES = ("message", "detail", "msg", "status_msg", "error_msg", "statusText")
 # A code or an id. Anything longer or with blanks may be what a subscriber wrote.
 WORD = re.compile(r"[A-Za-z0-9_.:\[\]-]{1,64}")
 RETRY_AFTER_SECONDS = 120  # nobody waits longer: then the question has failed
@@ -3529,8 +3538,9 @@ def make_error(
     outer = as_dict(body)
     inner = outer.get("error") or outer.get("errors") or outer.get("base_resp")
     error = outer | as_dict(inner)
-    texts = (error.get(name) for name in ("message", "detail", "msg", "status_msg"))
-    message = str(next(filter(None, texts), inner if outer else body) or "")[:300]
+    texts = [error.get(name) for name in MESSAGE_NAMES]
+    texts.append(as_dict(error.get("metadata")).get("raw"))  # OpenRouter's source
+    message = " ".join(str(x)[:300] for x in texts if x) or str(inner or body)[:300]
     names = {name: str(error.get(name) or "") for name in ERROR_NAMES}
     names = {name: word for name, word in names.items() if WORD.fullmatch(word)}
     if status == 200:  # a gateway passes on the status that it received
@@ -3612,7 +3622,7 @@ class Completion:
         self.model: object = model
         self.half = ""  # of a character; the next event has the other one
         self.last = ""  # the last visible text
-        self.stray = ""  # the last payload that is no object
+        self.stray: object = ""  # the last payload that is no part of an answer
         self.has_progress = False  # the last chunk had text, thoughts or a comment
         self.has_begun = False  # some event had text or thoughts
         self.is_late = False  # all text before this chunk was a thought
@@ -3646,6 +3656,8 @@ class Completion:
             self.stray = payload or self.stray
             return ""
         event = read_event(payload)
+        if self.decoder.field is JSON_LINE and "choices" not in event:
+            self.stray = event  # it may say why there is no answer
         choices = event.get("choices")
         items = map(as_dict, choices if isinstance(choices, list) else [])
         choice: dict = next((item for item in items if not item.get("index")), {})
@@ -3687,6 +3699,10 @@ class Completion:
 
     def ending(self) -> Ending:
         """Return how the answer ended; raise ChatError unless it is good, or cut."""
+        if not self.reason:
+            if stray := self.stray or self.decoder.stray:
+                raise make_error(200, stray, {})
+            raise ChatError("broken", "the stream ended early", is_retryable=True)
         usage = as_dict(self.usage)
         given = as_count(usage.get("prompt_tokens", usage.get("input_tokens")))
         taken = as_count(usage.get("completion_tokens", usage.get("output_tokens")))
@@ -3875,10 +3891,6 @@ class ChatClient:
                 yield text
             if completion.error and not completion.reason:
                 raise completion.error
-        if not completion.reason:
-            if stray := completion.stray or completion.decoder.stray:
-                raise make_error(200, stray, {})
-            raise ChatError("broken", "the stream ended early", is_retryable=True)
         # The answer is complete, whatever happens while its usage is awaited.
         limit.reschedule(None)
         text = ""
