@@ -3465,7 +3465,7 @@ EVENT_BYTES = 1 << 20  # more in one event would only fill the memory
 BLANKS = b" \t\r\n\xef\xbb\xbf"  # may stand before a body, the last as byte order mark
 # The fields of an event stream that matter (llama.cpp has errors in one of that name),
 # those that do not, and the lines of a body that is JSON.
-DATA = re.compile(rb"(?:data|error)(?:: ?|$)")
+DATA = re.compile(rb"(?:data: ?)+|(?:data|error)(?:: ?|$)")
 OTHER_FIELD = re.compile(rb"(?:event|id|retry)?(?::|$)")
 JSON_LINE = re.compile(rb"(?=.)")
 
@@ -3557,8 +3557,9 @@ BEFORE += rf"|{CLOSING}|{CHANNEL}final[^<]*<\|message\|>|(?P<wrapper><answer>)"
 BEFORE_ANSWER = re.compile(rf"\s*(?:{BEFORE})", re.IGNORECASE | re.DOTALL)
 TAG_CHARS = 200  # no tag is longer
 TAG_BEGUN = re.compile(rf"(?s:<\|.{{0,{TAG_CHARS}}})|[<\[◁][^>\]▷\n]{{0,{TAG_CHARS}}}")
-# The first tag inside an answer. One in backticks is only spoken of.
-LATE = re.compile(rf"(?i)(?<!`)(?:({CLOSING})|<{TAG}[\s>]|\[THINK\]|◁think▷)")
+# The first tag inside an answer. One that is quoted, or code, is only spoken of.
+QUOTED = r"""(?<![`“‘「『])(?<!\s["'])(?<!`\n)(?<!`xml\n)(?<!`(?:html|text)\n)"""
+LATE = re.compile(rf"(?i){QUOTED}({CLOSING})|(?<!`)(?:<{TAG}[\s>]|\[THINK\]|◁think▷)")
 ANSWER_END = "</answer>"  # Hunyuan's
 ANSWER_CHARS = 200_000  # an answer that goes on and on is cut there
 
@@ -3640,40 +3641,49 @@ def meaning_of(text: str, table: list[tuple[str, re.Pattern[str]]]) -> str:
 # should look at. Providers say the same in many ways.
 KINDS = ("refused", "busy", "long", "blind", "broken")
 MEANINGS = read_words(r"""
-long     ^status 413|request too large|tokens must be reduced
-api_key  account\b.{0,40}(suspend|deactivat|disabled|banned|locked)
+long     ^status 413|request too large|tokens must be reduced|reduce the length
+blind    support image input|at most 0 image
+model    no endpoints|no available c|model_price
+extra    max_\w*tokens\W.{0,40}(must be less|too large)
+api_key  account\b.{0,60}(suspend|deactivat|disabled|banned|locked)|\bpaused\b
 api_key  账[户号].{0,12}[锁封禁停]
 refused  content_?(policy|filter|security)|content management policy|policy_?violation
-refused  (usage|safety) (polic|guideline)|\bflagged\b|invalid_prompt|safety_?check
-refused  (?<!case.)sensitive|inappropriate|unsafe|\brisk\b|riskdetect|censor|moderation
-refused  data_?inspection|prohibited.content|guardrail|^status 451|code=(1301|102[67])\b
-refused  敏感|违规|涉嫌|不安全|(内容|高).{0,6}风险|审核[不未]通过|code=1001[349]\b
+refused  (usage|safety) (polic|guideline)|\bflagged\b|invalid_prompt|violat.{0,30}polic
+refused  safety.?(check|system)|(prompt|response|content|put)s?\b.{0,30}\bblocked
+refused  (?<!case.)(?<!in)sensitive|inappropriate|unsafe|\brisk\b|riskdetect|censor
+refused  moderation|data_?inspection|prohibited.content|guardrail|^status 451
+refused  敏感|违[规法反]|涉嫌|不安全|不适当|拦截|(内容|高).{0,6}风险
+refused  审核[不未]通过|code=(1301|102[67]|1001[349])\b
 api_key  insufficient_(user_)?quota|exceeded_current_quota|(spend\w*|usage)[ _]limit
 api_key  balance(?!r)|arrear|overdue|billing_|payment|can only afford|code=1113\b
 api_key  insufficient.{0,9}(credit|fund)|(out of|all available) credit
-api_key  credits?.{0,9}(exhaust|deplet)|(quota|free.?tier).{0,30}(exhaust|enough)
-api_key  余额|欠费|充值|到期|过期|额度.{0,4}[不用耗]
+api_key  credits?.{0,9}(exhaust|deplet)|(quota|free.?tier).{0,40}(exhaust|enough)
+api_key  pack.?exhaust|(?<!thinking.)budget.{0,12}exceeded
+api_key  余[额量]|欠费|充值|到期|过期|未开[通放]|额度.{0,4}[不用耗]
 busy     rate.?limit|too many requests|overload|throttl|concurren|exhausted
-busy     限流|速率|频率|并发|过载|饱和|繁忙
+busy     ^status 429.*limit|code=1039\b|(?<!context.)capacity
+busy     限流|速率|频率|并发|过载|饱和|忙
 long     context.?(length|size|window)|(maximum|available) context|outofcontext
-long     (prompt|input|message)s?\b.{0,60}(too l|longer|exceed)|token limit
-long     (input|prompt).{0,9}(length|tokens?\b)|tokens\b.{0,40}exceed|max_seq_len
+long     (prompt|input|message|tokens|character)s?(\b.{0,60}|_)(too.l|longer|exceed)
+long     (input|prompt).{0,9}(length|tokens?\b)|token limit|max_seq_len
 long     超长|(输入|上下文|提示|token).{0,12}(超|过长|太长)|code=1261\b
-model    model_?not_?(found|exist|open)|no (available c|endpoint)|(unknown|valid) model
-model    model\b.{0,80}(not exist|not found|decommission|deprecated)
-model    无可用渠道|模型.{0,20}(不存在|下线)
+model    model_?not_?(found|exist|open|avail)|(unknown|valid|such|found the) model
+model    models?\b.{0,80}(not exist|not found|decommission|deprecated)
+model    models? (\S+ )?(is )?((not|only) supported|disabled)|not a chat model
+model    invalid_?endpoint|无可用渠道|模型.{0,20}(不存在|下线|未配置)
 blind    image_url|image input|support.{0,20} images?\b|\b(vision|vlm)\b|text.only
 blind    multi.?modal|不支持.{0,9}[图视]|[图视].{0,9}不支持
-proxy    \b(country|region)
-api_key  api.?key|unauthori|authenti|no_?auth|login fail|令牌|密钥|鉴权|^status 40[123]
+proxy    country|\bregion|user location|just a moment|been blocked|network settings
+api_key  (api|access).?(key|token)|auth|login fail|令牌|密钥|鉴权|认证|^status 40[123]
 busy     ^status (408|409|429|5)|limit.?exceeded
 broken   ^status 2
 base_url ^status (3|40[45])
 extra    ^
 """)
 # A limit that is not over within the minutes that somebody waits for an answer.
-LASTING = re.compile(r"(?i)per.?(day|month)|daily|每[日天周月]|[今当]日|使用上限")
+LASTING = re.compile(r"(?i)\b[rt]pd|hour|da[iy]|week|month|[每今当][日天周月]|使用上限")
 ERROR_NAMES = ("code", "status_code", "http_code", "type", "status", "param")
+MESSAGE_NAMES = ("message", "detail", "msg", "status_msg", "error_msg", "statusText")
 # A code or an id. Anything longer or with blanks may be what a subscriber wrote.
 WORD = re.compile(r"[A-Za-z0-9_.:\[\]-]{1,64}")
 RETRY_AFTER_SECONDS = 120  # nobody waits longer: then the question has failed
@@ -3704,8 +3714,9 @@ def make_error(
     outer = as_dict(body)
     inner = outer.get("error") or outer.get("errors") or outer.get("base_resp")
     error = outer | as_dict(inner)
-    texts = (error.get(name) for name in ("message", "detail", "msg", "status_msg"))
-    message = str(next(filter(None, texts), inner if outer else body) or "")[:300]
+    texts = [error.get(name) for name in MESSAGE_NAMES]
+    texts.append(as_dict(error.get("metadata")).get("raw"))  # OpenRouter's source
+    message = " ".join(str(x)[:300] for x in texts if x) or str(inner or body)[:300]
     names = {name: str(error.get(name) or "") for name in ERROR_NAMES}
     names = {name: word for name, word in names.items() if WORD.fullmatch(word)}
     if status == 200:  # a gateway passes on the status that it received
@@ -3763,16 +3774,16 @@ def text_of(content: object) -> str:
 
 # What a finish_reason means; any other: the answer is broken off.
 ENDS = read_words(r"""
-stop     ^(finish_reason_)?(stop\w*|eos\w*|end|end_turn|completed?|finish(ed)?|done)$
-stop     ^(tool_calls?|tool_use|function_call)$
+stop     ^(finish_reason_)?(stop\w*|eos\w*|end(_\w*turn)?|completed?|finish(ed)?)$
+stop     ^(done|normal|tool_calls?|tool_use|function_call)$
 refused  filter|sensitiv|refus|safety|prohibit|block|guardrail|moderat|recitation|spii
-refused  censor|violat|policy|risk
+refused  censor|violat|policy|risk|toxic
 broken   error|fail|abort|cancel|time_?out|resource|interrupt|overload|rate_?limit
-length   length|max|context|token|limit
+length   length|max|context|token|limit|truncat
 """)
 MID_SENTENCE = re.compile(r"[\w,，、:：;；(（《“-]\s*$")
 # The fields of a delta that show that the model is at work.
-ALIVE = ("content", "refusal", "reasoning_content", "reasoning", "reasoning_details")
+ALIVE = re.compile("content|refusal|reason|think|thought")
 
 
 class Completion:
@@ -3787,7 +3798,7 @@ class Completion:
         self.model: object = model
         self.half = ""  # of a character; the next event has the other one
         self.last = ""  # the last visible text
-        self.stray = ""  # the last payload that is no object
+        self.stray: object = ""  # the last payload that is no part of an answer
         self.has_progress = False  # the last chunk had text, thoughts or a comment
         self.has_begun = False  # some event had text or thoughts
         self.is_late = False  # all text before this chunk was a thought
@@ -3821,6 +3832,8 @@ class Completion:
             self.stray = payload or self.stray
             return ""
         event = read_event(payload)
+        if self.decoder.field is JSON_LINE and "choices" not in event:
+            self.stray = event  # it may say why there is no answer
         choices = event.get("choices")
         items = map(as_dict, choices if isinstance(choices, list) else [])
         choice: dict = next((item for item in items if not item.get("index")), {})
@@ -3849,7 +3862,7 @@ class Completion:
 
     def read_delta(self, delta: dict) -> str:
         """Return the visible text of a delta."""
-        is_alive = any(delta.get(name) for name in ALIVE)
+        is_alive = any(delta[name] for name in delta if ALIVE.search(name))
         self.has_progress |= is_alive
         self.has_begun |= is_alive
         text = text_of(delta.get("content")) or text_of(delta.get("refusal"))
@@ -3862,6 +3875,10 @@ class Completion:
 
     def ending(self) -> Ending:
         """Return how the answer ended; raise ChatError unless it is good, or cut."""
+        if not self.reason:
+            if stray := self.stray or self.decoder.stray:
+                raise make_error(200, stray, {})
+            raise ChatError("broken", "the stream ended early", is_retryable=True)
         usage = as_dict(self.usage)
         given = as_count(usage.get("prompt_tokens", usage.get("input_tokens")))
         taken = as_count(usage.get("completion_tokens", usage.get("output_tokens")))
@@ -3906,19 +3923,19 @@ async def read_error(response: aiohttp.ClientResponse) -> ChatError:
 def refused_field(text: str, body: dict) -> str:
     """Return the optional field of a request that an error is about, or "".
 
-    Its name, or one with `_` inside it, may be there in any case and without the `_`;
+    Its name, or one with `_` inside it, may be there in any case and without any `_`;
     what turns thinking off is also meant by a word about thinking.
     """
     places, switch = {}, ""
     for name in [name for name in body if name not in ("model", "messages", "stream")]:
         inner = re.findall(r'"(\w+_\w+)":', json.dumps(body[name]))
-        words = "|".join(map(re.escape, [name, *inner])).replace("_", "_?")
+        words = "|".join(map(re.escape, [name, *inner])).replace("_", "[ _]?")
         pattern = rf"(?i)(?<![a-z0-9_])({words})(?![a-z0-9_])"
         if found := re.search(pattern, text):
             places[name] = found.start()
         if re.search("(?i)think|reason", f"{name} {inner}"):
             switch = name
-    if not places and re.search("(?i)思考|推理|thinking|reasoning", text):
+    if not places and re.search("(?i)思考|推理|think|reasoning", text):
         return switch
     return min(places, key=places.__getitem__, default="")
 
@@ -4088,10 +4105,6 @@ class ChatClient:
                 yield text
             if completion.error and not completion.reason:
                 raise completion.error
-        if not completion.reason:
-            if stray := completion.stray or completion.decoder.stray:
-                raise make_error(200, stray, {})
-            raise ChatError("broken", "the stream ended early", is_retryable=True)
         # The answer is complete, whatever happens while its usage is awaited.
         limit.reschedule(None)
         text = ""

@@ -476,6 +476,15 @@ FORMS = {
     "a null delta": sse({"choices": [{"delta": None}]}, {"choices": None}, *ANSWER),
     "an empty object": sse({}, [], *ANSWER),
     "a good code": sse({"code": 0, "message": "ok"}, chunk("好的。", code=0), *END),
+    "a prefix twice": sse(*ANSWER, field="data: data: "),
+    "blanks behind the end": sse(chunk("好的。"), "[DONE] "),
+    "pings": b'event: ping\ndata: {"type": "ping"}\n\n' + sse(*ANSWER),
+    "no error in each event": sse(chunk("好的。", error=None, errors=[]), *END),
+    "a list for a delta": sse({"choices": [{"delta": []}]}, *ANSWER),
+    "references": sse(chunk([{"type": "reference", "reference_ids": [1]}]), *ANSWER),
+    "a refusal": sse({"choices": [{"delta": {"refusal": "好的。"}}]}, *END),
+    "two ends": sse(*ANSWER[:3], chunk("", "stop"), "[DONE]"),
+    "an error behind the end": sse(*ANSWER[:3], failure("x", code=502)),
     "another event first": sse({"status": "running"}, *ANSWER),
 }
 
@@ -556,6 +565,36 @@ THOUGHTS = {
     "a link": (["[好的](https://a.b)"], "[好的](https://a.b)"),
     "brackets": (["[" * 500], "[" * 500),
     "the beginning of a tag": (["<thin"], "<thin"),
+    "inner thoughts": (["<inner_thoughts>秘密</inner_thoughts>好的。"], "好的。"),
+    "a thought in a thought": (
+        ["<think><think>秘密</think>秘密</think>好的。"],
+        "好的。",
+    ),
+    "code in a thought": (["秘密\n```\nx\n```\n秘密\n</think>\n\n好的。"], "好的。"),
+    "a quote before the tag": (['他说："秘密。"</think>好的。'], "好的。"),
+    **{
+        text[:20]: ([text], text)
+        for text in (
+            "以此结尾：\n```\n</think>\n```\n之后是答案。",
+            "以此结尾：\n```xml\n</think>\n```\n之后是答案。",
+            "以此结尾：\n```html\n</think>\n```\n之后是答案。",
+            "标签“</think>”表示思考结束。",
+            "标签「</think>」表示思考结束。",
+            '标签 "</think>" 表示思考结束。',
+            "提示词里的 <thinking> 标签要闭合：</thinking>。",
+            "写 [THINK] 这个词，再写 [/THINK]。",
+            "`<think>` 开头，`</think>` 结尾。",
+            "```xml\n<think>x</think>\n```",
+            '{"error": "rate limit exceeded"}',
+            "[1] 来源，[2] 另一个。",
+            "[DONE]",
+            "data: [DONE]",
+            "< 5 的数有四个。",
+            "<!DOCTYPE html>\n<p>好</p>",
+            "<thead><tr></tr></thead>",
+            "Error: 429 too many requests 的意思是请求太多。",
+        )
+    },
     "no end": (["<think>秘密"], ""),
 }
 
@@ -593,11 +632,17 @@ def test_an_answer_known_to_begin_inside_a_thought(name):
 ENDS = {
     **dict.fromkeys(("stop", "STOP", "eos", "end_turn", "stop_sequence"), "stop"),
     **dict.fromkeys(("tool_calls", "completed", "FINISH_REASON_STOP"), "stop"),
+    **dict.fromkeys(("COMPLETE", "eos_token", "normal", "end_of_turn"), "stop"),
     **dict.fromkeys(("length", "max_tokens", "MAX_TOKENS", "model_length"), "length"),
     **dict.fromkeys(("max_output_tokens", "token_limit"), "length"),
+    **dict.fromkeys(("max_new_tokens", "max_length", "truncated"), "length"),
     **dict.fromkeys(("content_filter", "sensitive", "SAFETY", "refusal"), "refused"),
     **dict.fromkeys(("content_filter: PROHIBITED_CONTENT", "RECITATION"), "refused"),
+    **dict.fromkeys(("BLOCKLIST", "content-filter", "IMAGE_SAFETY"), "refused"),
+    **dict.fromkeys(("ERROR_TOXIC", "guardrail_intervened"), "refused"),
     **dict.fromkeys(("error", "network_error", "abort", "OTHER", "odd"), "broken"),
+    **dict.fromkeys(("MALFORMED_FUNCTION_CALL", "user_cancelled"), "broken"),
+    **dict.fromkeys(("engine_overloaded", "context_canceled", "unknown"), "broken"),
     **dict.fromkeys(("insufficient_system_resource", "rate_limit"), "broken"),
     "model_context_window_exceeded": "length",
 }
@@ -689,6 +734,20 @@ FAILED_200 = {
         sse(chunk("写"), failure("x", code="data_inspection_failed")),
         "refused",
     ),
+    "behind text, its provider": (
+        sse(chunk("写"), failure("Upstream idle timeout", code=502)),
+        "busy",
+    ),
+    "a web page behind text": (
+        sse(chunk("写")) + b"<html>\n<title>504 Gateway Time-out</title>\n</html>",
+        "early end",
+    ),
+    "words in an event": (
+        b"event: error\ndata: Internal Server Error\n\n",
+        "early end",
+    ),
+    "JSON of words": (b'"insufficient balance"', "early end"),
+    "nothing but the words of it": (b'{"detail": "Not Found"}', "early end"),
     "nobody knows": (sse(failure("x")), "broken"),
     "half an event": (sse(chunk("写"), '{"choi'), "broken"),
     "nothing": (b"", "early end"),
@@ -701,6 +760,254 @@ def test_an_error_in_a_200_is_told_by_what_it_says(name):
     """Wherever it stands, and whatever shape it has."""
     raw, kind = FAILED_200[name]
     assert outcome(raw)[1] == kind
+
+
+# What comes instead of an answer: its status, its meaning (a kind, or the setting to look
+# at; later: not over while somebody waits), a name, a code, and words or a whole body.
+ANSWERS = r"""
+429 | busy | OpenAI, minute | rate_limit_exceeded | Rate limit reached for gpt-x on tokens per min (TPM): Limit 200000, Used 199000, Requested 5000. Please try again in 1.2s.
+429 | later | OpenAI, day | - | Rate limit reached on requests per day (RPD): Limit 200, Used 200.
+403 | proxy | OpenAI, place | unsupported_country_region_territory | x
+429 | api_key | OpenAI, billing | billing_hard_limit_reached | x
+400 | refused | OpenAI, safety | - | Your request was rejected as a result of our safety system.
+400 | long | OpenAI, one string | string_above_max_length | Invalid 'messages[1].content': string too long. Expected a string with maximum length 10485760.
+404 | model | OpenAI, no chat model | - | This is not a chat model and thus not supported in the v1/chat/completions endpoint.
+404 | model | OpenAI, responses only | - | This model is only supported in v1/responses and not in v1/chat.
+429 | busy | Azure, minute | 429 | Requests to the ChatCompletions_Create Operation under Azure OpenAI API have exceeded token rate limit of your current S0 pricing tier. Please retry after 6 seconds.
+401 | api_key | Azure, key | - | Access denied due to invalid subscription key or wrong endpoint.
+400 | model | DeepSeek, model | - | Model Not Exist
+401 | api_key | DeepSeek, key | - | Authentication Fails, Your api key: ****x is invalid
+422 | blind | DeepSeek, a picture | - | Failed to deserialize the JSON body into the target type: messages[1]: unknown variant `image_url`, expected `text` at line 1 column 123
+429 | busy | Qwen, rate | limit_burst_rate | Request rate increased too quickly.
+429 | later | Qwen, week | - | week allocated quota exceeded.
+429 | later | Qwen, hours | - | hour allocated quota exceeded.
+400 | model | Qwen, plan | - | model 'qwen-x' is not supported
+400 | refused | Qwen, inspected | - | <400> InternalError.Algo.DataInspectionFailed: x
+400 | refused | Qwen, inspected, in Chinese | - | 输入文本数据可能包含不适当的内容！
+500 | busy | Qwen, internal | - | An internal error has occured.
+429 | busy | Kimi, at once | rate_limit_reached_error | Your account org-x request reached max organization concurrency: 1, please try again after 1 seconds
+429 | later | Kimi, day | - | Your account request reached TPD rate limit, current: 2, limit: 1
+404 | model | Kimi, model | - | Not found the model kimi-x or Permission denied
+400 | long | Kimi, long | - | Input token length too long
+400 | model | GLM, model | 1211 | 模型不存在，请检查模型代码。
+429 | busy | GLM, crowded | 1312 | 该模型当前访问量过大，请您稍后再试
+429 | later | GLM, week | 1310 | 您已达到每周/每月使用上限，您的限额将在周一重置
+429 | api_key | GLM, plan | 1311 | 当前订阅套餐暂未开放GLM-5权限
+401 | api_key | GLM, locked | 1121 | 账户存违规行为，账号已被锁定
+401 | api_key | GLM, token | 401 | 令牌已过期或验证不正确！
+429 | busy | Ark, minute | RateLimitExceeded.EndpointTPMExceeded | The request failed because you have exceeded the Tokens Per Minute limit of the associated endpoint for your account.
+429 | api_key | Ark, free trial | QuotaExceeded | Your account 1 has exhausted its free trial quota for the model doubao-x, and its service has been paused.
+429 | api_key | Ark, own limit | SetLimitExceeded | Your account 1 has reached the set inference limit for the doubao-x model, and the model service has been paused.
+404 | model | Ark, not open | ModelNotOpen | Your account has not activated the model.
+400 | model | Ark, closed | InvalidEndpoint.ClosedEndpoint | The request targeted an endpoint that is currently closed.
+400 | refused | Ark, output | OutputTextSensitiveContentDetected | x
+400 | long | Ark, long | - | Total tokens of image and text exceed max message tokens.
+400 | long | MiniMax, long | - | invalid params, context window exceeds limit (2013)
+200 | busy | MiniMax, minute | - | {"base_resp": {"status_code": 1039, "status_msg": "token limit"}}
+200 | api_key | MiniMax, key | - | {"base_resp": {"status_code": 1004, "status_msg": "login fail: no secret key"}}
+200 | broken | MiniMax, time | - | {"base_resp": {"status_code": 1001, "status_msg": "request timeout"}}
+400 | api_key | Hunyuan, pack | FailedOperation.FreeResourcePackExhausted | 免费资源包余量已用尽，请购买资源包或开通后付费。
+400 | api_key | Hunyuan, who | FailedOperation.UserUnAuthError | 用户未实名认证
+400 | api_key | Hunyuan, not open | FailedOperation | 服务未开通，请前往控制台申请开通。
+400 | refused | Hunyuan, refused | OperationDenied.TextIllegalDetected | 文本包含违法信息
+400 | long | Qianfan, tokens | tokens_too_long | Prompt tokens too long
+400 | long | Qianfan, characters | characters_too_long | the max input characters is 10000
+200 | busy | Qianfan, rate | - | {"code": 336501, "msg": "Rate limit reached for RPM"}
+200 | api_key | Qianfan, old | - | {"error_code": 110, "error_msg": "Access token invalid or no longer valid"}
+498 | busy | Groq, flex | capacity_exceeded | Flex tier x
+403 | proxy | Groq, network | - | Access denied. Please check your network settings.
+400 | extra | Groq, a field and the window | - | `max_tokens` must be less than or equal to `8192`, the maximum value for `max_tokens` is less than the `context_window` for this model
+400 | extra | vLLM, a field and the window | - | 'max_tokens' or 'max_completion_tokens' is too large: 9000. This model's maximum context length is 8192 tokens
+400 | blind | vLLM, a picture | - | At most 0 image(s) may be provided in one prompt.
+400 | long | vLLM, long | - | The decoder prompt (length 5000) is longer than the maximum model length
+422 | long | Together, long | - | Input validation error: `inputs` tokens + `max_new_tokens` must be <= 32769. Given: 40000 `inputs` tokens
+404 | model | Together, model | model_not_available | Unable to access x. See the list.
+412 | api_key | Fireworks, suspended | - | Account x is suspended, possibly due to reaching the spending limit.
+404 | model | Fireworks, model | - | Model not found, inaccessible, and/or not deployed
+402 | api_key | OpenRouter, credits | - | This request requires more credits, or fewer max_tokens. You requested up to 65536 tokens, but can only afford 1200.
+429 | later | OpenRouter, free models | - | Rate limit exceeded: free-models-per-day. Add 10 credits
+403 | api_key | OpenRouter, key limit | - | Key limit exceeded (total limit).
+404 | model | OpenRouter, data policy | - | {"error": {"message": "No endpoints available matching your guardrail restrictions and data policy.", "code": 404}}
+404 | blind | OpenRouter, a picture | - | {"error": {"message": "No endpoints found that support image input", "code": 404}}
+400 | long | OpenRouter, inner words | - | {"error": {"message": "Provider returned error", "code": 400, "metadata": {"raw": "{\"message\": \"prompt is too long: 9 > 8\"}"}}}
+403 | proxy | Cloudflare, a challenge | - | <p>Just a moment... Enable JavaScript
+403 | proxy | Cloudflare, a wall | - | <p>Sorry, you have been blocked
+429 | busy | Cloudflare, 1015 | - | <p>Error 1015 You are being rate limited
+524 | busy | Cloudflare, 524 | - | <p>524: A timeout occurred
+429 | later | Cloudflare, day | - | {"errors": [{"message": "you have used up your daily free allocation"}]}
+400 | model | Cloudflare, model | - | {"errors": [{"message": "No such model @cf/x or task", "code": 5007}]}
+424 | refused | Cloudflare, blocked | - | {"error": [{"code": 2016, "message": "Prompt blocked due to security settings"}]}
+429 | busy | Cloudflare, crowded | - | {"errors": [{"message": "Capacity temporarily exceeded", "code": 3040}]}
+502 | busy | nginx, 502 | - | <p>502 Bad Gateway nginx/1.22.1
+413 | long | nginx, 413 | - | <p>413 Request Entity Too Large nginx
+405 | base_url | nginx, 405 | - | <p>405 Not Allowed nginx
+500 | blind | llama.cpp, a picture | - | image input is not supported - hint: you may need the mmproj
+503 | busy | llama.cpp, loading | - | {"error": {"message": "Loading model", "code": 503, "type": "unavailable_error"}}
+404 | model | Ollama, model | not_found | model 'x' not found
+429 | api_key | LiteLLM, budget | - | Budget has been exceeded! Current cost: 1.2, Max budget: 1.0
+429 | busy | LiteLLM, no deployment | - | No deployments available for selected model, Try again in 5 seconds.
+400 | model | LiteLLM, model | - | Invalid model name passed in model=x.
+400 | api_key | Anthropic, money | - | Your credit balance is too low
+429 | busy | Bedrock, rate | - | Too many tokens, please wait before trying again.
+403 | api_key | new-api, used up | - | 该令牌额度已用尽
+500 | model | new-api, no price | model_price_error | 模型 x 倍率或价格未配置，请联系管理员设置
+403 | api_key | new-api, forbidden | - | 该令牌无权访问模型 x
+400 | refused | a policy | - | The prompt violates our content policies.
+400 | extra | not a refusal | - | Names are case-insensitive.
+400 | refused | blocked, in Chinese | - | 您的输入已被内容安全拦截
+400 | proxy | Gemini, place | - | [{"error": {"message": "User location is not supported for the API use.", "code": 400, "status": "FAILED_PRECONDITION"}}]
+404 | model | Gemini, model | - | [{"error": {"message": "models/gemini-x is not found for API version v1main, or is not supported for generateContent.", "code": 404, "status": "NOT_FOUND"}}]
+503 | busy | Gemini, overloaded | - | [{"error": {"message": "The model is overloaded.", "code": 503, "status": "UNAVAILABLE"}}]
+403 | api_key | Gemini, not enabled | - | [{"error": {"message": "Generative Language API has not been used in project 1 before."}}]
+403 | refused | ModelArts, refused | - | {"error_code": "ModelArts.81011", "error_msg": "May contain sensitive information."}
+429 | busy | ModelArts, rate | - | {"error_code": "ModelArts.81101", "error_msg": "Too many requests, exceeded rate limit is 3 times per minute."}
+200 | long | Spark, length | - | {"code": 10907, "message": "token数超过上限"}
+200 | busy | Spark, busy | - | {"code": 10110, "message": "服务忙，请稍后再试"}
+403 | api_key | SiliconFlow, money | - | {"code": 30001, "message": "Sorry, your account balance is insufficient"}
+429 | busy | SiliconFlow, rate | - | {"message": "Request was rejected due to rate limiting. TPM limit reached."}
+403 | model | SiliconFlow, model | - | {"code": 30003, "message": "Model disabled."}
+403 | api_key | PPIO, money | - | {"code": 403, "reason": "NOT_ENOUGH_BALANCE", "message": "x"}
+429 | busy | PPIO, minute | - | {"code": 429, "reason": "TOKEN_LIMIT_EXCEEDED", "message": "Token limit exceeded"}
+429 | busy | Mistral, tier | - | {"object": "error", "message": "Service tier capacity exceeded for this model."}
+400 | long | Mistral, long | - | {"object": "error", "message": "Prompt contains 40000 tokens and 0 draft tokens, too large for model with 32768 maximum context length", "code": "3051"}
+400 | model | Mistral, model | - | {"object": "error", "message": "Invalid model: x", "type": "invalid_model"}
+400 | long | Cerebras, long | - | {"message": "Please reduce the length of the messages or completion."}
+400 | api_key | xAI, key | - | {"code": "Client specified an invalid argument", "error": "Incorrect API key"}
+429 | later | Cohere, trial | - | {"message": "You are using a Trial key, limited to 1000 API calls / month."}
+400 | long | Cohere, long | - | {"message": "too many tokens: tokens in the prompt cannot exceed 128000"}
+402 | api_key | NVIDIA, money | - | {"status": 402, "title": "Payment Required", "detail": "Cloud credits expired"}
+429 | busy | NVIDIA, a title | - | {"status": 429, "title": "Too Many Requests"}
+400 | long | SGLang, long | - | {"object": "error", "message": "The input_ids length 140000 exceeds 131072"}
+404 | model | LM Studio, model | - | {"error": {"message": "No models loaded.", "param": "model", "code": "model_not_found"}}
+400 | blind | LM Studio, a picture | - | {"error": "Model does not support images."}
+200 | broken | TGI, in a stream | - | {"error": "Request failed during generation: CUDA", "error_type": "generation"}
+200 | api_key | FastGPT, key | - | {"code": 514, "statusText": "unAuthApiKey", "message": "Key is illegal"}
+400 | api_key | Dify, quota | - | {"code": "provider_quota_exceeded", "message": "Your quota for Dify Hosted OpenAI has been exhausted."}
+200 | api_key | a body of its own | - | {"success": false, "message": "Insufficient credits"}
+200 | api_key | Coze, token | - | {"code": 700012006, "msg": "access token invalid"}
+"""
+
+
+def read_answers():
+    """Return for each name of the table a status, a body, and what it means."""
+    for line in ANSWERS.strip().splitlines():
+        status, meaning, name, code, words = line.split(" | ")
+        body = failure(words) if code == "-" else failure(words, code=code)
+        if words[0] in "{[":
+            body = json.loads(words)
+        yield name, (int(status), words if words[0] == "<" else body, meaning)
+
+
+ANSWER_OF = dict(read_answers())
+
+
+def meaning_of(error):
+    """Return the kind of an error, or its setting, or that it passes later."""
+    if error.kind == "busy" and not error.is_retryable:
+        return "later"
+    assert error.is_retryable == (error.kind in ("busy", "broken"))
+    return error.setting or error.kind
+
+
+@pytest.mark.parametrize("name", ANSWER_OF)
+def test_an_error_is_told_by_its_words(name):
+    """Whatever a provider calls what went wrong."""
+    status, body, meaning = ANSWER_OF[name]
+    if status != 200:
+        assert meaning_of(wxgpt.make_error(status, body, {})) == meaning
+        return
+    completion = wxgpt.Completion("some-model")
+    completion.feed(json.dumps(body).encode())
+    with pytest.raises(wxgpt.ChatError) as raised:
+        completion.feed(b"")
+        raise completion.error or completion.ending()
+    assert meaning_of(raised.value) == meaning
+
+
+# The words of a refusal, the fields of a request, and the one that is refused.
+FIELDS = {
+    "Go": ('json: unknown field "stream_options"', {}, "stream_options"),
+    "words": ("Stream options are not supported.", {}, "stream_options"),
+    "a schema": (
+        "Additional properties are not allowed ('reasoning_effort' was unexpected)",
+        {"reasoning_effort": "none"},
+        "reasoning_effort",
+    ),
+    "vLLM": (
+        "1 validation error for ChatCompletionRequest\nenable_thinking\n  Extra inputs",
+        {"enable_thinking": False},
+        "enable_thinking",
+    ),
+    "Fireworks": (
+        "Extra inputs are not permitted, field: 'thinking', value: {}",
+        {"thinking": {}},
+        "thinking",
+    ),
+    "Groq": (
+        "`reasoning_effort` must be one of `low`, `medium`, or `high`",
+        {"reasoning_effort": "none"},
+        "reasoning_effort",
+    ),
+    "OpenRouter": (
+        "Reasoning is mandatory for this endpoint and cannot be disabled.",
+        {"reasoning": {"enabled": False}},
+        "reasoning",
+    ),
+    "Ollama": (
+        'invalid think value: "none" (must be "high", "medium", "low")',
+        {"reasoning_effort": "none"},
+        "reasoning_effort",
+    ),
+    "xAI": (
+        "Argument not supported on this model: presencePenalty",
+        {"presence_penalty": 1},
+        "presence_penalty",
+    ),
+    "Kimi": (
+        "invalid temperature: only 1 is allowed for this model",
+        {"temperature": 0.5},
+        "temperature",
+    ),
+    "Anthropic": (
+        "`temperature` and `top_p` cannot both be specified for this model.",
+        {"top_p": 1, "temperature": 1},
+        "temperature",
+    ),
+    "Qwen": (
+        'The incremental_output parameter must be "true" when enable_thinking is true',
+        {"enable_thinking": True},
+        "enable_thinking",
+    ),
+    "GLM": ("do_sample参数非法。请检查文档。", {"do_sample": 1}, "do_sample"),
+    "LiteLLM": (
+        "UnsupportedParamsError: openai does not support parameters: ['top_k'], for x",
+        {"top_k": 1},
+        "top_k",
+    ),
+    "Ark": (
+        "当前模型不支持关闭深度思考",
+        {"thinking": {"type": "disabled"}},
+        "thinking",
+    ),
+    "safety": (
+        "Unrecognized request argument supplied: safety_identifier",
+        {"safety_identifier": "x"},
+        "safety_identifier",
+    ),
+    "a name alone": ("Invalid 'user': string too long.", {"user": "x" * 99}, "user"),
+    "roles": ("user and assistant roles should be alternating", {}, ""),
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_refused_field_is_left_out(name):
+    """However its refusal is worded."""
+    words, extra, field = FIELDS[name]
+    made = wxgpt.AssistantSettings(api_key="x", model="m", extra=extra)
+    client = wxgpt.ChatClient(made, None)
+    error = wxgpt.make_error(400, failure(words), {})
+    assert client.leaves_out(error, client.request_body([])) == (field != "")
+    assert client.refused == ({field} if field else set())
 
 
 EVERYTHING = {
