@@ -767,6 +767,11 @@ def with_links(text: str) -> str:
     return ANCHOR.sub(lambda link: web_link(link[3], link[2]), text)
 
 
+def no_link(text: str) -> str:
+    """Return text in which WeChat finds no link, and our XML nothing illegal."""
+    return re.sub(r"(?i)<(?=/?a)", "<\u200b", ILLEGAL.sub("", text))
+
+
 def outgoing(text: str) -> str:
     """Return a reply's text as it is sent: our own links in it, and no others.
 
@@ -779,11 +784,6 @@ def outgoing(text: str) -> str:
         kept += [no_link(text[at : link.start()]), anchor]
         at = link.end()
     return "".join([*kept, no_link(text[at:])])
-
-
-def no_link(text: str) -> str:
-    """Return text in which WeChat finds no link, and our XML nothing illegal."""
-    return re.sub(r"(?i)<(?=/?a)", "<\u200b", ILLEGAL.sub("", text))
 
 
 def excerpt(text: str, length: int = 12) -> str:
@@ -4412,17 +4412,19 @@ class ReplayGuard:
 
     SECONDS = 600  # how far a timestamp may be off
 
-    def __init__(self, clock: Callable[[], float], warn: Callable[..., None]) -> None:
-        self.clock, self.warn = clock, warn  # the loop's clock; Bot.warn
-        self.began = time.time() - clock()  # the wall clock when that was 0
+    def __init__(
+        self, loop_time: Callable[[], float], warn: Callable[..., None]
+    ) -> None:
+        self.loop_time, self.warn = loop_time, warn  # the loop's clock; Bot.warn
+        self.began = time.time() - loop_time()  # the wall clock when that was 0
         # A signature's message, hashed, for 20 to 30 minutes: timestamps may be ahead.
         self.owners: collections.ChainMap[str, int] = collections.ChainMap()
-        self.next_map_at = clock()
+        self.next_map_at = loop_time()
 
     def is_fresh(self, timestamp: str) -> bool:
         """Say whether a timestamp is near our clock, or near it had it never jumped."""
         signed = int(timestamp) if re.fullmatch("[0-9]{10}", timestamp) else -1e9
-        clocks = time.time(), self.began + self.clock()
+        clocks = time.time(), self.began + self.loop_time()
         seconds = min((now - signed for now in clocks), key=abs)
         if abs(seconds) > self.SECONDS:
             self.warn("stale push refused: our clock is %+.0f s off its time", seconds)
@@ -4430,8 +4432,8 @@ class ReplayGuard:
 
     def is_first(self, signature: str, message: object) -> bool:
         """Say whether no other message came with this signature before."""
-        if self.clock() >= self.next_map_at:
-            self.next_map_at = self.clock() + self.SECONDS
+        if self.loop_time() >= self.next_map_at:
+            self.next_map_at = self.loop_time() + self.SECONDS
             self.owners = collections.ChainMap({}, *self.owners.maps[:2])
         is_its_own = self.owners.setdefault(signature, hash(message)) == hash(message)
         if not is_its_own:
