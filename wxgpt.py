@@ -3587,8 +3587,10 @@ class ThoughtFilter:
         self.is_answer = self.is_answer or self.has_answer()
         if not self.is_answer:
             return ""
-        found = None if self.tail is None else LATE.search(self.tail + self.held)
-        self.tail = None if found else self.tail
+        found, text = None, "" if self.tail is None else self.tail + self.held
+        if "<" in text or "[" in text or "◁" in text:  # searching is dear
+            found = LATE.search(text)
+            self.tail = None if found else self.tail
         if found and found[1]:
             self.held, self.opening = (
                 found.string[found.end() :],
