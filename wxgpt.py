@@ -2245,6 +2245,11 @@ def chat_text(markdown: str) -> str:
     return ChatText(markdown).text(has_ended=True)
 
 
+def stable_text(markdown: str) -> str:
+    """Return what may be shown of an answer that grows: no more text changes it."""
+    return ChatText(markdown).text(has_ended=False)
+
+
 TEXT_END = re.compile(rf"\n|{SENTENCE_END.pattern}")
 
 
@@ -5251,19 +5256,35 @@ class Bot:
 
     # The message's task
 
+    async def take_up(self, delivery: Delivery, recalled: Recalled) -> Source:
+        """Return what answers a new message; it extends its session."""
+        session, now = recalled.session, time.time()
+        delivery.pictures = recalled.pictures
+        if session and session.assistant in self.config.assistants:
+            is_idle = now - session.last_at > self.config.session.ttl
+            if is_idle and not session.is_busy:
+                delivery.lapsed = session
+            else:
+                delivery.session = session
+        source = await self.handle_message(delivery)
+        is_question = isinstance(source, tuple) and source[1].number == 0
+        if delivery.session and delivery.message.msg_type != "event":
+            if not is_question:  # storing one has done it
+                await self.store.touch_session(delivery.session.id, time.time())
+        return source
+
     async def find_source(self, delivery: Delivery) -> None:
         """Find out what answers a message; a subscriber's messages take turns."""
         message, subscriber = delivery.message, delivery.subscriber
         async with subscriber.lock:
-            openid, now = message.openid, time.time()
+            openid = message.openid
             if openid in self.store.due:
                 await self.store.forget_due()
             if openid in self.store.due:
                 delivery.is_kept = False
                 delivery.answer_with(self.texts.forget_noted)
                 return
-            recalled = await self.store.recall(message.key, openid, now)
-            session = recalled.session
+            recalled = await self.store.recall(message.key, openid, time.time())
             if subscriber.last_part is None:
                 subscriber.last_part = recalled.last_part
                 if recalled.mention:
@@ -5282,17 +5303,7 @@ class Bot:
                     delivery.first = min(delivery.first, source[0].asked_at)
                 delivery.answer_with(source)
                 return
-            delivery.pictures = recalled.pictures
-            if session and session.assistant in self.config.assistants:
-                is_idle = now - session.last_at > self.config.session.ttl
-                if is_idle and not session.is_busy:
-                    delivery.lapsed = session
-                else:
-                    delivery.session = session
-            source = await self.handle_message(delivery)
-            is_question = isinstance(source, tuple) and source[1].number == 0
-            if delivery.session and message.msg_type != "event" and not is_question:
-                await self.store.touch_session(delivery.session.id, time.time())
+            source = await self.take_up(delivery, recalled)
         delivery.answer_with(source)
 
     # What a request does

@@ -19,6 +19,7 @@ from wxgpt import (
     cut_text,
     read_markdown,
     size_of,
+    stable_text,
 )
 
 AS_WRITTEN = [
@@ -409,11 +410,6 @@ def test_sure_markup_becomes_chat_text(markdown, text):
 def test_a_picture_in_the_text_may_be_large():
     picture = "data:image/png;base64," + "A" * 3_000_000
     assert chat_text(f"看![x]({picture})**好**") == "看[图片]好"
-
-
-def stable_text(markdown):
-    """Return the chat text of an answer that is still being written."""
-    return ChatText(markdown).text(has_ended=False)
 
 
 def test_an_early_reply_ends_with_a_sentence_that_no_mark_is_open_in():
