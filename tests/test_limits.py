@@ -463,9 +463,11 @@ def words_in_files(settings):
     return found
 
 
-async def restart(server, process):
-    """Start the next process, and wait until it has deleted what is old."""
+async def restart_aged(server, process, database):
+    """Make all four days older while no process runs; wait until the next deleted it."""
     await process.end()
+    for statement in AGE:
+        database(statement)
     before = len(process.log)
     await process.start()
     await server.wechat.post(server.wechat.event(BOB, "view"))  # says what time it is
@@ -481,11 +483,9 @@ async def test_old_exchanges_are_deleted_from_the_files(
     await server.wechat.tap(ANN, (await server.ask("/chatgpt 旧问题XYZZY")).taps[0])
     await server.ask("/stop")
     await server.ask("/chatgpt 旁人的FROTZ", BOB)
-    for statement in AGE:
-        database(statement)
+    assert words_in_files("XYZZY", "PLUGH", "FROTZ", BOB) != []
+    await restart_aged(server, process, database)
     await server.ask("/chatgpt 新问题NITFOL")
-    assert words_in_files("XYZZY", "PLUGH", "FROTZ", "NITFOL", BOB) != []
-    await restart(server, process)
     assert words_in_files("XYZZY", "PLUGH", "FROTZ", "NITFOL", BOB) == ["NITFOL"]
     assert database("SELECT question FROM turn") == [("新问题NITFOL",)]
     assert database("SELECT count(*) FROM part") == [(0,)]
@@ -521,9 +521,7 @@ async def test_a_text_that_came_too_late_is_deleted_too(
     await server.ask("/chatgpt")
     database("UPDATE session SET last_at = last_at - 301")
     await server.ask("太晚的问题XYZZY")
-    for statement in AGE:
-        database(statement)
-    await restart(server, process)
+    await restart_aged(server, process, database)
     assert words_in_files("XYZZY", ANN) == []
 
 
@@ -548,9 +546,7 @@ async def test_a_link_to_a_deleted_answer_is_unknown(
     server, process = await spawn(history={"keep_days": 3})
     upstream.will(says("春天来了，花都开了。\n\n" * 100))
     seen = await server.ask("/chatgpt 旧问题")
-    for statement in AGE:
-        database(statement)
-    await restart(server, process)
+    await restart_aged(server, process, database)
     assert (await server.get(seen.links[0][1]))[0] == 404
     tapped = await server.wechat.tap(ANN, seen.taps[0])
     assert tapped.text.startswith("没有找到「继续1」")
