@@ -12,6 +12,7 @@ import tomllib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from packaging.requirements import Requirement
 
 import wxgpt
 from conftest import ROOT, TOKEN, copy_server
@@ -477,6 +478,18 @@ def test_the_script_header_agrees_with_the_requirements():
     wanted = [line for line in lines if line and not line.startswith("#")]
     assert sorted(header["dependencies"]) == sorted(wanted)
     assert header["requires-python"] == ">=3.11"
+
+
+def test_the_lock_holds_each_requirement_with_hashes():
+    """What the documents install is within the ranges, and pip checks every file."""
+    lock = (ROOT / "requirements.lock").read_text("utf-8")
+    pins = dict(re.findall(r"(?m)^([a-z0-9-]+)==(\S+).*\\$\n +--hash=sha256:", lock))
+    assert len(pins) == lock.count("==")
+    lines = (ROOT / "requirements.txt").read_text("utf-8").splitlines()
+    wanted = [line for line in lines if line and not line.startswith("#")]
+    for line in wanted:
+        requirement = Requirement(line)
+        assert pins[requirement.name] in requirement.specifier, line
 
 
 SAFE = {"app_id": "wx0123456789abcdef", "aes_key": "a" * 43}

@@ -19,7 +19,7 @@ MODELS, MODELS_ZH = "docs/models.md", "docs/models.zh-CN.md"
 EXAMPLE = ROOT / "wxgpt.example.toml"
 LINES = tomllib.loads((ROOT / "texts.toml").read_text("utf-8"))
 COMMANDS = [
-    "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt"
+    "python3 -m venv .venv && .venv/bin/pip install -r requirements.lock"
     " && .venv/bin/python wxgpt.py demo",
     "python3 -m venv .venv && .venv/bin/pip install -r tests/requirements.txt"
     " && .venv/bin/pytest",

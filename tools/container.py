@@ -32,6 +32,7 @@ from typing import Any
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 PROJECT = Path(__file__).parents[1]
+LOCK = PROJECT / "requirements.lock"
 SUITE = "bookworm"
 BARE = "systemd,systemd-sysv,dbus"  # what every rented server has
 PACKAGES = f"{BARE},python3,python3-venv,ca-certificates,nginx,caddy"
@@ -96,7 +97,7 @@ def obstacle() -> str:
 def debian_root() -> Path:
     """Return a folder with Debian and the server's packages, built if there is none."""
     kept = os.environ.get("WXGPT_ROOTFS") or "~/.cache/wxgpt-debian"
-    recipe = PACKAGES.encode() + (PROJECT / "requirements.txt").read_bytes()
+    recipe = PACKAGES.encode() + LOCK.read_bytes()
     name = f"{SUITE}-{hashlib.sha256(recipe).hexdigest()[:12]}"
     root = Path(kept).expanduser() / name
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +144,7 @@ def download_wheels(root: Path, folder: Path) -> None:
     version = build(["chroot", str(root), "python3", "-c", tell]).strip()
     pip = [sys.executable, "-m", "pip", "download", "-d", str(folder)]
     fitting = ["--only-binary=:all:", f"--python-version={version}"]
-    build([*pip, *fitting, "-r", str(PROJECT / "requirements.txt")])
+    build([*pip, *fitting, "-r", str(LOCK)])
 
 
 def build(command: list[str]) -> str:
