@@ -6250,11 +6250,25 @@ GRACE_SECONDS = 4.0  # how long running answers may go on after SIGTERM
 LINGER_SECONDS = 0.25  # part of it, for requests on connections accepted last
 
 
-async def linger(runner: web.AppRunner) -> None:
-    """Give connections accepted last a moment to send their request."""
+async def stop_listening(runner: web.AppRunner, listener: socket.socket) -> None:
+    """Take in who waits at the socket, which closing it would reset, and close it.
+
+    Connections accepted last get a moment to send their request.
+    """
+    loop = asyncio.get_running_loop()
+    assert runner.server
+    loop.remove_reader(listener)
     for _ in range(2):  # the event loop needs two rounds to accept a connection
         await asyncio.sleep(0)
-    if runner.server and runner.server.connections:
+    until = loop.time() + LINGER_SECONDS  # they may be without end
+    with contextlib.suppress(OSError):  # none is left
+        while loop.time() < until:
+            connection, _ = listener.accept()
+            connection.setblocking(False)
+            await loop.connect_accepted_socket(runner.server, connection)
+    for site in list(runner.sites):
+        await site.stop()
+    if runner.server.connections:
         await asyncio.sleep(LINGER_SECONDS)
 
 
@@ -6281,8 +6295,7 @@ async def open_server(config: Config) -> AsyncIterator[tuple[Bot, int]]:
             for work in (bot.keep_saving(), bot.keep_pruning(), keep_watchdog()):
                 bot.tasks.start(work, "upkeep")
             yield bot, runner.addresses[0][1]
-            await site.stop()
-            await linger(runner)
+            await stop_listening(runner, listener)
         finally:
             bot.end_waits(bot.tasks.loop.time() + GRACE_SECONDS - LINGER_SECONDS)
             await runner.cleanup()
