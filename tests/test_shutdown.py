@@ -243,15 +243,14 @@ async def knock(server) -> tuple[int, int]:
     for answers in itertools.count():
         try:
             reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-        except ConnectionRefusedError:
-            return answers, 0
-        with contextlib.closing(writer):
-            try:
+            with contextlib.closing(writer):
                 writer.write(b"GET /healthz HTTP/1.0\r\nHost: x\r\n\r\n")
                 if not (await reader.read()).endswith(b'{"status": "ok"}'):
                     return answers, 1
-            except ConnectionResetError:
-                return answers, 1
+        except ConnectionRefusedError:
+            return answers, 0
+        except ConnectionResetError:
+            return answers, 1
     raise AssertionError("it never ends")
 
 
