@@ -895,6 +895,7 @@ class Wire:
     def __init__(self):
         self.scripts = []
         self.named = {}  # scripts for one question each, played once
+        self.always = {}  # scripts for one question each, at every call
         self.calls = 0
         self.port = 0
 
@@ -910,7 +911,8 @@ class Wire:
             length = re.search(rb"(?i)content-length: (\d+)", head)
             body = json.loads(await reader.readexactly(int(length[1])))
             self.calls += 1
-            script = self.named.pop(body["messages"][-1]["content"], None)
+            question = body["messages"][-1]["content"]
+            script = self.named.pop(question, None) or self.always.get(question)
             script = script or (self.scripts.pop(0) if self.scripts else GOOD)
             async for piece in script():
                 writer.write(piece)
@@ -1053,6 +1055,31 @@ async def test_an_answer_is_whole_though_its_tokens_are_never_counted(serve, wir
     wire.scripts = [lambda: chained(begun(), for_ever(b": still here\n"))] * 3
     seen = await server.ask(QUESTION)
     assert seen.text == "一二三。" + LABEL and wire.calls == 1
+
+
+STALLS = DRIPS | {
+    "comments": b": keep-alive\n\n",
+    "words": delta("说"),
+    "thoughts": sse({"choices": [{"delta": {"reasoning_content": "想"}}]}).encode(),
+    "an end that does not come": END.partition(b"data: [DONE]")[0] + b": here\n\n",
+}
+
+
+@pytest.mark.parametrize("name", STALLS)
+async def test_a_stalled_question_holds_the_next_within_its_limits(serve, wire, name):
+    """However both models of an assistant stall, the questions behind it are asked."""
+    limits = {"first_token_timeout": 0.4, "idle_timeout": 0.4, "timeout": 0.8}
+    chatgpt = wire.settings | limits | {"fallback": "spare", "fallback_after": 0.3}
+    spare = wire.settings | limits | {"api_key": KEY}
+    assistants = {"chatgpt": chatgpt, "spare": spare}
+    server = await talking(serve, assistants=assistants)
+    wire.always["停住了"] = lambda: chained(bytes_of(OK)(), for_ever(STALLS[name]))
+    texts = ["/chatgpt 停住了", "第二问", "第三问"]
+    asking = [asyncio.create_task(server.ask(text)) for text in texts[:1]]
+    await asyncio.sleep(0.1)
+    asking += [asyncio.create_task(server.ask(text)) for text in texts[1:]]
+    _, second, third = await within(30, "answers to all", asyncio.gather(*asking))
+    assert [second.text, third.text] == ["这次好了。" + LABEL] * 2
 
 
 async def chained(*streams):
