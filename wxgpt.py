@@ -3842,8 +3842,11 @@ class Completion:
         if self.decoder.field is JSON_LINE and "choices" not in event:
             self.stray = event  # it may say why there is no answer
         choices = event.get("choices")
-        items = map(as_dict, choices if isinstance(choices, list) else [])
-        choice: dict = next((item for item in items if not item.get("index")), {})
+        choice: dict = {}
+        for item in choices if isinstance(choices, list) else []:
+            if isinstance(item, dict) and not item.get("index"):
+                choice = item
+                break
         if choice.get("error"):
             raise make_error(200, choice, {})
         self.usage = event.get("usage") or choice.get("usage") or self.usage
@@ -3857,22 +3860,22 @@ class Completion:
 
     def read_reason(self, choice: dict) -> None:
         """Take the finish_reason of an event; a filter's may follow another one."""
-        reason, native = (
-            str(choice.get(f"{name}finish_reason") or "") for name in ("", "native_")
-        )
+        self.is_named |= "finish_reason" in choice
+        reason = str(choice.get("finish_reason") or "")
+        if not reason:
+            return
         # OpenRouter says stop for some failures of the providers behind it.
-        if reason and meaning_of(native, ENDS) in ("refused", "broken", "length"):
+        native = str(choice.get("native_finish_reason") or "")
+        if meaning_of(native, ENDS) in ("refused", "broken", "length"):
             reason = native
         if not self.reason or meaning_of(reason, ENDS) == "refused":
             self.reason = reason
-        self.is_named |= "finish_reason" in choice
 
     def read_delta(self, delta: dict) -> str:
         """Return the visible text of a delta."""
-        is_alive = any(delta[name] for name in delta if ALIVE.search(name))
-        self.has_progress |= is_alive
-        self.has_begun |= is_alive
         text = text_of(delta.get("content")) or text_of(delta.get("refusal"))
+        if text or any(delta[name] for name in delta if ALIVE.search(name)):
+            self.has_progress = self.has_begun = True
         text = self.half + text
         self.half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
         whole = text.removesuffix(self.half).encode("utf-16-le", "surrogatepass")
@@ -4105,7 +4108,9 @@ class ChatClient:
             chunk = await response.content.readany()
             text = completion.feed(chunk)
             if completion.has_progress and (is_patient or completion.has_begun):
-                limit.reschedule(min(end, loop.time() + idle))
+                over = min(end, loop.time() + idle)
+                if abs(over - (limit.when() or 0)) > idle / 20:  # a timer is dear
+                    limit.reschedule(over)
             if completion.is_late:
                 yield ThoughtEnd()
             if text:
@@ -4574,18 +4579,6 @@ PAGES_AT_ONCE = 8  # that are loaded, rendered or written
 DELTA_CHARS = 500  # what is appended at once; between two pieces others have a turn
 
 
-async def in_pieces(
-    stream: AsyncIterator[str | Ending],
-) -> AsyncGenerator[str | Ending, None]:
-    """Yield what a model streams; a long delta in pieces."""
-    async for item in stream:
-        while isinstance(item, str) and len(item) > DELTA_CHARS:
-            yield item[:DELTA_CHARS]
-            item = item[DELTA_CHARS:]
-            await asyncio.sleep(0)
-        yield item
-
-
 class Bot:
     """The bot of one account. `open_bot` opens it; `close` ends all that goes on."""
 
@@ -4710,11 +4703,8 @@ class Bot:
         """Append what the model streams; return the Ending, or raise ChatError."""
         guard = WordGuard(self.blocked)
         ending = Ending("length", "", None, None)  # of an answer that goes on for ever
-        async with (
-            contextlib.aclosing(stream),
-            contextlib.aclosing(in_pieces(stream)) as pieces,
-        ):
-            async for item in pieces:
+        async with contextlib.aclosing(stream):
+            async for item in stream:
                 if isinstance(item, Ending):
                     ending = item
                     break
@@ -4723,7 +4713,12 @@ class Bot:
                 if isinstance(item, ThoughtEnd):
                     await self.rewrite(turn, turn.without_thought)
                     guard = WordGuard(self.blocked)
-                self.show(turn, guard, item[: ANSWER_CHARS - len(turn.answer)], False)
+                rest = item[: ANSWER_CHARS - len(turn.answer)]
+                while len(rest) > DELTA_CHARS:
+                    self.show(turn, guard, rest[:DELTA_CHARS], False)
+                    rest = rest[DELTA_CHARS:]
+                    await asyncio.sleep(0)
+                self.show(turn, guard, rest, False)
                 if len(turn.answer) >= ANSWER_CHARS:
                     break
         self.show(turn, guard, "", True)
