@@ -3968,8 +3968,8 @@ class Picture:
 PIECE_BYTES = 48 * 1024  # of a picture that is encoded at once; a multiple of three
 
 
-def render_request(body: dict) -> tuple[int, AsyncIterator[bytes]]:
-    """Return the length of a request's JSON, and its pieces."""
+def render_request(body: dict) -> tuple[int, bytes | AsyncIterator[bytes]]:
+    """Return the length of a request's JSON, and it, with pictures in pieces."""
     pictures: list[bytes] = []
     mark = secrets.token_hex(16)  # where one belongs; nobody's text has it
 
@@ -3978,6 +3978,8 @@ def render_request(body: dict) -> tuple[int, AsyncIterator[bytes]]:
         return f"data:{picture.kind};base64,{mark}"
 
     text = json.dumps(body, default=place)
+    if not pictures:
+        return len(text), text.encode()
     texts = text.split(mark)
     length = sum(map(len, texts)) + sum((len(one) + 2) // 3 * 4 for one in pictures)
 
@@ -4119,12 +4121,12 @@ class ChatClient:
                 raise completion.error
         # The answer is complete, whatever happens while its usage is awaited.
         limit.reschedule(None)
-        text = ""
+        text, over = "", loop.time() + USAGE_SECONDS
         with contextlib.suppress(TimeoutError, aiohttp.ClientError, ConnectionError):
-            async with asyncio.timeout(USAGE_SECONDS):
-                while chunk and not completion.is_over and not completion.error:
+            while chunk and not completion.is_over and not completion.error:
+                async with asyncio.timeout_at(over):
                     chunk = await response.content.readany()
-                    text += completion.feed(chunk)
+                text += completion.feed(chunk)
         ending = completion.ending()
         text += completion.thoughts.flush(ending.finish_reason == "length")
         self.opening = completion.thoughts.opening
@@ -4160,6 +4162,9 @@ class Pictures:
 
         Inside the block they take their room.
         """
+        if not urls:
+            yield []
+            return
         size = len(urls) * PICTURE_BYTES
         async with self.news:
             await self.news.wait_for(lambda: self.room >= size)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
+import hypothesis
 import pytest
 from aiohttp import web
 
@@ -33,6 +34,13 @@ from wechat import Seen, WeChat
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As a shell's background job; what the tests start is to hear Ctrl-C all the same.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+hypothesis.settings.register_profile(
+    "any machine",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("any machine")
 
 UNIT = float(os.environ.get("WXGPT_UNIT", "1.0"))
 TOKEN = "secretToken42"

@@ -373,7 +373,7 @@ def decode(raw, cuts):
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("name", EXAMPLES)
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.data())
 def test_the_standards_examples_are_read_in_any_pieces(name, newline, data):
     """Wherever a stream is torn, its events are the same."""
@@ -1022,7 +1022,7 @@ EVERYTHING = {
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.data())
 def test_a_body_is_read_in_any_pieces(name, data):
     """Wherever it is torn, its text and its end are the same."""

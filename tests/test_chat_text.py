@@ -371,7 +371,7 @@ LINES = ["\n", "\n", "\n\n", "\n  ", "\n> ", "\n- ", "\n1. ", "\n## ", " ", "\r\
 WORDS = st.sampled_from(PIECES + LINES) | st.text(max_size=3)
 MARKDOWN = st.lists(WORDS, max_size=60).map("".join)
 MARKS = st.sampled_from([*"*_# 甲a1。(->\n", "**", "\n- ", "\n1. "])
-MANY = settings(max_examples=500, deadline=None)
+MANY = settings(max_examples=500)
 
 
 def test_the_same_answer_has_the_same_chat_text_in_every_version():

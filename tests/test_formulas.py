@@ -327,7 +327,7 @@ FORMULAS = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(FORMULAS)
 def test_no_sign_is_lost(latex: str) -> None:
     """Digits, letters and Chinese characters of the source are all in the text."""
@@ -340,7 +340,7 @@ def test_no_sign_is_lost(latex: str) -> None:
         assert "\\" not in text
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     st.text(max_size=60) | st.lists(st.sampled_from(UNITS), max_size=12).map("".join)
 )
@@ -400,7 +400,7 @@ def code_of(text: str) -> str:
     return text.replace("R(2)(", "R(2,").replace("R(3)(", "R(3,")
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(VALUED)
 def test_no_value_is_changed(pair: tuple[str, str]) -> None:
     """A formula's text, read by the usual rules, has the formula's value."""

@@ -57,7 +57,7 @@ hostile = st.one_of(
     tricks, st.lists(st.one_of(tricks, st.text()), max_size=3).map("".join)
 )
 LINK = re.compile(r"(?i)<\s*/?\s*a\b[^\u200b]")
-unhurried = hypothesis.settings(deadline=None, max_examples=300)
+often = hypothesis.settings(max_examples=300)
 
 
 def new_turn():
@@ -79,7 +79,7 @@ def content_of(body):
     return ElementTree.fromstring(body).findtext("Content")
 
 
-@unhurried
+@often
 @given(answer=hostile, question=hostile, cuts=cuts)
 @example(answer="<\x00a href='weixin://bizmsgmenu'>看</a>", question="", cuts=[])
 @example(answer="&lt;&#1;a href=x>看</a>", question="<\ufdd0a>", cuts=[5])
@@ -105,7 +105,7 @@ def test_what_leaves_has_our_own_links_and_no_other(answer, question, cuts):
     assert not re.search("[\ufdd0-\ufdef]", sent)
 
 
-@unhurried
+@often
 @given(hostile)
 def test_what_was_sent_is_sent_again_as_it_was(text):
     """A stored reply passes no gate again, and would not change much if it did."""
@@ -245,7 +245,7 @@ def has_word(text):
     return any(form(word) in form(text) for word in WORDS)
 
 
-@unhurried
+@often
 @given(answer=hidden, cuts=cuts)
 @example(answer="坏" + "\u200b" * 100 + "<b>词</b>。", cuts=[30, 90, 102])
 @example(answer="坏[](https://a.cn)词。", cuts=[1, 9])
@@ -270,7 +270,7 @@ def test_no_state_of_an_answer_shows_a_hidden_word(bot, answer, cuts):
     assert not has_word(page_text(turn.answer))
 
 
-@unhurried
+@often
 @given(hidden)
 @example("坏[\u200b](https://a.cn)词")
 @example("坏&#x8bcd;")

@@ -76,7 +76,6 @@ VALUES = st.one_of(ANY_TEXT, COMMANDS, st.integers(-(2**70), 2**70), st.none())
 TYPES = ["text", "image", "voice", "video", "location", "link", "event", "odd", ""]
 often = examples(
     max_examples=80,
-    deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
