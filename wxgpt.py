@@ -4688,12 +4688,12 @@ class Bot:
         page: so what they show is looked through as well, before anybody is told.
         """
         text, is_blocked = guard.feed(delta, is_end)
-        if text and not is_blocked and not self.blocked.words:
+        before = len(turn.shown()) if self.blocked.words else 0
+        if text and not is_blocked:
             turn.append(text)
-        elif text and not is_blocked:
-            before = len(turn.shown())
-            turn.append(text)
-            shown = turn.shown()[before:]
+        if self.blocked.words and not is_blocked:
+            # The end is final now: no sign waits any more for what may follow it.
+            shown = turn.chat.text(has_ended=is_end)[before:]
             on_page = CHAT_ONLY.sub("", shown)
             is_blocked = guard.sees("chat", shown) or guard.sees("page", on_page)
         if is_blocked:

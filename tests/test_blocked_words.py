@@ -11,7 +11,6 @@ import subprocess
 import sys
 import unicodedata
 
-import hypothesis
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st

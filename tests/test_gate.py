@@ -253,6 +253,7 @@ def has_word(text):
 @example(answer="坏\u0336词\u0336。", cuts=[2])
 @example(answer="坏<sup>词</sup>。", cuts=[3])
 @example(answer="坏![词](https://a.cn/1)。", cuts=[3])
+@example(answer="坏<br>词", cuts=[])  # shown when it has ended
 def test_no_state_of_an_answer_shows_a_hidden_word(bot, answer, cuts):
     """Not the chat, not the page, not the stream, however the answer is cut."""
     turn, guard = new_turn(), wxgpt.WordGuard(bot.blocked)
