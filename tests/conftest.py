@@ -61,8 +61,9 @@ DEBIAN = ("proxies", "systemd")  # share one root, and each a container
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let options say how often test_crash kills the server, and how long texts are."""
+    """Let options say how often, how many and how long."""
     parser.addoption("--crash-rounds", type=int, default=5, metavar="N")
+    parser.addoption("--mutated", type=int, default=10_000, metavar="N")
     parser.addoption("--shape-chars", type=int, default=40_000, metavar="N")
 
 

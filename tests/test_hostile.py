@@ -420,7 +420,7 @@ def assert_given_back(process, before):
     assert resident(process) - before < 24 * 1024
 
 
-async def test_ten_thousand_mutated_bodies_are_taken(spawn):
+async def test_mutated_bodies_are_taken(spawn, pytestconfig):
     """Each gets 200; afterwards it answers as before, in the memory of before.
 
     Attempts last, else one that a busy machine lets run over is cut, as it should be.
@@ -430,7 +430,10 @@ async def test_ten_thousand_mutated_bodies_are_taken(spawn):
     server.wechat.attempt_timeout = PATIENT["attempt_timeout"]
     chance, originals = random.Random(SEED), seeds(server.wechat)
     await server.ask("/chatgpt")
-    bodies = [mutated(chance, chance.choice(originals)) for _ in range(10_000)]
+    bodies = [
+        mutated(chance, chance.choice(originals))
+        for _ in range(pytestconfig.getoption("mutated"))
+    ]
     await post_all(server, bodies[:2000])
     before = resident(process)
     statuses = await post_all(server, bodies[2000:])
