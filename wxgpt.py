@@ -2895,7 +2895,7 @@ SEARCH_SLICES = 40  # of them for one page
 
 
 def like_pattern(word: str) -> str:
-    r"""Return what LIKE finds a word by, with ESCAPE '\': no sign of it is a wildcard."""
+    r"""Return what LIKE finds a word by, with ESCAPE '\', and nothing else."""
     return "%" + re.sub(r"([\\%_])", r"\\\1", word) + "%"
 
 
@@ -3262,14 +3262,15 @@ class Store:
             SELECT min(id) FROM (SELECT id FROM turn
             WHERE openid = :openid AND id < :before ORDER BY id DESC LIMIT :slice)
         """
-        matching = """
+        matching = r"""
             SELECT * FROM exchange
             WHERE openid = :openid AND id < :before AND id >= :first AND NOT EXISTS (
                 SELECT 1 FROM json_each(:patterns)
                 WHERE question || char(10) || answer NOT LIKE value ESCAPE '\')
             ORDER BY id DESC LIMIT :count
         """
-        patterns, found = json.dumps(list(map(like_pattern, words))), []
+        patterns = json.dumps(list(map(like_pattern, words)))
+        found: list[Turn] = []
         for _ in range(SEARCH_SLICES):
             values = {"openid": openid, "before": before}
             [(first,)] = await self.rows(query, slice=SEARCH_SLICE, **values)
@@ -5599,7 +5600,8 @@ def check_commands(config: Config) -> None:
 # ---------------------------------------------------------------------------
 
 PAGES = pathlib.Path(__file__).with_name("pages")
-TEMPLATES = ("page", "parts", "answer", "live", "history", "found", "error")
+TEMPLATES = """page.html parts.html answer.html live.html history.html found.html
+    error.html export.md""".split()
 POLICY = (
     "default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action {forms}; "
@@ -5626,7 +5628,7 @@ def link_tag(address: object, words: str = "") -> str:
 
 
 LONG_LINE = 30  # characters of code that a phone shows without scrolling
-SHORT_CELL = 8  # characters of a table's cell that are not broken
+SHORT_CELL = 8  # characters of a table's cell that are not broken into lines
 
 
 def action(name: str, words: str, more: str = "") -> str:
@@ -5651,7 +5653,7 @@ COLOURED_CHARS = 20_000  # a longer block of code stays plain
 
 @functools.cache
 def code_rules() -> dict[str, tuple[re.Pattern[str], frozenset[str]]]:
-    """Return by a language's name what finds its tokens, and which words are keywords."""
+    """Return by a language's name what finds its tokens, and its keywords."""
     rules: dict[str, tuple[re.Pattern[str], frozenset[str]]] = {}
     for table in read_toml(PAGES / "code.toml")["languages"]:
         words = frozenset(table.get("words", "").split())
@@ -5757,8 +5759,8 @@ class AnswerRenderer(RendererHTML):
         # The library would write a style, which the policy forbids.
         side = str(tokens[index].attrGet("style") or "").removeprefix("text-align:")
         kinds = [side] if side in ("right", "center") else []
-        if len(tokens[index + 1].content) <= SHORT_CELL:
-            kinds.append("short")
+        if len(tokens[index + 1].content) > SHORT_CELL:
+            kinds.append("long")
         kind = f' class="{" ".join(kinds)}"' if kinds else ""
         return f"<{tokens[index].tag}{kind}>"
 
@@ -5818,31 +5820,18 @@ SEARCH_CHARS = 100  # of words that are looked for
 SNIPPET_CHARS = 80  # shown after the first of them
 
 
-def words_pattern(words: list[str]) -> re.Pattern[str]:
-    """Return what finds any of the words, as SQLite's LIKE does."""
-    longest_first = sorted(map(re.escape, words), key=len, reverse=True)
-    return re.compile("|".join(longest_first), re.IGNORECASE)
-
-
-def marked(text: str, words: list[str]) -> Markup:
-    """Return a text as HTML with the words marked."""
-    out, end = Markup(), 0
-    for found in words_pattern(words).finditer(text):
-        out += Markup("{}<mark>{}</mark>").format(text[end : found.start()], found[0])
-        end = found.end()
-    return out + text[end:]
-
-
 def snippet(text: str, words: list[str]) -> Markup:
-    """Return the place in a text where the words begin, marked, in one line."""
-    found = words_pattern(words).search(text)
+    """Return the place in a text where the words begin, as a line with them marked."""
+    longest_first = sorted(words, key=len, reverse=True)
+    pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})", re.IGNORECASE)
+    found = pattern.search(text)
     begin = max(0, found.start() - SNIPPET_CHARS // 4) if found else 0
     part = text[begin : begin + SNIPPET_CHARS + SEARCH_CHARS]
-    bare = re.sub(r"\*\*|`+|(?m:^\s*(?:[#>]+ |\|))", "", part)
-    if words_pattern(words).search(bare):  # no mark of Markdown was looked for
-        part = bare
-    line = excerpt(part, SNIPPET_CHARS + SEARCH_CHARS // 2)
-    return marked("…" * (begin > 0) + line, words)
+    bare = re.sub(r"\*\*|`+|(?m:^\s*(?:[#>*+-]+ |\|))", "", part)
+    line = excerpt(bare if pattern.search(bare) else part, len(part))
+    pieces = enumerate(pattern.split("…" * (begin > 0) + line))
+    marked = [element("mark", p) if i % 2 else html.escape(p) for i, p in pieces]
+    return Markup("".join(marked))
 
 
 def minified(text: str) -> str:
@@ -5865,7 +5854,13 @@ def load_pages() -> jinja2.Environment:
         lstrip_blocks=True,
         auto_reload=False,
     )
-    pages.filters |= {"clock": clock, "preview": preview, "day": day_and_time}
+    filters = {
+        "clock": clock,
+        "day": day_and_time,
+        "preview": preview,
+        "closed": closed,
+    }
+    pages.filters |= filters
     try:
         for name, file in (("style", "page.css"), ("script", "page.js")):
             text = minified((PAGES / file).read_text("utf-8"))
@@ -5874,7 +5869,7 @@ def load_pages() -> jinja2.Environment:
             pages.globals[name] = Markup(text)
         code_rules()
         for name in TEMPLATES:
-            pages.get_template(f"{name}.html")
+            pages.get_template(name)
     except jinja2.TemplateNotFound as error:
         raise ConfigError(f"{PAGES / str(error.name)}: not found") from None
     except jinja2.TemplateSyntaxError as error:
@@ -5907,39 +5902,36 @@ def bad_ending(texts: Texts, turn: Turn) -> str:
     return ending_words(texts, turn, "\n" + texts.page_retry)
 
 
-def render_answer(config: Config, turn: Turn, answer: str) -> Page:
-    """Return the page of one question and its finished answer, which is HTML."""
-    text, title = plain_text(turn, config.replies.label), excerpt(turn.question, 30)
-    one = Shown(turn, Markup(answer), text, bad_ending(config.texts, turn))
-    return render_page("answer", config.texts, title=title, one=one)
-
-
-def render_live(texts: Texts, turn: Turn) -> Page:
-    """Return the page of an answer that is being written, with the text so far."""
-    title, seconds = excerpt(turn.question, 30), round(turn.age)
-    return render_page("live", texts, title=title, turn=turn, seconds=seconds)
-
-
 @dataclass(frozen=True, slots=True)
 class Shown:
     """An exchange on a page, with what is made for it."""
 
     turn: Turn
     answer: Markup | None  # None: there is none, or it is folded
-    text: str  # to be copied
+    text: str  # what 复制全文 copies
     ended: str
-    is_linked: bool = True  # its own page can be opened
+    is_linked: bool  # its own page can be opened
 
 
-def shown(config: Config, turn: Turn, folds: bool) -> Shown:
-    """Return an exchange for the history; a long answer stays plain if it `folds`."""
-    is_folded = folds and len(turn.answer) > FOLD_CHARS
-    answer = None
-    if turn.answer and not is_folded:
-        answer = Markup(render_markdown(config.texts, turn.answer, 3))
-    text = plain_text(turn, config.replies.label) if answer else ""
+def shown(config: Config, turn: Turn, above: int, folds: bool = False) -> Shown:
+    """Return an exchange for a page; a long answer stays unread if the page `folds`."""
+    answer, text = None, ""
+    if turn.answer and not (folds and len(turn.answer) > FOLD_CHARS):
+        answer = Markup(render_markdown(config.texts, turn.answer, above))
+        text = plain_text(turn, config.replies.label)
     is_linked = time.time() - turn.created_at < config.history.link_hours * 3600
     return Shown(turn, answer, text, bad_ending(config.texts, turn), is_linked)
+
+
+def render_answer(texts: Texts, one: Shown) -> Page:
+    """Return the page of one question and its finished answer."""
+    return render_page("answer", texts, title=excerpt(one.turn.question, 30), one=one)
+
+
+def render_live(texts: Texts, turn: Turn) -> Page:
+    """Return the page of an answer that is being written, with the text so far."""
+    title, seconds = excerpt(turn.question, 30), round(turn.age)
+    return render_page("live", texts, title=title, turn=turn, seconds=seconds)
 
 
 def render_history(
@@ -5950,28 +5942,36 @@ def render_history(
     `home` is the relative address of the history; below the id `older` it goes on.
     """
     groups = itertools.groupby(turns, lambda turn: turn.session_id)
-    sessions = [
-        [shown(config, turn, folds) for turn in reversed(list(group))]
-        for _, group in groups
-    ]
-    values = {"home": home, "older": older, "is_whole": folds}
-    title, has_text = config.texts.page_history, any(turn.answer for turn in turns)
-    values |= {"title": title, "sessions": sessions, "has_text": has_text}
-    return render_page("history", config.texts, **values)
+    return render_page(
+        "history",
+        config.texts,
+        title=config.texts.page_history,
+        home=home,
+        sessions=[
+            [shown(config, turn, 3, folds) for turn in reversed(list(group))]
+            for _, group in groups
+        ],
+        older=older,
+        is_whole=folds,
+        has_text=any(turn.answer for turn in turns),
+    )
 
 
 def render_found(
     texts: Texts, home: str, words: list[str], turns: list[Turn], older: int
 ) -> Page:
-    """Return a page of what a search found, each the beginning with words marked."""
-    found = [
-        (turn, snippet(turn.question, words), snippet(turn.answer, words))
-        for turn in turns
-    ]
-    values = {"home": home, "older": older, "words": " ".join(words), "found": found}
-    has_text = any(turn.answer for turn in turns)
+    """Return a page of what a search found: of each the place, with words marked."""
     return render_page(
-        "found", texts, title=texts.page_search, has_text=has_text, **values
+        "found",
+        texts,
+        title=texts.page_search,
+        home=home,
+        words=" ".join(words),
+        found=[
+            [t, snippet(t.question, words), snippet(t.answer, words)] for t in turns
+        ],
+        older=older,
+        has_text=any(turn.answer for turn in turns),
     )
 
 
@@ -5981,35 +5981,33 @@ def render_notice(texts: Texts, words: str, glyph: str) -> Page:
     return render_page("error", texts, title=title, words=rest, glyph=glyph)
 
 
-def export_head(config: Config, now: float) -> str:
-    """Return the head of an exported file, with the metadata that China asks for.
-
-    GB 45438-2025 names the fields; those about which nothing is known are left out.
-    """
-    host = urllib.parse.urlsplit(config.public_url).hostname
-    at = datetime.datetime.fromtimestamp(now, BEIJING).isoformat(timespec="seconds")
-    aigc = {"Label": "1", "ContentProducer": host, "ProduceID": secrets.token_hex(16)}
-    lines = [f"  {name}: {json.dumps(value)}" for name, value in aigc.items()]
-    head = "\n".join(["---", f"date: {at}", "AIGC:", *lines, "---"])
-    return f"{head}\n\n# {config.texts.page_history}\n\n{config.texts.page_notice}\n"
+def closed(markdown: str) -> str:
+    """Return an answer with its code closed: it may have broken off in it."""
+    fences = re.findall(r"(?m)^[ \t]*(`{3,}|~{3,})", markdown)
+    return markdown + "\n" + fences[-1] if len(fences) % 2 else markdown
 
 
-def export_turn(config: Config, turn: Turn, is_first: bool) -> str:
-    """Return an exchange as Markdown, below a heading if it is a session's first."""
-    texts, label = config.texts, config.replies.label or config.texts.page_notice
-    at = clock(turn.created_at)
-    question = re.sub("(?m)^", "> ", turn.question)
-    fences = re.findall(r"(?m)^[ \t]*(`{3,}|~{3,})", turn.answer)
-    lines = [f"\n## {at} · {turn.assistant}\n"] if is_first else []
-    lines += [f"**{texts.page_asked} · {at}**\n\n{question}\n"]
-    if turn.answer:
-        closer = "\n" + fences[-1] if len(fences) % 2 else ""  # it broke off in code
-        model = f" · {turn.model}" if turn.model else ""
-        head = f"**{texts.page_answered}{model}**"
-        lines += [f"{head}\n\n{turn.answer}{closer}\n\n{label}\n"]
-    ended = texts.page_writing if turn.is_open else bad_ending(texts, turn)
-    lines += [f"*{' '.join(ended.split())}*\n"] if ended else []
-    return "\n" + "\n".join(lines)
+def export_text(
+    config: Config, turn: Turn | None = None, is_first: bool = False
+) -> str:
+    """Return an exchange for the exported file, without one the file's head."""
+    texts, ended = config.texts, ""
+    if turn:
+        ended = texts.page_writing if turn.is_open else bad_ending(texts, turn)
+    return (
+        load_pages()
+        .get_template("export.md")
+        .render(
+            texts=texts,
+            turn=turn,
+            is_first=is_first,
+            ended=ended,
+            label=config.replies.label or texts.page_notice,
+            now=time.time(),
+            host=urllib.parse.urlsplit(config.public_url).hostname,
+            number=secrets.token_hex(16),
+        )
+    )
 
 
 def sse_event(data: dict, event: str = "", number: str = "") -> bytes:
@@ -6140,21 +6138,22 @@ async def receive_message(request: web.Request) -> web.StreamResponse:
         return web.Response(body=b"success")
 
 
-def html_response(page: Page, status: int = 200) -> web.Response:
-    """Return a page with the headers that keep it private.
+PRIVATE = {
+    "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",
+    "X-Robots-Tag": "noindex",
+    "X-Content-Type-Options": "nosniff",
+}
 
-    Without a referrer the Origin of a form's request would be null.
-    """
-    has_form = "form-action 'self'" in page.policy
-    headers = {
-        "Content-Type": "text/html; charset=utf-8",
-        "Content-Security-Policy": page.policy,
-        "Cache-Control": "no-store",
-        "Referrer-Policy": "same-origin" if has_form else "no-referrer",
-        "X-Robots-Tag": "noindex",
-        "X-Content-Type-Options": "nosniff",
-    }
-    return web.Response(text=page.html, status=status, headers=headers)
+
+def html_response(page: Page, status: int = 200) -> web.Response:
+    """Return a page with the headers that keep it private."""
+    response = web.Response(text=page.html, status=status, headers=PRIVATE)
+    response.content_type = "text/html"
+    response.headers["Content-Security-Policy"] = page.policy
+    if "form-action 'self'" in page.policy:  # else the Origin of its form is null
+        response.headers["Referrer-Policy"] = "same-origin"
+    return response
 
 
 PAGE_SECONDS = 60.0  # for making a page and writing it
@@ -6182,11 +6181,9 @@ def a_few_at_once(
 
 def error_page(bot: Bot, status: int) -> web.Response:
     """Return the page of an unknown (404) or expired (410) link."""
-    is_old = status == 410
-    words = bot.texts.page_expired if is_old else bot.texts.page_missing
-    return html_response(
-        render_notice(bot.texts, words, "…" if is_old else "？"), status
-    )
+    texts = bot.texts
+    words = (texts.page_expired, "…") if status == 410 else (texts.page_missing, "?")
+    return html_response(render_notice(texts, *words), status)
 
 
 async def front_page(request: web.Request) -> web.Response:
@@ -6226,9 +6223,8 @@ async def answer_page(request: web.Request) -> web.Response:
         await bot.store.mark_read(turn.id)
     except sqlite3.Error as error:  # a full disk does not keep people from reading
         log.error("%s not stored as read: %s", turn.name, error)
-    work, key = bot.work, ("page", turn.id)
-    answer = await work.once(key, render_markdown, bot.texts, turn.answer)
-    return html_response(await work.run(render_answer, bot.config, turn, answer))
+    one = await bot.work.once(("page", turn.id), shown, bot.config, turn, 0)
+    return html_response(await bot.work.run(render_answer, bot.texts, one))
 
 
 PING_SECONDS = 15.0  # how long a live page's stream may be silent
@@ -6356,20 +6352,16 @@ async def export_history(request: web.Request) -> web.StreamResponse:
     bot, openid = request.app[BOT], await find_owner(request)
     if isinstance(openid, web.Response):
         return openid
-    now, last, session = time.time(), 0, 0
-    name = urllib.parse.quote(f"{bot.texts.page_history}-{clock(now, '%Y-%m-%d')}.md")
-    headers = {
-        "Content-Type": "text/markdown; charset=utf-8",
-        "Content-Disposition": f"attachment; filename*=UTF-8''{name}",
-        "Cache-Control": "no-store",
-        "X-Content-Type-Options": "nosniff",
-    }
-    response = web.StreamResponse(headers=headers)
+    last, session, day = 0, 0, clock(time.time(), "%Y-%m-%d")
+    name = urllib.parse.quote(f"{bot.texts.page_history}-{day}.md")
+    response = web.StreamResponse(headers=PRIVATE)
+    response.content_type, response.charset = "text/markdown", "utf-8"
+    response.headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{name}"
     await response.prepare(request)
-    await response.write(export_head(bot.config, now).encode())
+    await response.write(export_text(bot.config).encode())
     while turns := await bot.store.turns_after(openid, last):
         for turn in turns:
-            text = export_turn(bot.config, turn, turn.session_id != session)
+            text = export_text(bot.config, turn, turn.session_id != session)
             await response.write(text.encode())
             last, session = turn.id, turn.session_id
     return response
