@@ -5805,7 +5805,7 @@ def day_and_time(seconds: float) -> str:
 def preview(markdown: str) -> str:
     """Return the beginning of a long answer in one line, up to its code or table."""
     begin = re.split(r"\n(?:```|~~~|\|)", markdown[:FOLD_CHARS].strip())[0]
-    text = re.sub(r"（https?://[^）]*）", "", chat_text(begin))
+    text = re.sub(r"（https?://[^）]*）|(?<=]) https?://[!-~]*", "", chat_text(begin))
     return excerpt(text.replace("】", "】 "), 80)
 
 
