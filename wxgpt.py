@@ -5835,8 +5835,8 @@ def snippet(text: str, words: list[str]) -> Markup:
 
 
 def minified(text: str) -> str:
-    """Return a style or script without indentation and whole lines of comment."""
-    comment = r"(?ms)^\s*(//[^\n]*|/\*((?!\*/).)*\*/)\s*$"
+    """Return a style or script without indentation and comments."""
+    comment = r"(?ms)^\s*(//[^\n]*|/\*((?!\*/).)*\*/)\s*$|  // [^\n]*"
     return re.sub(r"(?m)^\s+", "", re.sub(comment, "", text))
 
 
@@ -5854,18 +5854,12 @@ def load_pages() -> jinja2.Environment:
         lstrip_blocks=True,
         auto_reload=False,
     )
-    filters = {
-        "clock": clock,
-        "day": day_and_time,
-        "preview": preview,
-        "closed": closed,
-    }
-    pages.filters |= filters
+    pages.filters |= dict(clock=clock, day=day_and_time, preview=preview, closed=closed)
     try:
         for name, file in (("style", "page.css"), ("script", "page.js")):
             text = minified((PAGES / file).read_text("utf-8"))
             if name == "style":
-                text = re.sub(r"\s*([{},;])\s*|(?<=:) ", r"\1", text)
+                text = re.sub(r";?\s*(})\s*|\s*([{,;>])\s*|(?<=:) ", r"\1\2", text)
             pages.globals[name] = Markup(text)
         code_rules()
         for name in TEMPLATES:
@@ -5968,7 +5962,7 @@ def render_found(
         home=home,
         words=" ".join(words),
         found=[
-            [t, snippet(t.question, words), snippet(t.answer, words)] for t in turns
+            (t, *(snippet(x, words) for x in (t.question, t.answer))) for t in turns
         ],
         older=older,
         has_text=any(turn.answer for turn in turns),
@@ -5987,27 +5981,16 @@ def closed(markdown: str) -> str:
     return markdown + "\n" + fences[-1] if len(fences) % 2 else markdown
 
 
-def export_text(
-    config: Config, turn: Turn | None = None, is_first: bool = False
-) -> str:
-    """Return an exchange for the exported file, without one the file's head."""
+def export_text(config: Config, turn: Turn | None, is_first: bool = False) -> str:
+    """Return an exchange for the exported file; the file's head if there is none."""
     texts, ended = config.texts, ""
     if turn:
         ended = texts.page_writing if turn.is_open else bad_ending(texts, turn)
-    return (
-        load_pages()
-        .get_template("export.md")
-        .render(
-            texts=texts,
-            turn=turn,
-            is_first=is_first,
-            ended=ended,
-            label=config.replies.label or texts.page_notice,
-            now=time.time(),
-            host=urllib.parse.urlsplit(config.public_url).hostname,
-            number=secrets.token_hex(16),
-        )
-    )
+    values = {"turn": turn, "is_first": is_first, "ended": ended, "now": time.time()}
+    values["label"] = config.replies.label or texts.page_notice
+    values["host"] = urllib.parse.urlsplit(config.public_url).hostname
+    values["number"] = secrets.token_hex(16)
+    return load_pages().get_template("export.md").render(texts=texts, **values)
 
 
 def sse_event(data: dict, event: str = "", number: str = "") -> bytes:
@@ -6331,7 +6314,10 @@ async def read_form(request: web.Request) -> typing.Mapping[str, str]:
 
 @a_few_at_once
 async def search_page(request: web.Request) -> web.Response:
-    """Show where in all of a subscriber's exchanges the words of a form are."""
+    """Show where in all of a subscriber's exchanges the words of a form are.
+
+    Without words, and when a form's address is opened as a page, lead to the history.
+    """
     bot, openid = request.app[BOT], await find_owner(request)
     if isinstance(openid, web.Response):
         return openid
@@ -6358,18 +6344,13 @@ async def export_history(request: web.Request) -> web.StreamResponse:
     response.content_type, response.charset = "text/markdown", "utf-8"
     response.headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{name}"
     await response.prepare(request)
-    await response.write(export_text(bot.config).encode())
+    await response.write(export_text(bot.config, None).encode())
     while turns := await bot.store.turns_after(openid, last):
         for turn in turns:
             text = export_text(bot.config, turn, turn.session_id != session)
             await response.write(text.encode())
             last, session = turn.id, turn.session_id
     return response
-
-
-async def leave_form(request: web.Request) -> web.Response:
-    """Lead from the address of a form, opened as a page, to the history."""
-    raise web.HTTPSeeOther(f"../{request.match_info['key']}")
 
 
 async def health(request: web.Request) -> web.Response:
@@ -6487,7 +6468,7 @@ def make_app(bot: Bot) -> web.Application:
         web.get("/h/{key}", history_page),
         web.post("/h/{key}/search", search_page),
         web.post("/h/{key}/export", export_history),
-        web.get("/h/{key}/{form:search|export}", leave_form),
+        web.get("/h/{key}/{form:search|export}", search_page),
         web.get("/healthz", health),
         web.get(PROBE_PATH, probe_stream),
         web.get("/", front_page),
