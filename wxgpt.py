@@ -6303,12 +6303,15 @@ async def history_page(request: web.Request) -> web.Response:
     return html_response(await bot.work.run(render_history, *page))
 
 
+FORM_BYTES = 4096  # read of a form: ten times what its longest field takes
+
+
 async def read_form(request: web.Request) -> typing.Mapping[str, str]:
     """Return the fields of a form that is sent as pages here send it."""
     if request.content_type != "application/x-www-form-urlencoded":
         return {}
     async with asyncio.timeout(BODY_SECONDS):
-        body = await request.read()
+        body = (await request.read())[:FORM_BYTES]
     return dict(urllib.parse.parse_qsl(body.decode("utf-8", "replace")))
 
 
@@ -6347,7 +6350,8 @@ async def export_history(request: web.Request) -> web.StreamResponse:
     await response.write(export_text(bot.config, None).encode())
     while turns := await bot.store.turns_after(openid, last):
         for turn in turns:
-            text = export_text(bot.config, turn, turn.session_id != session)
+            is_first = turn.session_id != session
+            text = await bot.work.run(export_text, bot.config, turn, is_first)
             await response.write(text.encode())
             last, session = turn.id, turn.session_id
     return response
