@@ -6155,7 +6155,8 @@ def a_few_at_once(
                     response = await make(request)
                     await response.prepare(request)
                     await response.write_eof()
-            except (TimeoutError, ConnectionResetError):  # it is not read any more
+            # Nobody reads it any more, or sends the rest of a form.
+            except (TimeoutError, ConnectionResetError, web.RequestPayloadError):
                 return drop_connection(request)
         return response
 

@@ -105,12 +105,11 @@ function addContents(answer) {
 }
 
 // Puts the typeset answer in place of the plain text that was folded away.
-async function typeset(box) {
-  const link = box.querySelector('.typeset');
+async function typeset(link) {
   const page = await readMain(link.href);
   const answer = page.querySelector('.answer');
   if (!answer) return;
-  box.querySelector('.answer').replaceWith(answer);
+  link.previousElementSibling.replaceWith(answer);
   link.replaceWith(page.querySelector('.actions'));
 }
 
@@ -155,10 +154,10 @@ function follow(live, note) {
 function begin(main) {
   const live = main.querySelector('.live');
   addContents(main.querySelector('main > article > .answer:not(.live)'));
-  for (const box of main.querySelectorAll('article > details:has(.typeset)')) {
+  for (const link of main.querySelectorAll('details > .typeset')) {
     // Without the typeset answer there is still its text, and the link.
-    const open = () => typeset(box).catch(() => {});
-    box.addEventListener('toggle', open, {once: true});
+    const open = () => typeset(link).catch(() => {});
+    link.parentNode.addEventListener('toggle', open, {once: true});
   }
   if (live) follow(live, main.querySelector('.asking'));
 }

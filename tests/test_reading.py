@@ -1,6 +1,7 @@
 """What a subscriber does with the history: reading, searching, taking it along."""
 
 import asyncio
+import contextlib
 import re
 import time
 
@@ -9,6 +10,7 @@ import pytest
 import wxgpt
 from conftest import ANN, BOB, with_session
 from fake_openai import Script
+from waiting import within
 
 LABEL = "（AI 生成）"
 
@@ -168,6 +170,22 @@ async def test_a_form_of_another_kind_finds_nothing(server, talk):
     async with server.open(url, "POST", json={"words": "苹果"}) as page:
         assert str(page.url) == url.removesuffix("/search")
     await post(server, url, status=413, words="a" * 70_000)
+
+
+@pytest.mark.parametrize("head", ["Content-Length: 99", "Transfer-Encoding: chunked"])
+async def test_a_form_that_does_not_come_is_not_waited_for(server, monkeypatch, head):
+    """Stalled or torn: the connection is dropped, and others are served."""
+    monkeypatch.setattr(wxgpt, "BODY_SECONDS", 0.2)
+    url = await history_of(server)
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    place, kind = url.removeprefix(server.url), "application/x-www-form-urlencoded"
+    lines = f"POST {place}/search HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\n{head}"
+    writer.write(f"{lines}\r\n\r\nzz\r\nwords=a".encode())
+    with contextlib.suppress(ConnectionResetError):
+        answer = await within(20, "end of the connection", reader.read())
+        assert answer == b"" or answer.startswith(b"HTTP/1.1 400")
+    writer.close()
+    assert (await server.get(url))[0] == 200
 
 
 async def test_words_that_are_looked_for_are_not_logged(spawn, upstream):
