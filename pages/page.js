@@ -76,6 +76,8 @@ const deeds = {
 };
 
 document.addEventListener('click', ({target}) => {
+  const contents = document.querySelector('.contents[open]');
+  if (contents && !contents.contains(target)) contents.open = false;
   const button = target.closest('[data-do]');
   const formula = target.closest('[data-tex]');
   if (button) deeds[button.dataset.do](button, button.closest('.code, .table, article'));
@@ -101,7 +103,7 @@ function addContents(answer) {
     };
     list.append(button);
   }
-  answer.after(box);
+  answer.closest('main').append(box);
 }
 
 // Puts the typeset answer in place of the plain text that was folded away.

@@ -532,6 +532,9 @@ async def test_a_long_answer_has_contents(browse, server, upstream):
     await expect(page.locator("nav")).to_be_hidden()
     place = await page.locator("h2", has_text="第4天").bounding_box()
     assert abs(place["y"]) < 40
+    await contents.locator("summary").click()
+    await page.locator(".answer").click(position={"x": 5, "y": 5})
+    await expect(page.locator("nav")).to_be_hidden()
     await page.get_by_role("link", name="回到顶部").click()
     await page.wait_for_function("scrollY == 0")
 

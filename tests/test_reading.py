@@ -183,7 +183,7 @@ async def test_a_form_that_does_not_come_is_not_waited_for(server, monkeypatch, 
     writer.write(f"{lines}\r\n\r\nzz\r\nwords=a".encode())
     with contextlib.suppress(ConnectionResetError):
         answer = await within(20, "end of the connection", reader.read())
-        assert answer == b"" or answer.startswith(b"HTTP/1.1 400")
+        assert answer == b"" or b" 400 " in answer.partition(b"\r\n")[0]
     writer.close()
     assert (await server.get(url))[0] == 200
 
