@@ -5834,10 +5834,18 @@ def snippet(text: str, words: list[str]) -> Markup:
     return Markup("".join(marked))
 
 
-def minified(text: str) -> str:
-    """Return a style or script without indentation and comments."""
-    comment = r"(?ms)^\s*(//[^\n]*|/\*((?!\*/).)*\*/)\s*$|  // [^\n]*"
-    return re.sub(r"(?m)^\s+", "", re.sub(comment, "", text))
+COMMENT = r"(?ms)^\s*(//[^\n]*|/\*((?!\*/).)*\*/)\s*$|  // [^\n]*"
+NEEDLESS = {  # in a style and in a script, whose strings and patterns are kept
+    "css": r";?\s*(?=})|(?<=[{},;>:])\s+|\s+(?=[{,;>])",
+    "js": r"('[^'\n]*'|`[^`]*`|/\\\S*/g)|(?<=[{;,])\n|(?<=\W) +| +(?=\W)",
+}
+
+
+def minified(path: pathlib.Path) -> Markup:
+    """Return a style or script without comments and white space that does nothing."""
+    text = re.sub(r"(?m)^\s+", "", re.sub(COMMENT, "", path.read_text("utf-8")))
+    pattern = NEEDLESS[path.suffix[1:]]
+    return Markup(re.sub(pattern, lambda found: "".join(found.groups("")), text))
 
 
 @functools.cache
@@ -5856,11 +5864,8 @@ def load_pages() -> jinja2.Environment:
     )
     pages.filters |= dict(clock=clock, day=day_and_time, preview=preview, closed=closed)
     try:
-        for name, file in (("style", "page.css"), ("script", "page.js")):
-            text = minified((PAGES / file).read_text("utf-8"))
-            if name == "style":
-                text = re.sub(r";?\s*(})\s*|\s*([{,;>])\s*|(?<=:) ", r"\1\2", text)
-            pages.globals[name] = Markup(text)
+        pages.globals["style"] = minified(PAGES / "page.css")
+        pages.globals["script"] = minified(PAGES / "page.js")
         code_rules()
         for name in TEMPLATES:
             pages.get_template(name)

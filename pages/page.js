@@ -4,8 +4,9 @@
 // one's, without a jump. Without script all can be read, too: a live page then reloads
 // itself.
 //
-// When the server loads this file it leaves out comments (those behind code after two
-// spaces) and the indentation, so no text in here may go over the end of a line.
+// When the server loads this file it leaves out comments (those behind code follow two
+// spaces) and white space, but for strings and patterns; no text goes over a line's end,
+// and no name has a dollar sign.
 
 const words = document.body.dataset;
 const toast = document.querySelector('.toast');

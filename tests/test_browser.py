@@ -861,12 +861,12 @@ async def test_an_answer_being_written_leads_to_its_page(
 # Size and speed, without a browser
 
 
-async def test_a_page_weighs_less_than_15_kb(server, upstream, gate):
+async def test_a_page_weighs_less_than_12_kb(server, upstream, gate):
     """Style and script included, for want of content."""
     live = await page_of(server, upstream, Script([gate, "完"]), "问")
     for url in (live, await history_of(server, BOB), server.url + "/a/nothing"):
         _, text = await server.get(url)
-        assert len(text.encode()) < 15_000
+        assert len(text.encode()) < 12 * 1024
 
 
 async def test_the_history_is_found_by_its_index(server):
