@@ -2675,7 +2675,8 @@ class Turn:
 #               mark_delivered, mark_read
 #   a session   start_, end_, touch_, reopen_session, lapsed_session; add_picture
 #   a turn      add_turn, questions_of_day, count_asking, save_texts, begin_anew,
-#               finish_turn; turn, turn_by_link, open_turns, newest_failed, turns_of;
+#               finish_turn; turn, turn_by_link, open_turns, newest_failed, turns_of,
+#               turns_after, search;
 #               what the model gets of those before it: history
 #   a part      part, unsent_part, oldest_unsent
 #   the rest    add_history_link, history_owner; ask_forget, forget_asked_at, forget,
@@ -2887,6 +2888,15 @@ def write_due(_: sqlite3.Connection, file: int, due: Due) -> None:
     os.pwrite(file, text, 0)
     os.ftruncate(file, len(text))
     os.fsync(file)
+
+
+SEARCH_SLICE = 50  # exchanges that are looked through in one go
+SEARCH_SLICES = 40  # of them for one page
+
+
+def like_pattern(word: str) -> str:
+    r"""Return what LIKE finds a word by, with ESCAPE '\', and nothing else."""
+    return "%" + re.sub(r"([\\%_])", r"\\\1", word) + "%"
 
 
 PAGE_CHARS = 100_000  # of questions and answers on a page of the history
@@ -3230,6 +3240,50 @@ class Store:
             AND id >= :first ORDER BY id DESC
         """
         return [Turn(*row) for row in await self.rows(query, first=first, **values)]
+
+    async def turns_after(self, openid: str, after: int) -> list[Turn]:
+        """Return a few of a subscriber's turns above an id, oldest first."""
+        query = """
+            SELECT * FROM exchange WHERE openid = :openid AND id > :after
+            ORDER BY id LIMIT 10
+        """
+        rows = await self.rows(query, openid=openid, after=after)
+        return [Turn(*row) for row in rows if openid not in self.due]
+
+    async def search(
+        self, openid: str, words: list[str], before: int, count: int
+    ) -> tuple[list[Turn], int]:
+        """Return turns below an id in which all words are, newest first.
+
+        With them comes the id below which to go on, 0 if there are no more. They are
+        looked through a few at a time, so that nobody else waits for the database.
+        """
+        query = """
+            SELECT min(id) FROM (SELECT id FROM turn
+            WHERE openid = :openid AND id < :before ORDER BY id DESC LIMIT :slice)
+        """
+        matching = r"""
+            SELECT * FROM exchange
+            WHERE openid = :openid AND id < :before AND id >= :first AND NOT EXISTS (
+                SELECT 1 FROM json_each(:patterns)
+                WHERE question || char(10) || answer NOT LIKE value ESCAPE '\')
+            ORDER BY id DESC LIMIT :count
+        """
+        patterns = json.dumps(list(map(like_pattern, words)))
+        found: list[Turn] = []
+        for _ in range(SEARCH_SLICES):
+            values = {"openid": openid, "before": before}
+            [(first,)] = await self.rows(query, slice=SEARCH_SLICE, **values)
+            if first is None or openid in self.due:
+                return found, 0
+            values |= {"first": first, "patterns": patterns}
+            rows = await self.rows(matching, count=count - len(found), **values)
+            found += [Turn(*row) for row in rows]
+            before = first
+            if len(found) == count:
+                before = found[-1].id
+                break
+        return found, before
 
     # Parts
 
@@ -5546,15 +5600,17 @@ def check_commands(config: Config) -> None:
 # ---------------------------------------------------------------------------
 
 PAGES = pathlib.Path(__file__).with_name("pages")
-TEMPLATES = ("page", "parts", "answer", "live", "history", "error")
+TEMPLATES = """page.html parts.html answer.html live.html history.html found.html
+    error.html export.md""".split()
 POLICY = (
     "default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action {forms}; "
     "frame-ancestors 'none'"
 )
 RENDER_CHARS = 32_768  # the rest of a longer answer stays plain: rendering takes time
 FOLD_CHARS = 300  # longer answers are folded in the history, and typeset when opened
 HISTORY_COUNT = 50
+FOUND_COUNT = 20  # on a page of what a search found
 EVENT_CHARS = 32_768  # of an answer in one event of its stream
 RECONNECT_MS = 1000  # how long a viewer waits whose stream was lost
 
@@ -5571,6 +5627,16 @@ def link_tag(address: object, words: str = "") -> str:
     return f'<a href="{html.escape(str(address or ""))}" {rel}>{html.escape(words)}'
 
 
+LONG_LINE = 30  # characters of code that a phone shows without scrolling
+SHORT_CELL = 8  # characters of a table's cell that are not broken into lines
+
+
+def action(name: str, words: str, more: str = "") -> str:
+    """Return a button; page.js does what its name says."""
+    more = more and " " + more
+    return f'<button type="button" data-do="{name}"{more}>{html.escape(words)}</button>'
+
+
 def fix_headings(tokens: list[Token], above: int) -> None:
     """Leave no heading level out and no header cell empty, for screen readers."""
     level = max(above, 1)
@@ -5580,6 +5646,42 @@ def fix_headings(tokens: list[Token], above: int) -> None:
             token.tag = tokens[index + 2].tag = f"h{level}"  # the one that closes it
         if token.type == "th_open" and not tokens[index + 1].content:
             token.tag = tokens[index + 2].tag = "td"
+
+
+COLOURED_CHARS = 20_000  # a longer block of code stays plain
+
+
+@functools.cache
+def code_rules() -> dict[str, tuple[re.Pattern[str], frozenset[str]]]:
+    """Return by a language's name what finds its tokens, and its keywords."""
+    rules: dict[str, tuple[re.Pattern[str], frozenset[str]]] = {}
+    for table in read_toml(PAGES / "code.toml")["languages"]:
+        words = frozenset(table.get("words", "").split())
+        keywords = table.get("pattern", r"(?!)")
+        pattern = re.compile(
+            f"(?P<k>{keywords})|(?P<c>{table['comment']})|(?P<s>{table['string']})"
+            r"|(?P<n>(?<![\w.])\d[\w.]*+)|(?P<w>[^\W\d]\w*+)"
+        )
+        rules |= dict.fromkeys(table["names"].split(), (pattern, words))
+    return rules
+
+
+def coloured(code: str, info: str) -> str:
+    """Return code as HTML, its comments, strings, numbers and keywords in spans."""
+    language = re.split(r"[^\w+#]", info.strip().lower())[0]
+    if language not in code_rules() or len(code) > COLOURED_CHARS:
+        return html.escape(code)
+    pattern, words = code_rules()[language]
+    out, end, is_sql = [], 0, "select" in words
+    for found in pattern.finditer(code):
+        kind, word = str(found.lastgroup), found[0]
+        if kind == "w":
+            if word not in words and not (is_sql and word.lower() in words):
+                continue
+            kind = "k"
+        out += [html.escape(code[end : found.start()]), element("span", word, kind)]
+        end = found.end()
+    return "".join(out) + html.escape(code[end:])
 
 
 MAX_FORMULAS = 500  # typeset on a page; each takes a fifth of a millisecond
@@ -5634,28 +5736,42 @@ class AnswerRenderer(RendererHTML):
     math_block = math_inline
 
     def fence(self, tokens: Sequence[Token], index: int, *_: object) -> str:
-        code = element("code", tokens[index].content)
-        language = element("span", tokens[index].info.strip()[:20])
-        name = html.escape(self.texts.page_code)
+        content, info = tokens[index].content, tokens[index].info
+        code, language = coloured(content, info), element("span", info.strip()[:20])
+        name, texts = html.escape(self.texts.page_code), self.texts
+        has_long_line = max(map(len, content.split("\n"))) > LONG_LINE
+        wrap = action("wrap", texts.page_wrap, "aria-pressed=false") * has_long_line
         return (
-            f'<div class="code"><div class="bar">{language}</div>'
-            f'<pre tabindex="0" role="group" aria-label="{name}">{code}</pre></div>\n'
+            f'<div class="code"><div class="bar">{language}{wrap}'
+            f'{action("code", texts.page_copy)}</div><pre tabindex="0" '
+            f'role="group" aria-label="{name}"><code>{code}</code></pre></div>\n'
         )
 
     def table_open(self, *_: object) -> str:
         label = f'role="group" aria-label="{html.escape(self.texts.page_table)}"'
-        return f'<div class="scroll" tabindex="0" {label}><table>\n'
+        return f'<div class="table"><div class="scroll" tabindex="0" {label}><table>\n'
 
     def table_close(self, *_: object) -> str:
-        return "</table></div>\n"
+        button = action("table", self.texts.page_copy_table)
+        return f"</table></div>{button}</div>\n"
 
     def td_open(self, tokens: Sequence[Token], index: int, *_: object) -> str:
         # The library would write a style, which the policy forbids.
         side = str(tokens[index].attrGet("style") or "").removeprefix("text-align:")
-        kind = f' class="{side}"' if side in ("right", "center") else ""
+        kinds = [side] if side in ("right", "center") else []
+        if len(tokens[index + 1].content) > SHORT_CELL:
+            kinds.append("long")
+        kind = f' class="{" ".join(kinds)}"' if kinds else ""
         return f"<{tokens[index].tag}{kind}>"
 
     th_open = td_open
+
+
+def rendered_chars(markdown: str) -> int:
+    """Return how much of an answer is typeset: whole lines of RENDER_CHARS at most."""
+    if len(markdown) <= RENDER_CHARS:
+        return len(markdown)
+    return markdown.rfind("\n", RENDER_CHARS // 2, RENDER_CHARS) + 1 or RENDER_CHARS
 
 
 def render_markdown(texts: Texts, markdown: str, above: int = 0) -> str:
@@ -5663,9 +5779,7 @@ def render_markdown(texts: Texts, markdown: str, above: int = 0) -> str:
 
     `above` is the level of the heading that the answer stands under.
     """
-    end = len(markdown)
-    if end > RENDER_CHARS:
-        end = markdown.rfind("\n", RENDER_CHARS // 2, RENDER_CHARS) + 1 or RENDER_CHARS
+    end = rendered_chars(markdown)
     tokens, rest = read_markdown(markdown[:end]), markdown[end:]
     fix_headings(tokens, above)
     body = AnswerRenderer(texts).render(tokens, RENDER_OPTIONS, {})
@@ -5677,17 +5791,61 @@ def clock(seconds: float, form: str = "%Y-%m-%d %H:%M") -> str:
     return datetime.datetime.fromtimestamp(seconds, BEIJING).strftime(form)
 
 
+def day_and_time(seconds: float) -> str:
+    """Return 今天 14:48, 昨天 09:05, 11月22日 周日 20:10 or 2025年3月1日 08:00."""
+    at = datetime.datetime.fromtimestamp(seconds, BEIJING)
+    now = datetime.datetime.now(BEIJING)
+    day = f"{at.month}月{at.day}日 周{'一二三四五六日'[at.weekday()]}"
+    if at.year != now.year:
+        day = f"{at.year}年{at.month}月{at.day}日"
+    day = {0: "今天", 1: "昨天"}.get((now.date() - at.date()).days, day)
+    return f"{day} {at:%H:%M}"
+
+
 def preview(markdown: str) -> str:
-    """Return the beginning of a long answer in one line, without marks, unparsed."""
-    marks = r"(?m)^\s*(?:[#>*+-]+ |```.*|~~~.*)|[*`|]+|!?\[(?=[^]]*\]\()|\]\([^)\s]*\)"
-    words = re.split(r"\n(?:```|~~~|\|)", markdown[:FOLD_CHARS].strip())[0]
-    return excerpt(re.sub(marks, "", words), 80)
+    """Return the beginning of a long answer in one line, up to its code or table."""
+    begin = re.split(r"\n(?:```|~~~|\|)", markdown[:FOLD_CHARS].strip())[0]
+    text = re.sub(r"（https?://[^）]*）|(?<=]) https?://[!-~]*", "", chat_text(begin))
+    return excerpt(text.replace("】", "】 "), 80)
 
 
-def minified(text: str) -> str:
-    """Return a style or script without indentation and whole lines of comment."""
-    comment = r"(?ms)^\s*(//[^\n]*|/\*((?!\*/).)*\*/)\s*$"
-    return re.sub(r"(?m)^\s+", "", re.sub(comment, "", text))
+def plain_text(turn: Turn, label: str) -> str:
+    """Return a question and its answer as the chat would show them, with the label."""
+    end = rendered_chars(turn.answer)
+    answer = chat_text(turn.answer[:end]) + turn.answer[end:]
+    return f"{turn.question}\n\n{answer}\n{label}".strip()
+
+
+SEARCH_CHARS = 100  # of words that are looked for
+SNIPPET_CHARS = 80  # shown after the first of them
+
+
+def snippet(text: str, words: list[str]) -> Markup:
+    """Return the place in a text where the words begin, as a line with them marked."""
+    longest_first = sorted(words, key=len, reverse=True)
+    pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})", re.IGNORECASE)
+    found = pattern.search(text)
+    begin = max(0, found.start() - SNIPPET_CHARS // 4) if found else 0
+    part = text[begin : begin + SNIPPET_CHARS + SEARCH_CHARS]
+    bare = re.sub(r"\*\*|`+|(?m:^\s*(?:[#>*+-]+ |\|))", "", part)
+    line = excerpt(bare if pattern.search(bare) else part, len(part))
+    pieces = enumerate(pattern.split("…" * (begin > 0) + line))
+    marked = [element("mark", p) if i % 2 else html.escape(p) for i, p in pieces]
+    return Markup("".join(marked))
+
+
+COMMENT = r"(?ms)^\s*(//[^\n]*|/\*((?!\*/).)*\*/)\s*$|  // [^\n]*"
+NEEDLESS = {  # in a style and in a script, whose strings and patterns are kept
+    "css": r";?\s*(?=})|(?<=[{},;>:])\s+|\s+(?=[{,;>])",
+    "js": r"('[^'\n]*'|`[^`]*`|/\\\S*/g)|(?<=[{;,])\n|(?<=\W) +| +(?=\W)",
+}
+
+
+def minified(path: pathlib.Path) -> Markup:
+    """Return a style or script without comments and white space that does nothing."""
+    text = re.sub(r"(?m)^\s+", "", re.sub(COMMENT, "", path.read_text("utf-8")))
+    pattern = NEEDLESS[path.suffix[1:]]
+    return Markup(re.sub(pattern, lambda found: "".join(found.groups("")), text))
 
 
 @functools.cache
@@ -5704,12 +5862,13 @@ def load_pages() -> jinja2.Environment:
         lstrip_blocks=True,
         auto_reload=False,
     )
-    pages.filters |= {"clock": clock, "preview": preview}
+    pages.filters |= dict(clock=clock, day=day_and_time, preview=preview, closed=closed)
     try:
-        for name, file in (("style", "page.css"), ("script", "page.js")):
-            pages.globals[name] = Markup(minified((PAGES / file).read_text("utf-8")))
+        pages.globals["style"] = minified(PAGES / "page.css")
+        pages.globals["script"] = minified(PAGES / "page.js")
+        code_rules()
         for name in TEMPLATES:
-            pages.get_template(f"{name}.html")
+            pages.get_template(name)
     except jinja2.TemplateNotFound as error:
         raise ConfigError(f"{PAGES / str(error.name)}: not found") from None
     except jinja2.TemplateSyntaxError as error:
@@ -5733,7 +5892,8 @@ def render_page(name: str, texts: Texts, **values: object) -> Page:
     nonce = secrets.token_urlsafe(12)
     template = load_pages().get_template(f"{name}.html")
     text = template.render(texts=texts, nonce=nonce, **values)
-    return Page(text, POLICY.format(nonce=nonce))
+    forms = "'self'" if "<form" in text else "'none'"
+    return Page(text, POLICY.format(nonce=nonce, forms=forms))
 
 
 def bad_ending(texts: Texts, turn: Turn) -> str:
@@ -5741,16 +5901,30 @@ def bad_ending(texts: Texts, turn: Turn) -> str:
     return ending_words(texts, turn, "\n" + texts.page_retry)
 
 
-def render_answer(texts: Texts, turn: Turn, answer: str) -> Page:
-    """Return the page of one question and its finished answer, which is HTML."""
-    return render_page(
-        "answer",
-        texts,
-        title=excerpt(turn.question, 30),
-        turn=turn,
-        answer=Markup(answer),
-        ended=bad_ending(texts, turn),
-    )
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """An exchange on a page, with what is made for it."""
+
+    turn: Turn
+    answer: Markup | None  # None: there is none, or it is folded
+    text: str  # what 复制全文 copies
+    ended: str
+    is_linked: bool  # its own page can be opened
+
+
+def shown(config: Config, turn: Turn, above: int, folds: bool = False) -> Shown:
+    """Return an exchange for a page; a long answer stays unread if the page `folds`."""
+    answer, text = None, ""
+    if turn.answer and not (folds and len(turn.answer) > FOLD_CHARS):
+        answer = Markup(render_markdown(config.texts, turn.answer, above))
+        text = plain_text(turn, config.replies.label)
+    is_linked = time.time() - turn.created_at < config.history.link_hours * 3600
+    return Shown(turn, answer, text, bad_ending(config.texts, turn), is_linked)
+
+
+def render_answer(texts: Texts, one: Shown) -> Page:
+    """Return the page of one question and its finished answer."""
+    return render_page("answer", texts, title=excerpt(one.turn.question, 30), one=one)
 
 
 def render_live(texts: Texts, turn: Turn) -> Page:
@@ -5759,22 +5933,69 @@ def render_live(texts: Texts, turn: Turn) -> Page:
     return render_page("live", texts, title=title, turn=turn, seconds=seconds)
 
 
-def render_history(texts: Texts, turns: list[Turn], older: str, folds: bool) -> Page:
-    """Return a page of exchanges, long ones folded if `folds`; `older` is the next."""
-    exchanges: list[tuple[Turn, Markup | None, str]] = []
-    for turn in turns:
-        answer = None
-        if turn.answer and not (folds and len(turn.answer) > FOLD_CHARS):
-            answer = Markup(render_markdown(texts, turn.answer, 3))
-        exchanges.append((turn, answer, bad_ending(texts, turn)))
-    title = texts.page_history
-    return render_page("history", texts, title=title, exchanges=exchanges, older=older)
+def render_history(
+    config: Config, home: str, turns: list[Turn], older: int, folds: bool
+) -> Page:
+    """Return a page of exchanges: sessions newest first, each oldest first.
+
+    `home` is the relative address of the history; below the id `older` it goes on.
+    """
+    groups = itertools.groupby(turns, lambda turn: turn.session_id)
+    return render_page(
+        "history",
+        config.texts,
+        title=config.texts.page_history,
+        home=home,
+        sessions=[
+            [shown(config, turn, 3, folds) for turn in reversed(list(group))]
+            for _, group in groups
+        ],
+        older=older,
+        is_whole=folds,
+        has_text=any(turn.answer for turn in turns),
+    )
 
 
-def render_error(texts: Texts, words: str) -> Page:
-    """Return the page of a link that shows nothing."""
+def render_found(
+    texts: Texts, home: str, words: list[str], turns: list[Turn], older: int
+) -> Page:
+    """Return a page of what a search found: of each the place, with words marked."""
+    return render_page(
+        "found",
+        texts,
+        title=texts.page_search,
+        home=home,
+        words=" ".join(words),
+        found=[
+            (t, *(snippet(x, words) for x in (t.question, t.answer))) for t in turns
+        ],
+        older=older,
+        has_text=any(turn.answer for turn in turns),
+    )
+
+
+def render_notice(texts: Texts, words: str, glyph: str) -> Page:
+    """Return a page of a few words: a link that shows nothing, the front page."""
     title, _, rest = words.partition("。")
-    return render_page("error", texts, title=title, words=rest)
+    return render_page("error", texts, title=title, words=rest, glyph=glyph)
+
+
+def closed(markdown: str) -> str:
+    """Return an answer with its code closed: it may have broken off in it."""
+    fences = re.findall(r"(?m)^[ \t]*(`{3,}|~{3,})", markdown)
+    return markdown + "\n" + fences[-1] if len(fences) % 2 else markdown
+
+
+def export_text(config: Config, turn: Turn | None, is_first: bool = False) -> str:
+    """Return an exchange for the exported file; the file's head if there is none."""
+    texts, ended = config.texts, ""
+    if turn:
+        ended = texts.page_writing if turn.is_open else bad_ending(texts, turn)
+    values = {"turn": turn, "is_first": is_first, "ended": ended, "now": time.time()}
+    values["label"] = config.replies.label or texts.page_notice
+    values["host"] = urllib.parse.urlsplit(config.public_url).hostname
+    values["number"] = secrets.token_hex(16)
+    return load_pages().get_template("export.md").render(texts=texts, **values)
 
 
 def sse_event(data: dict, event: str = "", number: str = "") -> bytes:
@@ -5905,36 +6126,42 @@ async def receive_message(request: web.Request) -> web.StreamResponse:
         return web.Response(body=b"success")
 
 
+PRIVATE = {
+    "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",
+    "X-Robots-Tag": "noindex",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
 def html_response(page: Page, status: int = 200) -> web.Response:
     """Return a page with the headers that keep it private."""
-    headers = {
-        "Content-Type": "text/html; charset=utf-8",
-        "Content-Security-Policy": page.policy,
-        "Cache-Control": "no-store",
-        "Referrer-Policy": "no-referrer",
-        "X-Robots-Tag": "noindex",
-        "X-Content-Type-Options": "nosniff",
-    }
-    return web.Response(text=page.html, status=status, headers=headers)
+    response = web.Response(text=page.html, status=status, headers=PRIVATE)
+    response.content_type = "text/html"
+    response.headers["Content-Security-Policy"] = page.policy
+    if "form-action 'self'" in page.policy:  # else the Origin of its form is null
+        response.headers["Referrer-Policy"] = "same-origin"
+    return response
 
 
 PAGE_SECONDS = 60.0  # for making a page and writing it
 
 
 def a_few_at_once(
-    make: Callable[[web.Request], Awaitable[web.Response]],
-) -> Callable[[web.Request], Awaitable[web.Response]]:
+    make: Callable[[web.Request], Awaitable[web.StreamResponse]],
+) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     """Let a handler's pages be loaded, rendered and written a few at a time."""
 
     @functools.wraps(make)
-    async def write(request: web.Request) -> web.Response:
+    async def write(request: web.Request) -> web.StreamResponse:
         async with request.app[BOT].pages:
             try:
                 async with asyncio.timeout(PAGE_SECONDS):
                     response = await make(request)
                     await response.prepare(request)
                     await response.write_eof()
-            except (TimeoutError, ConnectionResetError):  # it is not read any more
+            # Nobody reads it any more, or sends the rest of a form.
+            except (TimeoutError, ConnectionResetError, web.RequestPayloadError):
                 return drop_connection(request)
         return response
 
@@ -5943,8 +6170,20 @@ def a_few_at_once(
 
 def error_page(bot: Bot, status: int) -> web.Response:
     """Return the page of an unknown (404) or expired (410) link."""
-    words = bot.texts.page_expired if status == 410 else bot.texts.page_missing
-    return html_response(render_error(bot.texts, words), status)
+    texts = bot.texts
+    words = (texts.page_expired, "…") if status == 410 else (texts.page_missing, "?")
+    return html_response(render_notice(texts, *words), status)
+
+
+async def front_page(request: web.Request) -> web.Response:
+    """Say that the account works here and how to begin; nothing about anybody."""
+    texts = request.app[BOT].texts
+    return html_response(render_notice(texts, texts.page_front, texts.page_hello))
+
+
+async def missing_page(request: web.Request) -> web.Response:
+    """Answer what leads nowhere."""
+    return error_page(request.app[BOT], 404)
 
 
 async def find_linked(request: web.Request) -> Turn | web.Response:
@@ -5973,9 +6212,8 @@ async def answer_page(request: web.Request) -> web.Response:
         await bot.store.mark_read(turn.id)
     except sqlite3.Error as error:  # a full disk does not keep people from reading
         log.error("%s not stored as read: %s", turn.name, error)
-    work, key = bot.work, ("page", turn.id)
-    answer = await work.once(key, render_markdown, bot.texts, turn.answer)
-    return html_response(await work.run(render_answer, bot.texts, turn, answer))
+    one = await bot.work.once(("page", turn.id), shown, bot.config, turn, 0)
+    return html_response(await bot.work.run(render_answer, bot.texts, one))
 
 
 PING_SECONDS = 15.0  # how long a live page's stream may be silent
@@ -6041,28 +6279,88 @@ def number_in(request: web.Request, name: str, missing: int) -> int:
     return int(value) if re.fullmatch(r"[0-9]{1,15}", value) else missing
 
 
-@a_few_at_once
-async def history_page(request: web.Request) -> web.Response:
-    """Show a subscriber's history, newest first."""
-    bot, key = request.app[BOT], request.match_info["key"]
-    owner = await bot.store.history_owner(key)
+async def find_owner(request: web.Request) -> str | web.Response:
+    """Return whose history a link shows, or the page that says why it shows none."""
+    bot = request.app[BOT]
+    owner = await bot.store.history_owner(request.match_info["key"])
     if owner is None:
         return error_page(bot, 404)
     openid, expires_at = owner
-    if time.time() > expires_at:
-        return error_page(bot, 410)
+    return openid if time.time() <= expires_at else error_page(bot, 410)
+
+
+@a_few_at_once
+async def history_page(request: web.Request) -> web.Response:
+    """Show a subscriber's history, a page of it or one exchange."""
+    bot, openid = request.app[BOT], await find_owner(request)
+    if isinstance(openid, web.Response):
+        return openid
     if (only := number_in(request, "only", -1)) >= 0:
         turns = await bot.store.turns_of(openid, only + 1, 1)
         turns = [turn for turn in turns if turn.id == only]
     else:
         below = number_in(request, "before", 2**62)
         turns = await bot.store.turns_of(openid, below, HISTORY_COUNT + 1)
-    chars, older = sum(turn.chars for turn in turns), ""
+    chars, older = sum(turn.chars for turn in turns), 0
     if len(turns) > HISTORY_COUNT or len(turns) > 1 and chars > PAGE_CHARS:
         turns.pop()
-        older = f"?before={turns[-1].id}"
-    page = (bot.texts, turns, older, only < 0)
+        older = turns[-1].id
+    page = (bot.config, request.match_info["key"], turns, older, only < 0)
     return html_response(await bot.work.run(render_history, *page))
+
+
+FORM_BYTES = 4096  # read of a form: ten times what its longest field takes
+
+
+async def read_form(request: web.Request) -> typing.Mapping[str, str]:
+    """Return the fields of a form that is sent as pages here send it."""
+    if request.content_type != "application/x-www-form-urlencoded":
+        return {}
+    async with asyncio.timeout(BODY_SECONDS):
+        body = (await request.read())[:FORM_BYTES]
+    return dict(urllib.parse.parse_qsl(body.decode("utf-8", "replace")))
+
+
+@a_few_at_once
+async def search_page(request: web.Request) -> web.Response:
+    """Show where in all of a subscriber's exchanges the words of a form are.
+
+    Without words, and when a form's address is opened as a page, lead to the history.
+    """
+    bot, openid = request.app[BOT], await find_owner(request)
+    if isinstance(openid, web.Response):
+        return openid
+    form, home = await read_form(request), f"../{request.match_info['key']}"
+    words = form.get("words", "")[:SEARCH_CHARS].replace("\0", "").split()
+    if not words:
+        raise web.HTTPSeeOther(home)
+    below = form.get("before", "")
+    before = int(below) if re.fullmatch("[0-9]{1,15}", below) else 2**62
+    found, older = await bot.store.search(openid, words, before, FOUND_COUNT)
+    page = (bot.texts, home, words, found, older)
+    return html_response(await bot.work.run(render_found, *page))
+
+
+@a_few_at_once
+async def export_history(request: web.Request) -> web.StreamResponse:
+    """Send all of a subscriber's exchanges as a Markdown file, a few at a time."""
+    bot, openid = request.app[BOT], await find_owner(request)
+    if isinstance(openid, web.Response):
+        return openid
+    last, session, day = 0, 0, clock(time.time(), "%Y-%m-%d")
+    name = urllib.parse.quote(f"{bot.texts.page_history}-{day}.md")
+    response = web.StreamResponse(headers=PRIVATE)
+    response.content_type, response.charset = "text/markdown", "utf-8"
+    response.headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{name}"
+    await response.prepare(request)
+    await response.write(export_text(bot.config, None).encode())
+    while turns := await bot.store.turns_after(openid, last):
+        for turn in turns:
+            is_first = turn.session_id != session
+            text = await bot.work.run(export_text, bot.config, turn, is_first)
+            await response.write(text.encode())
+            last, session = turn.id, turn.session_id
+    return response
 
 
 async def health(request: web.Request) -> web.Response:
@@ -6178,8 +6476,13 @@ def make_app(bot: Bot) -> web.Application:
         web.get("/a/{key}", answer_page),
         web.get("/a/{key}/events", answer_events),
         web.get("/h/{key}", history_page),
+        web.post("/h/{key}/search", search_page),
+        web.post("/h/{key}/export", export_history),
+        web.get("/h/{key}/{form:search|export}", search_page),
         web.get("/healthz", health),
         web.get(PROBE_PATH, probe_stream),
+        web.get("/", front_page),
+        web.get("/{path:.*}", missing_page),
     ]
     app.add_routes(routes)
     app.on_response_prepare.append(hide_server)

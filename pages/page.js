@@ -1,12 +1,15 @@
-// What pages do with script: copy buttons, folded answers that are typeset when they are
-// opened, and for an answer that is being written the stream, the seconds, and in the
-// end the finished page's content in place of this one's, without a jump. Without script
-// all can be read, too: a live page then reloads itself.
+// What pages do with script: copying, long lines, the contents of a long answer, folded
+// answers that are typeset when they are opened, and for an answer that is being written
+// the stream, the seconds, and in the end the finished page's content in place of this
+// one's, without a jump. Without script all can be read, too: a live page then reloads
+// itself.
 //
-// When the server loads this file it leaves out lines that are only a comment, and the
-// indentation, so no text in here may go over the end of a line.
+// When the server loads this file it leaves out comments (those behind code follow two
+// spaces) and white space, but for strings and patterns; no text goes over a line's end,
+// and no name has a dollar sign.
 
 const words = document.body.dataset;
+const toast = document.querySelector('.toast');
 
 // Returns the <main> of a page. Throws if there is none, or if the server is in trouble:
 // whoever reads a page that is being written tries again then.
@@ -20,35 +23,97 @@ async function readMain(address) {
   return new DOMParser().parseFromString(main, 'text/html').body.firstChild;
 }
 
-function addCopyButtons(part) {
-  for (const box of part.querySelectorAll('.code')) {
-    const code = box.querySelector('code');
-    const button = document.createElement('button');
-    button.textContent = words.copy;
-    button.onclick = async () => {
-      try {
-        await navigator.clipboard.writeText(code.textContent);
-      } catch {
-        // On a page without TLS there is no clipboard. The old way needs a selection;
-        // if even that fails, the code is selected at least.
-        getSelection().selectAllChildren(code);
-        if (!document.execCommand('copy')) return;
-      }
-      button.textContent = words.copied;
-      setTimeout(() => { button.textContent = words.copy; }, 2000);
-    };
-    box.firstChild.append(button);
+// Says a few words at the lower edge for a moment.
+function say(text) {
+  toast.textContent = text;
+  setTimeout(() => { toast.textContent = ''; }, 2000);
+}
+
+// Copies a text; where nothing lets it, selects its source for the reader to do it.
+async function copy(text, source) {
+  let done = true;
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    // On a page without TLS there is no clipboard. The old way needs a selection.
+    const box = document.createElement('textarea');
+    const focused = document.activeElement;
+    box.value = text;
+    box.readOnly = true;
+    box.className = 'away';
+    document.body.append(box);
+    box.select();
+    done = document.execCommand('copy');
+    box.remove();
+    focused.focus();
+    getSelection().removeAllRanges();
+    if (!done) getSelection().selectAllChildren(source);
   }
+  say(done ? words.copied : words.press);
+}
+
+// What a click on a button does, by its data-do; `box` is what the button belongs to.
+const deeds = {
+  wrap(button, box) {
+    button.setAttribute('aria-pressed', box.classList.toggle('wrapped'));
+  },
+  code(button, box) {
+    const code = box.querySelector('code');
+    copy(code.textContent, code);
+  },
+  table(button, box) {
+    // As spreadsheets take it: a line each row, a tab between two cells.
+    const table = box.querySelector('table');
+    const row = ({cells}) => [...cells].map(cell => cell.innerText.replace(/\s+/g, ' '));
+    copy([...table.rows].map(one => row(one).join('\t')).join('\n'), table);
+  },
+  all(button, box) {
+    const text = box.querySelector('template').content.textContent;
+    copy(text, box.querySelector('.answer'));
+  },
+  link(button) {
+    copy(new URL(button.dataset.link, location.href).href, button);
+  },
+};
+
+document.addEventListener('click', ({target}) => {
+  const contents = document.querySelector('.contents[open]');
+  if (contents && !contents.contains(target)) contents.open = false;
+  const button = target.closest('[data-do]');
+  const formula = target.closest('[data-tex]');
+  if (button) deeds[button.dataset.do](button, button.closest('.code, .table, article'));
+  else if (formula) copy(formula.dataset.tex, formula);
+});
+
+// Puts a round button above a long answer that opens a list of its headings.
+function addContents(answer) {
+  const heads = answer ? [...answer.querySelectorAll('h1, h2, h3, h4, h5, h6')] : [];
+  if (heads.length < 4 || answer.offsetHeight < 2 * innerHeight) return;
+  const box = document.createElement('details');
+  const list = document.createElement('nav');
+  box.className = 'contents';
+  box.append(document.createElement('summary'), list);
+  box.firstChild.textContent = list.ariaLabel = words.contents;
+  for (const head of heads) {
+    const button = document.createElement('button');
+    button.textContent = head.textContent;
+    button.className = head.localName;
+    button.onclick = () => {
+      box.open = false;
+      head.scrollIntoView();
+    };
+    list.append(button);
+  }
+  answer.closest('main').append(box);
 }
 
 // Puts the typeset answer in place of the plain text that was folded away.
-async function typeset(box) {
-  const link = box.querySelector('.typeset');
-  const answer = (await readMain(link.href)).querySelector('.answer');
+async function typeset(link) {
+  const page = await readMain(link.href);
+  const answer = page.querySelector('.answer');
   if (!answer) return;
-  box.querySelector('.answer').replaceWith(answer);
-  link.remove();
-  addCopyButtons(answer);
+  link.previousElementSibling.replaceWith(answer);
+  link.replaceWith(page.querySelector('.actions'));
 }
 
 // Shows an answer in `live` as it is written, and how it goes on in `note`.
@@ -91,11 +156,11 @@ function follow(live, note) {
 
 function begin(main) {
   const live = main.querySelector('.live');
-  addCopyButtons(main);
-  for (const box of main.querySelectorAll('details')) {
+  addContents(main.querySelector('main > article > .answer:not(.live)'));
+  for (const link of main.querySelectorAll('details > .typeset')) {
     // Without the typeset answer there is still its text, and the link.
-    const open = () => typeset(box).catch(() => {});
-    box.addEventListener('toggle', open, {once: true});
+    const open = () => typeset(link).catch(() => {});
+    link.parentNode.addEventListener('toggle', open, {once: true});
   }
   if (live) follow(live, main.querySelector('.asking'));
 }

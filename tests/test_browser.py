@@ -165,10 +165,24 @@ async def all_pages(server, upstream, gate):
     pages["history"] = await history_of(server)
     pages["empty"] = await history_of(server, BOB)
     pages["404"] = server.url + "/a/nothing"
+    pages["front"] = server.url + "/"
+    pages["found"] = pages["history"]  # and searched
     pages["live"] = await page_of(
         server, upstream, Script(["字" * 60 + "x" * 99, gate])
     )
     return pages
+
+
+async def visit(page, kind, url):
+    """Open a page of `all_pages` as its readers see it."""
+    await page.goto(url)
+    if kind == "history":
+        await page.locator("summary:not(.question *)").first.click()
+        await expect(page.locator(".scroll")).to_have_count(1)
+    if kind == "found":
+        await page.get_by_role("searchbox").fill("小标题")
+        await page.get_by_role("button", name="搜索").click()
+        await expect(page.locator("mark").first).to_have_text("小标题")
 
 
 # A live answer
@@ -360,7 +374,7 @@ async def test_the_finished_page_says_who_wrote_it_and_when(browse, server, upst
     """Question, answer, model and time; AI notice; no way to the history."""
     page = await browse.open(await page_of(server, upstream, RICH, "问 & 答"))
     await expect(page.get_by_role("main").locator(".question")).to_have_text("问 & 答")
-    await expect(page.locator(".note")).to_have_text(
+    await expect(page.locator("article .note")).to_have_text(
         re.compile(r"gpt-6-luna · \d{4}-\d\d-\d\d \d\d:\d\d")
     )
     await expect(page.get_by_role("contentinfo")).to_contain_text("AI 生成")
@@ -391,10 +405,10 @@ async def test_the_copy_button_copies(browse, server, upstream):
     """The code and nothing but the code; the button says that it did."""
     page = await browse.open(await page_of(server, upstream, RICH))
     await page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    await page.get_by_role("button", name="复制").click()
-    await expect(page.get_by_role("button")).to_have_text("已复制")
+    await page.get_by_role("button", name="复制", exact=True).click()
+    await expect(page.locator(".toast")).to_have_text("已复制")
     assert await page.evaluate("navigator.clipboard.readText()") == CODE
-    await expect(page.get_by_role("button")).to_have_text("复制")
+    await expect(page.locator(".toast")).to_be_hidden()
 
 
 async def test_the_copy_button_copies_in_an_old_browser(browse, server, upstream):
@@ -404,17 +418,159 @@ async def test_the_copy_button_copies_in_an_old_browser(browse, server, upstream
     old += "'copy', () => {window.copied = `${getSelection()}`})"
     url = await page_of(server, upstream, RICH)
     page = await browse.open(url, old)
-    await page.get_by_role("button", name="复制").click()
-    await expect(page.get_by_role("button")).to_have_text("已复制")
+    await page.get_by_role("button", name="复制", exact=True).click()
+    await expect(page.locator(".toast")).to_have_text("已复制")
     assert (await page.evaluate("window.copied")).strip() == CODE.strip()
+    assert await page.evaluate("[`${getSelection()}`, scrollY]") == ["", 0]
+
+
+async def test_what_cannot_be_copied_is_selected(browse, server, upstream):
+    """With a word that a long press does the rest."""
+    none = "Object.defineProperty(navigator, 'clipboard', {value: undefined});"
+    none += "document.execCommand = () => false"
+    page = await browse.open(await page_of(server, upstream, RICH), none)
+    await page.get_by_role("button", name="复制", exact=True).click()
+    await expect(page.locator(".toast")).to_contain_text("请长按")
+    assert (await page.evaluate("`${getSelection()}`")).strip() == CODE.strip()
+
+
+async def copied(page, button):
+    """Press a button, or click what is given; return what is copied then."""
+    await page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    await page.evaluate("navigator.clipboard.writeText('')")
+    await (
+        page.get_by_role("button", name=button)
+        if button
+        else page.locator("math").first
+    ).click()
+    await expect(page.locator(".toast")).to_have_text("已复制")
+    return await page.evaluate("navigator.clipboard.readText()")
+
+
+async def test_an_answer_is_taken_along(browse, server, upstream):
+    """Its text as the chat shows it, its link, a table for a spreadsheet, a formula."""
+    text = "**粗** $a^2$\n\n| 甲 | 乙 |\n|-|-|\n| 1 | 二<br>三 |"
+    url = await page_of(server, upstream, text, "给安看的")
+    page = await browse.open(url + "#x")
+    whole = await copied(page, "复制全文")
+    assert whole == "给安看的\n\n粗 a²\n\n甲｜乙\n1｜二 三\n（AI 生成）"
+    assert await copied(page, "复制链接") == url
+    assert await copied(page, "复制表格") == "甲\t乙\n1\t二 三"
+    assert await copied(page, "") == "a^2"
+
+
+async def test_an_exchange_of_the_history_is_taken_along(browse, server, upstream):
+    """Its link is its own page's, never the history's, and works as long as that."""
+    url = await page_of(server, upstream, LONG, "给安看的")
+    history = await history_of(server)
+    page = await browse.open(history)
+    await page.locator("summary").click()
+    assert (await copied(page, "复制全文")).startswith(
+        "给安看的\n\n第一段很普通。\n\n【小标题】"
+    )
+    assert await copied(page, "复制链接") == url
+    await page.get_by_role("link", name="单独看").click()
+    await expect(page).to_have_url(url)
+    await server.bot.store.rows("UPDATE turn SET created_at = created_at - 86400 * 4")
+    await page.goto(history)
+    await page.locator("summary").click()
+    await expect(page.locator("table")).to_be_visible()
+    await expect(page.locator("[data-do=link]")).to_have_count(0)
+    await expect(page.get_by_role("link", name="单独看")).to_have_count(0)
+
+
+async def test_long_lines_of_code_are_wrapped_on_request(browse, server, upstream):
+    """And back; short ones have no button for it."""
+    page = await browse.open(await page_of(server, upstream, RICH + "\n```\n短\n```"))
+    button, code = page.get_by_role("button", name="换行"), page.locator("pre").first
+    wide = "pre => pre.scrollWidth > pre.clientWidth"
+    assert await code.evaluate(wide)
+    await button.click()
+    await expect(button).to_have_attribute("aria-pressed", "true")
+    assert not await code.evaluate(wide)
+    await button.click()
+    assert await code.evaluate(wide)
+
+
+async def test_the_first_column_stays_in_sight(browse, server, upstream):
+    """And what scrolls says so by a shadow."""
+    page = await browse.open(await page_of(server, upstream, RICH))
+    left = "() => document.querySelector('tbody td').getBoundingClientRect().left"
+    before = await page.evaluate(left)
+    await page.locator(".scroll").evaluate("box => { box.scrollLeft = 200 }")
+    assert abs(await page.evaluate(left) - before) <= 1  # the table's own border
+    shadow = "box => getComputedStyle(box).backgroundAttachment"
+    assert await page.locator(".scroll").evaluate(shadow) == "local, scroll"
+
+
+async def test_a_wide_table_uses_a_wide_screen(browse, server, upstream):
+    """It is wider than the column of text, in the middle, and the page does not scroll."""
+    url = await page_of(server, upstream, RICH)
+    page = await browse.open(url, viewport={"width": 1280, "height": 800})
+    text, table = await page.evaluate(
+        "['.answer', '.table'].map(name => document.querySelector(name))"
+        ".map(box => box.getBoundingClientRect()).map(box => [box.left, box.right])"
+    )
+    assert table[0] < text[0] - 50 and table[1] > text[1] + 50 and table[1] < 1280
+    assert abs(sum(table) - sum(text)) < 2
+    assert await page.evaluate("document.documentElement.scrollWidth") == 1280
+
+
+PLAN = "".join(
+    f"## 第{n}天\n\n" + "慢慢走，慢慢看。" * 60 + "\n\n" for n in range(1, 6)
+)
+
+
+async def test_a_long_answer_has_contents(browse, server, upstream):
+    """Out of the text's way: a round button, whose list leads to each heading."""
+    page = await browse.open(await page_of(server, upstream, PLAN))
+    contents = page.locator(".contents")
+    await expect(contents).to_have_css("position", "fixed")
+    await contents.locator("summary").click()
+    await expect(page.locator("nav button")).to_have_count(5)
+    await page.get_by_role("button", name="第4天").click()
+    await expect(page.locator("nav")).to_be_hidden()
+    place = await page.locator("h2", has_text="第4天").bounding_box()
+    assert abs(place["y"]) < 40
+    await contents.locator("summary").click()
+    await page.locator(".answer").click(position={"x": 5, "y": 5})
+    await expect(page.locator("nav")).to_be_hidden()
+    await page.get_by_role("link", name="回到顶部").click()
+    await page.wait_for_function("scrollY == 0")
+
+
+async def test_a_short_answer_has_no_contents(browse, server, upstream):
+    """Nor has one with few headings."""
+    for text in ("## 题\n\n字\n\n" * 5, "## 题\n\n" + "长。" * 2000):
+        page = await browse.open(await page_of(server, upstream, text))
+        await expect(page.locator(".answer h2").first).to_be_visible()
+        await expect(page.locator(".contents")).to_have_count(0)
+
+
+async def test_a_long_question_is_folded(browse, server, upstream, gate):
+    """To six lines on each page, live ones too; it opens without script."""
+    script = Script(["写着。", gate, "完"])
+    live = await page_of(server, upstream, script, "很长的问题，" * 100)
+    history = await history_of(server)
+    for url in (live, history):
+        page = await browse.open(url, java_script_enabled=False)
+        question = page.locator(".question")
+        assert (await question.bounding_box())["height"] < 9 * 1.6 * 17
+        await question.locator("summary").click()
+        assert (await question.bounding_box())["height"] > 20 * 1.6 * 17
+    gate.set()
+    await server.get(live + "/events")
+    done = await browse.open(live)
+    assert (await done.locator(".question").bounding_box())["height"] < 9 * 1.6 * 17
 
 
 async def test_the_keyboard_reaches_what_scrolls_and_folds(browse, server, upstream):
     """Code and tables take the focus and scroll; a folded answer opens by Enter."""
     await page_of(server, upstream, LONG)
     page = await browse.open(await history_of(server))
-    await page.keyboard.press("Tab")
-    await expect(page.locator("summary")).to_be_focused()
+    for place in ("input", ".search button", "summary"):
+        await page.keyboard.press("Tab")
+        await expect(page.locator(place)).to_be_focused()
     await page.keyboard.press("Enter")
     await expect(page.get_by_role("group", name="表格")).to_be_visible()
     await page.keyboard.press("Tab")
@@ -445,13 +601,14 @@ async def test_no_page_scrolls_sideways(browse, server, upstream, gate):
     browse.excused = REFUSED
     page = await browse.open("about:blank", viewport={"width": 320, "height": 600})
     for kind, url in (await all_pages(server, upstream, gate)).items():
-        await page.goto(url)
-        if kind == "history":
-            await page.locator("summary").first.click()
-            await expect(page.locator(".scroll")).to_have_count(1)
-        for size in ("100%", "200%"):
+        await page.set_viewport_size({"width": 320, "height": 600})
+        await visit(page, kind, url)
+        for size in ("106.25%", "212.5%"):
             await page.evaluate(f"document.documentElement.style.fontSize = '{size}'")
             assert await page.evaluate(WIDTHS) == [320, []], (kind, size)
+            await page.set_viewport_size({"width": 1280, "height": 800})
+            assert (await page.evaluate(WIDTHS))[0] == 1280, (kind, size)
+            await page.set_viewport_size({"width": 320, "height": 600})
 
 
 # The width of a page, and what is cut off by its own box without a way to scroll there.
@@ -485,13 +642,35 @@ async def test_axe_finds_nothing_on_any_page(browse, server, upstream, gate):
     axe = found[0].read_text("utf-8")
     page = await browse.open("about:blank", init=axe)
     for kind, url in (await all_pages(server, upstream, gate)).items():
-        await page.goto(url)
-        if kind == "history":
-            await page.locator("summary").first.click()
-            await expect(page.locator(".scroll")).to_have_count(1)
-        for scheme in ("light", "dark"):
+        await visit(page, kind, url)
+        for scheme, width in (("light", 360), ("dark", 1280)):
+            await page.set_viewport_size({"width": width, "height": 800})
             await page.emulate_media(color_scheme=scheme)
             assert await page.evaluate(FAULTS) == [], (kind, scheme)
+
+
+SMALL = """[...document.querySelectorAll('button, input, summary, .actions a, a.wide, .typeset')]
+    .filter(box => box.checkVisibility() && box.type != 'hidden'
+        && box.getBoundingClientRect().height < 44).map(box => box.outerHTML)"""
+
+
+async def test_what_is_tapped_is_as_large_as_a_thumb(browse, server, upstream, gate):
+    """Buttons, fields and what folds are at least 44 pixels high."""
+    browse.excused = REFUSED
+    page = await browse.open("about:blank", viewport={"width": 360, "height": 740})
+    for kind, url in (await all_pages(server, upstream, gate)).items():
+        await visit(page, kind, url)
+        assert await page.evaluate(SMALL) == [], kind
+
+
+async def test_without_script_there_is_no_dead_button(browse, server, upstream, gate):
+    """Forms and what folds work; the rest is not there."""
+    browse.excused = REFUSED
+    page = await browse.open("about:blank", java_script_enabled=False)
+    for url in (await all_pages(server, upstream, gate)).values():
+        await page.goto(url)
+        for button in await page.locator("button:not(form button)").all():
+            await expect(button).to_be_hidden()
 
 
 # Hostile content
@@ -529,7 +708,7 @@ async def test_hostile_content_is_text(browse, server, upstream, gate):
     await expect(page.locator(".answer table")).to_be_visible()
     await is_harmless(page)
     await page.goto(await history_of(server))
-    await page.locator("summary").click()
+    await page.locator("article > details > summary").last.click()
     await expect(page.locator(".answer table")).to_be_visible()
     await is_harmless(page)
 
@@ -581,20 +760,23 @@ TURNS = """
 
 
 async def test_the_history_is_readable_at_a_glance(browse, server, upstream):
-    """Days as headings, newest first; a long answer folded; a failed one marked."""
-    await page_of(server, upstream, LONG, "头一个")
+    """Sessions newest first, each oldest first; a long answer folded; a failed one marked."""
+    await page_of(server, upstream, "短", "头一个")
+    await page_of(server, upstream, LONG, "接着的")
     store = server.bot.store
-    await store.rows("UPDATE turn SET created_at = created_at - 86400 * 2")
+    await store.rows("UPDATE turn SET created_at = created_at - 86400")
+    await server.ask("/clear")
     await page_of(server, upstream, Script("", status=401), "没成的")
     page = await browse.open(await history_of(server))
     await expect(page.locator(".note").first).to_contain_text("只给自己看")
-    days = await page.locator("h2").all_text_contents()
-    assert len(days) == 2 and days == sorted(days, reverse=True)
-    await expect(page.locator(".question")).to_have_text(["没成的", "头一个"])
+    days = [re.compile(rf"^{day} \d\d:\d\d · chatgpt$") for day in ("今天", "昨天")]
+    await expect(page.locator("section > h2")).to_have_text(days)
+    questions = ["没成的", "头一个", "接着的"]
+    await expect(page.locator(".question")).to_have_text(questions)
     await expect(page.locator("article").first.locator(".failed")).to_be_visible()
     await expect(page.locator("article").last.locator(".failed")).to_have_count(0)
     await expect(page.locator("summary")).to_contain_text(
-        "第一段很普通。 小标题 见文档"
+        "第一段很普通。 【小标题】 见文档，还有[图片：一只猫]与公式 a₁"
     )
     await expect(page.locator("details .answer")).to_be_hidden()
 
@@ -605,7 +787,7 @@ async def test_a_folded_answer_is_typeset_when_it_is_opened(browse, server, upst
     page = await browse.open(await history_of(server))
     await page.locator("summary").click()
     await expect(page.locator("details table")).to_be_visible()
-    await expect(page.get_by_role("button", name="复制")).to_have_count(1)
+    await expect(page.get_by_role("button", name="复制", exact=True)).to_have_count(1)
     await expect(page.locator("details .typeset, .plain")).to_have_count(0)
 
 
@@ -631,6 +813,39 @@ async def test_older_exchanges_are_behind_a_link(browse, server):
     await expect(page.get_by_role("link", name="更早的记录")).to_have_count(0)
 
 
+async def test_sixty_exchanges_are_browsed_and_searched(browse, server):
+    """Also without script: what was found is marked, and leads there and back."""
+    await server.bot.store.rows(TURNS, count=60, o=ANN, at=time.time() - 3600)
+    url = await history_of(server)
+    for script in (True, False):
+        page = await browse.open(url, java_script_enabled=script)
+        await expect(page.locator("article")).to_have_count(50)
+        await page.get_by_role("searchbox").fill("案** 问题7")
+        await page.get_by_role("button", name="搜索").click()
+        await expect(page.locator("mark")).to_have_text(["问题7", "案**"])
+        await page.get_by_role("link", name="看整条").click()
+        await expect(page.locator(".question")).to_have_text("问题7")
+        await expect(page.locator(".answer strong")).to_have_text("案")
+        await page.get_by_role("link", name="回到聊天记录").click()
+        await expect(page).to_have_url(url)
+        await page.get_by_role("searchbox").fill("答")
+        await page.keyboard.press("Enter")
+        await expect(page.locator("article")).to_have_count(20)
+        await page.get_by_role("button", name="更早的记录").click()
+        await expect(page.locator(".question").first).to_have_text("问题40")
+
+
+async def test_the_history_is_saved_as_a_file(browse, server, upstream):
+    """Under a name that says what it is."""
+    await page_of(server, upstream, RICH)
+    page = await browse.open(await history_of(server))
+    async with page.expect_download() as download:
+        await page.get_by_role("button", name="导出全部记录").click()
+    file = await download.value
+    assert re.fullmatch(r"聊天记录-\d{4}-\d\d-\d\d\.md", file.suggested_filename)
+    await file.delete()
+
+
 async def test_an_answer_being_written_leads_to_its_page(
     browse, server, upstream, gate
 ):
@@ -646,12 +861,12 @@ async def test_an_answer_being_written_leads_to_its_page(
 # Size and speed, without a browser
 
 
-async def test_a_page_weighs_less_than_15_kb(server, upstream, gate):
+async def test_a_page_weighs_less_than_12_kb(server, upstream, gate):
     """Style and script included, for want of content."""
     live = await page_of(server, upstream, Script([gate, "完"]), "问")
     for url in (live, await history_of(server, BOB), server.url + "/a/nothing"):
         _, text = await server.get(url)
-        assert len(text.encode()) < 15_000
+        assert len(text.encode()) < 12 * 1024
 
 
 async def test_the_history_is_found_by_its_index(server):

@@ -11,6 +11,7 @@ from conftest import ANN, BOB, with_session
 from fake_openai import Script
 
 KINDS = ["answer", "pending", "history", "expired", "missing", "missing history"]
+KINDS += ["unknown", "front"]
 
 
 @pytest.fixture
@@ -28,8 +29,8 @@ async def addresses(server, upstream):
     expired = (await server.ask("/history")).links[0][1]
     history = (await server.ask("/history")).links[0][1]
     pending = (await server.ask("慢慢写")).links[0][1]
-    missing = (server.url + "/a/nothing", server.url + "/h/nothing")
-    yield dict(zip(KINDS, (answer, pending, history, expired, *missing)))
+    others = [server.url + place for place in ("/a/nothing", "/h/nothing", "/x/y", "/")]
+    yield dict(zip(KINDS, (answer, pending, history, expired, *others), strict=True))
     gate.set()
 
 
@@ -73,9 +74,10 @@ async def next_event(response):
 
 async def test_every_page_is_private(pages):
     """No cache, no referrer, no index, no other content type, no version."""
-    for headers, _ in pages.values():
+    for headers, page in pages.values():
+        policy = "same-origin" if "<form" in page else "no-referrer"
         assert headers["Cache-Control"] == "no-store"
-        assert headers["Referrer-Policy"] == "no-referrer"
+        assert headers["Referrer-Policy"] == policy
         assert headers["X-Robots-Tag"] == "noindex"
         assert headers["X-Content-Type-Options"] == "nosniff"
         assert headers["Content-Type"] == "text/html; charset=utf-8"
@@ -139,6 +141,34 @@ async def test_a_page_with_an_answer_says_that_it_is_by_ai(pages):
     assert [kind for kind in kinds if "AI 生成" not in pages[kind][1]] == []
 
 
+async def test_a_page_without_an_answer_does_not_say_so(pages, server, upstream):
+    """An error, an empty history, a failure: no AI wrote anything there."""
+    upstream.will(Script("", status=401))
+    await server.ask("/chatgpt 没成的", BOB)
+    history = (await server.ask("/history", BOB)).links[0][1]
+    [turn] = await server.bot.store.turns_of(BOB, 2**62, 1)
+    others = [pages[kind][1] for kind in ("expired", "missing", "unknown", "front")]
+    for address in (history, f"{server.url}/a/{turn.link_key}"):
+        others.append((await server.get(address))[1])
+    assert [page for page in others if "由 AI 生成" in page] == []
+
+
+async def test_the_front_page_says_how_to_begin(server, pages):
+    """And an unknown place looks like the rest, with its status."""
+    assert "/chatgpt" in pages["front"][1] and "/help" in pages["front"][1]
+    assert (await server.get(server.url + "/"))[0] == 200
+    assert (await server.get(server.url + "/x/y"))[0] == 404
+    assert "没有这个页面" in pages["unknown"][1]
+
+
+async def test_a_form_may_be_sent_to_us_alone(pages):
+    """Where there is one; elsewhere none may be sent at all."""
+    for headers, page in pages.values():
+        target = "'self'" if "<form" in page else "'none'"
+        assert f"form-action {target};" in headers["Content-Security-Policy"]
+    assert "<form" in pages["history"][1] and "<form" not in pages["answer"][1]
+
+
 async def test_the_page_of_an_answer_does_not_lead_to_the_history(pages):
     """Somebody who was shown one answer does not find the others."""
     assert "/h/" not in pages["answer"][1] and "/h/" not in pages["pending"][1]
@@ -198,6 +228,21 @@ async def test_an_answer_is_typeset(server, upstream):
     )
     assert status == 200 and [piece for piece in pieces if piece not in page] == []
     assert "价格 &amp; 名字" in page
+
+
+async def test_tasks_have_boxes(server, upstream):
+    """Ticked or not, in place of the list's marks."""
+    link = await link_to(server, upstream, "- [ ] 待办\n- [x] 完成\n\n```\n码\n```")
+    _, page = await server.get(link)
+    assert '<li class="task">☐ 待办' in page and '<li class="task">☑ 完成' in page
+
+
+async def test_an_answer_says_how_to_ask_on(server, upstream):
+    """Below it, with what can be done with it."""
+    _, page = await server.get(await link_to(server, upstream, "# 题\n\n```\n码\n```"))
+    assert "想接着问？回到公众号直接发消息就行。" in page
+    [text] = re.findall("(?s)<template>(.*?)</template>", page)
+    assert text == "给安看的\n\n【题】\n\n码\n（AI 生成）"
 
 
 async def test_a_hostile_question_is_text(server, upstream):
@@ -393,18 +438,18 @@ async def test_a_history_is_one_subscribers(server):
 
 
 async def test_a_long_history_is_read_in_pages(serve):
-    """Fifty exchanges a page, the newest first, and a link to older ones."""
+    """The newest fifty exchanges on the first page, and a link to older ones."""
     server = await with_session(serve)
     for number in range(51):
         await server.ask(f"问题{number:03}")
     [(_, link)] = (await server.ask("/history")).links
     _, first = await server.get(link)
-    [older] = re.findall(r'<a href="(\?before=\d+)">更早的记录</a>', first)
+    [older] = re.findall(r'href="[\w-]+(\?before=\d+)">更早的记录</a>', first)
     _, second = await server.get(link + older)
     shown = [
         list(dict.fromkeys(re.findall(r"问题\d+", page))) for page in (first, second)
     ]
-    assert shown[0] == [f"问题{number:03}" for number in range(50, 0, -1)]
+    assert shown[0] == [f"问题{number:03}" for number in range(1, 51)]
     assert shown[1] == ["问题000"] and "更早的记录" not in second
 
 

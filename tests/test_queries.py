@@ -57,6 +57,8 @@ END = wxgpt.Ending("stop", "m", 1, 1)
 OWN, PART = wxgpt.Part(0, 1), wxgpt.Part(1, 1, 0)
 
 CALLS = {
+    "search": lambda s: s.search(ANN, ["吃", "100%"], 2**62, 20),
+    "turns_after": lambda s: s.turns_after(ANN, 0),
     "recall": lambda s: s.recall(f"{ANN} 1", ANN, NOW),
     "save_reply": lambda s: s.save_reply(f"{ANN} 1", ANN, reply(part=OWN, stop=2)),
     "save_reply with parts": lambda s: s.save_reply(

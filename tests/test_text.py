@@ -24,7 +24,7 @@ def names_used():
         x: getattr(x.value, "attr", getattr(x.value, "id", "")) for x in attributes
     }
     found = {x.attr for x, owner in owners.items() if owner == "texts"}
-    for page in (ROOT / "pages").glob("*.html"):
+    for page in (ROOT / "pages").iterdir():
         found |= set(re.findall(r"\btexts\.(\w+)", page.read_text("utf-8")))
     return found - {"append"}  # of a list with the same name
 

@@ -45,11 +45,28 @@ def quicksort(items: list[int]) -> list[int]:
 
 > 标准库的 `sorted` 用的是 Timsort，日常直接用它就好。
 """
-LIVE = """去青岛三天，可以这样安排：
+LIVE = """去青岛三天，**一天一个片区**最省心：
 
-第一天看老城：从栈桥走到信号山，红瓦绿树尽收眼底，傍晚在大学路喝杯咖啡。
+| 天 | 去哪儿 | 花费 |
+|---|---|--:|
+| 一 | 老城 | 120 元 |
+| 二 | 崂山 | 260 元 |
+| 三 | 海边 | 80 元 |
 
-第二天去崂山：早上坐车到仰口，上午人少，记得带一件"""
+## 第一天：老城
+
+从栈桥走到信号山，红瓦绿树尽收眼底，傍晚在大学路喝杯咖啡。
+
+## 第二天：崂山
+
+1. 早上坐车到仰口，上午人少；
+2. 山上风大，记得带一件"""
+DINNER = """试试**番茄炒蛋**，十分钟就好：
+
+- 番茄两个，切块
+- 鸡蛋三个，打散先炒
+"""
+POEM = "用「春」字开头的诗句有 $3$ 句常见：春眠不觉晓；春色满园关不住；春江水暖鸭先知。"
 
 
 async def shoot(browser: Browser, url: str, path: pathlib.Path, dark: bool) -> None:
@@ -86,12 +103,16 @@ async def main(folder: pathlib.Path) -> None:
         settings = pathlib.Path(state) / "wxgpt.toml"
         settings.write_text(toml(table), "utf-8")
         opened = wxgpt.open_server(wxgpt.load_config(settings))
-        _, port = await stack.enter_async_context(opened)
+        bot, port = await stack.enter_async_context(opened)
         server = await stack.enter_async_context(platform(port))
         tools = await stack.enter_async_context(async_playwright())
         browser = await tools.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        await server.ask("/chatgpt")
-        await server.ask("你好，你能做什么？")
+        fake.will(says(POEM), when="诗")
+        await server.ask("/chatgpt 哪些诗用「春」字开头？")
+        await bot.store.rows("UPDATE turn SET created_at = created_at - 86400")
+        await server.ask("/clear")
+        fake.will(says(DINNER), when="晚饭")
+        await server.ask("晚饭做什么好？家里只有番茄和鸡蛋")
         fake.will(says(FINISHED), when="快速排序")
         done = await server.wechat.send(ANN, "讲讲快速排序，给一段 Python 代码")
         fake.will(Script([LIVE, asyncio.Event()]), when="青岛")
