@@ -548,8 +548,10 @@ def load_config(
     if not folder and os.path.isdir("/var/lib/wxgpt"):
         folder = "/var/lib/wxgpt"
     database = config.database.path or str(pathlib.Path(folder) / "wxgpt.db")
+    notice = config.replies.model_notice or config.texts.model_notice
     return replace(
         config,
+        texts=Texts(vars(config.texts) | {"model_notice": notice}),
         public_url=config.public_url.rstrip("/"),
         database=DatabaseSettings(path=database),
     )
@@ -3330,16 +3332,16 @@ class Store:
         asked after `since`.
         """
         query = """
-            SELECT turn.id FROM turn
+            SELECT coalesce(min(iif(turn.id = shown_turn, turn.id, NULL)),
+                            min(iif(session_id = :session, turn.id, NULL)),
+                            min(iif(created_at > :since, turn.id, NULL)))
+            FROM turn
             LEFT JOIN part ON turn_id = turn.id AND reply IS NULL
             LEFT JOIN subscriber ON subscriber.openid = turn.openid
             WHERE turn.openid = :openid AND (replied = 0 OR number IS NOT NULL)
-              AND (turn.id = shown_turn OR session_id = :session OR created_at > :since)
-            ORDER BY turn.id = shown_turn DESC, session_id = :session DESC, turn.id
-            LIMIT 1
         """
         rows = await self.rows(query, openid=openid, session=session_id, since=since)
-        return rows[0][0] if rows else None
+        return rows[0][0]
 
     # Links and deletion
 
@@ -3455,8 +3457,13 @@ class Store:
             "DELETE FROM session WHERE opened_at < :at AND last_at < :at"
             " AND NOT EXISTS (SELECT 1 FROM turn WHERE session_id = session.id)"
             " RETURNING 1",
+            "DELETE FROM subscriber WHERE max(coalesce(told_at, 0), coalesce(hinted_at,"
+            " 0)) < :at AND NOT EXISTS"
+            " (SELECT 1 FROM session WHERE session.openid = subscriber.openid)",
         )
-        turns, _, sessions = await self.run([(query, {"at": at}) for query in queries])
+        turns, _, sessions, _ = await self.run(
+            [(query, {"at": at}) for query in queries]
+        )
         await self.truncate_wal()
         if turns or sessions:
             log.info("%d exchanges older than keep_days deleted", len(turns))
@@ -4608,10 +4615,8 @@ def tap_words(texts: Texts) -> dict[str, str]:
 
 def spoken_age(texts: Texts, seconds: float) -> str:
     """Return in words how long something has taken."""
-    for limit in (10, 20, 60, 120):
-        if seconds < limit:
-            return getattr(texts, f"age_{limit}")
-    return texts.age_more
+    ages = {10: texts.age_10, 20: texts.age_20, 60: texts.age_60, 120: texts.age_120}
+    return next((ages[most] for most in ages if seconds < most), texts.age_more)
 
 
 SHARED_CHARS = 200  # of what an article or a place says, its title included
@@ -4728,9 +4733,7 @@ class Bot:
     ) -> None:
         self.config = config
         lines = vars(config.texts).items()
-        texts = {name: with_links(line) for name, line in lines}
-        texts["model_notice"] = config.replies.model_notice  # pages show it, too
-        self.texts = Texts(texts)
+        self.texts = Texts({name: with_links(line) for name, line in lines})
         self.tap_words = tap_words(config.texts)
         self.aliases = {folded(name): text for name, text in config.aliases.items()}
         self.store = store
@@ -5106,10 +5109,13 @@ class Bot:
         part = part or delivery.subscriber.offer(turn_id, 0)
         return await self.source_of(turn_id, part)
 
-    def refuse_question(self, delivery: Delivery, question: str, said: str) -> str:
+    def refuse_question(
+        self, delivery: Delivery, question: str, said: str, is_again: bool
+    ) -> str:
         """Return why a question is not accepted, '' if it is; nothing is counted.
 
-        `said` are the words of articles and places that it is about.
+        `said` are the words of articles and places that it is about; in one that is
+        asked again they are part of it.
         """
         texts, limits = self.texts, self.config.limits
         waiting = sum(turn.is_open for turn in delivery.subscriber.turns)
@@ -5119,7 +5125,7 @@ class Bot:
             log.error("blocked words not read, the last ones stay in force: %s", error)
         if limits.allow and delivery.message.openid not in limits.allow:
             return texts.not_allowed
-        if len(question) > limits.question_chars:
+        if not is_again and len(question) > limits.question_chars:
             most = limits.question_chars
             return texts.too_long.format(count=len(question), most=most)
         if waiting >= limits.waiting:
@@ -5157,7 +5163,8 @@ class Bot:
         kept = json.loads(delivery.pictures if pictures is None else pictures)
         urls = [one for one in kept if not one.startswith("\n")]
         said = "".join(one for one in kept if one.startswith("\n"))
-        if refusal := self.refuse_question(delivery, question, said):
+        is_again = pictures is not None
+        if refusal := self.refuse_question(delivery, question, said, is_again):
             return refusal
         marks = self.texts.word_picture * len(urls)
         turn = Turn(
@@ -5213,7 +5220,7 @@ class Bot:
 
     def with_notice(self, text: str) -> str:
         """Return one of our own texts, unless it is empty, with the model's notice."""
-        notice = self.config.replies.model_notice
+        notice = self.texts.model_notice
         return self.tappable(f"{text}\n\n{notice}" if text and notice else text)
 
     async def handle_text(self, delivery: Delivery) -> Source:
@@ -5781,7 +5788,7 @@ NOTICE_BYTES = 300  # that a notice takes of each reply it stands in
 def check_commands(config: Config) -> None:
     """Raise ConfigError for names that mean two things, or a reply too long."""
     replies, names = config.replies, [*config.assistants, *COMMANDS]
-    notice, wanted = replies.model_notice, f"at most {NOTICE_BYTES} bytes"
+    notice, wanted = config.texts.model_notice, f"at most {NOTICE_BYTES} bytes"
     size = size_of(notice)
     require(size <= NOTICE_BYTES, "replies.model_notice", f"{size} bytes", wanted)
     welcome = f"{replies.subscribe}\n\n{notice}"

@@ -19,7 +19,7 @@ from unittest.mock import Mock
 import pytest
 
 import conftest
-from conftest import ANN, BOB, LONG, Process, rows, run_command, toml
+from conftest import ANN, BOB, LONG, Process, rows, run_command, said, toml
 from fake_openai import Script, says
 from waiting import limit, within
 
@@ -315,7 +315,7 @@ async def test_what_broke_off_is_read_until_its_end_is_stored(
 # Deletions that the database cannot do at once
 
 
-NOTED, GONE = "记下了，你的记录会全部删除。", "已全部删除。"
+NOTED, GONE = said("forget_noted"), said("forgotten")
 
 
 def holds(database, *words: str) -> list[str]:

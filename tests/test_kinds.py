@@ -10,7 +10,7 @@ import time
 import pytest
 
 import wxgpt
-from conftest import ANN, BOB, with_session
+from conftest import ANN, BOB, said, with_session
 from fake_openai import Script
 from wechat import WeChat
 
@@ -174,7 +174,7 @@ async def test_a_sticker_is_not_offered_to_be_asked(server, database):
     await server.ask("/chatgpt 你好")
     database("UPDATE session SET last_at = last_at - 301")
     assert await texts_to(server, [*STICKERS, ""]) == [None] * 3
-    assert (await server.ask("再见")).text.startswith("会话已结束。点 接着问")
+    assert said("session_lapsed") in (await server.ask("再见")).text
 
 
 async def test_a_sentence_about_stickers_is_a_question(server, upstream):
@@ -235,7 +235,7 @@ async def test_following_brings_a_welcome_with_taps(server, caplog):
     push = server.wechat.event(ANN, "subscribe")
     seen = await server.wechat.deliver(push)
     assert [tap.content for tap in seen.taps] == ["/chatgpt", "/help"]
-    assert "直接发消息" in (await server.wechat.tap(ANN, seen.taps[0])).text
+    assert said("introduction") in (await server.wechat.tap(ANN, seen.taps[0])).text
     assert line_of(caplog, push) == "replied"
 
 
@@ -348,7 +348,8 @@ async def test_a_job_id_is_no_message_id(server, caplog):
 
 REPLIES = {
     "outside": "发 /chatgpt 开始",
-    "keywords": {"营业时间": "九点到五点", "帮助": "发 /help", "/chatgpt价格": "免费"},
+    "outside_hours": 0,
+    "keywords": {"营业时间": "九点到五点", "说明": "发 /help", "/chatgpt价格": "免费"},
 }
 
 
@@ -386,7 +387,7 @@ async def test_a_text_that_only_contains_a_keyword_is_none(serve):
 async def test_a_reply_to_a_keyword_has_taps(serve):
     """Commands in it can be tapped."""
     server = await serve(replies=REPLIES)
-    assert [tap.content for tap in (await server.ask("帮助")).taps] == ["/help"]
+    assert [tap.content for tap in (await server.ask("说明")).taps] == ["/help"]
 
 
 async def test_a_keyword_in_a_session_is_a_question(serve, upstream):
@@ -419,7 +420,7 @@ async def test_auto_open_leaves_commands_and_events_alone(serve, upstream):
     """/help is help, an event is an event."""
     server = await serve(session={"auto_open": True})
     assert "聊天记录" in (await server.ask("/help")).text
-    assert "现在没有对话" in (await server.ask("/stop")).text
+    assert said("no_session") in (await server.ask("/stop")).text
     await server.wechat.post(server.wechat.event(ANN, "CLICK", "key"))
     assert upstream.requests == []
 

@@ -67,8 +67,11 @@ CALLS = {
     "mark_delivered": lambda s: s.mark_delivered(1, "2"),
     "mark_read": lambda s: s.mark_read(1),
     "start_session": lambda s: s.start_session(ANN, "chatgpt", NOW),
-    "end_session": lambda s: s.end_session(1, NOW, None),
+    "end_session": lambda s: s.end_session(1, NOW),
     "touch_session": lambda s: s.touch_session(1, NOW),
+    "note": lambda s: s.note(ANN, told_at=NOW),
+    "was_told": lambda s: s.was_told(ANN),
+    "keep_late_text": lambda s: s.keep_late_text(1, "然后呢"),
     "lapsed_session": lambda s: s.lapsed_session(ANN, NOW - 60),
     "add_turn": lambda s: s.add_turn(question(), 100, 2000),
     "questions_of_day": lambda s: s.questions_of_day(ANN, NOW),
@@ -84,12 +87,12 @@ CALLS = {
     "turns_of": lambda s: s.turns_of(ANN, 2**62, 51),
     "part": lambda s: s.part(ANN, 1),
     "unsent_part": lambda s: s.unsent_part(1),
-    "oldest_unsent": lambda s: s.oldest_unsent(ANN, 1, NOW - 60),
-    "oldest_unsent outside": lambda s: s.oldest_unsent(ANN, None, NOW - 60),
+    "next_unsent": lambda s: s.next_unsent(ANN, 1, NOW - 60),
+    "next_unsent outside": lambda s: s.next_unsent(ANN, None, NOW - 60),
     "add_history_link": lambda s: s.add_history_link(ANN, NOW + 60),
     "history_owner": lambda s: s.history_owner("key"),
     "forget": lambda s: s.forget(ANN, f"{ANN} 1", "已全部删除。"),
-    "prune": lambda s: s.prune(NOW, 3600, 30),
+    "prune": lambda s: s.prune(NOW, 3600, 3600, 30),
 }
 
 

@@ -8,7 +8,7 @@ import time
 import pytest
 
 import wxgpt
-from conftest import ANN, LONG, ROOT
+from conftest import ANN, LONG, ROOT, shown
 from fake_openai import says
 
 SENT = "以前发过的第二段。"
@@ -95,7 +95,8 @@ async def test_an_answer_in_mid_air_is_written_anew_and_read_from_its_start(upgr
 async def test_an_answer_that_was_not_read_is_still_named(upgraded):
     """The first reply has a tap for it, the second has none."""
     seen = await upgraded.ask("/help")
-    assert seen.text.endswith("「没读到的」有结果了：继续5")
+    assert seen.taps[-1].content == "继续5"
+    assert seen.text.endswith(shown("unread", question="没读到的", tap="看回答"))
     assert "没读到的" not in (await upgraded.ask("/help")).text
     assert (await upgraded.wechat.tap(ANN, seen.taps[-1])).text.startswith("四十二。")
 
