@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from terminal import columns
+
 ROOT = Path(__file__).parents[1]
 SECONDS = 50.0  # more than any of these takes; the demo's attempts are of real length
 AGAIN_SECONDS = 5.0  # until a person presses Ctrl-C again
@@ -184,9 +186,10 @@ async def test_a_number_taps_and_the_page_is_seen_to_its_end(start: Start):
     demo = await start("--speed", "5000", "--seconds", "0.1")
     said = await talk(demo, "/chatgpt", "失败", "1", "写一篇长文")
     failed, retried, long = said.split("> ")[2:]
-    assert "  | 模型这会儿太忙。重试 [1]\n" in failed
-    assert "（点「重试」）" in retried and "重试 [1]\n" in retried
-    assert re.search(r"还有下文：继续\d+ \[1\]｜网页看全文 \[网页 1\]", long)
+    assert "  | AI 这会儿太忙。再试一次 [1]\n" in failed
+    assert "（日志里的原因：busy: HTTP 500" in failed
+    assert "（点「再试一次」）" in retried and "再试一次 [1]\n" in retried
+    assert re.search(r"👉 接着看 \[1\]　在网页里看 \[网页 1\]", long)
     assert re.search(r"网页 1 · 结束：done · \d+ 字 · …\S*比它聪明。\n$", long)
 
 
@@ -220,10 +223,11 @@ async def test_it_can_be_interrupted_at_any_moment(terminal, tmp_path: Path, mom
 
 
 async def test_a_terminal_shows_one_line_that_ticks(terminal):
-    """The attempt's seconds change in place; four lines say what this is."""
+    """The attempt's seconds change in place; five lines that fit say what this is."""
     demo = await terminal()
     first = await demo.shows("> ")
-    assert first.split("正在启动")[0].count("\n") == 4
+    lines = first.split("正在启动")[0].split("\n")
+    assert len(lines) == 7 and max(map(columns, lines)) <= 80
     demo.types("/chatgpt 想 1 秒\n")
     ticking = await demo.shows("已应答")
     assert len(re.findall(r"\r\x1b\[K\S*  第 1 次请求 · \d\.\d 秒", ticking)) > 5
