@@ -5637,8 +5637,8 @@ class Bot:
 
     def decide(self, delivery: Delivery) -> None:
         """Fix the reply of a message for all its requests, and start to store it."""
-        reply = self.mention(delivery, self.compose(delivery))
-        reply = self.introduce(delivery, reply)
+        reply = self.introduce(delivery, self.compose(delivery))
+        reply = self.mention(delivery, reply)
         delivery.subscriber.is_told |= reply.introduces
         if not delivery.is_repeat and reply.content != WECHAT_AI:
             reply = replace(reply, content=outgoing(reply.content))

@@ -232,8 +232,10 @@ def assert_plain_words(seen, upstream):
 
 
 async def ask_all(server, upstream, texts):
-    """Let a subscriber for each name ask their question, all at once."""
+    """Let a subscriber for each name ask, all at once; none is new to the account."""
     server.wechat.attempt_timeout = PATIENT["attempt_timeout"]
+    for name in texts:
+        await server.bot.note_told(f"oSubscriber{name}")
     asking = [server.ask(text, f"oSubscriber{name}") for name, text in texts.items()]
     answered = await within(60, "answers to all", asyncio.gather(*asking))
     seen = dict(zip(texts, answered))

@@ -10,11 +10,15 @@ import time
 import pytest
 
 import wxgpt
-from conftest import ANN, BOB, said, with_session
+from conftest import ANN, BOB, TEXTS, said, shown, with_session
 from fake_openai import Script
 from wechat import WeChat
 
-POLITE = "现在只看得懂文字和图片，请打字告诉我。"
+POLITE = TEXTS.unsupported
+KEPT = {  # what has words is kept for a question
+    "link": shown("words_kept", tap=TEXTS.word_article),
+    "location": shown("words_kept", tap=TEXTS.word_place),
+}
 STICKERS = ["【收到不支持的消息类型，暂无法显示】", "[Unsupported Message]"]
 VOICE = {"MediaId": "id_8k", "Format": "amr", "MediaId16K": "id_16k"}
 KINDS = {
@@ -115,7 +119,7 @@ async def test_other_kinds_in_a_session_bring_a_polite_word(server, upstream, ca
     seen = {kind: await server.wechat.deliver(push) for kind, push in pushes.items()}
     lines = {kind: line_of(caplog, push) for kind, push in pushes.items()}
     texts = {kind: one.text for kind, one in seen.items()}
-    assert texts == dict.fromkeys(KINDS, POLITE)
+    assert texts == dict.fromkeys(KINDS, POLITE) | KEPT
     assert lines == dict.fromkeys(KINDS, "replied")
     assert upstream.requests == []
 
@@ -324,7 +328,7 @@ async def test_two_events_that_differ_in_one_field_are_two(server, caplog, store
     for push in events_that_differ():
         assert (await server.wechat.post(push)).status == 200
     assert stored().count('INSERT INTO "reply"') == len(OTHERS) - 1
-    assert caplog.text.count("msg=scan from=") == 1
+    assert caplog.text.count(f"msg=scan from={ANN[:8]} attempt=1") == 1
 
 
 async def test_copies_of_an_event_at_once_are_one(server, stored):
@@ -341,7 +345,7 @@ async def test_a_job_id_is_no_message_id(server, caplog):
             ANN, "MASSSENDJOBFINISH", create_time=created, MsgID=1000001625
         )
         await server.wechat.post(push)
-    assert caplog.text.count("msg=masssendjobfinish from=") == 2
+    assert caplog.text.count("left alone: no event of its kind is answered") == 2
 
 
 # Auto-replies outside a session

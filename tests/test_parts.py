@@ -29,7 +29,7 @@ async def test_every_part_ends_with_the_label_before_tap_and_page(server, upstre
     """The label closes the model's text; then the tap, then the web link."""
     upstream.will(says(LONG))
     seen = await server.ask("写长文")
-    more = shown("more", tap="看下一段（2/4）", page=TEXTS.word_page)
+    more = shown("writing", tap=TEXTS.word_writing, page=TEXTS.word_page)
     assert seen.text.endswith(f"\n（AI 生成）\n\n{more}")
     assert seen.links[0][1].startswith("http://wx.example.com/a/")
 
