@@ -2536,6 +2536,7 @@ class Session:
     assistant: str
     last_at: float  # Unix seconds
     is_busy: bool = False  # a question of it is unanswered: it does not end by itself
+    late_text: str | None = None  # the newest text after it ran out
 
 
 @dataclass(frozen=True, slots=True)
@@ -2707,7 +2708,7 @@ class Turn:
 #   a message   what is known of it and of its sender: recall; its reply: save_reply,
 #               mark_delivered, mark_read
 #               a subscriber: note, was_told
-#   a session   start_, end_, touch_session; keep_late_text, lapsed_session; add_picture
+#   a session   start_, end_, touch_session; keep_late_text; add_picture
 #   a turn      add_turn, questions_of_day, count_asking, save_texts, begin_anew,
 #               finish_turn; turn, turn_by_link, open_turns, newest_failed, turns_of;
 #               what the model gets of those before it: history
@@ -2928,12 +2929,7 @@ def write_due(_: sqlite3.Connection, file: int, due: Due) -> None:
 PAGE_CHARS = 100_000  # of questions and answers on a page of the history
 
 
-def noted(
-    openid: str,
-    told_at: float | None = None,
-    hinted_at: float | None = None,
-    shown_turn: float | None = None,
-) -> tuple[str, dict[str, object]]:
+def noted(openid: str, **values: float | None) -> tuple[str, dict[str, object]]:
     """Return the statement that notes what is given about a subscriber."""
     query = """
         INSERT INTO subscriber (openid, told_at, hinted_at, shown_turn)
@@ -2942,8 +2938,8 @@ def noted(
             hinted_at = coalesce(excluded.hinted_at, hinted_at),
             shown_turn = coalesce(excluded.shown_turn, shown_turn)
     """
-    values = {"told_at": told_at, "hinted_at": hinted_at, "shown_turn": shown_turn}
-    return query, {"openid": openid, **values}
+    nothing = dict.fromkeys(("told_at", "hinted_at", "shown_turn"))
+    return query, {"openid": openid} | nothing | values
 
 
 class Store:
@@ -2989,6 +2985,7 @@ class Store:
                    session.id, session.assistant, session.last_at,
                    EXISTS (SELECT 1 FROM turn AS open
                            WHERE open.session_id = session.id AND open.state = 'open'),
+                   session.lapsed_text,
                    (SELECT max(number) FROM part WHERE part.openid = :openid),
                    missed.number, missed.turn_id, asked.question,
                    (SELECT json_group_array(url) FROM (
@@ -3010,9 +3007,9 @@ class Store:
         if row[0] is not None:
             own = None if row[2] is None else Part(0, row[2])
             reply = Reply(row[0], row[1], own, row[3])
-        session = None if row[5] is None else Session(*row[5:9])
-        mention = None if row[10] is None else row[10:13]
-        return Recalled(reply, row[4], session, row[9] or 0, mention, *row[13:])
+        session = None if row[5] is None else Session(*row[5:10])
+        mention = None if row[11] is None else row[11:14]
+        return Recalled(reply, row[4], session, row[10] or 0, mention, *row[14:])
 
     def save_reply(self, key: str, openid: str, reply: Reply) -> asyncio.Future:
         """Store a decided reply, and the parts it sends and offers.
@@ -3060,7 +3057,7 @@ class Store:
         if part or reply.introduces:
             told_at = reply.created if reply.introduces else None
             shown = part.turn_id if part else None
-            job.append(noted(openid, told_at, shown_turn=shown))
+            job.append(noted(openid, told_at=told_at, shown_turn=shown))
         return self.run(job)
 
     def mark_delivered(self, turn_id: int, how: str) -> asyncio.Future:
@@ -3119,22 +3116,6 @@ class Store:
         query = "UPDATE session SET last_at = :now WHERE id = :id"
         with contextlib.suppress(sqlite3.OperationalError):
             await self.rows(query, now=now, id=session_id)
-
-    async def lapsed_session(
-        self, openid: str, since: float
-    ) -> tuple[Session, str] | None:
-        """Return the open session and the text that came too late for it.
-
-        None if there is no such text, or if nothing happened in it after `since`.
-        """
-        query = """
-            SELECT id, assistant, last_at, lapsed_text FROM session
-            WHERE openid = :openid AND ended_at IS NULL AND last_at > :since
-            AND lapsed_text IS NOT NULL
-        """
-        for *session, text in await self.rows(query, openid=openid, since=since):
-            return Session(*session), text
-        return None
 
     async def add_picture(self, openid: str, url: str, now: float) -> None:
         """Keep a picture for the next question; a trigger drops those beyond four.
@@ -3430,9 +3411,7 @@ class Store:
         with contextlib.suppress(sqlite3.Error):  # locked or full: it is tried again
             self.is_wal_behind = not await self.batch.call(truncate_wal)
 
-    async def prune(
-        self, now: float, link_seconds: float, hint_seconds: float, keep_days: float
-    ) -> None:
+    async def prune(self, now: float, link_seconds: float, keep_days: float) -> None:
         """Delete what has served its time: replies, links, counts, old exchanges."""
         for query, at in (
             ("DELETE FROM quota WHERE day < :at", beijing_day(now)),
@@ -3440,10 +3419,6 @@ class Store:
             ("DELETE FROM history_link WHERE expires_at < :at", now - link_seconds),
             ("DELETE FROM forget_request WHERE asked_at < :at", now - LAPSE_SECONDS),
             ("DELETE FROM picture WHERE created_at < :at", now - PICTURE_SECONDS),
-            (
-                "DELETE FROM subscriber WHERE told_at IS NULL AND hinted_at < :at",
-                now - hint_seconds,
-            ),
         ):
             await self.rows(query, at=at)
         if keep_days:
@@ -4441,7 +4416,7 @@ class Delivery:
         self.seen = 0  # requests that count as attempts
         self.seen_before = 0  # attempts that an earlier process saw, at least: 0 or 1
         self.session: Session | None = None  # open, and not idle for too long
-        self.lapsed: Session | None = None  # open in the store, but it ran out
+        self.lapsed: Session | None = None  # open in the store, but it ran out lately
         self.pictures = "[]"  # JSON list of URLs and words that wait for a question
         self.hinted_at = 0.0  # Unix seconds of the newest hint outside a session
         self.source: Source | None = None  # what answers it, once that is known
@@ -4619,21 +4594,21 @@ def spoken_age(texts: Texts, seconds: float) -> str:
     return next((ages[most] for most in ages if seconds < most), texts.age_more)
 
 
-SHARED_CHARS = 200  # of what an article or a place says, its title included
+SHARED_CHARS = 200  # of a title, a summary or the name of a place
 
 
-def words_of(texts: Texts, message: Message) -> tuple[str, str]:
-    """Return what an article or a place says, and a question about it; '' if nothing.
+def words_of(texts: Texts, message: Message) -> str:
+    """Return what an article or a place says; '' if nothing.
 
-    The words begin with a newline: no URL of a picture does.
+    It begins with a newline: no URL of a picture does.
     """
-    title, summary = excerpt(message.title, 80), excerpt(message.summary, SHARED_CHARS)
-    if message.msg_type == "link" and (title or summary):
-        said = texts.article.format(title=title, summary=summary)
-        return f"\n{said.strip()}", texts.word_article
-    if message.msg_type == "location" and (label := excerpt(message.label, 100)):
-        return "\n" + texts.place.format(label=label), texts.word_place
-    return "", ""
+    values = {"title": message.title, "summary": message.summary}
+    values = {name: excerpt(one, SHARED_CHARS) for name, one in values.items()}
+    label = excerpt(message.label, SHARED_CHARS)
+    if message.msg_type == "link" and any(values.values()):
+        return "\n" + texts.article.format(**values).strip()
+    is_place = message.msg_type == "location" and label
+    return "\n" + texts.place.format(label=label) if is_place else ""
 
 
 def shortened(messages: list[dict], is_last: bool) -> list[dict]:
@@ -5109,13 +5084,10 @@ class Bot:
         part = part or delivery.subscriber.offer(turn_id, 0)
         return await self.source_of(turn_id, part)
 
-    def refuse_question(
-        self, delivery: Delivery, question: str, said: str, is_again: bool
-    ) -> str:
+    def refuse_question(self, delivery: Delivery, question: str, said: str) -> str:
         """Return why a question is not accepted, '' if it is; nothing is counted.
 
-        `said` are the words of articles and places that it is about; in one that is
-        asked again they are part of it.
+        `said` may have any length: what it is about, or one that is asked again.
         """
         texts, limits = self.texts, self.config.limits
         waiting = sum(turn.is_open for turn in delivery.subscriber.turns)
@@ -5125,7 +5097,7 @@ class Bot:
             log.error("blocked words not read, the last ones stay in force: %s", error)
         if limits.allow and delivery.message.openid not in limits.allow:
             return texts.not_allowed
-        if not is_again and len(question) > limits.question_chars:
+        if len(question) > limits.question_chars:
             most = limits.question_chars
             return texts.too_long.format(count=len(question), most=most)
         if waiting >= limits.waiting:
@@ -5163,8 +5135,8 @@ class Bot:
         kept = json.loads(delivery.pictures if pictures is None else pictures)
         urls = [one for one in kept if not one.startswith("\n")]
         said = "".join(one for one in kept if one.startswith("\n"))
-        is_again = pictures is not None
-        if refusal := self.refuse_question(delivery, question, said, is_again):
+        checked = (question, said) if pictures is None else ("", question)
+        if refusal := self.refuse_question(delivery, *checked):
             return refusal
         marks = self.texts.word_picture * len(urls)
         turn = Turn(
@@ -5203,13 +5175,15 @@ class Bot:
                 return self.leave_alone(delivery, "no event of its kind is answered")
         if delivery.session is None:
             return self.leave_alone(delivery, "no text, and no session is open")
-        kept, word = words_of(self.texts, message)
-        line = self.texts.words_kept
+        texts = self.texts
+        is_article = message.msg_type == "link"
+        kept, line = words_of(texts, message), texts.words_kept
+        word = texts.word_article if is_article else texts.word_place
         if message.msg_type == "image":
-            kept, word = message.picture_url.strip(), self.texts.word_describe
-            line = self.texts.picture_kept
+            kept, line = message.picture_url.strip(), texts.picture_kept
+            word = texts.word_describe
         if not kept:
-            return self.texts.unsupported
+            return texts.unsupported
         await self.store.add_picture(message.openid, kept, time.time())
         return line.format(tap=tap_link(word))
 
@@ -5251,15 +5225,14 @@ class Bot:
     async def handle_outside(self, delivery: Delivery, text: str) -> Source:
         """Return what answers words outside a session that mean nothing else."""
         config, texts, now = self.config, self.texts, time.time()
-        replies, openid = config.replies, delivery.message.openid
+        replies, lapsed = config.replies, delivery.lapsed
         if folded(text[:1]) == "/":
             word = excerpt(text.split()[0])
             return self.tappable(texts.no_command).format(word=word)
         if config.session.auto_open:
             first = next(iter(config.assistants))
             return await self.open_and_ask(delivery, first, text)
-        lapsed, since = delivery.lapsed, now - config.session.ttl - LAPSE_SECONDS
-        if lapsed and lapsed.last_at > since:
+        if lapsed:
             await self.store.keep_late_text(lapsed.id, text)
             tap, question = tap_link(texts.word_resume), excerpt(text)
             return texts.session_lapsed.format(tap=tap, question=question)
@@ -5271,7 +5244,7 @@ class Bot:
         if hours and now - delivery.hinted_at < hours * 3600:
             return self.leave_alone(delivery, f"a hint was sent within {hours:g} h")
         if hours:
-            await self.store.note(openid, hinted_at=now)
+            await self.store.note(delivery.message.openid, hinted_at=now)
         return self.tappable(replies.outside)
 
     async def handle_tap(self, delivery: Delivery, words: str) -> Source | None:
@@ -5286,6 +5259,7 @@ class Bot:
             if self.tap_words.get(numbered[1]) == "retry":
                 turn = await self.store.turn(number)
                 return await self.retry(delivery, turn) or self.texts.no_retry
+        session = delivery.session or delivery.lapsed
         match self.tap_words.get(re.sub(r"\s*\(\d+/\d+\)$", "", words)):
             case "continue":
                 return await self.continue_next(delivery)
@@ -5295,12 +5269,11 @@ class Bot:
                 return await self.retry(delivery, turn)
             case "forget":
                 return await self.confirm_forget(delivery)
-            case "resume":
-                return await self.resume_session(delivery)
+            case "resume" if session and session.late_text:
+                return await self.resume_session(delivery, session, session.late_text)
             case "go_on" if delivery.lapsed:
-                text = delivery.message.content.strip()
-                await self.store.keep_late_text(delivery.lapsed.id, text)
-                return await self.resume_session(delivery)
+                text = self.texts.word_go_on
+                return await self.resume_session(delivery, delivery.lapsed, text)
         return None
 
     async def continue_part(self, delivery: Delivery, number: int) -> Source:
@@ -5332,15 +5305,13 @@ class Bot:
         words, pictures = self.question_words(turn), turn.pictures or "[]"
         return await self.accept_question(delivery, session, words, pictures)
 
-    async def resume_session(self, delivery: Delivery) -> Source | None:
-        """Reopen a lapsed session and ask what came too late; None if there is none."""
-        since = time.time() - self.config.session.ttl - LAPSE_SECONDS
-        found = await self.store.lapsed_session(delivery.message.openid, since)
-        if found is None or found[0].assistant not in self.config.assistants:
-            return None
-        delivery.session, text = found
-        await self.store.touch_session(delivery.session.id, time.time())
-        return await self.accept_question(delivery, delivery.session, text)
+    async def resume_session(
+        self, delivery: Delivery, session: Session, text: str
+    ) -> Source:
+        """Ask a text that came after a session had run out in that session."""
+        delivery.session = session
+        await self.store.touch_session(session.id, time.time())
+        return await self.accept_question(delivery, session, text)
 
     async def open_and_ask(
         self, delivery: Delivery, assistant: str, question: str
@@ -5451,11 +5422,11 @@ class Bot:
         session, now = recalled.session, time.time()
         delivery.pictures, delivery.hinted_at = recalled.pictures, recalled.hinted_at
         if session and session.assistant in self.config.assistants:
-            is_idle = now - session.last_at > self.config.session.ttl
-            if is_idle and not session.is_busy:
-                delivery.lapsed = session
-            else:
+            idle = now - session.last_at - self.config.session.ttl
+            if idle <= 0 or session.is_busy:
                 delivery.session = session
+            elif idle < LAPSE_SECONDS:
+                delivery.lapsed = session
         source = await self.handle_message(delivery)
         is_question = isinstance(source, tuple) and source[1].number == 0
         if delivery.session and delivery.message.msg_type != "event":
@@ -5513,28 +5484,28 @@ class Bot:
             page=self.page_link(turn, texts.word_page),
         )
 
-    def tail(self, turn: Turn, line: str, words: str, number: int) -> str:
-        """Return the lines under a part that another one follows."""
-        page = self.page_link(turn, self.texts.word_page)
+    def tail(self, turn: Turn, number: int, count: str | None) -> str:
+        """Return the lines under a part that another one follows.
+
+        `count` is which of how many that is; None: the answer is being written.
+        """
+        texts, page = self.texts, self.page_link(turn, self.texts.word_page)
+        line, words = texts.more, f"{texts.word_next}{count}"
+        if count is None:
+            line, words = texts.writing, texts.word_writing
         more = line.format(tap=continue_tap(words, number), page=page)
         return f"{self.config.replies.label_line}\n\n{more}"
 
-    def tail_for(self, turn: Turn, offered: Part) -> str:
-        """Return the lines under a part that the offered one follows."""
-        texts, place = self.texts, offered.place
-        if turn.is_open:
-            return self.tail(turn, texts.writing, texts.word_writing, offered.number)
-        words = texts.word_next
-        if place:
-            words += f"（{place}/{place - 1 + self.parts_left(turn, offered.start)}）"
-        return self.tail(turn, texts.more, words, offered.number)
-
     def room_in(self, turn: Turn) -> int:
         """Return how many bytes a part may have beside its tail, whichever that is."""
-        texts, most = self.texts, 10**9 - 1
-        writing = self.tail(turn, texts.writing, texts.word_writing, most)
-        more = self.tail(turn, texts.more, f"{texts.word_next}（999/999）", most)
-        return REPLY_BYTES - max(sent_size(writing), sent_size(more))
+        tails = [self.tail(turn, 10**9 - 1, count) for count in (None, "（999/999）")]
+        return REPLY_BYTES - max(map(sent_size, tails))
+
+    def count_of(self, turn: Turn, part: Part) -> str | None:
+        """Return which of how many a part is; None: the answer is being written."""
+        if turn.is_open or not part.place:
+            return None if turn.is_open else ""
+        return f"（{part.place}/{part.place - 1 + self.parts_left(turn, part.start)}）"
 
     def parts_left(self, turn: Turn, start: int) -> int:
         """Return how many parts an ended answer has from a start on; it is cut once."""
@@ -5587,7 +5558,8 @@ class Bot:
         if text:
             place = part.place and part.place + 1
             offered = subscriber.offer(turn.id, stop, place)
-            content = head + text + self.tail_for(turn, offered)
+            count = self.count_of(turn, offered)
+            content = head + text + self.tail(turn, offered.number, count)
             return Reply(content, now, part, stop, offered, is_early)
         offered = part if part.number else subscriber.offer(turn.id, part.start)
         content = self.patience(delivery, turn, offered.number)
@@ -5617,7 +5589,10 @@ class Bot:
         talk = source[0] if isinstance(source, tuple) else delivery.session
         if talk is None or delivery.subscriber.is_told or not reply.content:
             return reply
-        content = f"{reply.content}\n\n{self.introduction(talk.assistant)}"
+        texts = self.texts
+        one, two = tap_link(texts.word_example_1), tap_link(texts.word_example_2)
+        words = texts.introduction.format(assistant=talk.assistant, one=one, two=two)
+        content = f"{reply.content}\n\n{words}\n{self.tappable(texts.privacy)}"
         is_free = delivery.is_kept and not delivery.is_repeat
         if not is_free or sent_size(content) > REPLY_BYTES:
             return reply
@@ -5627,13 +5602,6 @@ class Bot:
         """Note that the privacy words were said to a subscriber outside the chat."""
         self.subscriber(openid).is_told = True
         await self.store.note(openid, told_at=time.time())
-
-    def introduction(self, assistant: str) -> str:
-        """Return who answers, what may be asked, and the privacy words."""
-        texts = self.texts
-        one, two = tap_link(texts.word_example_1), tap_link(texts.word_example_2)
-        text = texts.introduction.format(assistant=assistant, one=one, two=two)
-        return self.tappable(f"{text}\n{texts.privacy}")
 
     def decide(self, delivery: Delivery) -> None:
         """Fix the reply of a message for all its requests, and start to store it."""
@@ -5770,27 +5738,24 @@ class Bot:
         clock that jumps deletes nothing, nor does a process before its first push.
         """
         link_seconds = self.config.history.link_hours * 3600
-        hint_seconds = self.config.replies.outside_hours * 3600
         days = self.config.history.keep_days
         while True:
             await asyncio.sleep(PRUNE_SECONDS)
             now = min(time.time(), self.wechat_ahead + self.tasks.loop.time())
             try:
                 if now > 0:
-                    await self.store.prune(now, link_seconds, hint_seconds, days)
+                    await self.store.prune(now, link_seconds, days)
             except sqlite3.Error as error:
                 log.error("old replies not deleted: %s", error)
-
-
-NOTICE_BYTES = 300  # that a notice takes of each reply it stands in
 
 
 def check_commands(config: Config) -> None:
     """Raise ConfigError for names that mean two things, or a reply too long."""
     replies, names = config.replies, [*config.assistants, *COMMANDS]
-    notice, wanted = config.texts.model_notice, f"at most {NOTICE_BYTES} bytes"
-    size = size_of(notice)
-    require(size <= NOTICE_BYTES, "replies.model_notice", f"{size} bytes", wanted)
+    notice = config.texts.model_notice  # /help has room for so much
+    require(
+        len(notice) <= 100, "replies.model_notice", notice, "at most 100 characters"
+    )
     welcome = f"{replies.subscribe}\n\n{notice}"
     for text in (welcome, replies.outside, *replies.keywords.values()):
         size = sent_size(with_taps(text, names))

@@ -72,7 +72,6 @@ CALLS = {
     "note": lambda s: s.note(ANN, told_at=NOW),
     "was_told": lambda s: s.was_told(ANN),
     "keep_late_text": lambda s: s.keep_late_text(1, "然后呢"),
-    "lapsed_session": lambda s: s.lapsed_session(ANN, NOW - 60),
     "add_turn": lambda s: s.add_turn(question(), 100, 2000),
     "questions_of_day": lambda s: s.questions_of_day(ANN, NOW),
     "count_asking": lambda s: s.count_asking(1),
@@ -92,7 +91,7 @@ CALLS = {
     "add_history_link": lambda s: s.add_history_link(ANN, NOW + 60),
     "history_owner": lambda s: s.history_owner("key"),
     "forget": lambda s: s.forget(ANN, f"{ANN} 1", "已全部删除。"),
-    "prune": lambda s: s.prune(NOW, 3600, 3600, 30),
+    "prune": lambda s: s.prune(NOW, 3600, 30),
 }
 
 

@@ -332,6 +332,11 @@ async def test_every_tail_fits(server, upstream, size, reason):
     assert count >= size / 1800
 
 
+def tail_of(bot, turn, part):
+    """Return the tail under the part before this one."""
+    return bot.tail(turn, part.number, bot.count_of(turn, part))
+
+
 async def test_the_worst_tail_is_what_cuts_are_measured_with(server):
     """Whatever number, place and state an answer has."""
     turn = wxgpt.Turn(1, 1, ANN, f"{ANN} 1", "k" * 22, "问", None, time.time(), 1, "c")
@@ -341,7 +346,7 @@ async def test_the_worst_tail_is_what_cuts_are_measured_with(server):
     for state in ("open", "done"):
         turn.state = state
         turn.left[0] = 400
-        sizes.append(wxgpt.sent_size(server.bot.tail_for(turn, part)))
+        sizes.append(wxgpt.sent_size(tail_of(server.bot, turn, part)))
     assert room + max(sizes) == wxgpt.REPLY_BYTES
 
 
@@ -481,7 +486,10 @@ WRONG = {
     "empty": ({"aliases": {" ": "/stop"}}, "a short text without /"),
     "a keyword": ({"replies": {"keywords": {"菜单": "鱼"}}}, "replies.keywords"),
     "hours": ({"replies": {"outside_hours": -1}}, "replies.outside_hours"),
-    "a long notice": ({"replies": {"model_notice": "长" * 101}}, "at most 300 bytes"),
+    "a long notice": (
+        {"replies": {"model_notice": "长" * 101}},
+        "at most 100 characters",
+    ),
     "no table": ({"aliases": "帮助"}, "aliases: found '帮助'"),
 }
 
@@ -543,7 +551,7 @@ async def test_a_long_article_is_shortened(server, upstream):
     long = {"Title": "题" * 5000, "Description": "述" * 5000}
     await server.wechat.deliver(server.wechat.raw(ANN, "link", **long))
     await server.ask("讲什么")
-    assert len(upstream.requests[0].question) < 400
+    assert len(upstream.requests[0].question) < 450
 
 
 async def test_what_waits_for_a_question_is_kept_ten_minutes(
