@@ -4679,6 +4679,7 @@ FORGET_SECONDS = 300  # how long 确认删除 is accepted
 PRUNE_SECONDS = 600.0  # how often what has served its time is deleted
 HOLD_SECONDS = 3.0  # how long a timed-out request is kept open before it is dropped
 PAGES_AT_ONCE = 8  # that are loaded, rendered or written
+SURE_CHARS = 300  # so many fit one reply with whatever stands below them
 DELTA_CHARS = 500  # what is appended at once; between two pieces others have a turn
 
 
@@ -5503,23 +5504,32 @@ class Bot:
 
     def count_of(self, turn: Turn, part: Part) -> str | None:
         """Return which of how many a part is; None: the answer is being written."""
-        if turn.is_open or not part.place:
-            return None if turn.is_open else ""
-        return f"（{part.place}/{part.place - 1 + self.parts_left(turn, part.start)}）"
+        if turn.is_open:
+            return None
+        left = turn.left.get(part.start) if part.place else None
+        return f"（{part.place}/{part.place - 1 + left}）" if left else ""
 
-    def parts_left(self, turn: Turn, start: int) -> int:
-        """Return how many parts an ended answer has from a start on; it is cut once."""
+    def cut_rest(self, turn: Turn, start: int) -> None:
+        """Count the parts of an ended answer from a start on; it may take a second."""
         starts, shown, room = [start], turn.shown(), self.room_in(turn)
-        while starts[-1] not in turn.left:
-            at = starts[-1]
+        while (at := starts[-1]) not in turn.left:
             is_short = len(shown) - at <= REPLY_BYTES
             if is_short and sent_size(self.rest_of(turn, at, "")) <= REPLY_BYTES:
                 turn.left[at] = 1
             else:
-                starts.append(at + cut_reply(shown[at : at + 2 * REPLY_BYTES], room))
-        for number, at in enumerate(reversed(starts), turn.left[starts[-1]]):
-            turn.left[at] = number
-        return turn.left[start]
+                rest = shown[at : at + 2 * REPLY_BYTES]
+                starts.append(turn.stops.get(at) or at + cut_reply(rest, room))
+        for number, start in enumerate(reversed(starts), turn.left[at]):
+            turn.left[start] = number
+
+    async def count_parts(self, delivery: Delivery) -> None:
+        """Let the parts of an ended answer be counted, unless that takes too long."""
+        if isinstance(delivery.source, tuple):
+            turn, part = delivery.source
+            is_long = not turn.is_open and len(turn.shown()) - part.start > SURE_CHARS
+            if is_long and part.start not in turn.left:
+                counted = self.work.run(self.cut_rest, turn, part.start)
+                await asyncio.wait({counted}, timeout=self.config.wechat.margin / 4)
 
     def rest_of(self, turn: Turn, start: int, head: str) -> str:
         """Return all that is left to say of an ended answer, of any size."""
@@ -5533,7 +5543,7 @@ class Bot:
         if words:
             content += f"\n\n{words}"
         if turn.chat.has_more_on_page():
-            link = "\n" + self.page_link(turn, self.texts.word_typeset)
+            link = "\n" + self.page_link(turn, self.texts.word_page)
             content += link if sent_size(content + link) <= REPLY_BYTES else ""
         return content
 
@@ -5696,6 +5706,8 @@ class Bot:
                     return None
         # 3. Decide once for all requests: all there is, or a word of patience. It is
         #    stored before it is sent, if that does not take too long.
+        if delivery.reply is None:
+            await self.count_parts(delivery)
         if delivery.reply is None:
             self.decide(delivery)
         if delivery.stored:

@@ -153,8 +153,8 @@ async def test_a_complete_answer_with_a_table_offers_its_page(server, upstream):
     """The link leads to where the table is a table."""
     upstream.will(says("| 甲 | 乙 |\n|---|---|\n| 1 | 2 |\n"))
     seen = await server.ask("列个表")
-    assert seen.text == f"甲｜乙\n1｜2\n（AI 生成）\n{TEXTS.word_typeset}"
-    assert seen.links[0][0] == TEXTS.word_typeset
+    assert seen.text == f"甲｜乙\n1｜2\n（AI 生成）\n{TEXTS.word_page}"
+    assert seen.links[0][0] == TEXTS.word_page
 
 
 async def test_an_unread_answer_is_named_once(server, upstream):
