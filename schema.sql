@@ -220,3 +220,6 @@ CREATE TABLE subscriber (
 
 ALTER TABLE part ADD COLUMN place INTEGER NOT NULL DEFAULT 0;  -- 2 of 5; 0: not known
 -- In picture.url may be words, of an article or a place: they begin with a newline.
+-- A session that ran out stays open until another one is opened or /stop is sent.
+UPDATE session SET ended_at = NULL WHERE lapsed_text IS NOT NULL
+    AND id = (SELECT max(id) FROM session AS newer WHERE newer.openid = session.openid);
