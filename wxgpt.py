@@ -597,9 +597,7 @@ class Message:
     event: str = ""  # in lower case
     event_key: str = ""
     picture_url: str = ""
-    title: str = ""  # of an article
-    summary: str = ""  # of an article
-    label: str = ""  # name of a place
+    said: str = ""  # title and summary of an article, or the name of a place
 
     @property
     def key(self) -> str:
@@ -690,9 +688,7 @@ def parse_message(body: bytes) -> Message:
         event=root.get("Event", "").lower(),
         event_key=root.get("EventKey", ""),
         picture_url=root.get("PicUrl", ""),
-        title=root.get("Title", ""),
-        summary=root.get("Description", ""),
-        label=root.get("Label", ""),
+        said="\n".join(filter(None, map(root.get, ("Title", "Description", "Label")))),
     )
 
 
@@ -3080,8 +3076,9 @@ class Store:
         await self.run([(query, {"id": turn_id}) for query in queries])
 
     async def note(self, openid: str, **values: float) -> None:
-        """Note what a subscriber was told, and when: see `noted`."""
-        await self.run([noted(openid, **values)])
+        """Note what a subscriber was told or shown; a full disk prevents only that."""
+        with contextlib.suppress(sqlite3.OperationalError):
+            await self.run([noted(openid, **values)])
 
     async def was_told(self, openid: str) -> bool:
         """Say whether the privacy words were said to a subscriber."""
@@ -4594,7 +4591,7 @@ def spoken_age(texts: Texts, seconds: float) -> str:
     return next((ages[most] for most in ages if seconds < most), texts.age_more)
 
 
-SHARED_CHARS = 200  # of a title, a summary or the name of a place
+SHARED_CHARS = 400  # of what an article or a place says
 
 
 def words_of(texts: Texts, message: Message) -> str:
@@ -4602,13 +4599,9 @@ def words_of(texts: Texts, message: Message) -> str:
 
     It begins with a newline: no URL of a picture does.
     """
-    values = {"title": message.title, "summary": message.summary}
-    values = {name: excerpt(one, SHARED_CHARS) for name, one in values.items()}
-    label = excerpt(message.label, SHARED_CHARS)
-    if message.msg_type == "link" and any(values.values()):
-        return "\n" + texts.article.format(**values).strip()
-    is_place = message.msg_type == "location" and label
-    return "\n" + texts.place.format(label=label) if is_place else ""
+    forms = {"link": texts.article, "location": texts.place}
+    said, form = message.said.strip()[:SHARED_CHARS], forms.get(message.msg_type)
+    return "\n" + form.format(words=said) if said and form else ""
 
 
 def shortened(messages: list[dict], is_last: bool) -> list[dict]:
