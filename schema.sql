@@ -207,3 +207,19 @@ ALTER TABLE turn ADD COLUMN calls INTEGER;
 
 -- Whether a push is fresh is known by the clock alone; the row keeps the secret.
 ALTER TABLE platform DROP COLUMN newest_push;
+
+-- step 6
+
+-- What a subscriber was told once, and which answer they read.
+CREATE TABLE subscriber (
+    openid TEXT PRIMARY KEY,
+    told_at REAL,           -- the privacy words were said, in the chat or on a page
+    hinted_at REAL,         -- the newest hint outside a session
+    shown_turn INTEGER      -- the answer shown last: 继续 goes on with it
+) STRICT, WITHOUT ROWID;
+
+ALTER TABLE part ADD COLUMN place INTEGER NOT NULL DEFAULT 0;  -- 2 of 5; 0: not known
+-- In picture.url may be words, of an article or a place: they begin with a newline.
+-- A session that ran out stays open until another one is opened or /stop is sent.
+UPDATE session SET ended_at = NULL WHERE lapsed_text IS NOT NULL
+    AND id = (SELECT max(id) FROM session AS newer WHERE newer.openid = session.openid);

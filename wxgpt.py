@@ -246,7 +246,8 @@ class LimitSettings:
     blocked_words: str = ""  # a file, one word a line
 
 
-WELCOME = "欢迎关注！发 /chatgpt 就能和 AI 聊天，发 /help 看用法。"
+WELCOME = "欢迎关注！想和 AI 聊天，点 /chatgpt 就行；怎么用，点 /help 看看。"
+HINT = "在的！想和 AI 聊天，点 /chatgpt 就行；怎么用，点 /help 看看。"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,9 +255,13 @@ class ReplySettings:
     """Replies that no model writes."""
 
     subscribe: str = WELCOME  # to a new subscriber; empty: silence
-    outside: str = ""  # to text outside a session; empty: silence
+    # To text outside a session; empty: silence, "wechat_ai": WeChat's own AI reply.
+    outside: str = HINT
+    outside_hours: float = bounded(24.0, 0, 87_600)  # once in so many; 0: each time
+    # A line that names the filed model, in the welcome, /help and below pages.
+    model_notice: str = ""
     label: str = "（AI 生成）"  # ends each part of a model's text; empty: none
-    # Outside a session: exact text = reply.
+    # Outside a session: exact text = reply; one that is a command is carried out.
     keywords: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -297,6 +302,16 @@ class Texts:
         return isinstance(other, Texts) and vars(self) == vars(other)
 
 
+# Exact texts that mean a command, everywhere.
+ALIASES = {
+    **dict.fromkeys(("帮助", "菜单", "用法"), "/help"),
+    **dict.fromkeys(("聊天记录", "历史记录", "网页聊天"), "/history"),
+    **dict.fromkeys(("换个话题", "新话题"), "/clear"),
+    "结束对话": "/stop",
+    "删除我的记录": "/forget",
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """All settings, checked; `load_config` makes it."""
@@ -308,6 +323,7 @@ class Config:
     session: SessionSettings = field(default_factory=SessionSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
     replies: ReplySettings = field(default_factory=ReplySettings)
+    aliases: dict[str, str] = field(default_factory=ALIASES.copy)
     texts: Texts
     history: HistorySettings = field(default_factory=HistorySettings)
     database: DatabaseSettings = field(default_factory=DatabaseSettings)
@@ -532,8 +548,10 @@ def load_config(
     if not folder and os.path.isdir("/var/lib/wxgpt"):
         folder = "/var/lib/wxgpt"
     database = config.database.path or str(pathlib.Path(folder) / "wxgpt.db")
+    notice = config.replies.model_notice or config.texts.model_notice
     return replace(
         config,
+        texts=Texts(vars(config.texts) | {"model_notice": notice}),
         public_url=config.public_url.rstrip("/"),
         database=DatabaseSettings(path=database),
     )
@@ -579,6 +597,7 @@ class Message:
     event: str = ""  # in lower case
     event_key: str = ""
     picture_url: str = ""
+    said: str = ""  # title and summary of an article, or the name of a place
 
     @property
     def key(self) -> str:
@@ -669,6 +688,7 @@ def parse_message(body: bytes) -> Message:
         event=root.get("Event", "").lower(),
         event_key=root.get("EventKey", ""),
         picture_url=root.get("PicUrl", ""),
+        said="\n".join(filter(None, map(root.get, ("Title", "Description", "Label")))),
     )
 
 
@@ -731,16 +751,22 @@ def cdata(text: str) -> str:
     return f"<![CDATA[{clean}]]>"
 
 
+# The content of a reply that hands a text to WeChat's own AI (转接AI回复). `outgoing`
+# takes the character out of all others.
+WECHAT_AI = "\ufdd3"
+
+
 def render_text_reply(message: Message, content: str, created: int) -> bytes:
     """Return the passive reply's body: XML, or `success` for an empty content."""
     if not content:
         return b"success"  # WeChat shows its error text for an empty Content
+    kind = f"<MsgType><![CDATA[text]]></MsgType><Content>{cdata(content)}</Content>"
+    if content == WECHAT_AI:
+        kind = "<MsgType><![CDATA[transfer_biz_ai_ivr]]></MsgType>"
     return (
         f"<xml><ToUserName>{cdata(message.openid)}</ToUserName>"
         f"<FromUserName>{cdata(message.account)}</FromUserName>"
-        f"<CreateTime>{created}</CreateTime>"
-        f"<MsgType><![CDATA[text]]></MsgType>"
-        f"<Content>{cdata(content)}</Content></xml>"
+        f"<CreateTime>{created}</CreateTime>{kind}</xml>"
     ).encode()
 
 
@@ -2506,6 +2532,7 @@ class Session:
     assistant: str
     last_at: float  # Unix seconds
     is_busy: bool = False  # a question of it is unanswered: it does not end by itself
+    late_text: str | None = None  # the newest text after it ran out
 
 
 @dataclass(frozen=True, slots=True)
@@ -2517,6 +2544,7 @@ class Part:
     start: int = 0  # offset in the chat text
     is_anew: bool = False  # the answer was written again since it was offered
     reply: str | None = None  # what was sent of it: a second tap gets the same
+    place: int = 1  # among the parts of its answer; 0: not known (an older version's)
 
 
 @dataclass(frozen=True, slots=True)
@@ -2530,6 +2558,7 @@ class Reply:
     offered: Part | None = None  # the part that its tap asks for
     is_early: bool = False  # neither all that is left nor a full part
     mentions: int | None = None  # a turn whose unread answer is named under it
+    introduces: bool = False  # it says who answers here, and the privacy words
 
     @property
     def has_text(self) -> bool:
@@ -2579,6 +2608,7 @@ class Turn:
     model: str | None = None
     chat: ChatText = field(default_factory=ChatText)  # what the chat shows of `answer`
     stops: dict[int, int] = field(default_factory=dict)  # ends of sent parts, by start
+    left: dict[int, int] = field(default_factory=dict)  # parts from a start to the end
     # Random, and new when the answer is started over: then live pages start over, too.
     writing: str = field(default_factory=functools.partial(secrets.token_hex, 4))
     is_queued: bool = False  # the question before it is not answered yet
@@ -2673,12 +2703,13 @@ class Turn:
 #
 #   a message   what is known of it and of its sender: recall; its reply: save_reply,
 #               mark_delivered, mark_read
-#   a session   start_, end_, touch_, reopen_session, lapsed_session; add_picture
+#               a subscriber: note, was_told
+#   a session   start_, end_, touch_session; keep_late_text; add_picture
 #   a turn      add_turn, questions_of_day, count_asking, save_texts, begin_anew,
 #               finish_turn; turn, turn_by_link, open_turns, newest_failed, turns_of,
 #               turns_after, search;
 #               what the model gets of those before it: history
-#   a part      part, unsent_part, oldest_unsent
+#   a part      part, unsent_part, next_unsent
 #   the rest    add_history_link, history_owner; ask_forget, forget_asked_at, forget,
 #               forget_due; prune
 #
@@ -2842,7 +2873,9 @@ class Recalled(typing.NamedTuple):
     session: Session | None  # the open one
     last_part: int  # the highest part number
     mention: tuple[int, int, str] | None  # part, turn and question of an unread answer
-    pictures: str  # that wait for a question: a JSON list of URLs
+    pictures: str  # that wait for a question: a JSON list of URLs and words
+    is_told: bool  # the privacy words were said
+    hinted_at: float  # the newest hint outside a session, Unix seconds; 0: none
 
 
 PICTURE_SECONDS = 600  # how long a picture waits for its question
@@ -2902,6 +2935,19 @@ def like_pattern(word: str) -> str:
 PAGE_CHARS = 100_000  # of questions and answers on a page of the history
 
 
+def noted(openid: str, **values: float | None) -> tuple[str, dict[str, object]]:
+    """Return the statement that notes what is given about a subscriber."""
+    query = """
+        INSERT INTO subscriber (openid, told_at, hinted_at, shown_turn)
+        VALUES (:openid, :told_at, :hinted_at, :shown_turn)
+        ON CONFLICT DO UPDATE SET told_at = coalesce(told_at, excluded.told_at),
+            hinted_at = coalesce(excluded.hinted_at, hinted_at),
+            shown_turn = coalesce(excluded.shown_turn, shown_turn)
+    """
+    nothing = dict.fromkeys(("told_at", "hinted_at", "shown_turn"))
+    return query, {"openid": openid} | nothing | values
+
+
 class Store:
     """All that outlives the process. `open_store` opens it; `close` ends its thread.
 
@@ -2945,12 +2991,15 @@ class Store:
                    session.id, session.assistant, session.last_at,
                    EXISTS (SELECT 1 FROM turn AS open
                            WHERE open.session_id = session.id AND open.state = 'open'),
+                   session.lapsed_text,
                    (SELECT max(number) FROM part WHERE part.openid = :openid),
                    missed.number, missed.turn_id, asked.question,
                    (SELECT json_group_array(url) FROM (
                         SELECT url FROM picture
-                        WHERE openid = :openid AND created_at > :since ORDER BY id))
+                        WHERE openid = :openid AND created_at > :since ORDER BY id)),
+                   told_at IS NOT NULL, coalesce(hinted_at, 0)
             FROM (SELECT 1)
+            LEFT JOIN subscriber ON subscriber.openid = :openid
             LEFT JOIN reply ON reply.key IN (:key, :hash)
             LEFT JOIN turn ON turn.msg_key = :key
             LEFT JOIN session ON session.openid = :openid AND session.ended_at IS NULL
@@ -2964,9 +3013,9 @@ class Store:
         if row[0] is not None:
             own = None if row[2] is None else Part(0, row[2])
             reply = Reply(row[0], row[1], own, row[3])
-        session = None if row[5] is None else Session(*row[5:9])
-        mention = None if row[10] is None else row[10:13]
-        return Recalled(reply, row[4], session, row[9] or 0, mention, row[13])
+        session = None if row[5] is None else Session(*row[5:10])
+        mention = None if row[11] is None else row[11:14]
+        return Recalled(reply, row[4], session, row[10] or 0, mention, *row[14:])
 
     def save_reply(self, key: str, openid: str, reply: Reply) -> asyncio.Future:
         """Store a decided reply, and the parts it sends and offers.
@@ -2992,16 +3041,18 @@ class Store:
         if offered:
             query = """
                 INSERT OR IGNORE INTO part
-                    (openid, number, turn_id, start, offered_at, to_mention)
-                VALUES (:openid, :number, :turn_id, :start, :created, :to_mention)
+                    (openid, number, turn_id, start, place, offered_at, to_mention)
+                VALUES (:openid, :number, :turn_id, :start, :place, :created,
+                        :to_mention)
             """
             to_mention = is_own and reply.is_early
             job.append((query, values | asdict(offered) | {"to_mention": to_mention}))
         if part and not is_own and not reply.is_patience:
             query = """
                 INSERT INTO part
-                    (openid, number, turn_id, start, offered_at, reply, stop)
-                VALUES (:openid, :number, :turn_id, :start, :created, :content, :stop)
+                    (openid, number, turn_id, start, place, offered_at, reply, stop)
+                VALUES (:openid, :number, :turn_id, :start, :place, :created, :content,
+                        :stop)
                 ON CONFLICT DO UPDATE SET reply = excluded.reply, stop = excluded.stop
                 WHERE part.reply IS NULL
             """
@@ -3009,6 +3060,10 @@ class Store:
         if reply.mentions:
             query = "UPDATE part SET to_mention = 0 WHERE turn_id = :id"
             job.append((query, {"id": reply.mentions}))
+        if part or reply.introduces:
+            told_at = reply.created if reply.introduces else None
+            shown = part.turn_id if part else None
+            job.append(noted(openid, told_at=told_at, shown_turn=shown))
         return self.run(job)
 
     def mark_delivered(self, turn_id: int, how: str) -> asyncio.Future:
@@ -3030,6 +3085,16 @@ class Store:
         )
         await self.run([(query, {"id": turn_id}) for query in queries])
 
+    async def note(self, openid: str, **values: float) -> None:
+        """Note what a subscriber was told or shown; a full disk prevents only that."""
+        with contextlib.suppress(sqlite3.OperationalError):
+            await self.run([noted(openid, **values)])
+
+    async def was_told(self, openid: str) -> bool:
+        """Say whether the privacy words were said to a subscriber."""
+        query = "SELECT told_at FROM subscriber WHERE openid = :openid"
+        return any(at for (at,) in await self.rows(query, openid=openid))
+
     # Sessions
 
     async def start_session(self, openid: str, assistant: str, now: float) -> Session:
@@ -3043,10 +3108,15 @@ class Store:
         )
         return Session(number, assistant, now)
 
-    async def end_session(self, session_id: int, now: float, text: str | None) -> None:
-        """End a session; `text` came too late for it, None: the subscriber ended it."""
-        query = "UPDATE session SET ended_at = :now, lapsed_text = :text WHERE id = :id"
-        await self.rows(query, now=now, text=text, id=session_id)
+    async def end_session(self, session_id: int, now: float) -> None:
+        """End a session."""
+        query = "UPDATE session SET ended_at = :now, lapsed_text = NULL WHERE id = :id"
+        await self.rows(query, now=now, id=session_id)
+
+    async def keep_late_text(self, session_id: int, text: str) -> None:
+        """Keep the newest text that came after a session ran out."""
+        query = "UPDATE session SET lapsed_text = :text WHERE id = :id"
+        await self.rows(query, text=text, id=session_id)
 
     async def touch_session(self, session_id: int, now: float) -> None:
         """Let the idle time begin now; a full disk prevents only that."""
@@ -3054,31 +3124,11 @@ class Store:
         with contextlib.suppress(sqlite3.OperationalError):
             await self.rows(query, now=now, id=session_id)
 
-    async def lapsed_session(
-        self, openid: str, since: float
-    ) -> tuple[Session, str] | None:
-        """Return the newest session, and the text that came too late for it.
-
-        None if it did not run out, or if that text has been asked by now.
-        """
-        query = """
-            SELECT id, assistant, last_at, lapsed_text FROM session
-            WHERE openid = :openid AND coalesce(ended_at, :since + 1) > :since
-            ORDER BY id DESC LIMIT 1
-        """
-        rows = await self.rows(query, openid=openid, since=since)
-        if not rows or rows[0][3] is None:
-            return None
-        number, assistant, last_at, text = rows[0]
-        return Session(number, assistant, last_at), text
-
-    async def reopen_session(self, session_id: int, now: float) -> None:
-        """Open a lapsed session again, with its conversation."""
-        query = "UPDATE session SET ended_at = NULL, last_at = :now WHERE id = :id"
-        await self.rows(query, now=now, id=session_id)
-
     async def add_picture(self, openid: str, url: str, now: float) -> None:
-        """Keep a picture for the next question; a trigger drops those beyond four."""
+        """Keep a picture for the next question; a trigger drops those beyond four.
+
+        In place of a URL it may be words, which begin with a newline.
+        """
         query = "INSERT INTO picture (openid, url, created_at) VALUES (:o, :url, :now)"
         await self.rows(query, o=openid, url=url, now=now)
 
@@ -3143,7 +3193,7 @@ class Store:
     async def begin_anew(self, turn_id: int) -> None:
         """Move the unsent parts of a turn to its start: it is being written again."""
         query = """
-            UPDATE part SET start = 0, is_anew = 1
+            UPDATE part SET start = 0, is_anew = 1, place = 1
             WHERE turn_id = :id AND reply IS NULL AND start > 0
         """
         await self.rows(query, id=turn_id)
@@ -3290,7 +3340,7 @@ class Store:
     async def part(self, openid: str, number: int) -> Part | None:
         """Return a numbered part of this subscriber."""
         query = """
-            SELECT number, turn_id, start, is_anew, reply FROM part
+            SELECT number, turn_id, start, is_anew, reply, place FROM part
             WHERE openid = :openid AND number = :number
         """
         rows = await self.rows(query, openid=openid, number=number)
@@ -3299,29 +3349,31 @@ class Store:
     async def unsent_part(self, turn_id: int) -> Part | None:
         """Return the part of a turn that is offered and not sent."""
         query = """
-            SELECT number, turn_id, start, is_anew, reply FROM part
+            SELECT number, turn_id, start, is_anew, reply, place FROM part
             WHERE turn_id = :id AND reply IS NULL ORDER BY number LIMIT 1
         """
         rows = await self.rows(query, id=turn_id)
         return Part(*rows[0]) if rows else None
 
-    async def oldest_unsent(
+    async def next_unsent(
         self, openid: str, session_id: int | None, since: float
     ) -> int | None:
-        """Return the id of the oldest turn of which something was not sent yet.
+        """Return the id of the turn of which something is to be sent next.
 
-        Only turns of the session count, without one all turns asked after `since`.
+        That is the one shown last, else the oldest of the session, else the oldest
+        asked after `since`.
         """
         query = """
-            SELECT turn.id FROM turn
+            SELECT coalesce(min(iif(turn.id = shown_turn, turn.id, NULL)),
+                            min(iif(session_id = :session, turn.id, NULL)),
+                            min(iif(created_at > :since, turn.id, NULL)))
+            FROM turn
             LEFT JOIN part ON turn_id = turn.id AND reply IS NULL
+            LEFT JOIN subscriber ON subscriber.openid = turn.openid
             WHERE turn.openid = :openid AND (replied = 0 OR number IS NOT NULL)
-              AND CASE WHEN :session IS NULL THEN created_at > :since
-                       ELSE session_id = :session END
-            ORDER BY turn.id LIMIT 1
         """
         rows = await self.rows(query, openid=openid, session=session_id, since=since)
-        return rows[0][0] if rows else None
+        return rows[0][0]
 
     # Links and deletion
 
@@ -3387,6 +3439,7 @@ class Store:
             "DELETE FROM picture WHERE openid = :openid",
             "DELETE FROM history_link WHERE openid = :openid",
             "DELETE FROM forget_request WHERE openid = :openid",
+            "DELETE FROM subscriber WHERE openid = :openid",
             "REPLACE INTO reply (key, openid, content, created)"
             " VALUES (:key, '', :reply, :now)",
         )
@@ -3430,8 +3483,13 @@ class Store:
             "DELETE FROM session WHERE opened_at < :at AND last_at < :at"
             " AND NOT EXISTS (SELECT 1 FROM turn WHERE session_id = session.id)"
             " RETURNING 1",
+            "DELETE FROM subscriber WHERE max(coalesce(told_at, 0), coalesce(hinted_at,"
+            " 0)) < :at AND NOT EXISTS"
+            " (SELECT 1 FROM session WHERE session.openid = subscriber.openid)",
         )
-        turns, _, sessions = await self.run([(query, {"at": at}) for query in queries])
+        turns, _, sessions, _ = await self.run(
+            [(query, {"at": at}) for query in queries]
+        )
         await self.truncate_wal()
         if turns or sessions:
             log.info("%d exchanges older than keep_days deleted", len(turns))
@@ -4383,21 +4441,23 @@ class Subscriber:
         self.lock = asyncio.Lock()  # messages are taken up in the order they came
         self.turns: list[Turn] = []  # unfinished, the oldest first
         self.last_part: int | None = None  # the highest number; None: not read yet
+        self.is_told = True  # the privacy words were said; the store may know better
         # Numbers of the parts offered lately, by turn and start.
         self.offered: dict[tuple[int, int], int] = {}
         # By turn, answers of which only an early reply was read: next part, question.
         self.to_mention: dict[int, tuple[int, str]] = {}
 
-    def offer(self, turn_id: int, start: int) -> Part:
+    def offer(self, turn_id: int, start: int, place: int = 1) -> Part:
         """Return the part of a turn from `start` on, each time with the same number."""
         if (turn_id, start) not in self.offered:
             self.last_part = (self.last_part or 0) + 1
             self.offered[turn_id, start] = self.last_part
-        return Part(self.offered[turn_id, start], turn_id, start)
+        return Part(self.offered[turn_id, start], turn_id, start, place=place)
 
     def forget(self) -> None:
         """Forget all but the lock."""
         self.last_part = 0
+        self.is_told = False
         self.turns.clear()
         self.offered.clear()
         self.to_mention.clear()
@@ -4417,8 +4477,9 @@ class Delivery:
         self.seen = 0  # requests that count as attempts
         self.seen_before = 0  # attempts that an earlier process saw, at least: 0 or 1
         self.session: Session | None = None  # open, and not idle for too long
-        self.lapsed: Session | None = None  # open in the store, but it ran out
-        self.pictures = "[]"  # JSON list of URLs that wait for a question
+        self.lapsed: Session | None = None  # open in the store, but it ran out lately
+        self.pictures = "[]"  # JSON list of URLs and words that wait for a question
+        self.hinted_at = 0.0  # Unix seconds of the newest hint outside a session
         self.source: Source | None = None  # what answers it, once that is known
         self.is_repeat = False  # its reply was sent before: nothing is added to it
         self.is_kept = True  # False: nothing about this message is to be stored
@@ -4566,6 +4627,47 @@ def find_assistant(text: str, names: typing.Iterable[str]) -> tuple[str, str] | 
     return None
 
 
+def is_command(text: str, names: typing.Iterable[str]) -> bool:
+    """Say whether a whole text is a command, or opens one of these assistants."""
+    return bool(find_command(text) or find_assistant(text, names))
+
+
+CONTINUE = "继续"  # what a tap for a part sends, with its number
+RETRY = "重试"  # what a tap for a failed question sends, with its number
+
+
+def tap_words(texts: Texts) -> dict[str, str]:
+    """Return what taps send or show, as commands are compared, and what it does."""
+    shown = {
+        "continue": (CONTINUE, texts.word_next, texts.word_writing, texts.word_answer),
+        "retry": (RETRY, texts.word_retry),
+        "forget": (texts.word_forget,),
+        "resume": (texts.word_resume,),
+        "go_on": (texts.word_go_on,),
+    }
+    words = {folded(word): name for name, these in shown.items() for word in these}
+    return {"下一段": "continue", **words}
+
+
+def spoken_age(texts: Texts, seconds: float) -> str:
+    """Return in words how long something has taken."""
+    ages = {10: texts.age_10, 20: texts.age_20, 60: texts.age_60, 120: texts.age_120}
+    return next((ages[most] for most in ages if seconds < most), texts.age_more)
+
+
+SHARED_CHARS = 400  # of what an article or a place says
+
+
+def words_of(texts: Texts, message: Message) -> str:
+    """Return what an article or a place says; '' if nothing.
+
+    It begins with a newline: no URL of a picture does.
+    """
+    forms = {"link": texts.article, "location": texts.place}
+    said, form = message.said.strip()[:SHARED_CHARS], forms.get(message.msg_type)
+    return "\n" + form.format(words=said) if said and form else ""
+
+
 def shortened(messages: list[dict], is_last: bool) -> list[dict]:
     """Return messages without the older half of the conversation, or all of it."""
     head = [m for m in messages if m["role"] == "system"]
@@ -4581,28 +4683,27 @@ def failed_state(turn: Turn, kind: str) -> str:
     return "broken" if turn.answer else "failed"
 
 
-def ending_words(texts: Texts, turn: Turn, retry: str) -> str:
+def ending_words(texts: Texts, turn: Turn, retry: str, go_on: str = "") -> str:
     """Return what is said after the text of an ended answer; '' if it ended well.
 
-    `retry` is how its question is asked again, where that may help.
+    `retry` is how its question is asked again, where that may help, and `go_on` how the
+    rest of one is asked for that reached the limit of its length.
     """
     fixed = {
         "done": "",
-        "cut": texts.cut_short,
+        "cut": texts.cut_short.format(tap=go_on),
         "ended": texts.session_ended,
         "blocked": texts.blocked_answer,
     }
     if turn.state in fixed:
         return fixed[turn.state]
-    name = turn.reason or "empty"
-    if turn.state == "broken" and name != "given_up":
-        name = "broken"
+    name = "broken" if turn.state == "broken" else turn.reason or "empty"
     return getattr(texts, f"failed_{name}").format(tap=retry)
 
 
-def continue_tap(number: int) -> str:
-    """Return the tap for a numbered part; its visible words may be typed as well."""
-    return tap_link(f"继续{number}")
+def continue_tap(words: str, number: int) -> str:
+    """Return the tap for a numbered part."""
+    return tap_link(words, f"{CONTINUE}{number}")
 
 
 def sent_size(text: str) -> int:
@@ -4630,11 +4731,12 @@ STORE_SECONDS = 2.0  # pause before trying again to store how an answer ended
 SAVE_SECONDS = 1.0  # how often the text so far is stored
 REPEAT_SECONDS = 60  # the same question again within this time joins the first
 RETRY_PAUSES = (0.5, 1.0)  # seconds before a question is asked again
-RECENT_SECONDS = 3600  # how far back 继续 and 重试 look outside a session
+RECENT_SECONDS = 3600  # how far back 继续 and 重试 look
 FORGET_SECONDS = 300  # how long 确认删除 is accepted
 PRUNE_SECONDS = 600.0  # how often what has served its time is deleted
 HOLD_SECONDS = 3.0  # how long a timed-out request is kept open before it is dropped
 PAGES_AT_ONCE = 8  # that are loaded, rendered or written
+SURE_CHARS = 300  # so many fit one reply with whatever stands below them
 DELTA_CHARS = 500  # what is appended at once; between two pieces others have a turn
 
 
@@ -4653,6 +4755,8 @@ class Bot:
         self.config = config
         lines = vars(config.texts).items()
         self.texts = Texts({name: with_links(line) for name, line in lines})
+        self.tap_words = tap_words(config.texts)
+        self.aliases = {folded(name): text for name, text in config.aliases.items()}
         self.store = store
         self.chat = chat
         self.pictures = pictures
@@ -5028,8 +5132,11 @@ class Bot:
         part = part or delivery.subscriber.offer(turn_id, 0)
         return await self.source_of(turn_id, part)
 
-    def refuse_question(self, delivery: Delivery, question: str) -> str:
-        """Return why a question is not accepted, '' if it is; nothing is counted."""
+    def refuse_question(self, delivery: Delivery, question: str, said: str) -> str:
+        """Return why a question is not accepted, '' if it is; nothing is counted.
+
+        `said` may have any length: what it is about, or one that is asked again.
+        """
         texts, limits = self.texts, self.config.limits
         waiting = sum(turn.is_open for turn in delivery.subscriber.turns)
         try:
@@ -5043,7 +5150,8 @@ class Bot:
             return texts.too_long.format(count=len(question), most=most)
         if waiting >= limits.waiting:
             return texts.too_many.format(count=waiting)
-        return texts.blocked_question if self.blocked.are_in_question(question) else ""
+        is_blocked = self.blocked.are_in_question(question + said)
+        return texts.blocked_question if is_blocked else ""
 
     async def refuse_for_today(self, openid: str) -> str:
         """Return the text about the day's limit that is used up."""
@@ -5072,18 +5180,21 @@ class Bot:
             if is_same and delivery.pictures == "[]" and turn.age < REPEAT_SECONDS:
                 if source := await self.unsent_source(delivery, turn.id):
                     return source
-        if refusal := self.refuse_question(delivery, question):
+        kept = json.loads(delivery.pictures if pictures is None else pictures)
+        urls = [one for one in kept if not one.startswith("\n")]
+        said = "".join(one for one in kept if one.startswith("\n"))
+        checked = (question, said) if pictures is None else ("", question)
+        if refusal := self.refuse_question(delivery, *checked):
             return refusal
-        pictures = delivery.pictures if pictures is None else pictures
-        marks = self.texts.word_picture * len(json.loads(pictures))
+        marks = self.texts.word_picture * len(urls)
         turn = Turn(
             id=0,
             session_id=session.id,
             openid=delivery.message.openid,
             msg_key=delivery.message.key,
             link_key=secrets.token_urlsafe(16),
-            question=marks + question,
-            pictures=pictures if marks else None,
+            question=f"{marks}{question}\n{said}" if said else marks + question,
+            pictures=json.dumps(urls) if kept else None,
             created_at=time.time(),
             asked=0 if before else 1,  # it goes to the upstream at once
             assistant=session.assistant,
@@ -5099,35 +5210,53 @@ class Bot:
         """Return what answers a message that has no reply yet."""
         message, limits = delivery.message, self.config.limits
         if message.openid in limits.deny and message.event != "unsubscribe":
-            return ""
+            return self.leave_alone(delivery, "the sender is in limits.deny")
         match message.msg_type, message.event:
             case "text", _:
                 return await self.handle_text(delivery)
             case "event", "subscribe":
-                return self.tappable(self.config.replies.subscribe)
+                return self.with_notice(self.config.replies.subscribe)
             case "event", "unsubscribe":
                 await self.forget_all(delivery, "")
                 return ""
             case "event", _:
-                return ""
-            case "image", _ if delivery.session and message.picture_url:
-                url, now = message.picture_url, time.time()
-                await self.store.add_picture(message.openid, url, now)
-                tap = tap_link(self.texts.word_describe)
-                return self.texts.picture_kept.format(tap=tap)
-        return self.texts.unsupported if delivery.session else ""
+                return self.leave_alone(delivery, "no event of its kind is answered")
+        if delivery.session is None:
+            return self.leave_alone(delivery, "no text, and no session is open")
+        texts = self.texts
+        is_article = message.msg_type == "link"
+        kept, line = words_of(texts, message), texts.words_kept
+        word = texts.word_article if is_article else texts.word_place
+        if message.msg_type == "image":
+            kept, line = message.picture_url.strip(), texts.picture_kept
+            word = texts.word_describe
+        if not kept:
+            return texts.unsupported
+        await self.store.add_picture(message.openid, kept, time.time())
+        return line.format(tap=tap_link(word))
+
+    def leave_alone(self, delivery: Delivery, reason: str) -> str:
+        """Log why a message is not answered; return the empty reply."""
+        log.info("%s left alone: %s", delivery.message.name, reason)
+        return ""
+
+    def with_notice(self, text: str) -> str:
+        """Return one of our own texts, unless it is empty, with the model's notice."""
+        notice = self.texts.model_notice
+        return self.tappable(f"{text}\n\n{notice}" if text and notice else text)
 
     async def handle_text(self, delivery: Delivery) -> Source:
-        """Return what answers a text: the first of these cases that applies.
-
-        Outside a session it is mostly nothing, for the account's other auto-replies.
-        """
+        """Return what answers a text: the first of these cases that applies."""
         text, session = delivery.message.content.strip(), delivery.session
         config, is_words = self.config, bool(text) and text not in STICKER_TEXTS
-        if method := find_command(text):
+        meant = self.aliases.get(folded(text), text)
+        keyword = "" if session else config.replies.keywords.get(text, "")
+        if is_command(keyword, config.assistants):
+            meant = keyword
+        if method := find_command(meant):
             log.info("%s command %s", delivery.message.name, method.__name__)
             return await method(self, delivery)
-        if opened := find_assistant(text, config.assistants):
+        if opened := find_assistant(meant, config.assistants):
             return await self.open_and_ask(delivery, *opened)
         if session and not is_words:
             return self.texts.unsupported
@@ -5138,40 +5267,61 @@ class Bot:
         if text in config.replies.keywords:
             return self.tappable(config.replies.keywords[text])
         if not is_words:
-            return ""
+            return self.leave_alone(delivery, "no words, and no session is open")
+        return await self.handle_outside(delivery, text)
+
+    async def handle_outside(self, delivery: Delivery, text: str) -> Source:
+        """Return what answers words outside a session that mean nothing else."""
+        config, texts, now = self.config, self.texts, time.time()
+        replies, lapsed = config.replies, delivery.lapsed
+        if folded(text[:1]) == "/":
+            word = excerpt(text.split()[0])
+            return self.tappable(texts.no_command).format(word=word)
         if config.session.auto_open:
             first = next(iter(config.assistants))
             return await self.open_and_ask(delivery, first, text)
-        if delivery.lapsed:  # it ran out, which they have not been told
-            now = time.time()
-            await self.store.end_session(delivery.lapsed.id, now, text)
-            if now - delivery.lapsed.last_at < LAPSE_SECONDS:
-                tap, question = tap_link(self.texts.word_resume), excerpt(text)
-                return self.texts.session_lapsed.format(tap=tap, question=question)
-        return self.tappable(config.replies.outside)
+        if lapsed:
+            await self.store.keep_late_text(lapsed.id, text)
+            tap, question = tap_link(texts.word_resume), excerpt(text)
+            return texts.session_lapsed.format(tap=tap, question=question)
+        if replies.outside == "wechat_ai":
+            return WECHAT_AI
+        if not replies.outside:
+            return self.leave_alone(delivery, "replies.outside is empty")
+        hours = replies.outside_hours
+        if hours and now - delivery.hinted_at < hours * 3600:
+            return self.leave_alone(delivery, f"a hint was sent within {hours:g} h")
+        if hours:
+            await self.store.note(delivery.message.openid, hinted_at=now)
+        return self.tappable(replies.outside)
 
     async def handle_tap(self, delivery: Delivery, words: str) -> Source | None:
         """Return what answers a tap, or the same words typed; None if they are a text.
 
         继续 and 重试 with a number never are; the others if nothing is left to act on.
         """
-        texts, retry = self.texts, folded(self.texts.word_retry)
-        tap = re.fullmatch(rf"(继续|{re.escape(retry)})\s*([0-9]{{1,9}})", words)
-        if tap and tap[1] == retry:
-            turn = await self.store.turn(int(tap[2]))
-            return await self.retry(delivery, turn) or texts.no_retry
-        if tap:
-            return await self.continue_part(delivery, int(tap[2]))
-        if words == "继续":
-            return await self.continue_oldest(delivery)
-        if words == retry:
-            since = time.time() - RECENT_SECONDS
-            turn = await self.store.newest_failed(delivery.message.openid, since)
-            return await self.retry(delivery, turn)
-        if words == folded(texts.word_forget):
-            return await self.confirm_forget(delivery)
-        if words == folded(texts.word_resume):
-            return await self.resume_session(delivery)
+        if numbered := re.fullmatch(r"(.+?)\s*([0-9]{1,9})", words):
+            number = int(numbered[2])
+            if numbered[1] == CONTINUE:
+                return await self.continue_part(delivery, number)
+            if self.tap_words.get(numbered[1]) == "retry":
+                turn = await self.store.turn(number)
+                return await self.retry(delivery, turn) or self.texts.no_retry
+        session = delivery.session or delivery.lapsed
+        match self.tap_words.get(re.sub(r"\s*\(\d+/\d+\)$", "", words)):
+            case "continue":
+                return await self.continue_next(delivery)
+            case "retry":
+                since = time.time() - RECENT_SECONDS
+                turn = await self.store.newest_failed(delivery.message.openid, since)
+                return await self.retry(delivery, turn)
+            case "forget":
+                return await self.confirm_forget(delivery)
+            case "resume" if session and session.late_text:
+                return await self.resume_session(delivery, session, session.late_text)
+            case "go_on" if delivery.lapsed:
+                text = self.texts.word_go_on
+                return await self.resume_session(delivery, delivery.lapsed, text)
         return None
 
     async def continue_part(self, delivery: Delivery, number: int) -> Source:
@@ -5179,15 +5329,16 @@ class Bot:
         part = await self.store.part(delivery.message.openid, number)
         if part and part.reply is not None:
             delivery.is_repeat = True
+            await self.store.note(delivery.message.openid, shown_turn=part.turn_id)
             return part.reply
         source = await self.source_of(part.turn_id, part) if part else None
         return source or self.texts.no_part.format(number=number)
 
-    async def continue_oldest(self, delivery: Delivery) -> Source | None:
-        """Return the oldest part not sent yet, of the session or of the last hour."""
+    async def continue_next(self, delivery: Delivery) -> Source | None:
+        """Return the next part of the answer shown last, else the oldest not sent."""
         openid, since = delivery.message.openid, time.time() - RECENT_SECONDS
         session_id = delivery.session.id if delivery.session else None
-        turn_id = await self.store.oldest_unsent(openid, session_id, since)
+        turn_id = await self.store.next_unsent(openid, session_id, since)
         return None if turn_id is None else await self.unsent_source(delivery, turn_id)
 
     async def retry(self, delivery: Delivery, turn: Turn | None) -> Source | None:
@@ -5202,14 +5353,12 @@ class Bot:
         words, pictures = self.question_words(turn), turn.pictures or "[]"
         return await self.accept_question(delivery, session, words, pictures)
 
-    async def resume_session(self, delivery: Delivery) -> Source | None:
-        """Reopen a lapsed session and ask what came too late; None if there is none."""
-        since = time.time() - LAPSE_SECONDS
-        found = await self.store.lapsed_session(delivery.message.openid, since)
-        if found is None or found[0].assistant not in self.config.assistants:
-            return None
-        session, text = found
-        await self.store.reopen_session(session.id, time.time())
+    async def resume_session(
+        self, delivery: Delivery, session: Session, text: str
+    ) -> Source:
+        """Ask a text that came after a session had run out in that session."""
+        delivery.session = session
+        await self.store.touch_session(session.id, time.time())
         return await self.accept_question(delivery, session, text)
 
     async def open_and_ask(
@@ -5226,15 +5375,16 @@ class Bot:
             return await self.accept_question(delivery, session, question)
         if not is_new:
             return self.texts.still_open
-        minutes = f"{round(self.config.session.ttl / 60, 1):g}"
-        text = self.texts.opened.format(assistant=assistant, minutes=minutes)
-        return self.tappable(text)
+        if not delivery.subscriber.is_told:
+            return self.texts.greeting  # and the introduction below it
+        return self.tappable(self.texts.opened.format(assistant=assistant))
 
     async def open_session(self, delivery: Delivery, assistant: str) -> Session:
         """Open a session; one that was open ends."""
         openid = delivery.message.openid
         session = await self.store.start_session(openid, assistant, time.time())
         self.end_queued(delivery.subscriber)
+        delivery.session, delivery.lapsed = session, None
         return session
 
     # Commands
@@ -5242,19 +5392,20 @@ class Bot:
     @command("stop")
     async def stop(self, delivery: Delivery) -> str:
         """End the session; what is being written goes on, what waits is not asked."""
-        if delivery.session is None:
+        session = delivery.session or delivery.lapsed
+        if session is None:
             return self.texts.no_session.format(tap=tap_link("/chatgpt"))
-        await self.store.end_session(delivery.session.id, time.time(), None)
+        await self.store.end_session(session.id, time.time())
         self.end_queued(delivery.subscriber)
-        tap = tap_link(f"/{delivery.session.assistant}")
-        return self.texts.stopped.format(tap=tap)
+        return self.texts.stopped.format(tap=tap_link(f"/{session.assistant}"))
 
     @command("clear")
     async def clear(self, delivery: Delivery) -> str:
         """End the session and open a new one with the same assistant."""
-        if delivery.session is None:
+        session = delivery.session or delivery.lapsed
+        if session is None:
             return self.texts.no_session.format(tap=tap_link("/chatgpt"))
-        await self.open_session(delivery, delivery.session.assistant)
+        await self.open_session(delivery, session.assistant)
         return self.texts.cleared
 
     @command("history")
@@ -5268,10 +5419,13 @@ class Bot:
 
     @command("help")
     async def help(self, delivery: Delivery) -> str:
-        """List the assistants and commands."""
-        line, names = self.texts.help_assistant, self.config.assistants
+        """Say how to ask, and list the assistants and commands."""
+        texts, names = self.texts, self.config.assistants
+        line = texts.help_assistant
         lines = [line.format(tap=tap_link(f"/{n}"), assistant=n) for n in names]
-        return self.tappable(self.texts.help.format(assistants="\n".join(lines)))
+        is_open = delivery.session or self.config.session.auto_open
+        ask = texts.help_ask if is_open else texts.help_begin
+        return self.with_notice(texts.help.format(ask=ask, assistants="\n".join(lines)))
 
     @command("forget")
     async def forget(self, delivery: Delivery) -> str:
@@ -5287,7 +5441,8 @@ class Bot:
             return None
         if time.time() - asked_at > FORGET_SECONDS:
             return self.texts.forget_late
-        return await self.forget_all(delivery, self.texts.forgotten)
+        reply = self.texts.forgotten.format(tap=tap_link("/chatgpt"))
+        return await self.forget_all(delivery, reply)
 
     async def forget_all(self, delivery: Delivery, reply: str) -> str:
         """End what runs for a sender and delete their data; return what to reply."""
@@ -5303,7 +5458,7 @@ class Bot:
             self.turns.pop(turn.id, None)
         subscriber.forget()
         self.work.results.clear()
-        await self.store.forget(message.openid, message.key, reply)
+        await self.store.forget(message.openid, message.key, outgoing(reply))
         self.work.results.clear()
         is_due = message.openid in self.store.due
         return self.texts.forget_noted if is_due else reply
@@ -5313,13 +5468,13 @@ class Bot:
     async def take_up(self, delivery: Delivery, recalled: Recalled) -> Source:
         """Return what answers a new message; it extends its session."""
         session, now = recalled.session, time.time()
-        delivery.pictures = recalled.pictures
+        delivery.pictures, delivery.hinted_at = recalled.pictures, recalled.hinted_at
         if session and session.assistant in self.config.assistants:
-            is_idle = now - session.last_at > self.config.session.ttl
-            if is_idle and not session.is_busy:
-                delivery.lapsed = session
-            else:
+            idle = now - session.last_at - self.config.session.ttl
+            if idle <= 0 or session.is_busy:
                 delivery.session = session
+            elif idle < LAPSE_SECONDS:
+                delivery.lapsed = session
         source = await self.handle_message(delivery)
         is_question = isinstance(source, tuple) and source[1].number == 0
         if delivery.session and delivery.message.msg_type != "event":
@@ -5341,6 +5496,7 @@ class Bot:
             recalled = await self.store.recall(message.key, openid, time.time())
             if subscriber.last_part is None:
                 subscriber.last_part = recalled.last_part
+                subscriber.is_told = recalled.is_told
                 if recalled.mention:
                     number, missed_id, question = recalled.mention
                     subscriber.to_mention[missed_id] = (number, question)
@@ -5362,34 +5518,79 @@ class Bot:
 
     # What a request does
 
-    def patience(self, turn: Turn, number: int) -> str:
+    def patience(self, delivery: Delivery, turn: Turn, number: int) -> str:
         """Return what is said while nothing can be shown yet."""
-        text = self.texts.queued if turn.is_queued else self.texts.thinking
+        texts, session_id = self.texts, turn.session_id
+        turns = [t for t in delivery.subscriber.turns if t.session_id == session_id]
+        before = sum(t.is_open and t.id < turn.id for t in turns)
+        text = texts.queued if turn.is_queued else texts.thinking
         return text.format(
             question=excerpt(turn.question),
-            seconds=round(turn.age),
-            tap=continue_tap(number),
-            page=self.page_link(turn, self.texts.word_page),
+            before=max(1, before),
+            time=spoken_age(texts, turn.age),
+            tap=continue_tap(texts.word_answer, number),
+            page=self.page_link(turn, texts.word_page),
         )
 
-    def tail(self, turn: Turn, number: int) -> str:
-        """Return the lines under a part that another one follows."""
-        page = self.page_link(turn, self.texts.word_page)
-        more = self.texts.more.format(tap=continue_tap(number), page=page)
+    def tail(self, turn: Turn, number: int, count: str | None) -> str:
+        """Return the lines under a part that another one follows.
+
+        `count` is which of how many that is; None: the answer is being written.
+        """
+        texts, page = self.texts, self.page_link(turn, self.texts.word_page)
+        line, words = texts.more, f"{texts.word_next}{count}"
+        if count is None:
+            line, words = texts.writing, texts.word_writing
+        more = line.format(tap=continue_tap(words, number), page=page)
         return f"{self.config.replies.label_line}\n\n{more}"
+
+    def room_in(self, turn: Turn) -> int:
+        """Return how many bytes a part may have beside its tail, whichever that is."""
+        tails = [self.tail(turn, 10**9 - 1, count) for count in (None, "（999/999）")]
+        return REPLY_BYTES - max(map(sent_size, tails))
+
+    def count_of(self, turn: Turn, part: Part) -> str | None:
+        """Return which of how many a part is; None: the answer is being written."""
+        if turn.is_open:
+            return None
+        left = turn.left.get(part.start) if part.place else None
+        return f"（{part.place}/{part.place - 1 + left}）" if left else ""
+
+    def cut_rest(self, turn: Turn, start: int) -> None:
+        """Count the parts of an ended answer from a start on; it may take a second."""
+        starts, shown, room = [start], turn.shown(), self.room_in(turn)
+        while (at := starts[-1]) not in turn.left:
+            is_short = len(shown) - at <= REPLY_BYTES
+            if is_short and sent_size(self.rest_of(turn, at, "")) <= REPLY_BYTES:
+                turn.left[at] = 1
+            else:
+                rest = shown[at : at + 2 * REPLY_BYTES]
+                starts.append(turn.stops.get(at) or at + cut_reply(rest, room))
+        for number, start in enumerate(reversed(starts), turn.left[at]):
+            turn.left[start] = number
+
+    async def count_parts(self, delivery: Delivery) -> None:
+        """Let the parts of an ended answer be counted, unless that takes too long."""
+        if isinstance(delivery.source, tuple):
+            turn, part = delivery.source
+            is_long = not turn.is_open and len(turn.shown()) - part.start > SURE_CHARS
+            if is_long and part.start not in turn.left:
+                counted = self.work.run(self.cut_rest, turn, part.start)
+                await asyncio.wait({counted}, timeout=self.config.wechat.margin / 4)
 
     def rest_of(self, turn: Turn, start: int, head: str) -> str:
         """Return all that is left to say of an ended answer, of any size."""
         text = turn.shown()[start:].strip("\n")
-        word = self.texts.word_retry
-        words = ending_words(self.texts, turn, tap_link(word, f"{word}{turn.id}"))
+        retry = tap_link(self.texts.word_retry, f"{RETRY}{turn.id}")
+        go_on = tap_link(self.texts.word_go_on)
+        words = ending_words(self.texts, turn, retry, go_on)
         if not text:
             return words or self.texts.no_more
         content = f"{head}{text}{self.config.replies.label_line}"
         if words:
             content += f"\n\n{words}"
         if turn.chat.has_more_on_page():
-            link = "\n" + self.page_link(turn, self.texts.word_typeset)
+            link = "\n" + self.page_link(turn, self.texts.word_page)
             content += link if sent_size(content + link) <= REPLY_BYTES else ""
         return content
 
@@ -5407,38 +5608,64 @@ class Bot:
                 return Reply(content, now, part, stop=len(shown))
         # Not all of it. The first reply that shows a part fixes where it ends.
         is_early = not turn.has_part(part.start)
-        longest = head + self.tail(turn, (subscriber.last_part or 0) + 1)
-        room = REPLY_BYTES - sent_size(longest)
-        rest = shown[part.start :]
+        room = self.room_in(turn) - sent_size(head)
+        rest = shown[part.start : part.start + 2 * REPLY_BYTES]
         stop = turn.stops.get(part.start) or part.start + cut_reply(rest, room)
         text = shown[part.start : stop].strip("\n")
         if text:
-            offered = subscriber.offer(turn.id, stop)
-            content = head + text + self.tail(turn, offered.number)
+            place = part.place and part.place + 1
+            offered = subscriber.offer(turn.id, stop, place)
+            count = self.count_of(turn, offered)
+            content = head + text + self.tail(turn, offered.number, count)
             return Reply(content, now, part, stop, offered, is_early)
         offered = part if part.number else subscriber.offer(turn.id, part.start)
-        content = self.patience(turn, offered.number)
+        content = self.patience(delivery, turn, offered.number)
         return Reply(content, now, part, part.start, offered, is_early=True)
 
     def mention(self, delivery: Delivery, reply: Reply) -> Reply:
         """Return a reply, if possible with a line about an answer not read yet."""
-        if not reply.content or delivery.is_repeat:
+        if reply.content in ("", WECHAT_AI) or delivery.is_repeat:
             return reply
         own_id = reply.part.turn_id if reply.part else None
         for turn_id, (number, question) in delivery.subscriber.to_mention.items():
             if turn_id == own_id or turn_id in self.turns:
                 continue
-            tap = continue_tap(number)
+            tap = continue_tap(self.texts.word_answer, number)
             line = self.texts.unread.format(question=excerpt(question), tap=tap)
             content = f"{reply.content}\n\n{line}"
             if sent_size(content) <= REPLY_BYTES:
                 return replace(reply, content=content, mentions=turn_id)
         return reply
 
+    def introduce(self, delivery: Delivery, reply: Reply) -> Reply:
+        """Return a reply in a conversation with the introduction, once it has room.
+
+        Nobody reads the privacy words twice, except after /forget.
+        """
+        source = delivery.source
+        talk = source[0] if isinstance(source, tuple) else delivery.session
+        if talk is None or delivery.subscriber.is_told or not reply.content:
+            return reply
+        texts = self.texts
+        one, two = tap_link(texts.word_example_1), tap_link(texts.word_example_2)
+        words = texts.introduction.format(assistant=talk.assistant, one=one, two=two)
+        content = f"{reply.content}\n\n{words}\n{self.tappable(texts.privacy)}"
+        is_free = delivery.is_kept and not delivery.is_repeat
+        if not is_free or sent_size(content) > REPLY_BYTES:
+            return reply
+        return replace(reply, content=content, introduces=True)
+
+    async def note_told(self, openid: str) -> None:
+        """Note that the privacy words were said to a subscriber outside the chat."""
+        self.subscriber(openid).is_told = True
+        await self.store.note(openid, told_at=time.time())
+
     def decide(self, delivery: Delivery) -> None:
         """Fix the reply of a message for all its requests, and start to store it."""
-        reply = self.mention(delivery, self.compose(delivery))
-        if not delivery.is_repeat:
+        reply = self.introduce(delivery, self.compose(delivery))
+        reply = self.mention(delivery, reply)
+        delivery.subscriber.is_told |= reply.introduces
+        if not delivery.is_repeat and reply.content != WECHAT_AI:
             reply = replace(reply, content=outgoing(reply.content))
         to_mention = delivery.subscriber.to_mention
         if reply.mentions:
@@ -5527,6 +5754,8 @@ class Bot:
         # 3. Decide once for all requests: all there is, or a word of patience. It is
         #    stored before it is sent, if that does not take too long.
         if delivery.reply is None:
+            await self.count_parts(delivery)
+        if delivery.reply is None:
             self.decide(delivery)
         if delivery.stored:
             left = over - wechat.margin / 2 - loop.time()
@@ -5580,15 +5809,30 @@ class Bot:
 
 
 def check_commands(config: Config) -> None:
-    """Raise ConfigError for an assistant named like a command, or a reply too long."""
+    """Raise ConfigError for names that mean two things, or a reply too long."""
     replies, names = config.replies, [*config.assistants, *COMMANDS]
-    for text in (replies.subscribe, replies.outside, *replies.keywords.values()):
+    notice = config.texts.model_notice  # /help has room for so much
+    require(
+        len(notice) <= 100, "replies.model_notice", notice, "at most 100 characters"
+    )
+    welcome = f"{replies.subscribe}\n\n{notice}"
+    for text in (welcome, replies.outside, *replies.keywords.values()):
         size = sent_size(with_taps(text, names))
         wanted = f"at most {REPLY_BYTES} bytes with taps"
         require(size <= REPLY_BYTES, "replies", f"{size} bytes", wanted)
     for name in config.assistants:
         is_free = folded(name) not in COMMANDS
         require(is_free, f"assistants.{name}", name, "a name that is no command's")
+    taken = {folded(word): "replies.keywords" for word in replies.keywords}
+    taken |= dict.fromkeys(tap_words(config.texts), "the words of taps")
+    for name, text in config.aliases.items():
+        where, key = f"aliases.{name}", folded(name)
+        require(key and not key.startswith("/"), where, name, "a short text without /")
+        accepted = f"a text that is not among {taken.get(key)} too"
+        require(key not in taken, where, name, accepted)
+        is_known = is_command(text, config.assistants)
+        require(is_known, where, text, "a command, or the name of an assistant after /")
+        taken[key] = "the aliases"
 
 
 # ---------------------------------------------------------------------------

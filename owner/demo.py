@@ -2,6 +2,7 @@
 
     python wxgpt.py demo
     printf '/chatgpt\n慢慢想 7 秒\n/history\n' | python wxgpt.py demo
+    python wxgpt.py demo --base-url http://127.0.0.1:11434/v1 --model qwen3 --key none
 
 The main thread reads lines. Everything else is one task on an event loop in a second
 thread: it opens the fake model, the server and the phone, and closes them in reverse
@@ -17,12 +18,14 @@ import argparse
 import asyncio
 import contextlib
 import functools
+import getpass
 import json
 import os
 import re
 import sys
 import tempfile
 import time
+import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Self
@@ -32,7 +35,7 @@ import aiohttp
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / name) for name in ("tests/sim", "tools")]
 
-from child import Child, ChildError, is_healthy, read_platform
+from child import Child, ChildError, is_healthy, read_platform, usual_port
 from fake_openai import FakeOpenAI, Script, fails, says
 from picture_host import PictureHost
 from terminal import DIM, Lines, Screen, talk
@@ -45,15 +48,19 @@ DELAY = re.compile(r"(\d+(?:\.\d+)?)\s*(?:秒|s)")
 OUTCOMES = {
     "answered": "已应答",
     "timeout": "超时",
-    "refused": "连不上",
+    "refused": "连不上：服务器没在运行",
     "reset": "断开",
 }
 
 INTRO = """\
-你关注了一个公众号，回答你的是{model}。微信每次请求只等 5 秒，一条消息最多请求 3 次。
-先发 /chatgpt 打开对话，再随便问。试试「慢慢想 7 秒」「慢慢想 20 秒」「写一篇长文」「失败」。
-回复里的 [1] 可以点：输入 1 就是点它。网页用本机的浏览器打开，或者发 /open 1 看它写完。
+你关注了一个公众号，回答你的是{model}。
+微信每次请求只等 5 秒，一条消息最多请求 3 次。先发 /chatgpt，再随便问。
+{hint}回复里的 [1] 可以点：输入 1 就是点它。网页在浏览器里打开，或者发 /open 1。
 /help 是公众号的用法，/demo 是这个演示自己的命令，/quit 离开。"""
+FAKE_HINT = "试试「慢慢想 7 秒」「慢慢想 20 秒」「写一篇长文」「失败」。\n"
+SSH_HINT = """
+网页在这台服务器上。要在自己的电脑上打开，就在那里先运行：
+  ssh -N -L {port}:127.0.0.1:{port} {user}@{host}"""
 HELP = """\
 问题 &      在后台发送，不等回复就能发下一句
 /wait       等后台的回复都到
@@ -61,11 +68,13 @@ HELP = """\
 /restart    kill -9 服务器再启动，回答到一半时也行
 /image FILE 发一张图片
 /follow     关注公众号　/unfollow 取消关注
-/quit       离开；演示启动的服务器和数据什么也不留下
+/quit       离开；演示启动的服务器和数据什么也不留下"""
+FAKE_HELP = """
 假模型：问题里写「7 秒」或「7s」就想 7 秒，写「长」答一篇长文，写「失败」出错"""
+PORT = 18080  # of the server, so that an `ssh -L` stays right the next time
 SHORT_ANSWER = """\
 关于「{question}」：{thought}我是演示用的假模型，只会说这一段。\
-设好环境变量 OPENAI_API_KEY 再运行，回答你的就是真模型。"""
+想和真模型聊，加上 --base-url、--model 和 --key 再运行。"""
 LONG_ANSWER = ROOT / "tests" / "sim" / "long_answer.md"
 
 
@@ -270,12 +279,12 @@ async def read_events(
 
 
 async def run_line(
-    line: str, phone: Phone, screen: Screen, server: Child | None
+    line: str, phone: Phone, screen: Screen, server: Child | None, is_fake: bool
 ) -> None:
     """Run a command of the demo, or send the line to the account."""
     match line.split():
         case ["/demo"]:
-            screen.bubble(HELP)
+            screen.bubble(HELP + (FAKE_HELP if is_fake else ""))
         case ["/wait"]:
             await phone.wait()
         case ["/follow"]:
@@ -309,31 +318,53 @@ async def restart(server: Child | None, screen: Screen) -> None:
 async def open_server(
     options: argparse.Namespace, stack: contextlib.AsyncExitStack
 ) -> Child:
-    """Start the server, and a fake model unless there is a key for a real one."""
-    base_url = ""
-    if not os.environ.get("OPENAI_API_KEY"):
+    """Start the server, and a fake model unless a real one is named."""
+    given = {"base_url": options.base_url, "model": options.model}
+    given["api_key"] = options.key
+    if options.base_url and not options.key and not os.environ.get("OPENAI_API_KEY"):
+        given["api_key"] = "none"  # many local servers want none, and we want one
+    if is_fake(options):
         answer = functools.partial(
             fake_answer, speed=options.speed, seconds=options.seconds
         )
-        base_url = (await stack.enter_async_context(FakeOpenAI(answer))).base_url
+        fake = await stack.enter_async_context(FakeOpenAI(answer))
+        given = {"base_url": fake.base_url, "api_key": "sk-demo", "model": "demo"}
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="wxgpt-demo-"))
-    server = Child(Path(folder), base_url, options.log, options.safe)
+    assistant = {name: value for name, value in given.items() if value}
+    port = usual_port(PORT)
+    server = Child(Path(folder), assistant, options.log, options.safe, port)
     stack.push_async_callback(server.stop)
     await server.start()
     return server
 
 
-def model_name(options: argparse.Namespace) -> str:
-    """Return how the introduction names the one who answers."""
+def is_fake(options: argparse.Namespace) -> bool:
+    """Say whether the fake model answers."""
+    is_named = options.config or options.base_url or options.key
+    return not (is_named or os.environ.get("OPENAI_API_KEY"))
+
+
+def introduction(options: argparse.Namespace) -> str:
+    """Return who answers, and what to try."""
+    name = "演示用的假模型" if is_fake(options) else f"真模型 {options.model or ''}"
     if options.config:
-        return f"按 {options.config} 运行着的服务器"
-    is_real = os.environ.get("OPENAI_API_KEY")
-    return "真模型（OPENAI_API_KEY）" if is_real else "演示用的假模型"
+        name = f"按 {options.config} 运行着的服务器"
+    hint = FAKE_HINT if is_fake(options) else ""
+    return INTRO.format(model=name.strip(), hint=hint)
+
+
+def ssh_hint(health: str) -> str:
+    """Return how the pages are opened from the other end of an ssh; '' without one."""
+    ends = os.environ.get("SSH_CONNECTION", "").split()  # client, port, server, port
+    if len(ends) != 4:
+        return ""
+    port, user = urllib.parse.urlsplit(health).port, getpass.getuser()
+    return SSH_HINT.format(port=port, user=user, host=ends[2]).strip("\n")
 
 
 async def run_demo(options: argparse.Namespace, screen: Screen, lines: Lines) -> None:
     """Open everything, run the typed lines until the last, close everything."""
-    screen.line(INTRO.format(model=model_name(options)))
+    screen.line(introduction(options))
     screen.status("  正在启动…")
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(screen.status)
@@ -341,12 +372,16 @@ async def run_demo(options: argparse.Namespace, screen: Screen, lines: Lines) ->
         health, platform = read_platform(server.config if server else options.config)
         if not await is_healthy(health):
             raise ChildError(f"no server answers at {health}")
+        if hint := ssh_hint(health):
+            screen.line(hint)
         phone = await stack.enter_async_context(Phone(platform, options.openid, screen))
         stack.callback(screen.status, "  正在收拾…")
         while (line := await lines.next()) not in (None, "/quit"):
-            await run_line(line, phone, screen, server)
+            await run_line(line, phone, screen, server, is_fake(options))
             if server:
                 server.check()
+                for reason in server.failures():
+                    screen.line(f"  （日志里的原因：{reason}）", DIM)
         await phone.finish()
 
 
@@ -359,6 +394,10 @@ def parse_options() -> argparse.Namespace:
     add(
         "--config", type=Path, metavar="FILE", help="ask the server that runs with FILE"
     )
+    add("--base-url", default="", metavar="URL", help="of a real model's chat API")
+    model = os.environ.get("OPENAI_MODEL", "")
+    add("--model", default=model, metavar="NAME", help="name of the real model")
+    add("--key", default="", help="its key; otherwise OPENAI_API_KEY counts")
     add("--openid", default="oDemo0friend0of0wxgpt0000000", help="who is chatting")
     add("--speed", type=float, default=60, help="fake model's tokens a second (60)")
     add("--seconds", type=float, default=1, help="seconds to its first token (1)")

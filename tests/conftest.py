@@ -97,6 +97,20 @@ def pytest_collection_modifyitems(
     items.sort(key=lambda item: not item.get_closest_marker("system"))
 
 
+TEXTS = wxgpt.read_texts({})
+
+
+def said(name: str) -> str:
+    """Return the longest piece of one of our texts that has nothing filled in."""
+    pieces = re.split(r"\{\w+\}|\n", getattr(TEXTS, name))
+    return max(pieces, key=len)
+
+
+def shown(name: str, **values: object) -> str:
+    """Return one of our texts as a phone shows it."""
+    return getattr(TEXTS, name).format(**values)
+
+
 def toml(table: dict[str, Any], name: str = "") -> str:
     """Return nested tables as TOML."""
     plain = {k: v for k, v in table.items() if not isinstance(v, dict)}
@@ -140,6 +154,7 @@ def settings(tmp_path: pathlib.Path, upstream: FakeOpenAI) -> dict[str, Any]:
         "assistants": {
             "chatgpt": {"base_url": upstream.base_url, "api_key": "sk-verySecret"}
         },
+        "replies": {"outside": ""},  # tests about the hint set it
         "database": {"path": str(tmp_path / "test.db")},
     }
 

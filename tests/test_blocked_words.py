@@ -115,13 +115,13 @@ async def test_a_question_with_a_blocked_word_is_refused(server, upstream, text)
 async def test_a_question_without_one_is_asked(server, upstream):
     """As it is written, though it may look like one."""
     for text in HARMLESS:
-        assert (await server.ask(text)).text != REFUSED
+        assert REFUSED not in (await server.ask(text)).text
     assert [asked.question for asked in upstream.requests] == HARMLESS
 
 
 async def test_a_blocked_word_behind_a_command_is_refused(server, upstream):
     """Opening with a question is asking it."""
-    assert (await server.ask("/chatgpt 坏词", BOB)).text == REFUSED
+    assert (await server.ask("/chatgpt 坏词", BOB)).text.startswith(REFUSED)
     assert upstream.requests == []
 
 
@@ -277,7 +277,7 @@ async def test_a_withheld_answer_is_not_context(server, upstream):
     """Neither its question nor what was sent of it goes to the model again."""
     upstream.will(says("有个坏词。"))
     await server.ask("说点什么")
-    await server.ask("换个话题")
+    await server.ask("说别的")
     assert "说点什么" not in str(upstream.requests[1].messages)
     assert "坏" not in str(upstream.requests[1].messages)
 
@@ -323,7 +323,7 @@ async def test_an_answer_after_a_kill_is_looked_through(spawn, words_file, upstr
     assert await server.wechat.attempt(push) is None
     await process.kill()
     await process.start()
-    assert (await server.wechat.deliver(push)).text == WITHHELD
+    assert (await server.wechat.deliver(push)).text.startswith(WITHHELD)
     gate.set()
 
 
@@ -391,7 +391,7 @@ async def test_a_list_from_windows_is_read(serve, words_file):
     words_file.write_bytes("\ufeff坏词\r\n新词\r\n".encode())
     server = await serve(limits={"blocked_words": str(words_file)})
     for text in ("坏词", "新词"):
-        assert (await server.ask(f"/chatgpt {text}")).text == REFUSED
+        assert (await server.ask(f"/chatgpt {text}")).text.startswith(REFUSED)
 
 
 @pytest.mark.parametrize("name", ["nowhere.txt", "."])

@@ -18,7 +18,7 @@ import time
 
 import pytest
 
-from conftest import ANN, BOB, ROOT
+from conftest import ANN, BOB, ROOT, TEXTS, said
 from fake_openai import Script
 
 try:
@@ -350,8 +350,8 @@ async def test_a_failed_answer_says_so_and_how_to_ask_again(
     await expect(page.locator(".asking")).to_contain_text("正在想")
     gate.set()
     failed = page.locator(".failed")
-    await expect(failed).to_contain_text("模型服务需要管理员处理一下")
-    await expect(failed).to_contain_text("回到公众号点「重试」，或再发一次问题。")
+    await expect(failed).to_contain_text(said("failed_setup"))
+    await expect(failed).to_contain_text(TEXTS.page_retry)
     await expect(page.locator(".answer, .asking, .failed a")).to_have_count(0)
 
 
@@ -363,7 +363,7 @@ async def test_an_answer_that_broke_off_keeps_what_was_written(
     page = await browse.open(await page_of(server, upstream, broken))
     await expect(page.locator(".live")).to_contain_text("一半")
     gate.set()
-    await expect(page.locator(".failed")).to_contain_text("回答中断了")
+    await expect(page.locator(".failed")).to_contain_text(said("failed_broken"))
     await expect(page.locator(".answer strong").first).to_have_text("一半")
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import wxgpt
-from conftest import ANN, with_session
+from conftest import ANN, TEXTS, said, shown, with_session
 from fake_openai import Script, Thought, fails
 from waiting import within
 
@@ -180,7 +180,7 @@ async def test_an_answer_at_its_length_limit_says_so(server, upstream):
     """The text counts, with a word that it was cut."""
     upstream.will(Script("写到这里", finish="length"))
     seen = await server.ask("甲问")
-    assert seen.text.startswith("写到这里") and "长度上限" in seen.text
+    assert seen.text.startswith("写到这里") and said("cut_short") in seen.text
     await server.ask("乙问")
     assert upstream.requests[1].messages[2]["content"] == "写到这里"
 
@@ -232,8 +232,10 @@ def assert_plain_words(seen, upstream):
 
 
 async def ask_all(server, upstream, texts):
-    """Let a subscriber for each name ask their question, all at once."""
+    """Let a subscriber for each name ask, all at once; none is new to the account."""
     server.wechat.attempt_timeout = PATIENT["attempt_timeout"]
+    for name in texts:
+        await server.bot.note_told(f"oSubscriber{name}")
     asking = [server.ask(text, f"oSubscriber{name}") for name, text in texts.items()]
     answered = await within(60, "answers to all", asyncio.gather(*asking))
     seen = dict(zip(texts, answered))
@@ -257,15 +259,15 @@ async def test_what_may_pass_is_asked_again(serve, upstream):
 
 
 async def test_what_does_not_pass_is_told_in_plain_words(serve, upstream):
-    """Asked twice again in vain, it ends in a sentence, with what came and a tap 重试."""
+    """Asked twice again in vain, it ends in a sentence, what came and a tap to retry."""
     server = await serve(wechat=PATIENT)
     for name, script in BROKEN.items():
         upstream.will(script, script, script, when=f"{name}？")
     seen, calls = await ask_all(server, upstream, opening(BROKEN))
     taps = {name: [tap.label for tap in one.taps] for name, one in seen.items()}
-    assert taps == dict.fromkeys(BROKEN, ["重试"])
+    assert taps == dict.fromkeys(BROKEN, [TEXTS.word_retry])
     assert calls == dict.fromkeys(BROKEN, 3)
-    assert seen["cut"].text.startswith(f"写了一半{LABEL}\n\n回答中断了")
+    assert seen["cut"].text.startswith(f"写了一半{LABEL}\n\n{said('failed_broken')}")
     for one in seen.values():
         assert_plain_words(one, upstream)
 
@@ -297,7 +299,7 @@ async def test_an_unreachable_api_is_told_in_plain_words(serve, upstream):
     server = await serve(assistants=away, wechat=PATIENT)
     seen = (await ask_all(server, upstream, opening(["行吗"])))[0]["行吗"]
     assert_plain_words(seen, upstream)
-    assert seen.text.startswith("暂时连不上模型")
+    assert said("failed_unreachable") in seen.text
 
 
 async def test_a_model_that_takes_too_long_is_given_up(serve, upstream):
@@ -309,7 +311,11 @@ async def test_a_model_that_takes_too_long_is_given_up(serve, upstream):
         upstream.will(script, script, script, when=f"{name}？")
     seen, _ = await ask_all(server, upstream, {n: f"/{n} {n}？" for n in SLOW})
     assert {asked.outcome for asked in upstream.requests} == {"cut by client"}
-    assert seen["无声"].text == seen["只有头"].text == "模型太久没有回应。重试"
+    assert (
+        seen["无声"].text
+        == seen["只有头"].text
+        == shown("failed_slow", tap=TEXTS.word_retry)
+    )
     for one in seen.values():
         assert_plain_words(one, upstream)
 
@@ -319,7 +325,7 @@ async def test_what_was_written_when_the_time_was_up_is_shown(serve, upstream):
     server = await serve(assistants={"chatgpt": {"timeout": 0.5}}, wechat=PATIENT)
     upstream.will(*[SLOW["没完"][1]] * 3)
     seen = (await ask_all(server, upstream, opening(["说吧"])))[0]["说吧"]
-    assert seen.text.startswith("说说说") and "回答中断了" in seen.text
+    assert seen.text.startswith("说说说") and said("failed_broken") in seen.text
 
 
 async def test_a_model_that_thinks_aloud_is_waited_for(serve, upstream):

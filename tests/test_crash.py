@@ -156,7 +156,7 @@ async def asks_several(round, openid):
 async def reads_a_long_one(round, openid):
     """Ask for a long answer and tap for all of its parts."""
     seen = await round.ask(openid, "长", "/chatgpt ")
-    while seen.taps:
+    while seen.taps and seen.taps[0].content.startswith("继续"):
         seen = await round.send(openid, seen.taps[0].content)
 
 

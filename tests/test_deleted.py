@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from conftest import ANN, LONG
+from conftest import ANN, LONG, shown
 from fake_openai import Script, says
 from waiting import within
 
@@ -54,10 +54,10 @@ async def test_a_numbered_part_is_not_found(server, first, delete_after):
     """继续N says that it may be deleted, as of one that was never there."""
     delete_after("part")
     seen = await server.wechat.tap(ANN, first.taps[0])
-    assert seen.text == "没有找到「继续1」，它可能已被删除。"
+    assert seen.text == shown("no_part")
 
 
-@pytest.mark.parametrize("method", ["oldest_unsent", "unsent_part"])
+@pytest.mark.parametrize("method", ["next_unsent", "unsent_part"])
 async def test_bare_continue_finds_nothing(server, first, delete_after, method):
     """继续 outside a session is left alone, as when nothing is unsent."""
     await server.ask("/stop")
@@ -67,7 +67,7 @@ async def test_bare_continue_finds_nothing(server, first, delete_after, method):
 
 async def test_bare_continue_is_a_question_in_a_session(server, first, delete_after):
     """继续 goes to the model, as when nothing is unsent."""
-    delete_after("oldest_unsent")
+    delete_after("next_unsent")
     assert (await server.ask("继续")).text.startswith("你好！关于「继续」")
 
 

@@ -6,7 +6,7 @@ import sqlite3
 
 import pytest
 
-from conftest import ANN, LONG, UNIT, with_session
+from conftest import ANN, LONG, TEXTS, UNIT, with_session
 from fake_openai import Script, says
 from waiting import limit
 
@@ -67,7 +67,7 @@ async def test_by_the_page(server, upstream, delivered):
 async def test_not_at_all_when_it_failed(server, upstream, delivered):
     """A sentence about the failure is no answer."""
     upstream.will(Script([], status=401))
-    assert "重试" in (await server.ask("会失败的")).text
+    assert TEXTS.word_retry in (await server.ask("会失败的")).text
     await delivered(None)
 
 

@@ -14,6 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from child import free_port, usual_port
+from fake_openai import FakeOpenAI
+from terminal import columns
+
 ROOT = Path(__file__).parents[1]
 SECONDS = 50.0  # more than any of these takes; the demo's attempts are of real length
 AGAIN_SECONDS = 5.0  # until a person presses Ctrl-C again
@@ -184,10 +188,53 @@ async def test_a_number_taps_and_the_page_is_seen_to_its_end(start: Start):
     demo = await start("--speed", "5000", "--seconds", "0.1")
     said = await talk(demo, "/chatgpt", "失败", "1", "写一篇长文")
     failed, retried, long = said.split("> ")[2:]
-    assert "  | 模型这会儿太忙。重试 [1]\n" in failed
-    assert "（点「重试」）" in retried and "重试 [1]\n" in retried
-    assert re.search(r"还有下文：继续\d+ \[1\]｜网页看全文 \[网页 1\]", long)
+    assert "  | AI 这会儿太忙。再试一次 [1]\n" in failed
+    assert "（日志里的原因：busy: status 500" in failed
+    assert "（点「再试一次」）" in retried and "再试一次 [1]\n" in retried
+    assert re.search(r"👉 接着看 \[1\]　在网页里看 \[网页 1\]", long)
     assert re.search(r"网页 1 · 结束：done · \d+ 字 · …\S*比它聪明。\n$", long)
+
+
+async def test_a_real_model_is_asked_and_nothing_speaks_of_the_fake(
+    start: Start, upstream: FakeOpenAI
+):
+    """With its address, name and key."""
+    real = ("--base-url", upstream.base_url, "--model", "m-1", "--key", "sk-1")
+    said = await talk(await start(*real), "/chatgpt 你好", "/demo")
+    assert "真模型 m-1" in said and "关于「你好」" in said
+    assert [word for word in ("假模型", "慢慢想") if word in said] == []
+    [asked] = upstream.requests
+    assert asked.body["model"] == "m-1"
+    assert asked.headers["Authorization"] == "Bearer sk-1"
+
+
+async def test_a_model_that_cannot_be_reached_is_told_with_the_reason(start: Start):
+    """The account's words, and below them the log's."""
+    demo = await start("--base-url", f"http://127.0.0.1:{free_port()}/v1")
+    said = await talk(demo, "/chatgpt 你好")
+    assert "| 暂时连不上 AI" in said and "（日志里的原因：unreachable" in said
+
+
+async def test_over_ssh_it_says_how_to_open_the_pages(start: Start, monkeypatch):
+    """By a tunnel to the very port that its links name."""
+    monkeypatch.setenv("SSH_CONNECTION", "198.51.100.2 50000 203.0.113.7 22")
+    said = await talk(await start("--seconds", "0.1"), "/chatgpt", "/history")
+    tunnel = re.search(r"ssh -N -L (\d+):127\.0\.0\.1:(\d+) \S+@203\.0\.113\.7", said)
+    link = re.search(r"http://127\.0\.0\.1:(\d+)/h/", said)
+    assert tunnel and link and tunnel[1] == tunnel[2] == link[1]
+
+
+def test_the_usual_port_is_taken_unless_somebody_has_it():
+    """A second demo gets another one."""
+    port = free_port()
+    assert usual_port(port) == port and usual_port(port) != port
+
+
+async def test_a_narrow_terminal_breaks_lines_between_words(terminal):
+    """A Chinese character takes two columns; nothing is left to the terminal."""
+    demo = await terminal(COLUMNS="40")
+    first = (await demo.shows("> ")).replace("\r\x1b[K", "")
+    assert max(map(columns, first.split("\n"))) <= 40
 
 
 async def test_a_killed_server_is_back_before_the_next_attempt(start: Start):
@@ -220,10 +267,11 @@ async def test_it_can_be_interrupted_at_any_moment(terminal, tmp_path: Path, mom
 
 
 async def test_a_terminal_shows_one_line_that_ticks(terminal):
-    """The attempt's seconds change in place; four lines say what this is."""
+    """The attempt's seconds change in place; five lines that fit say what this is."""
     demo = await terminal()
     first = await demo.shows("> ")
-    assert first.split("正在启动")[0].count("\n") == 4
+    lines = first.split("正在启动")[0].replace("\r\x1b[K", "").split("\n")
+    assert len(lines) == 6 and max(map(columns, lines)) <= 80
     demo.types("/chatgpt 想 1 秒\n")
     ticking = await demo.shows("已应答")
     assert len(re.findall(r"\r\x1b\[K\S*  第 1 次请求 · \d\.\d 秒", ticking)) > 5

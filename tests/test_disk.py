@@ -19,7 +19,7 @@ from unittest.mock import Mock
 import pytest
 
 import conftest
-from conftest import ANN, BOB, LONG, Process, rows, run_command, toml
+from conftest import ANN, BOB, LONG, Process, rows, run_command, said, shown, toml
 from fake_openai import Script, says
 from waiting import limit, within
 
@@ -315,7 +315,7 @@ async def test_what_broke_off_is_read_until_its_end_is_stored(
 # Deletions that the database cannot do at once
 
 
-NOTED, GONE = "记下了，你的记录会全部删除。", "已全部删除。"
+NOTED, GONE = said("forget_noted"), shown("forgotten", tap="/chatgpt")
 
 
 def holds(database, *words: str) -> list[str]:
@@ -516,7 +516,7 @@ async def test_where_no_lock_can_be_had_it_serves_with_a_warning(
     error = OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
     monkeypatch.setattr(fcntl, "flock", Mock(side_effect=error))
     server = await serve()
-    assert (await server.ask("/chatgpt")).text.startswith("你好，我是")
+    assert said("greeting") in (await server.ask("/chatgpt")).text
     assert len([line for line in caplog.messages if "no lock" in line]) == 1
 
 

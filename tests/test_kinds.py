@@ -10,11 +10,15 @@ import time
 import pytest
 
 import wxgpt
-from conftest import ANN, BOB, with_session
+from conftest import ANN, BOB, TEXTS, said, shown, with_session
 from fake_openai import Script
 from wechat import WeChat
 
-POLITE = "现在只看得懂文字和图片，请打字告诉我。"
+POLITE = TEXTS.unsupported
+KEPT = {  # what has words is kept for a question
+    "link": shown("words_kept", tap=TEXTS.word_article),
+    "location": shown("words_kept", tap=TEXTS.word_place),
+}
 STICKERS = ["【收到不支持的消息类型，暂无法显示】", "[Unsupported Message]"]
 VOICE = {"MediaId": "id_8k", "Format": "amr", "MediaId16K": "id_16k"}
 KINDS = {
@@ -115,7 +119,7 @@ async def test_other_kinds_in_a_session_bring_a_polite_word(server, upstream, ca
     seen = {kind: await server.wechat.deliver(push) for kind, push in pushes.items()}
     lines = {kind: line_of(caplog, push) for kind, push in pushes.items()}
     texts = {kind: one.text for kind, one in seen.items()}
-    assert texts == dict.fromkeys(KINDS, POLITE)
+    assert texts == dict.fromkeys(KINDS, POLITE) | KEPT
     assert lines == dict.fromkeys(KINDS, "replied")
     assert upstream.requests == []
 
@@ -174,7 +178,7 @@ async def test_a_sticker_is_not_offered_to_be_asked(server, database):
     await server.ask("/chatgpt 你好")
     database("UPDATE session SET last_at = last_at - 301")
     assert await texts_to(server, [*STICKERS, ""]) == [None] * 3
-    assert (await server.ask("再见")).text.startswith("会话已结束。点 接着问")
+    assert said("session_lapsed") in (await server.ask("再见")).text
 
 
 async def test_a_sentence_about_stickers_is_a_question(server, upstream):
@@ -235,7 +239,7 @@ async def test_following_brings_a_welcome_with_taps(server, caplog):
     push = server.wechat.event(ANN, "subscribe")
     seen = await server.wechat.deliver(push)
     assert [tap.content for tap in seen.taps] == ["/chatgpt", "/help"]
-    assert "直接发消息" in (await server.wechat.tap(ANN, seen.taps[0])).text
+    assert said("introduction") in (await server.wechat.tap(ANN, seen.taps[0])).text
     assert line_of(caplog, push) == "replied"
 
 
@@ -324,7 +328,7 @@ async def test_two_events_that_differ_in_one_field_are_two(server, caplog, store
     for push in events_that_differ():
         assert (await server.wechat.post(push)).status == 200
     assert stored().count('INSERT INTO "reply"') == len(OTHERS) - 1
-    assert caplog.text.count("msg=scan from=") == 1
+    assert caplog.text.count(f"msg=scan from={ANN[:8]} attempt=1") == 1
 
 
 async def test_copies_of_an_event_at_once_are_one(server, stored):
@@ -341,14 +345,15 @@ async def test_a_job_id_is_no_message_id(server, caplog):
             ANN, "MASSSENDJOBFINISH", create_time=created, MsgID=1000001625
         )
         await server.wechat.post(push)
-    assert caplog.text.count("msg=masssendjobfinish from=") == 2
+    assert caplog.text.count("left alone: no event of its kind is answered") == 2
 
 
 # Auto-replies outside a session
 
 REPLIES = {
     "outside": "发 /chatgpt 开始",
-    "keywords": {"营业时间": "九点到五点", "帮助": "发 /help", "/chatgpt价格": "免费"},
+    "outside_hours": 0,
+    "keywords": {"营业时间": "九点到五点", "说明": "发 /help", "/chatgpt价格": "免费"},
 }
 
 
@@ -386,7 +391,7 @@ async def test_a_text_that_only_contains_a_keyword_is_none(serve):
 async def test_a_reply_to_a_keyword_has_taps(serve):
     """Commands in it can be tapped."""
     server = await serve(replies=REPLIES)
-    assert [tap.content for tap in (await server.ask("帮助")).taps] == ["/help"]
+    assert [tap.content for tap in (await server.ask("说明")).taps] == ["/help"]
 
 
 async def test_a_keyword_in_a_session_is_a_question(serve, upstream):
@@ -419,7 +424,7 @@ async def test_auto_open_leaves_commands_and_events_alone(serve, upstream):
     """/help is help, an event is an event."""
     server = await serve(session={"auto_open": True})
     assert "聊天记录" in (await server.ask("/help")).text
-    assert "现在没有对话" in (await server.ask("/stop")).text
+    assert said("no_session") in (await server.ask("/stop")).text
     await server.wechat.post(server.wechat.event(ANN, "CLICK", "key"))
     assert upstream.requests == []
 

@@ -12,7 +12,7 @@ import sqlite3
 import pytest
 
 import wxgpt
-from conftest import ANN, BOB, UNIT
+from conftest import ANN, BOB, UNIT, said
 from fake_openai import Script, says
 from waiting import limit
 
@@ -184,8 +184,8 @@ async def test_forgetting_does_not_bring_new_questions(open_for, upstream, datab
     server = await open_for(ANN, questions_per_day=1)
     await server.ask("一")
     await server.ask("/forget")
-    assert (await server.ask("确认删除")).text == "已全部删除。"
-    assert (await server.ask("/chatgpt 二")).text == DAY_OVER.format(1)
+    assert said("forgotten") in (await server.ask("确认删除")).text
+    assert (await server.ask("/chatgpt 二")).text.startswith(DAY_OVER.format(1))
     assert ANN not in str(database("SELECT * FROM quota"))
 
 
@@ -195,7 +195,7 @@ async def test_following_anew_does_not_bring_new_questions(open_for, upstream):
     await server.ask("一")
     await server.wechat.post(server.wechat.event(ANN, "unsubscribe"))
     await server.wechat.post(server.wechat.event(ANN, "subscribe"))
-    assert (await server.ask("/chatgpt 二")).text == DAY_OVER.format(1)
+    assert (await server.ask("/chatgpt 二")).text.startswith(DAY_OVER.format(1))
 
 
 async def test_the_words_of_a_limit_are_the_owners(serve):
@@ -380,11 +380,11 @@ async def test_each_assistant_has_its_own_timeouts(serve, upstream):
     upstream.will(*[Script([gate, "好。"])] * 9)
     patient = asyncio.create_task(server.ask("/chatgpt 慢问题", BOB))
     seen = await server.ask("/hasty 慢问题")
-    while seen.text.startswith("还在想"):
+    while said("thinking") in seen.text:
         seen = await server.wechat.tap(ANN, seen.taps[0])
-    assert seen.text.startswith("模型太久没有回应。")
+    assert said("failed_slow") in seen.text
     gate.set()
-    assert (await patient).text[:2] in ("好。", "还在")
+    assert (await patient).text[:2] in ("好。", "「慢")
 
 
 @pytest.mark.parametrize(
@@ -403,7 +403,7 @@ async def test_help_lists_the_assistants_as_taps(three):
     names = ["/chatgpt", "/豆包", "/gpt4"]
     assert [tap.content for tap in seen.taps][:3] == names
     opened = await three.wechat.tap(ANN, seen.taps[1])
-    assert opened.text.startswith("你好，我是 豆包")
+    assert said("greeting") in opened.text and "豆包" in opened.text
 
 
 async def test_opening_another_assistant_ends_the_session(three, upstream):
@@ -425,7 +425,7 @@ async def test_what_is_queued_at_the_old_assistant_is_not_asked(three, upstream)
     queued = three.wechat.text(ANN, "乙问题")
     assert await three.wechat.attempt(queued, UNIT / 2) is None
     await three.ask("/豆包")
-    assert (await three.wechat.attempt(queued)).text.startswith("会话已结束")
+    assert said("session_ended") in (await three.wechat.attempt(queued)).text
     gate.set()
     assert (await first).text.startswith("好。")
     assert upstream.asked("乙问题") == []
@@ -447,6 +447,7 @@ AGE = (
     " ended_at = ended_at - 345600",
     "UPDATE reply SET created = created - 345600",
     "UPDATE part SET offered_at = offered_at - 345600",
+    "UPDATE subscriber SET told_at = told_at - 345600, hinted_at = hinted_at - 345600",
 )
 
 
@@ -549,4 +550,4 @@ async def test_a_link_to_a_deleted_answer_is_unknown(
     await restart_aged(server, process, database)
     assert (await server.get(seen.links[0][1]))[0] == 404
     tapped = await server.wechat.tap(ANN, seen.taps[0])
-    assert tapped.text.startswith("没有找到「继续1」")
+    assert said("no_part") in tapped.text

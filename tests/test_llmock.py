@@ -101,7 +101,7 @@ async def test_a_quota_is_waited_for(serve, llmock):
     llmock.reply(ANSWER, times=None).limits(rpm=60)
     asked = [server.wechat.send(f"o{number}", "/chatgpt 问") for number in range(61)]
     seen = await asyncio.gather(*asked)
-    assert {one.text for one in seen} == {ANSWER + LABEL}
+    assert all(one.text.startswith(ANSWER + LABEL) for one in seen)
     assert await verdict(llmock) == []
     assert len(llmock.requests) <= 64
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from conftest import ANN, BOB, with_session
+from conftest import ANN, BOB, said, with_session
 from fake_openai import Script
 
 KINDS = ["answer", "pending", "history", "expired", "missing", "missing history"]
@@ -311,7 +311,7 @@ async def test_a_broken_answer_says_so(server, upstream):
     gate.set()
     await server.get(link + "/events")
     _, page = await server.get(link)
-    assert "写了一半。" in page and "回答中断了" in page
+    assert "写了一半。" in page and said("failed_broken") in page
 
 
 # The event stream

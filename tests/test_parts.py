@@ -2,7 +2,7 @@
 
 import asyncio
 
-from conftest import ANN, BOB, LONG, SENTENCE, UNIT, with_session
+from conftest import ANN, BOB, LONG, SENTENCE, TEXTS, UNIT, said, shown, with_session
 from fake_openai import Script, fails, says
 from waiting import within
 
@@ -29,7 +29,8 @@ async def test_every_part_ends_with_the_label_before_tap_and_page(server, upstre
     """The label closes the model's text; then the tap, then the web link."""
     upstream.will(says(LONG))
     seen = await server.ask("写长文")
-    assert "\n（AI 生成）\n\n还有下文：继续1｜网页看全文" in seen.text
+    more = shown("writing", tap=TEXTS.word_writing, page=TEXTS.word_page)
+    assert seen.text.endswith(f"\n（AI 生成）\n\n{more}")
     assert seen.links[0][1].startswith("http://wx.example.com/a/")
 
 
@@ -62,7 +63,7 @@ async def test_a_tap_whose_part_is_never_written_in_time_brings_patience(
     upstream.will(Script([gate, "好了。"]))
     first = await server.ask("慢慢来")
     second = await server.wechat.tap(ANN, first.taps[0])
-    assert second.text.startswith("还在想「慢慢来」")
+    assert said("thinking") in second.text
     assert second.taps == first.taps
     gate.set()
     third = await server.wechat.tap(ANN, second.taps[0])
@@ -91,11 +92,11 @@ async def test_somebody_elses_number_brings_nothing_of_theirs(server, upstream):
     upstream.will(says(LONG))
     seen = await server.ask("写长文")
     other = await server.wechat.tap(BOB, seen.taps[0])
-    assert other.text == "没有找到「继续1」，它可能已被删除。"
+    assert other.text == shown("no_part")
     assert len(upstream.requests) == 1
 
 
-async def test_bare_continue_brings_the_oldest_unsent_part(server, upstream):
+async def test_bare_continue_brings_the_next_part(server, upstream):
     """继续 without a number goes on where the last reply stopped."""
     upstream.will(says(LONG))
     first = await server.ask("写长文")
@@ -149,11 +150,11 @@ async def test_a_fence_that_is_open_at_a_cut_goes_on(server, upstream):
 
 
 async def test_a_complete_answer_with_a_table_offers_its_page(server, upstream):
-    """看排版 leads to where the table is a table."""
+    """The link leads to where the table is a table."""
     upstream.will(says("| 甲 | 乙 |\n|---|---|\n| 1 | 2 |\n"))
     seen = await server.ask("列个表")
-    assert seen.text == "甲｜乙\n1｜2\n（AI 生成）\n看排版"
-    assert seen.links[0][0] == "看排版"
+    assert seen.text == f"甲｜乙\n1｜2\n（AI 生成）\n{TEXTS.word_page}"
+    assert seen.links[0][0] == TEXTS.word_page
 
 
 async def test_an_unread_answer_is_named_once(server, upstream):
@@ -164,7 +165,8 @@ async def test_an_unread_answer_is_named_once(server, upstream):
     gate.set()
     await upstream.requests[0].wait_over()
     seen = await server.ask("第二个问题")
-    assert seen.text.endswith("「宇宙的答案」有结果了：继续1")
+    assert seen.taps[-1].content == "继续1"
+    assert seen.text.endswith(shown("unread", question="宇宙的答案", tap="看回答"))
     assert "宇宙" not in (await server.ask("第三个问题")).text
     assert (await server.wechat.tap(ANN, seen.taps[-1])).text.startswith("四十二。")
 
@@ -185,7 +187,7 @@ async def test_retry_asks_the_same_question_again(server, upstream):
     """The tap under a failure repeats the question, the failed answer left out."""
     upstream.will(fails(401))
     failed = await server.ask("会失败的问题")
-    assert failed.taps[-1].label == "重试"
+    assert failed.taps[-1].label == TEXTS.word_retry
     upstream.will(says("这次好了。"))
     seen = await server.wechat.tap(ANN, failed.taps[-1])
     assert seen.text.startswith("这次好了。")
@@ -208,7 +210,7 @@ async def test_somebody_elses_question_cannot_be_retried(server, upstream):
     upstream.will(fails(401))
     failed = await server.ask("安的问题")
     seen = await server.wechat.tap(BOB, failed.taps[-1])
-    assert seen.text == "没有找到要重试的问题。"
+    assert seen.text == TEXTS.no_retry
     assert len(upstream.requests) == 1
 
 
@@ -216,7 +218,7 @@ async def test_an_answer_that_ended_well_is_not_retried(server, upstream, databa
     """重试 with the id of a good answer asks nothing again."""
     await server.ask("好问题")
     [(number,)] = database("SELECT id FROM turn")
-    assert (await server.ask(f"重试{number}")).text == "没有找到要重试的问题。"
+    assert (await server.ask(f"重试{number}")).text == TEXTS.no_retry
     assert len(upstream.requests) == 1
 
 
@@ -255,7 +257,7 @@ async def test_a_queued_question_is_not_asked_after_stop(server, upstream):
     second = asyncio.create_task(server.ask("第二个"))
     await asyncio.sleep(UNIT / 4)
     await server.ask("/stop")
-    assert (await second).text.startswith("会话已结束")
+    assert said("session_ended") in (await second).text
     gate.set()
     assert (await first).text.startswith("好。")
     assert len(upstream.requests) == 1
@@ -268,7 +270,7 @@ async def test_a_session_with_a_queued_question_does_not_run_out(serve, upstream
     upstream.will(Script([gate, "第一个好了。"]))
     await server.ask("第一个")
     queued = await server.ask("第二个")
-    assert queued.text.startswith("「第二个」排在前一个问题后面")
+    assert said("queued") in queued.text
     gate.set()
     await upstream.arrival("第二个")
     assert "第一个好了。" in str(upstream.requests[-1].messages)
@@ -300,9 +302,9 @@ async def test_forget_deletes_after_a_tap(server, upstream):
     await server.ask("记住这件事")
     link = (await server.ask("/history")).links[0][1]
     seen = await server.ask("/forget")
-    assert (await server.wechat.tap(ANN, seen.taps[0])).text == "已全部删除。"
+    assert said("forgotten") in (await server.wechat.tap(ANN, seen.taps[0])).text
     assert (await server.get(link))[0] == 404
-    assert (await server.ask("继续1")).text.startswith("没有找到")
+    assert said("no_part") in (await server.ask("继续1")).text
     assert (await server.ask("还在吗")).text is None
 
 
@@ -338,9 +340,9 @@ async def test_continue_after_patience_brings_the_failure(serve, upstream):
     """An answer that failed after the word of patience is told by 继续, without a call."""
     server = await with_session(serve, assistants={"chatgpt": {"timeout": UNIT * 4}})
     upstream.will(Script([asyncio.Event()]))
-    assert (await server.ask("慢问题")).text.startswith("还在想")
+    assert said("thinking") in (await server.ask("慢问题")).text
     await upstream.requests[0].wait_over()
-    assert (await server.ask("继续")).text.startswith("模型太久没有回应。")
+    assert said("failed_slow") in (await server.ask("继续")).text
     assert len(upstream.requests) == 1
 
 

@@ -11,7 +11,7 @@ import pytest
 from aiohttp import ClientSession, web
 
 import wxgpt
-from conftest import ANN, BOB, UNIT, with_session
+from conftest import ANN, BOB, TEXTS, UNIT, said, shown, with_session
 from fake_openai import Script, fails, says
 from waiting import within
 from wechat import FAULT
@@ -23,7 +23,7 @@ MAGIC = {
     "image/webp": b"RIFF\x10\x00\x00\x00WEBP",
 }
 PNG = MAGIC["image/png"] + b"a picture"
-NOT_FETCHED = "图片没能取到，请重新发一次图再问。重试"
+NOT_FETCHED = shown("failed_picture", tap=TEXTS.word_retry)
 BLIND = "Invalid content type. image_url is only supported by certain models."
 
 
@@ -418,7 +418,7 @@ async def test_waiting_for_others_is_not_counted_as_hanging(
     monkeypatch.setattr(wxgpt, "PICTURE_TIMEOUT", UNIT * 5)
     for number in range(4):
         await send(server, host.url(f"held{number}"))
-    assert (await server.ask("这是什么？")).text.startswith("还在想")
+    assert said("thinking") in (await server.ask("这是什么？")).text
     host.gate.set()
     assert len(pictures_of(await upstream.arrival())) == 4
 
@@ -469,7 +469,7 @@ async def test_a_model_that_cannot_see_says_so(server, upstream, host, caplog):
     await send(server, host.url("png"))
     upstream.will(fails(400, message=BLIND))
     seen = await server.ask("这是什么？")
-    assert seen.text.startswith("这个模型看不懂图片，请用文字描述一下。")
+    assert said("failed_blind") in seen.text
     assert "failed: blind" in caplog.text and BLIND not in caplog.text
     assert len(upstream.requests) == 1
 

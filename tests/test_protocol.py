@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 import pytest
 
 import wxgpt
-from conftest import ANN, BOB, TOKEN, platform
+from conftest import ANN, BOB, TOKEN, platform, said
 from fake_openai import Script
 from wechat import ACCOUNT, sign
 
@@ -121,7 +121,7 @@ async def test_tencents_example_of_a_push_is_taken(serve, at):
     async with server.open(
         server.wechat.url, "POST", params=query, data=body
     ) as response:
-        assert response.status == 200 and "直接发消息" in await response.text()
+        assert response.status == 200 and said("introduction") in await response.text()
 
 
 NOT_SIGNED = [
@@ -375,7 +375,7 @@ async def test_types_and_events_are_known_in_any_case(server):
     opened = await server.wechat.deliver(
         server.wechat.raw(ANN, "TEXT", Content="/chatgpt")
     )
-    assert "直接发消息" in opened.text
+    assert said("introduction") in opened.text
     welcome = await server.wechat.deliver(server.wechat.event(BOB, "SUBSCRIBE"))
     assert "/chatgpt" in welcome.text
 

@@ -246,7 +246,7 @@ async def test_an_export_tells_how_answers_ended(server, upstream):
     await server.ask("没完的")
     _, text = await export(server)
     hold.set()
-    assert "> 没成的\n\n*模型服务需要管理员处理一下" in text
+    assert "> 没成的\n\n*AI 暂时用不了" in text
     assert re.search(rf"x = 1\n+```\n\n{LABEL}\n", text)
     assert "*回答中断了。" in text and "*正在写…*" in text
 

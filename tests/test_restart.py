@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from conftest import ANN, LONG, UNIT
+from conftest import ANN, LONG, TEXTS, UNIT, said
 from fake_openai import Script, says
 
 
@@ -54,7 +54,7 @@ async def test_an_answer_written_anew_says_so(spawn, upstream):
     await crash(process)
     await upstream.arrival("写长文", 2)
     second = await server.wechat.tap(ANN, first.taps[0])
-    assert second.text.startswith("（上次没能写完，这是重新写的回答）\n新写的，很短。")
+    assert second.text.startswith(f"{TEXTS.anew}\n新写的，很短。")
 
 
 async def test_a_finished_question_is_never_asked_again(spawn, upstream):
@@ -79,7 +79,7 @@ async def test_a_question_that_kills_is_given_up(spawn, upstream):
         await upstream.arrival("致命", count)
     await crash(process)
     seen = await server.wechat.attempt(push, 10)
-    assert seen.text.startswith("服务器中途重启，这个问题没能答完。")
+    assert said("failed_given_up") in seen.text
     assert len(upstream.asked("致命")) == 3
 
 

@@ -19,6 +19,7 @@ from conftest import (
     TOKEN,
     merged,
     platform,
+    said,
     write_settings,
 )
 from fake_openai import Script, says
@@ -45,7 +46,7 @@ def test_the_unit_is_well_hardened():
 async def test_a_started_unit_answers_a_push(start):
     """When `systemctl start` returns, the server serves, as nobody in particular."""
     server, unit = await start()
-    assert (await server.ask("/chatgpt")).text.startswith("你好，我是 chatgpt")
+    assert said("greeting") in (await server.ask("/chatgpt")).text
     assert "你好！关于「今天吃什么」" in (await server.ask("今天吃什么")).text
     shown = await unit.show("ActiveState", "SubState", "NFileDescriptorStore")
     assert shown == ["active", "running", "1"]

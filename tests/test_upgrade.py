@@ -8,7 +8,7 @@ import time
 import pytest
 
 import wxgpt
-from conftest import ANN, LONG, ROOT
+from conftest import ANN, BOB, LONG, ROOT, TEXTS, shown
 from fake_openai import says
 
 SENT = "以前发过的第二段。"
@@ -20,6 +20,7 @@ def first_version(path):
     One long answer has ended: of it the first reply and part 2 were sent, part 3 was
     offered. Another question was being answered: of it a part was sent, part 4 offered.
     A third one ended after an early reply that offered part 5, and was not read.
+    Bob's session ran out, and what he wrote then was offered to be asked.
     """
     schema = (ROOT / "schema.sql").read_text("utf-8")
     [_, first, *_] = re.split(r"(?m)^-- step \d+$", schema)
@@ -30,6 +31,11 @@ def first_version(path):
             "INSERT INTO session (id, openid, assistant, opened_at, last_at)"
             " VALUES (1, ?, 'chatgpt', ?, ?)",
             (ANN, now, now),
+        )
+        db.execute(
+            "INSERT INTO session (id, openid, assistant, opened_at, last_at, ended_at,"
+            " lapsed_text) VALUES (2, ?, 'chatgpt', ?, ?, ?, '那蘸什么？')",
+            (BOB, now - 900, now - 900, now - 60),
         )
         turn = (
             "INSERT INTO turn (id, session_id, openid, msg_key, link_key, question,"
@@ -82,6 +88,7 @@ async def test_an_unsent_part_begins_its_answer_once_more(upgraded):
     """Its offset counted in the Markdown, so it says nothing now; nothing is lost."""
     seen = await upgraded.ask("继续3")
     assert seen.text.startswith(LONG[:200])
+    assert seen.taps[0].label == TEXTS.word_next  # which of how many is not known
     rest = await upgraded.wechat.tap(ANN, seen.taps[0])
     assert rest.text[:50] in LONG and rest.text[:50] not in seen.text
 
@@ -95,9 +102,16 @@ async def test_an_answer_in_mid_air_is_written_anew_and_read_from_its_start(upgr
 async def test_an_answer_that_was_not_read_is_still_named(upgraded):
     """The first reply has a tap for it, the second has none."""
     seen = await upgraded.ask("/help")
-    assert seen.text.endswith("「没读到的」有结果了：继续5")
+    assert seen.taps[-1].content == "继续5"
+    assert seen.text.endswith(shown("unread", question="没读到的", tap="看回答"))
     assert "没读到的" not in (await upgraded.ask("/help")).text
     assert (await upgraded.wechat.tap(ANN, seen.taps[-1])).text.startswith("四十二。")
+
+
+async def test_what_came_after_a_lapse_can_still_be_asked(upgraded):
+    """The tap of the old version's offer works."""
+    seen = await upgraded.ask("接着问", BOB)
+    assert seen.text.startswith("你好！关于「那蘸什么？」")
 
 
 async def test_both_versions_end_in_the_same_schema(settings, tmp_path):

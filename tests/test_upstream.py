@@ -20,7 +20,7 @@ import pytest
 from multidict import CIMultiDict
 
 import wxgpt
-from conftest import ANN, BOB, with_session
+from conftest import ANN, BOB, TEXTS, said, shown, with_session
 from fake_openai import Script
 from waiting import within
 
@@ -31,10 +31,9 @@ KEY = "sk-verySecret"
 QUOTE = f"internal-words {KEY} {QUESTION}"
 PATIENCE = 30.0  # seconds an attempt lasts here: the first one brings the end
 # The beginnings of the sentences, and the kinds that choose them.
-SETUP, REFUSED, LONG = "模型服务需要管理员", "模型不愿回答", "这段对话太长"
-BUSY, BROKEN, SLOW = "模型这会儿太忙", "回答中断了", "模型太久没有回应"
-UNREACHABLE = "暂时连不上模型"
-BLIND = "这个模型看不懂图片"
+SETUP, REFUSED, LONG = map(said, ("failed_setup", "failed_refused", "failed_long"))
+BUSY, BROKEN, SLOW = map(said, ("failed_busy", "failed_broken", "failed_slow"))
+UNREACHABLE, BLIND = map(said, ("failed_unreachable", "failed_blind"))
 KIND = {SETUP: "setup", REFUSED: "refused", LONG: "long", BUSY: "busy"}
 CALLS = 3  # to the upstream for one question, at most
 
@@ -477,7 +476,9 @@ async def test_what_lasts_is_given_up_after_three_calls(serve, upstream, caplog,
     script, sentence = LASTING[name]
     upstream.will(*[script] * 9)
     seen = await server.ask(QUESTION)
-    assert seen.text.startswith(sentence) and [t.label for t in seen.taps] == ["重试"]
+    assert seen.text.startswith(sentence) and [t.label for t in seen.taps] == [
+        TEXTS.word_retry
+    ]
     assert_discreet(seen, caplog)
     asked = upstream.requests
     assert len(asked) == CALLS
@@ -523,6 +524,7 @@ async def test_the_upstream_says_how_long_to_wait(server, upstream):
         upstream.will(
             Script(status=429, headers=named), "这次好了。", when=f"（{name}）"
         )
+    await asyncio.gather(*(server.bot.note_told(f"o{name}") for name in WAITS))
     asking = (server.ask(f"/chatgpt 问（{name}）", f"o{name}") for name in WAITS)
     seen = await within(60, "answers to all", asyncio.gather(*asking))
     assert {one.text for one in seen} == {"这次好了。" + LABEL}
@@ -738,7 +740,7 @@ async def test_only_who_sent_a_picture_is_told_that_it_is_not_seen(server, upstr
 
 # An end without a reason
 
-CUT = "\n\n（回答到了长度上限，可以问「接着说」）"
+CUT = "\n\n" + shown("cut_short", tap="接着说")
 UNNAMED: dict[str, None] = {}
 NAMED = {"finish_reason": None}
 
@@ -974,6 +976,7 @@ async def test_garbled_bytes_are_asked_again(serve, wire, caplog):
     """Whatever HTTP makes of them, the second answer is the answer."""
     server = await talking(serve, assistants={"chatgpt": wire.settings})
     wire.named = dict(GARBLED)
+    await asyncio.gather(*(server.bot.note_told(f"o{name}") for name in GARBLED))
     asking = [server.ask(f"/chatgpt {name}", f"o{name}") for name in GARBLED]
     answered = await within(60, "answers to all", asyncio.gather(*asking))
     for name, seen in zip(GARBLED, answered):
@@ -1043,7 +1046,7 @@ async def test_a_drip_of_words_ends_with_the_time_for_all(serve, wire):
     wire.scripts = [lambda: chained(bytes_of(OK)(), for_ever(delta("说")))] * 9
     seen = await server.ask(QUESTION)
     assert seen.text.startswith("说说") and BROKEN in seen.text
-    assert seen.taps[0].label == "重试" and wire.calls == 1
+    assert seen.taps[0].label == TEXTS.word_retry and wire.calls == 1
 
 
 async def test_an_answer_is_whole_though_its_tokens_are_never_counted(serve, wire):

@@ -58,11 +58,17 @@ class Screen:
         self._is_prompting = False  # the main thread waits in input()
 
     def line(self, text: str = "", style: str = "") -> None:
-        """Print a line, above the prompt if there is one."""
+        """Print lines, above the prompt if there is one, folded to fit a terminal."""
+        width = max(8, shutil.get_terminal_size().columns - 1)
+        for line in text.split("\n"):
+            for row in fold(line, width) if self.is_live else [line]:
+                self._put(self._styled(row, style))
+
+    def _put(self, row: str) -> None:
         typed = ""
         if self._is_prompting:
             typed = PROMPT + (readline.get_line_buffer() if readline else "")
-        self._write(f"{self._styled(text, style)}\n{typed}")
+        self._write(f"{row}\n{typed}")
 
     def status(self, text: str = "") -> None:
         """Show a line that the next output replaces; nothing unless on a terminal."""
@@ -77,7 +83,7 @@ class Screen:
         for line in text.split("\n"):
             for row in fold(line, width) if self.is_live else [line]:
                 marked = LINK.sub(lambda link: self._styled(link[0], BLUE), row)
-                self.line(f"  {bar} {marked}".rstrip())
+                self._put(f"  {bar} {marked}".rstrip())
 
     def read_line(self) -> str | None:
         """Return the next line without blanks around it, None at the end of input."""

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import functools
 import json
-import os
 import random
 import secrets
 import socket
@@ -38,12 +37,19 @@ class Child:
     """wxgpt as a process of its own; whoever starts it must stop it."""
 
     def __init__(
-        self, folder: Path, base_url: str, show_log: bool, is_safe: bool
+        self,
+        folder: Path,
+        assistant: dict[str, str],
+        show_log: bool,
+        is_safe: bool,
+        port: int,
     ) -> None:
         self.config = folder / "wxgpt.toml"
         self._log = None if show_log else folder / "wxgpt.log"  # None: our stderr
         self._process: asyncio.subprocess.Process | None = None
-        self.config.write_text(render_settings(folder, base_url, is_safe), "utf-8")
+        self._read = 0  # bytes of the log that `failures` has read
+        settings = render_settings(folder, assistant, is_safe, port)
+        self.config.write_text(settings, "utf-8")
 
     async def start(self) -> None:
         """Start the process and wait until it answers, or raise ChildError."""
@@ -63,6 +69,13 @@ class Child:
         assert self._process, "not started"
         if (status := self._process.returncode) is not None:
             raise ChildError(f"the server ended with status {status}\n{self._tail()}")
+
+    def failures(self) -> list[str]:
+        """Return why questions failed since the last call, as the log says it."""
+        text = self._log.read_bytes()[self._read :] if self._log else b""
+        self._read += len(text)
+        lines = text.decode("utf-8", "replace").splitlines()
+        return [line.partition(" failed: ")[2] for line in lines if " failed: " in line]
 
     async def kill(self) -> None:
         """End the process as a power failure would."""
@@ -123,16 +136,27 @@ def free_port() -> int:
     raise ChildError("no port is free")
 
 
-def render_settings(folder: Path, base_url: str, is_safe: bool) -> str:
-    """Return the settings; without a base URL the environment says whom to ask."""
+def usual_port(port: int) -> int:
+    """Return this port, or any free one if it is taken.
+
+    As with a block, who gets it listens on the one before it to the end of the process.
+    """
+    with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+        CLAIMS.append(socket.create_server(("127.0.0.1", port - 1)))
+        return port
+    return free_port()
+
+
+def render_settings(
+    folder: Path, assistant: dict[str, str], is_safe: bool, port: int
+) -> str:
+    """Return the settings; what the assistant leaves out is the environment's."""
     safe = {"app_id": "wx0123456789demo00", "aes_key": secrets.token_hex(22)[:43]}
-    port, model = free_port(), os.environ.get("OPENAI_MODEL")
-    fake = {"base_url": base_url, "api_key": "sk-demo", "model": "demo"}
     tables: dict[str, dict[str, Any]] = {
         "server": {"port": port},
         "wechat": {"token": secrets.token_hex(16), "picture_hosts": ["127.0.0.1"]}
         | (safe if is_safe else {}),
-        "assistants.chatgpt": fake if base_url else {"model": model} if model else {},
+        "assistants.chatgpt": assistant,
         "database": {"path": str(folder / "wxgpt.db")},
     }
     lines = [f'public_url = "http://127.0.0.1:{port}"']

@@ -33,6 +33,7 @@ REPLY_BYTES = 2048  # of Content in UTF-8; what is longer is not cut but refused
 VERIFY_SECONDS = 60  # a slow machine's; the console gives up after five
 AES_BLOCK = 32  # WeChat pads to 32 bytes although AES has blocks of 16
 ACCOUNT = "gh_5f0c1a2b3d4e"
+HAND_OVER = "transfer_biz_ai_ivr"
 TAGS = {"msg_id": "MsgId", "create_time": "CreateTime"}
 ANCHOR = re.compile(r"""<a\s+href=(["'])(.*?)\1[^>]*>(.*?)</a>""", re.DOTALL)
 BAD_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
@@ -110,6 +111,7 @@ class Seen:
     links: tuple[tuple[str, str], ...] = ()  # label, url
     taps: tuple[Tap, ...] = ()
     attempts: tuple[Attempt, ...] = ()
+    handed_over: bool = False  # to WeChat's own AI, whose answer is not simulated
 
     @property
     def faulty(self) -> bool:
@@ -152,14 +154,27 @@ def parse_xml(body: bytes) -> dict[str, str]:
     return fields
 
 
+def is_handed_over(fields: dict[str, str], push: Push) -> bool:
+    """Tell whether a reply hands the push to WeChat's own AI; only a text can be."""
+    is_text = push.fields.get("MsgType") == "text"
+    return fields.get("MsgType") == HAND_OVER and is_text and "Content" not in fields
+
+
 def check_reply(fields: dict[str, str], push: Push) -> str:
-    """Return the Content of a passive text reply to this push, or raise BadReply."""
+    """Return the Content of a passive reply to this push, or raise BadReply.
+
+    It is empty if the push is handed over.
+    """
     due = {"ToUserName": push.openid, "FromUserName": push.account, "MsgType": "text"}
+    if is_handed_over(fields, push):
+        due["MsgType"] = HAND_OVER
     for tag, value in due.items():
         if fields.get(tag) != value:
             raise BadReply(f"{tag} is {fields.get(tag)!r} instead of {value!r}")
     if not re.fullmatch("[0-9]+", fields.get("CreateTime", "")):
         raise BadReply(f"CreateTime is {fields.get('CreateTime')!r}")
+    if is_handed_over(fields, push):
+        return ""
     size = len(fields.get("Content", "").encode())
     if not 0 < size <= REPLY_BYTES:
         raise BadReply(f"Content has {size} bytes")
@@ -420,6 +435,9 @@ class WeChat:
             fields = parse_xml(body)
             if self._crypt:
                 fields = parse_xml(self._crypt.open(fields))
-            return show(check_reply(fields, push), body)
+            content = check_reply(fields, push)
         except BadReply as bad:
             return Seen(FAULT, reason=str(bad), body=body)
+        return (
+            show(content, body) if content else Seen(None, body=body, handed_over=True)
+        )
