@@ -248,7 +248,7 @@ async def test_an_export_tells_how_answers_ended(server, upstream):
     hold.set()
     assert "> 没成的\n\n*AI 暂时用不了" in text
     assert re.search(rf"x = 1\n+```\n\n{LABEL}\n", text)
-    assert "*回答中断了。" in text and "*正在写…*" in text
+    assert "*写到这里断了。" in text and "*正在写…*" in text
 
 
 async def test_a_long_export_is_whole(server, database):
