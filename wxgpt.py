@@ -6197,9 +6197,6 @@ async def follow(bot: Bot, turn: Turn, last: str) -> AsyncIterator[bytes]:
         return not (is_told and is_same and bot.tasks.closes_at is None)
 
     while bot.tasks.closes_at is None:
-        if not turn.answer and is_queued != turn.is_queued:
-            is_queued = turn.is_queued
-            yield sse_event({"queued": is_queued}, "queued")
         page = await live_page(bot, turn)
         is_anew = False
         if writing != page.writing or done > page.done:
@@ -6210,6 +6207,9 @@ async def follow(bot: Bot, turn: Turn, last: str) -> AsyncIterator[bytes]:
             begin, done = done, page.done
             for event in page.events(begin):
                 yield event
+        if not turn.answer and is_queued != turn.is_queued:
+            is_queued = turn.is_queued
+            yield sse_event({"queued": is_queued}, "queued")
         if seen[1]:
             yield sse_event({"state": turn.state}, "done")
             return
