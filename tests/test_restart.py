@@ -108,9 +108,7 @@ async def test_a_live_page_of_another_writing_is_reset(spawn, upstream):
     async with server.open(url, headers=headers) as events:
         text = await events.text()
     assert (
-        text.index('"keep": 0')
-        < text.index("新的开头。")
-        < text.index("event: done")
+        text.index('"keep": 0') < text.index("新的开头。") < text.index("event: done")
     )
 
 
