@@ -5757,7 +5757,7 @@ class BlockRenderer:
         return blocks
 
 
-MARKS = re.compile(r"[\s*#>|`~:+-]*(?:\d{1,3}[.)]?)?")  # all that a line has so far
+MARKS = re.compile(r"[\s*#>|`~:+-]*|\s*\d{1,3}[.)]?\s*")  # all that a line has so far
 
 
 def render_blocks(texts: Texts, markdown: str, above: int = 0) -> list[str]:
