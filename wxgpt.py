@@ -4704,17 +4704,16 @@ class Bot:
         page: so what they show is looked through as well, before anybody is told.
         """
         text, is_blocked = guard.feed(delta, is_end)
-        if text and not is_blocked and not self.blocked.words:
+        answer, has_words = turn.answer, bool(self.blocked.words)
+        before = len(turn.shown()) if has_words else 0
+        if text and not is_blocked:
             turn.append(text)
-        elif text and not is_blocked:
-            before, answer = len(turn.shown()), turn.answer
-            turn.append(text)
-            shown = turn.shown()[before:]
+        if has_words and not is_blocked:
+            shown = turn.chat.text(is_end)[before:]
             on_page = CHAT_ONLY.sub("", shown)
             is_blocked = guard.sees("chat", shown) or guard.sees("page", on_page)
-            if is_blocked:
-                turn.answer = answer  # nor is anybody told until it is rewritten
         if is_blocked:
+            turn.answer = answer  # nobody is told before it is rewritten
             raise ChatError("blocked", "a blocked word in the answer")
 
     async def write_text(
