@@ -5712,7 +5712,7 @@ class BlockRenderer:
         self.is_plain = False
 
     def render(self, markdown: str, has_ended: bool) -> list[str]:
-        """Read what was added; return the blocks that may change, as if it ended."""
+        """Read what was added; return all blocks, as they are if the answer ends."""
         if not self.is_plain:
             self.is_plain = len(markdown) > RENDER_CHARS
             end = len(markdown) if has_ended else markdown.rfind("\n") + 1
@@ -5721,13 +5721,13 @@ class BlockRenderer:
             self.read(markdown[self.begin : end], has_ended or self.is_plain)
             self.begin = end
             if not (has_ended or self.is_plain):
-                return self.open_blocks(markdown[end:])
+                return self.done + self.open_blocks(markdown[end:])
         while len(markdown) - self.begin > PLAIN_CHARS:
             end = piece_end(markdown, self.begin, PLAIN_CHARS)
             self.done.append(element("p", markdown[self.begin : end], "plain"))
             self.begin = end
         rest = markdown[self.begin :]
-        return [element("p", rest, "plain")] if rest else []
+        return self.done + ([element("p", rest, "plain")] if rest else [])
 
     def read(self, text: str, is_end: bool) -> None:
         """Read complete lines, and render the blocks that they complete."""
@@ -5737,10 +5737,10 @@ class BlockRenderer:
             self.reader.finish()
         self.level = fix_headings(tokens, self.above, self.level)
         *done, self.tokens = split_blocks(self.tokens + tokens)
-        self.done += map(self.block, done)
+        self.done += map(self.render_block, done)
         tokens.clear()
 
-    def block(self, tokens: list[Token]) -> str:
+    def render_block(self, tokens: list[Token]) -> str:
         return self.renderer.render(tokens, RENDER_OPTIONS, {})
 
     def open_blocks(self, line: str) -> list[str]:
@@ -5751,7 +5751,7 @@ class BlockRenderer:
         reader.finish()
         fix_headings(reader.tokens, self.above, self.level)
         *tokens, _ = split_blocks(self.tokens + reader.tokens)
-        blocks = list(map(self.block, tokens))
+        blocks = list(map(self.render_block, tokens))
         self.renderer.formulas = formulas
         return blocks
 
@@ -5761,13 +5761,11 @@ MARKS = re.compile(r"[\s*#>|`~:+-]*|\s*\d{1,3}[.)]?\s*")  # all that a line has 
 
 def render_blocks(texts: Texts, markdown: str, above: int = 0) -> list[str]:
     """Return the blocks of a whole answer as HTML; see BlockRenderer."""
-    renderer = BlockRenderer(texts, above)
-    rest = renderer.render(markdown, has_ended=True)
-    return renderer.done + rest
+    return BlockRenderer(texts, above).render(markdown, has_ended=True)
 
 
 def render_markdown(texts: Texts, markdown: str, above: int = 0) -> str:
-    """Return a whole answer as HTML; see BlockRenderer."""
+    """Return a whole answer as HTML."""
     return "".join(render_blocks(texts, markdown, above))
 
 
@@ -5854,14 +5852,9 @@ def render_answer(texts: Texts, turn: Turn, blocks: list[str]) -> Page:
 
 def render_live(texts: Texts, turn: Turn, blocks: list[str]) -> Page:
     """Return the page of an answer that is being written, with its blocks so far."""
-    return render_page(
-        "live",
-        texts,
-        title=excerpt(turn.question, 30),
-        turn=turn,
-        answer=Markup("".join(blocks)),
-        seconds=round(turn.age),
-    )
+    title, answer = excerpt(turn.question, 30), Markup("".join(blocks))
+    more = {"title": title, "turn": turn, "seconds": round(turn.age)}
+    return render_page("live", texts, answer=answer, **more)
 
 
 def render_history(texts: Texts, turns: list[Turn], older: str, folds: bool) -> Page:
@@ -5935,29 +5928,30 @@ class LivePage:
         for blocked words in there.
         """
         began = time.thread_time()
-        blocks, done = self.renderer.render(text, False), self.renderer.done
-        words = re.sub("<[^>]*>", "|", INLINE_TAG.sub("", "".join(blocks)))
-        if blocked.are_in(html.unescape(words)):
-            blocks = []
+        blocks = self.renderer.render(text, has_ended=False)
+        done = len(self.renderer.done)
+        if blocked.words:
+            shown = INLINE_TAG.sub("", "".join(blocks[done:]))
+            if blocked.are_in(html.unescape(re.sub("<[^>]*>", "|", shown))):
+                del blocks[done:]
         self.seconds = time.thread_time() - began
-        return done + blocks, len(done)
+        return blocks, done
 
     def events(self, begin: int) -> Iterator[bytes]:
         """Yield the events that bring the blocks from one on, so many as fit at once.
 
         `more` says that the next one follows at once; nothing is taken away before.
         """
-        blocks, done, is_last = self.blocks, self.done, False
-        while not is_last:
-            end = chars = 0
-            while begin + end < len(blocks) and chars < EVENT_CHARS:
-                chars += len(blocks[begin + end])
+        blocks, done, end = self.blocks, self.done, -1
+        while end < len(blocks):
+            end, chars = begin, 0
+            while end < len(blocks) and chars < EVENT_CHARS:
+                chars += len(blocks[end])
                 end += 1
-            data: dict = {"keep": begin, "html": blocks[begin : begin + end]}
-            begin += end
-            is_last = begin == len(blocks)
-            data |= {} if is_last else {"more": True}
-            yield sse_event(data, number=f"{self.writing}:{min(begin, done)}")
+            more = {"more": True} if end < len(blocks) else {}
+            data = {"keep": begin, "html": blocks[begin:end], **more}
+            yield sse_event(data, number=f"{self.writing}:{min(end, done)}")
+            begin = end
 
 
 async def finished_blocks(bot: Bot, turn: Turn) -> list[str]:
@@ -6201,8 +6195,9 @@ async def follow(bot: Bot, turn: Turn, last: str) -> AsyncIterator[bytes]:
         if writing != page.writing or done > page.done:
             is_anew = bool(writing)  # what the viewer has is taken back
             writing, done = page.writing, 0
-        is_new, seen = is_anew or seen[0] != page.shows[0], page.shows
-        if is_new:
+        is_new = seen != page.shows and page.shows[0]
+        seen = page.shows
+        if is_anew or is_new:
             begin, done = done, page.done
             for event in page.events(begin):
                 yield event

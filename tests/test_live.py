@@ -44,10 +44,8 @@ PIECES = [
 
 
 def render(markdown):
-    """Return the blocks of an answer so far: those that are done, and the others."""
-    renderer = wxgpt.BlockRenderer(TEXTS)
-    others = renderer.render(markdown, has_ended=False)
-    return renderer.done, others
+    """Return the blocks of an answer so far."""
+    return wxgpt.BlockRenderer(TEXTS).render(markdown, has_ended=False)
 
 
 @pytest.fixture
@@ -89,8 +87,7 @@ def check_growth(text, cuts):
     for cut in [*sorted(cuts), len(text)]:
         growing.render(text[:cut], has_ended=False)
         assert growing.done == finished[: len(growing.done)]
-    rest = growing.render(text, has_ended=True)
-    assert growing.done + rest == finished
+    assert growing.render(text, has_ended=True) == finished
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=40).map("".join), st.data())
@@ -126,8 +123,7 @@ class Depth(html.parser.HTMLParser):
 @given(st.lists(st.sampled_from(PIECES), max_size=40).map("".join))
 def test_each_block_is_one_element(text):
     """A page counts its blocks by its elements."""
-    done, others = render(text)
-    for block in [*done, *others]:
+    for block in render(text):
         found = Depth(block)
         assert (found.count, found.depth) == (1, 0)
 
@@ -148,7 +144,7 @@ OPEN = {
 def test_the_block_being_written_is_shown_as_if_it_ended(name):
     """What an open mark may become is not known yet."""
     markdown, shown = OPEN[name]
-    assert shown in "".join(render(markdown)[1])
+    assert shown in "".join(render(markdown))
 
 
 @pytest.mark.parametrize("mark", ["- ", "#", "##", "```", "|", "3.", "---", "> ", "**"])
