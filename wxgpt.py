@@ -5911,31 +5911,31 @@ class LivePage:
         text, has_ended = turn.answer, not turn.is_open
         added = text[self.shows[0] :]
         is_quick = self.seconds < QUICK_SECONDS and len(added) < QUICK_CHARS
-        if has_ended:  # the blocks of the finished page, which all will open
+        if has_ended and not self.shows[0]:
             blocks = await finished_blocks(bot, turn)
-            done = len(blocks)
         elif is_quick and not FORMULA_SIGN.search(added):
-            blocks, done = self.render(text, bot.blocked)
+            blocks = self.render(text, has_ended, bot.blocked)
         else:
-            blocks, done = await bot.work.run(self.render, text, bot.blocked)
-        self.blocks, self.done, self.shows = blocks, done, (len(text), has_ended)
+            blocks = await bot.work.run(self.render, text, has_ended, bot.blocked)
+        self.blocks, self.done = blocks, len(self.renderer.done)
+        self.shows = len(text), has_ended
         self.next_at = loop.time() + max(LIVE_SECONDS, 4 * self.seconds)
 
-    def render(self, text: str, blocked: BlockedWords) -> tuple[list[str], int]:
-        """Return the blocks of an answer that grows, and how many of them are done.
+    def render(self, text: str, has_ended: bool, blocked: BlockedWords) -> list[str]:
+        """Return the blocks of the answer so far.
 
         The chat does not show yet what an open mark may change, so nobody has looked
         for blocked words in there.
         """
         began = time.thread_time()
-        blocks = self.renderer.render(text, has_ended=False)
-        done = len(self.renderer.done)
-        if blocked.words:
+        blocks = self.renderer.render(text, has_ended)
+        if blocked.words and not has_ended:
+            done = len(self.renderer.done)
             shown = INLINE_TAG.sub("", "".join(blocks[done:]))
             if blocked.are_in(html.unescape(re.sub("<[^>]*>", "|", shown))):
                 del blocks[done:]
         self.seconds = time.thread_time() - began
-        return blocks, done
+        return blocks
 
     def events(self, begin: int) -> Iterator[bytes]:
         """Yield the events that bring the blocks from one on, so many as fit at once.
