@@ -4,7 +4,7 @@ import asyncio
 import html.parser
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import wxgpt
@@ -90,6 +90,7 @@ def check_growth(text, cuts):
     assert growing.render(text, has_ended=True) == finished
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(PIECES), max_size=40).map("".join), st.data())
 def test_a_block_that_is_done_stays_as_it_is(text, data):
     """Wherever the text is cut while it comes."""
@@ -120,6 +121,7 @@ class Depth(html.parser.HTMLParser):
         self.depth -= 1
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(PIECES), max_size=40).map("".join))
 def test_each_block_is_one_element(text):
     """A page counts its blocks by its elements."""
