@@ -65,6 +65,7 @@ import bisect
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import datetime
 import email.utils
@@ -1785,6 +1786,13 @@ class MarkdownReader:
         self.close_to(0)
         self.rest = self.header = ""
 
+    def copy(self, tokens: list[Token]) -> "MarkdownReader":
+        """Return a reader that reads on by itself, and adds to these tokens."""
+        twin = copy.copy(self)
+        twin.tokens, twin.code, twin.lists = tokens, [*self.code], [*self.lists]
+        twin.quote = self.quote and self.quote.copy(tokens)
+        return twin
+
     def is_settled(self, line: str) -> bool:
         """Say whether an incomplete line is certain to be text or a list item."""
         is_open = self.fence or self.closer or self.header or self.row is not None
@@ -2618,6 +2626,7 @@ class Turn:
     task: asyncio.Task | None = None  # writes it
     news: Signal = field(default_factory=Signal)  # a sentence more, or the end
     deltas: Signal = field(default_factory=Signal)  # any change: live pages
+    page: "LivePage | None" = None  # what viewers of this writing share
 
     def __post_init__(self) -> None:
         self.asked_at = time.monotonic() - max(0.0, time.time() - self.created_at)
@@ -2636,6 +2645,11 @@ class Turn:
     def is_open(self) -> bool:
         """Say whether it is still being written, or waits to be."""
         return self.state == "open"
+
+    @property
+    def extent(self) -> tuple[int, bool]:
+        """Return how long the answer is, and whether it has ended."""
+        return len(self.answer), not self.is_open
 
     @property
     def age(self) -> float:
@@ -2674,7 +2688,7 @@ class Turn:
     def restart(self) -> None:
         """Start the answer over; nothing of it has been sent yet."""
         self.writing = secrets.token_hex(4)
-        self.answer, self.chat = "", ChatText()
+        self.answer, self.chat, self.page = "", ChatText(), None
         self.deltas.look()
 
     def as_sent(self, text: str) -> str:
@@ -4846,15 +4860,17 @@ class Bot:
         page: so what they show is looked through as well, before anybody is told.
         """
         text, is_blocked = guard.feed(delta, is_end)
-        before = len(turn.shown()) if self.blocked.words else 0
+        answer, has_words = turn.answer, bool(self.blocked.words)
+        before = len(turn.shown()) if has_words else 0
         if text and not is_blocked:
             turn.append(text)
-        if self.blocked.words and not is_blocked:
+        if has_words and not is_blocked:
             # The end is final now: no sign waits any more for what may follow it.
-            shown = turn.chat.text(has_ended=is_end)[before:]
+            shown = turn.chat.text(is_end)[before:]
             on_page = CHAT_ONLY.sub("", shown)
             is_blocked = guard.sees("chat", shown) or guard.sees("page", on_page)
         if is_blocked:
+            turn.answer = answer  # nobody is told before it is rewritten
             raise ChatError("blocked", "a blocked word in the answer")
 
     async def write_text(
@@ -5026,6 +5042,7 @@ class Bot:
         async with lock:
             if turn.is_open:
                 turn.is_queued = False
+                turn.deltas.look()
                 await self.write(turn, is_resumed, earlier)
 
     async def save_texts(self, turns: list[Turn]) -> bool:
@@ -5852,10 +5869,11 @@ POLICY = (
     "frame-ancestors 'none'"
 )
 RENDER_CHARS = 32_768  # the rest of a longer answer stays plain: rendering takes time
+PLAIN_CHARS = 8192  # of that rest in one block
 FOLD_CHARS = 300  # longer answers are folded in the history, and typeset when opened
 HISTORY_COUNT = 50
 FOUND_COUNT = 20  # on a page of what a search found
-EVENT_CHARS = 32_768  # of an answer in one event of its stream
+EVENT_CHARS = 32_768  # in one event of a stream, unless a single block has more
 RECONNECT_MS = 1000  # how long a viewer waits whose stream was lost
 
 
@@ -5881,15 +5899,18 @@ def action(name: str, words: str, more: str = "") -> str:
     return f'<button type="button" data-do="{name}"{more}>{html.escape(words)}</button>'
 
 
-def fix_headings(tokens: list[Token], above: int) -> None:
-    """Leave no heading level out and no header cell empty, for screen readers."""
-    level = max(above, 1)
+def fix_headings(tokens: list[Token], above: int, level: int) -> int:
+    """Leave no heading level out and no header cell empty, for screen readers.
+
+    `level` is that of the heading before these tokens; return that of their last one.
+    """
     for index, token in enumerate(tokens):
         if token.type == "heading_open":
             level = min(above + int(token.tag[1]), level + 1, 6)
             token.tag = tokens[index + 2].tag = f"h{level}"  # the one that closes it
         if token.type == "th_open" and not tokens[index + 1].content:
             token.tag = tokens[index + 2].tag = "td"
+    return level
 
 
 COLOURED_CHARS = 20_000  # a longer block of code stays plain
@@ -6011,23 +6032,96 @@ class AnswerRenderer(RendererHTML):
     th_open = td_open
 
 
+def piece_end(text: str, begin: int, most: int) -> int:
+    """Return where a piece of a longer text ends, behind a line if it can be."""
+    return text.rfind("\n", begin + most // 2, begin + most) + 1 or begin + most
+
+
 def rendered_chars(markdown: str) -> int:
     """Return how much of an answer is typeset: whole lines of RENDER_CHARS at most."""
-    if len(markdown) <= RENDER_CHARS:
-        return len(markdown)
-    return markdown.rfind("\n", RENDER_CHARS // 2, RENDER_CHARS) + 1 or RENDER_CHARS
+    chars = len(markdown)
+    return chars if chars <= RENDER_CHARS else piece_end(markdown, 0, RENDER_CHARS)
 
 
-def render_markdown(texts: Texts, markdown: str, above: int = 0) -> str:
-    """Return an answer as HTML; the text beyond RENDER_CHARS stays plain.
+def split_blocks(tokens: list[Token]) -> list[list[Token]]:
+    """Return the tokens of each block, and at last those of one that is open."""
+    blocks: list[list[Token]] = [[]]
+    depth = 0
+    for token in tokens:
+        if token.nesting or not token.hidden:  # the others are for the chat
+            blocks[-1].append(token)
+            depth += token.nesting
+            if not depth:
+                blocks.append([])
+    return blocks
 
+
+class BlockRenderer:
+    """Typesets an answer that grows, block by block; each block is one HTML element.
+
+    A block that is done is never read again. The text beyond RENDER_CHARS stays plain.
     `above` is the level of the heading that the answer stands under.
     """
-    end = rendered_chars(markdown)
-    tokens, rest = read_markdown(markdown[:end]), markdown[end:]
-    fix_headings(tokens, above)
-    body = AnswerRenderer(texts).render(tokens, RENDER_OPTIONS, {})
-    return body + (element("p", rest, "plain") if rest else "")
+
+    def __init__(self, texts: Texts, above: int = 0) -> None:
+        self.reader, self.renderer = MarkdownReader(), AnswerRenderer(texts)
+        self.above, self.level = above, max(above, 1)
+        self.done: list[str] = []
+        self.tokens: list[Token] = []  # of the block that is not done
+        self.begin = 0  # of what has not been read: the last line, or plain text
+        self.is_plain = False
+
+    def render(self, markdown: str, has_ended: bool) -> list[str]:
+        """Read what was added; return all blocks, as they are if the answer ends."""
+        if not self.is_plain:
+            self.is_plain = len(markdown) > RENDER_CHARS
+            end = len(markdown) if has_ended else markdown.rfind("\n") + 1
+            if self.is_plain:
+                end = piece_end(markdown, 0, RENDER_CHARS)
+            self.read(markdown[self.begin : end], has_ended or self.is_plain)
+            self.begin = end
+            if not (has_ended or self.is_plain):
+                return self.done + self.open_blocks(markdown[end:])
+        while len(markdown) - self.begin > PLAIN_CHARS:
+            end = piece_end(markdown, self.begin, PLAIN_CHARS)
+            self.done.append(element("p", markdown[self.begin : end], "plain"))
+            self.begin = end
+        rest = markdown[self.begin :]
+        return self.done + ([element("p", rest, "plain")] if rest else [])
+
+    def read(self, text: str, is_end: bool) -> None:
+        """Read complete lines, and render the blocks that they complete."""
+        tokens = self.reader.tokens
+        self.reader.feed(text)
+        if is_end:
+            self.reader.finish()
+        self.level = fix_headings(tokens, self.above, self.level)
+        *done, self.tokens = split_blocks(self.tokens + tokens)
+        self.done += map(self.render_block, done)
+        tokens.clear()
+
+    def render_block(self, tokens: list[Token]) -> str:
+        return self.renderer.render(tokens, RENDER_OPTIONS, {})
+
+    def open_blocks(self, line: str) -> list[str]:
+        """Return what is not done, and a line that is not complete."""
+        reader, formulas = self.reader.copy([]), self.renderer.formulas
+        if not MARKS.fullmatch(line):  # which become something else with the next sign
+            reader.feed(line)
+        reader.finish()
+        fix_headings(reader.tokens, self.above, self.level)
+        *tokens, _ = split_blocks(self.tokens + reader.tokens)
+        blocks = list(map(self.render_block, tokens))
+        self.renderer.formulas = formulas
+        return blocks
+
+
+MARKS = re.compile(r"[\s*#>|`~:+-]*|\s*\d{1,3}[.)]?\s*")  # all that a line has so far
+
+
+def render_blocks(texts: Texts, markdown: str, above: int = 0) -> list[str]:
+    """Return the blocks of a whole answer as HTML; see BlockRenderer."""
+    return BlockRenderer(texts, above).render(markdown, has_ended=True)
 
 
 def clock(seconds: float, form: str = "%Y-%m-%d %H:%M") -> str:
@@ -6110,6 +6204,7 @@ def load_pages() -> jinja2.Environment:
     try:
         pages.globals["style"] = minified(PAGES / "page.css")
         pages.globals["script"] = minified(PAGES / "page.js")
+        pages.globals["live_script"] = minified(PAGES / "live.js")
         code_rules()
         for name in TEMPLATES:
             pages.get_template(name)
@@ -6156,11 +6251,18 @@ class Shown:
     is_linked: bool  # its own page can be opened
 
 
-def shown(config: Config, turn: Turn, above: int, folds: bool = False) -> Shown:
+def shown(
+    config: Config,
+    turn: Turn,
+    above: int,
+    folds: bool = False,
+    blocks: list[str] | None = None,
+) -> Shown:
     """Return an exchange for a page; a long answer stays unread if the page `folds`."""
     answer, text = None, ""
     if turn.answer and not (folds and len(turn.answer) > FOLD_CHARS):
-        answer = Markup(render_markdown(config.texts, turn.answer, above))
+        blocks = blocks or render_blocks(config.texts, turn.answer, above)
+        answer = Markup("".join(blocks))
         text = plain_text(turn, config.replies.label)
     is_linked = time.time() - turn.created_at < config.history.link_hours * 3600
     return Shown(turn, answer, text, bad_ending(config.texts, turn), is_linked)
@@ -6171,10 +6273,11 @@ def render_answer(texts: Texts, one: Shown) -> Page:
     return render_page("answer", texts, title=excerpt(one.turn.question, 30), one=one)
 
 
-def render_live(texts: Texts, turn: Turn) -> Page:
-    """Return the page of an answer that is being written, with the text so far."""
-    title, seconds = excerpt(turn.question, 30), round(turn.age)
-    return render_page("live", texts, title=title, turn=turn, seconds=seconds)
+def render_live(texts: Texts, turn: Turn, blocks: list[str]) -> Page:
+    """Return the page of an answer that is being written, with its blocks so far."""
+    title, answer = excerpt(turn.question, 30), Markup("".join(blocks))
+    more = {"title": title, "turn": turn, "seconds": round(turn.age)}
+    return render_page("live", texts, answer=answer, **more)
 
 
 def render_history(
@@ -6248,6 +6351,95 @@ def sse_event(data: dict, event: str = "", number: str = "") -> bytes:
     lines += [f"id: {number}"] if number else []
     lines += [f"retry: {RECONNECT_MS}", f"data: {json.dumps(data, ensure_ascii=False)}"]
     return ("\n".join(lines) + "\n\n").encode()
+
+
+LIVE_SECONDS = 0.25  # at least, between two typesettings of an answer
+QUICK_SECONDS, QUICK_CHARS = 0.005, 1000  # what the loop may do itself
+FORMULA_SIGN = re.compile(r"[$\\]")  # a formula takes long, the first one most of all
+INLINE_TAG = re.compile(r"</?(?:a|strong|em|s|code|su[bp]|span|m[a-z]+)\b[^>]*>")
+
+
+class LivePage:
+    """One writing of an answer as all who follow it see it; typeset once for them."""
+
+    def __init__(self, texts: Texts, writing: str) -> None:
+        self.writing, self.renderer = writing, BlockRenderer(texts)
+        self.blocks: list[str] = []  # replaced, never changed
+        self.done = 0  # of the blocks; these stay as they are
+        self.shows = 0, False  # characters of the answer, and whether it has ended
+        self.seconds = 0.0  # of processor time for the last typesetting
+        self.next_at = 0.0  # when the next may be (loop's clock)
+        self.task: asyncio.Task | None = None  # typesets; no viewer cancels it
+
+    async def refresh(self, bot: Bot, turn: Turn) -> None:
+        """Typeset what was added; up to four times a second, in a thread if long."""
+        loop = bot.tasks.loop
+        await asyncio.sleep(self.next_at - loop.time())
+        self.next_at = loop.time() + LIVE_SECONDS
+        if turn.page is not self:
+            return  # it is written anew, and this is nobody's
+        text, has_ended = turn.answer, not turn.is_open
+        added = text[self.shows[0] :]
+        is_quick = self.seconds < QUICK_SECONDS and len(added) < QUICK_CHARS
+        if has_ended and not self.shows[0]:
+            blocks = await finished_blocks(bot, turn)
+        elif is_quick and not FORMULA_SIGN.search(added):
+            blocks = self.render(text, has_ended, bot.blocked)
+        else:
+            blocks = await bot.work.run(self.render, text, has_ended, bot.blocked)
+        self.blocks, self.done = blocks, len(self.renderer.done)
+        self.shows = len(text), has_ended
+        self.next_at = loop.time() + max(LIVE_SECONDS, 4 * self.seconds)
+
+    def render(self, text: str, has_ended: bool, blocked: BlockedWords) -> list[str]:
+        """Return the blocks of the answer so far.
+
+        The chat does not show yet what an open mark may change, so nobody has looked
+        for blocked words in there.
+        """
+        began = time.thread_time()
+        blocks = self.renderer.render(text, has_ended)
+        if blocked.words and not has_ended:
+            done = len(self.renderer.done)
+            shown = INLINE_TAG.sub("", "".join(blocks[done:]))
+            if blocked.are_in(html.unescape(re.sub("<[^>]*>", "|", shown))):
+                del blocks[done:]
+        self.seconds = time.thread_time() - began
+        return blocks
+
+    def events(self, begin: int) -> Iterator[bytes]:
+        """Yield the events that bring the blocks from one on, so many as fit at once.
+
+        `more` says that the next one follows at once; nothing is taken away before.
+        """
+        blocks, done, end = self.blocks, self.done, -1
+        while end < len(blocks):
+            end, chars = begin, 0
+            while end < len(blocks) and chars < EVENT_CHARS:
+                chars += len(blocks[end])
+                end += 1
+            more = {"more": True} if end < len(blocks) else {}
+            data = {"keep": begin, "html": blocks[begin:end], **more}
+            yield sse_event(data, number=f"{self.writing}:{min(end, done)}")
+            begin = end
+
+
+async def finished_blocks(bot: Bot, turn: Turn) -> list[str]:
+    """Return the blocks of an answer that has ended."""
+    key = "page", turn.id
+    return await bot.work.once(key, render_blocks, bot.texts, turn.answer)
+
+
+async def live_page(bot: Bot, turn: Turn) -> LivePage:
+    """Return an answer typeset so far, as it is or was a moment ago."""
+    while True:
+        page = turn.page = turn.page or LivePage(bot.texts, turn.writing)
+        if page.shows != turn.extent:
+            if not page.task or page.task.done():
+                page.task = bot.tasks.start(page.refresh(bot, turn), turn.name)
+            await asyncio.wait([page.task])
+        if page is turn.page:  # not written anew meanwhile
+            return page
 
 
 # ---------------------------------------------------------------------------
@@ -6449,19 +6641,21 @@ async def answer_page(request: web.Request) -> web.Response:
         return turn
     turn = bot.turns.get(turn.id, turn)  # newer than what is stored
     if turn.is_open:
-        return html_response(render_live(bot.texts, turn))
+        page = await live_page(bot, turn)
+        return html_response(render_live(bot.texts, turn, page.blocks))
     if subscriber := bot.subscribers.get(turn.openid):
         subscriber.to_mention.pop(turn.id, None)
     try:
         await bot.store.mark_read(turn.id)
     except sqlite3.Error as error:  # a full disk does not keep people from reading
         log.error("%s not stored as read: %s", turn.name, error)
-    one = await bot.work.once(("page", turn.id), shown, bot.config, turn, 0)
-    return html_response(await bot.work.run(render_answer, bot.texts, one))
+    blocks = await finished_blocks(bot, turn)
+    one = ("shown", turn.id), shown, bot.config, turn, 0, False, blocks
+    page = await bot.work.run(render_answer, bot.texts, await bot.work.once(*one))
+    return html_response(page)
 
 
 PING_SECONDS = 15.0  # how long a live page's stream may be silent
-FOLLOW_SECONDS = 0.1  # pause between two events of new text
 EVENT_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-store",
@@ -6472,28 +6666,37 @@ EVENT_HEADERS = {
 async def follow(bot: Bot, turn: Turn, last: str) -> AsyncIterator[bytes]:
     """Yield the events of an answer that a viewer lacks, until it ends.
 
-    `last` is the id of the newest event a viewer got: WRITING:OFFSET.
+    `last` is the id of the newest event a viewer got, WRITING:DONE: so many of the
+    blocks it has were done, and have not changed since.
     """
     writing, _, known = last.partition(":")
-    offset = int(known) if re.fullmatch("[0-9]{1,9}", known) else 0
+    done = int(known) if re.fullmatch("[0-9]{1,9}", known) else 0
+    is_queued: bool | None = None  # as the viewer knows
+    seen = 0, False  # how much of this writing
 
     def has_news() -> bool:
-        is_same = writing == turn.writing and offset == len(turn.answer)
-        return not (is_same and turn.is_open and bot.tasks.closes_at is None)
+        is_told = bool(turn.answer) or is_queued == turn.is_queued
+        is_same = writing == turn.writing and seen == turn.extent
+        return not (is_told and is_same and bot.tasks.closes_at is None)
 
     while bot.tasks.closes_at is None:
-        if writing not in ("", turn.writing) or offset > len(turn.answer):
-            offset = 0
-            yield sse_event({}, "reset", f"{turn.writing}:0")
-        writing = turn.writing
-        if delta := turn.answer[offset : offset + EVENT_CHARS]:
-            offset += len(delta)
-            yield sse_event({"text": delta}, number=f"{writing}:{offset}")
-        if not turn.is_open and offset == len(turn.answer):
+        page = await live_page(bot, turn)
+        is_anew = False
+        if writing != page.writing or done > page.done:
+            is_anew = bool(writing)  # what the viewer has is taken back
+            writing, done = page.writing, 0
+        is_new = seen != page.shows and page.shows[0]
+        seen = page.shows
+        if is_anew or is_new:
+            begin, done = done, page.done
+            for event in page.events(begin):
+                yield event
+        if not turn.answer and is_queued != turn.is_queued:
+            is_queued = turn.is_queued
+            yield sse_event({"queued": is_queued}, "queued")
+        if seen[1]:
             yield sse_event({"state": turn.state}, "done")
             return
-        if offset:
-            await asyncio.sleep(FOLLOW_SECONDS)  # several tokens, one event
         until = bot.tasks.loop.time() + PING_SECONDS
         if not await bot.tasks.until(turn.deltas, has_news, until):
             yield b": ping\n\n"

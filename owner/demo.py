@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import functools
 import getpass
+import html
 import json
 import os
 import re
@@ -28,7 +29,7 @@ import time
 import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import aiohttp
 
@@ -254,10 +255,13 @@ class Phone:
         return self._pages.index(url) + 1
 
     async def _follow(self, url: str, name: str) -> None:
+        blocks: list[str] = []
         text, state = "", "断了"
         async with self._http.get(url + "/events") as stream:
-            async for event, data in read_events(stream):
-                text = "" if event == "reset" else text + data.get("text", "")
+            async for data in read_events(stream):
+                if "html" in data:
+                    blocks[data["keep"] :] = data["html"]
+                    text = html.unescape(re.sub("<[^>]*>", "", "".join(blocks)))
                 state = data.get("state", state)
                 self._screen.status(f"{name}在写 · {len(text)} 字")
         end = " ".join(text[-24:].split())
@@ -266,16 +270,12 @@ class Phone:
 
 async def read_events(
     stream: aiohttp.ClientResponse,
-) -> AsyncIterator[tuple[str, dict[str, str]]]:
-    """Yield the name and data of each event of a stream."""
-    event = "message"
+) -> AsyncIterator[dict[str, Any]]:
+    """Yield the data of each event of a stream."""
     async for line in stream.content:
         name, _, value = line.decode().strip().partition(": ")
-        if name == "event":
-            event = value
-        elif name == "data":
-            yield event, json.loads(value)
-            event = "message"
+        if name == "data":
+            yield json.loads(value)
 
 
 async def run_line(

@@ -1,8 +1,6 @@
 // What pages do with script: copying, long lines, the contents of a long answer, folded
-// answers that are typeset when they are opened, and for an answer that is being written
-// the stream, the seconds, and in the end the finished page's content in place of this
-// one's, without a jump. Without script all can be read, too: a live page then reloads
-// itself.
+// answers that are typeset when they are opened; live.js is for an answer that is being
+// written. Without script all can be read, too: a live page then reloads itself.
 //
 // When the server loads this file it leaves out comments (those behind code follow two
 // spaces) and white space, but for strings and patterns; no text goes over a line's end,
@@ -116,44 +114,6 @@ async function typeset(link) {
   link.replaceWith(page.querySelector('.actions'));
 }
 
-// Shows an answer in `live` as it is written, and how it goes on in `note`.
-function follow(live, note) {
-  const [state, time] = note.children;
-  const began = Date.now() - 1000 * note.dataset.seconds;
-  let isFresh = true;  // until the stream's first text replaces what came with the page
-  const source = new EventSource(location.pathname + '/events');
-  const clock = setInterval(() => {
-    time.textContent = Math.round((Date.now() - began) / 1000) + ' ' + words.seconds;
-  }, 1000);
-
-  function clear() {
-    // It keeps its height until it is full again, so that nothing below it jumps.
-    live.style.minHeight = live.offsetHeight + 'px';
-    live.textContent = '';
-    isFresh = false;
-  }
-
-  function leave(pause) {
-    source.close();
-    clearInterval(clock);
-    setTimeout(renew, pause);
-  }
-
-  source.onmessage = event => {
-    if (isFresh) clear();
-    live.append(JSON.parse(event.data).text);
-    clearInterval(clock);
-    state.textContent = words.writing;
-    time.textContent = '';
-  };
-  source.addEventListener('reset', clear);
-  source.addEventListener('done', () => leave(0));
-  source.onerror = () => {
-    // A stream that broke is opened again by the browser; this one it has given up.
-    if (source.readyState === EventSource.CLOSED) leave(3000);
-  };
-}
-
 function begin(main) {
   const live = main.querySelector('.live');
   addContents(main.querySelector('main > article > .answer:not(.live)'));
@@ -163,17 +123,6 @@ function begin(main) {
     link.parentNode.addEventListener('toggle', open, {once: true});
   }
   if (live) follow(live, main.querySelector('.asking'));
-}
-
-// Takes over what the page shows by now; the address stays, and so does the scrolling.
-async function renew() {
-  try {
-    const main = await readMain(location.href);
-    document.querySelector('main').replaceWith(main);
-    begin(main);
-  } catch {
-    setTimeout(renew, 3000);
-  }
 }
 
 begin(document.querySelector('main'));

@@ -15,7 +15,7 @@ import signal
 import sqlite3
 import ssl
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,6 +135,15 @@ def merged(table: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
         inner = isinstance(value, dict) and isinstance(table.get(key), dict)
         result[key] = merged(table[key], value) if inner else value
     return result
+
+
+def blocks_of(events: Iterable[dict[str, Any]]) -> str:
+    """Return the HTML that a page has after these events of a stream."""
+    blocks: list[str] = []
+    for data in events:
+        if "html" in data:
+            blocks[data["keep"] :] = data["html"]
+    return "".join(blocks)
 
 
 @pytest.fixture

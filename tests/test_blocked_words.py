@@ -259,8 +259,24 @@ async def test_a_live_page_never_shows_the_word(server, upstream):
     assert '"state": "blocked"' in rest.decode()
 
 
+@pytest.mark.parametrize("mark", ["**", "[", "$"])
+async def test_a_live_page_never_shows_the_word_behind_an_open_mark(
+    server, upstream, mark
+):
+    """The chat does not show yet what a mark may change; on the page it would be text."""
+    gate = asyncio.Event()
+    late = f"{mark}这里 [坏](https://a.cn/)词，又写了十来个字还没写到头，"
+    upstream.will(Script([f"{FIRST}写完一段。\n\n{late}", gate, f"{mark}。\n"]))
+    link = (await server.ask("说点什么")).links[0][1]
+    async with server.open(link + "/events") as events:
+        begin = (await events.content.readuntil(b"\n\n")).decode()
+        gate.set()
+        rest = (await events.content.read()).decode()
+    assert "写完一段。" in begin and "坏" not in begin + rest
+
+
 async def test_a_live_page_takes_back_what_was_not_sent(server, upstream):
-    """Text behind the sent part disappears from the page with a reset."""
+    """Text behind the sent part disappears from the page."""
     gate, late = asyncio.Event(), asyncio.Event()
     upstream.will(Script([FIRST, gate, "第二句说来话长，还没完。", late, "坏词。"]))
     link = (await server.ask("说点什么")).links[0][1]
@@ -269,7 +285,7 @@ async def test_a_live_page_takes_back_what_was_not_sent(server, upstream):
         await events.content.readuntil("第二句".encode())
         late.set()
         rest = (await events.content.read()).decode()
-    _, _, after = rest.partition("event: reset")
+    _, _, after = rest.partition('"keep": 0, "html": []')
     assert "第一句。" in after and "第二句" not in after and "坏" not in after
 
 

@@ -5,6 +5,7 @@ hostile, whole and as everybody meets it: message, reply, parts, stream, page, h
 """
 
 import asyncio
+import itertools
 import re
 import signal
 import sys
@@ -98,6 +99,13 @@ ANSWERS = {
     "a thought at its end": "想" * 100_000 + "</think>答。",
 }
 
+LONGER = {
+    "a table of 200 KB": "| 名 | 值 |\n|-|-|\n" + "| 甲乙丙 | $x_1^2$ |\n" * 8000,
+    "nested lists": "".join("  " * (n % 20) + f"- 第{n}项\n" for n in range(3000)),
+    "code without an end": "```py\n" + "x = 'abc'  # 字\n" * 8000,
+    "one paragraph": "**字** `x` [a](https://a.cn)\n" * 3000,
+}
+
 
 @pytest.mark.parametrize("first", range(0, len(SHAPES), 10))
 async def test_no_repeated_shape_holds_the_others_up(watch, first):
@@ -116,6 +124,28 @@ async def test_no_hostile_answer_holds_the_others_up(watch, tmp_path, name):
     (tmp_path / "words").write_text("\n".join(WORDS), "utf-8")
     watched = await watch(limits={"blocked_words": str(tmp_path / "words")})
     gap = await watched.least_gap(lambda: watched.read_answer(ANSWERS[name]))
+    print(gap)
+    assert gap <= MOST_UNITS
+
+
+@pytest.mark.parametrize("name", [*ANSWERS, *LONGER])
+async def test_a_live_page_of_it_holds_nobody_up(watch, tmp_path, name):
+    """Twenty viewers, to whom it comes in forty pieces."""
+    (tmp_path / "words").write_text("\n".join(WORDS), "utf-8")
+    watched = await watch(limits={"blocked_words": str(tmp_path / "words")})
+    text = "开头一段。\n\n" * 150 + (ANSWERS | LONGER)[name]
+    size = len(text) // 40 + 1
+    pieces = [text[at : at + size] for at in range(0, len(text), size)]
+
+    async def bring():
+        steps = itertools.chain(*zip(pieces, itertools.repeat(0.05)))
+        watched.upstream.will(Script(["开头一段。\n\n" * 150, 0.1, *steps]))
+        link = (await watched.server.ask("问")).links[0][1]
+        streams = (watched.server.get(f"{link}/events") for _ in range(20))
+        for _, stream in await asyncio.gather(*streams):
+            assert stream.count('"keep"') > 2 and "event: done" in stream
+
+    gap = await watched.least_gap(bring)
     print(gap)
     assert gap <= MOST_UNITS
 
@@ -242,12 +272,12 @@ async def test_an_answer_is_read_once_for_all_who_wait(
     statement = "INSERT INTO part (openid, number, turn_id, start, offered_at) VALUES (?, ?, ?, 0, 0)"
     for number in range(100, 110):
         database(statement, ANN, number, turn)
-    calls, read, render = [], wxgpt.Turn.read, wxgpt.render_markdown
+    calls, read, render = [], wxgpt.Turn.read, wxgpt.render_blocks
     monkeypatch.setattr(
         wxgpt.Turn, "read", lambda self: calls.append("read") or read(self)
     )
     monkeypatch.setattr(
-        wxgpt, "render_markdown", lambda *given: calls.append("page") or render(*given)
+        wxgpt, "render_blocks", lambda *given: calls.append("page") or render(*given)
     )
     pages = [server.get(f"{server.url}/a/{key}") for _ in range(10)]
     taps = [server.ask(f"继续{number}") for number in range(100, 110)]

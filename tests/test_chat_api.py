@@ -1039,6 +1039,7 @@ def test_a_body_is_read_in_any_pieces(name, data):
 
 
 @pytest.mark.parametrize("name", THOUGHTS)
+@settings(deadline=None)
 @given(st.data())
 def test_a_thought_is_dropped_in_any_deltas(name, data):
     """Wherever a provider cuts its text."""

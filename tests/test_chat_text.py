@@ -584,7 +584,7 @@ PURE = {
     "chat_text": chat_text,
     "stable_text": stable_text,
     "cut_text": cut_whole,
-    "render_markdown": lambda text: wxgpt.render_markdown(TEXTS, text),
+    "render_blocks": lambda text: wxgpt.render_blocks(TEXTS, text),
     "preview": wxgpt.preview,
     "excerpt": wxgpt.excerpt,
     "outgoing": wxgpt.outgoing,

@@ -225,7 +225,7 @@ def form(text):
 
 def page_text(answer):
     """Return what the page of an answer shows in one block after the other."""
-    page = wxgpt.render_markdown(wxgpt.read_texts({}), answer)
+    page = "".join(wxgpt.render_blocks(wxgpt.read_texts({}), answer))
     page = re.sub(r"</?(?:td|th|li|p|h\d|hr|pre|math|annotation)\b[^>]*>", "｜", page)
     return html.unescape(re.sub(r"<[^>]*>", "", page))
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from conftest import ANN, BOB, said, with_session
+from conftest import ANN, BOB, blocks_of, said, with_session
 from fake_openai import Script
 
 KINDS = ["answer", "pending", "history", "expired", "missing", "missing history"]
@@ -324,10 +324,12 @@ async def test_a_late_viewer_gets_what_was_written_so_far(server, upstream):
     async with server.open(link + "/events") as response:
         assert response.content_type == "text/event-stream"
         assert response.headers["Cache-Control"] == "no-store"
-        assert (await next_event(response))[2] == {"text": "前半句。"}
+        first = (await next_event(response))[2]
+        assert first == {"keep": 0, "html": ["<p>前半句。</p>\n"]}
         gate.set()
         *rest, done = await events_of(response)
-    assert "".join(data["text"] for _, _, data in rest) == "后半句。"
+    seen = blocks_of([first, *(data for _, _, data in rest)])
+    assert seen == "<p>前半句。后半句。</p>\n"
     assert done[0] == "done" and done[2]["state"] == "done"
 
 
@@ -338,66 +340,72 @@ async def writing_of(server, link):
 
 
 async def test_a_stream_resumes_where_it_was_broken(server, upstream):
-    """Last-Event-ID says what the viewer has, in which writing."""
+    """Last-Event-ID says which blocks the viewer has for good, of which writing."""
     gate = asyncio.Event()
-    link = await link_to(server, upstream, Script(["一二三。", gate, "四五六。"]))
+    script = Script(["一\n\n二\n\n三", gate, "四\n\n五"])
+    link = await link_to(server, upstream, script)
     writing = await writing_of(server, link)
-    last = {"Last-Event-ID": f"{writing}:2"}
+    last = {"Last-Event-ID": f"{writing}:1"}
     async with server.open(link + "/events", headers=last) as more:
-        assert await next_event(more) == ("", f"{writing}:4", {"text": "三。"})
+        data = {"keep": 1, "html": ["<p>二</p>\n", "<p>三</p>\n"]}
+        assert await next_event(more) == ("", f"{writing}:2", data)
         gate.set()
         *rest, (name, _, _) = await events_of(more)
-    assert [event[1:] for event in rest] == [(f"{writing}:8", {"text": "四五六。"})]
-    assert name == "done"
+    data = {"keep": 2, "html": ["<p>三四</p>\n", "<p>五</p>\n"]}
+    assert rest[-1] == ("", f"{writing}:4", data) and name == "done"
 
 
 @pytest.mark.parametrize("known", ["7:2", "0:999"])
 async def test_a_viewer_of_another_writing_starts_over(server, upstream, known):
-    """What they have is not a beginning of this text: `reset`, then all of it."""
-    link = await link_to(server, upstream, "一二三\n```\n四\n```")
+    """What they have is not a beginning of this text: nothing of it is kept."""
+    link = await link_to(server, upstream, "一二三\n```\n```")
     async with server.open(link + "/events", headers={"Last-Event-ID": known}) as all_:
-        first, second, done = await events_of(all_)
-    assert first[0] == "reset"
-    assert second[2] == {"text": "一二三\n```\n四\n```"} and done[0] == "done"
+        (_, _, data), done = await events_of(all_)
+    assert data["keep"] == 0 and data["html"][0] == "<p>一二三</p>\n"
+    assert len(data["html"]) == 2 and done[0] == "done"
 
 
 @pytest.mark.parametrize("known", ["", "nonsense", "-1:-1", "0:" + "9" * 50])
 async def test_an_id_that_makes_no_sense_begins_at_the_start(server, upstream, known):
     """The text comes whole."""
-    link = await link_to(server, upstream, "一二三\n```\n四\n```")
+    link = await link_to(server, upstream, "一二三\n```\n```")
     async with server.open(link + "/events", headers={"Last-Event-ID": known}) as all_:
-        *events, done = await events_of(all_)
-    assert events[-1][2] == {"text": "一二三\n```\n四\n```"} and done[0] == "done"
+        (_, _, data), done = await events_of(all_)
+    assert data["keep"] == 0 and data["html"][0] == "<p>一二三</p>\n"
+    assert len(data["html"]) == 2 and done[0] == "done"
 
 
 async def test_a_viewer_sees_an_answer_begin_anew(server, upstream):
-    """When a stream breaks before a reply, `reset` takes back what was shown."""
+    """When a stream breaks before a reply, what was shown is taken back."""
     gate = asyncio.Event()
     script = Script(["这里写了一半就", gate], ending="cut")
     link = await link_to(server, upstream, script)
     upstream.will("重新写完了。")
     async with server.open(link + "/events") as response:
-        assert (await next_event(response))[2] == {"text": "这里写了一半就"}
+        _, before, data = await next_event(response)
+        assert data == {"keep": 0, "html": ["<p>这里写了一半就</p>\n"]}
         gate.set()
         events = await events_of(response)
-    assert events[0][0] == "reset" and events[-1][0] == "done"
-    assert "".join(data["text"] for _, _, data in events[1:-1]) == "重新写完了。"
-    assert events[0][1].partition(":")[0] == events[-2][1].partition(":")[0]
+    assert events[0][2] == {"keep": 0, "html": []} and events[-1][0] == "done"
+    assert blocks_of(data for _, _, data in events) == "<p>重新写完了。</p>\n"
+    first, last = (events[at][1].partition(":")[0] for at in (0, -2))
+    assert first == last != before.partition(":")[0]
 
 
 async def test_two_viewers_see_the_same(server, upstream):
     """Each stream has the whole answer, whenever it began."""
     gate = asyncio.Event()
     link = await link_to(server, upstream, Script(["前半句。", gate, "后半句。"]))
-    known = {"Last-Event-ID": f"{await writing_of(server, link)}:4"}
+    known = {"Last-Event-ID": f"{await writing_of(server, link)}:0"}
     async with (
         server.open(link + "/events") as early,
         server.open(link + "/events", headers=known) as late,
     ):
-        assert (await next_event(early))[2] == {"text": "前半句。"}
+        assert (await next_event(early))[2]["html"] == ["<p>前半句。</p>\n"]
         gate.set()
         both = await asyncio.gather(events_of(early), events_of(late))
-    assert [events[0][2]["text"] for events in both] == ["后半句。", "后半句。"]
+    seen = [blocks_of(data for _, _, data in events) for events in both]
+    assert seen == ["<p>前半句。后半句。</p>\n"] * 2
 
 
 async def test_the_stream_of_a_failed_answer_ends(server, upstream):

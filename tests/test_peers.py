@@ -12,7 +12,8 @@ import re
 
 import pytest
 
-from conftest import ANN, BOB, TEXTS, free_port, run_command
+import wxgpt
+from conftest import ANN, BOB, TEXTS, blocks_of, free_port, run_command
 from peers import KEY, Wiretap, litellm_proxy, small_model
 from test_owner import bad
 from test_pages import events_of
@@ -251,14 +252,15 @@ async def test_a_story_is_read_on_while_the_model_writes(meet, model, database):
 
 
 async def test_a_story_is_seen_on_its_page_as_it_is_written(meet, model, database):
-    """The page's events are the answer, piece by piece, and end with its state."""
+    """The page's events are the answer, block by block, and end with its state."""
     server, process = await meet(0.3, chatgpt=LENGTHY)
     [(_, link)] = (await server.ask(f"/chatgpt {STORY}")).links
     async with server.open(f"{link}/events") as response:
         *pieces, (name, _, end) = await events_of(response)
     [(answer, state)] = await stored_turns(process, database, 1)
     assert name == "done" and end == {"state": state} and state in ("done", "cut")
-    assert "".join(piece["text"] for _, _, piece in pieces) == answer
+    seen = blocks_of(data for _, _, data in pieces)
+    assert seen == "".join(wxgpt.render_blocks(wxgpt.read_texts({}), answer))
     assert len(pieces) > 1 and len(model.requests) == 1
 
 

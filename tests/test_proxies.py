@@ -100,11 +100,11 @@ async def test_events_come_as_they_are_written(serve_behind, upstream):
     upstream.will(Script(["一", gates[0], "二", gates[1], "三"]))
     link = (await server.ask("数到三")).links[0][1]
     async with server.open(link + "/events") as response:
-        assert '{"text": "一"}' in await next_event(response)
+        assert "<p>一</p>" in await next_event(response)
         gates[0].set()
-        assert '{"text": "二"}' in await next_event(response)
+        assert "<p>一二</p>" in await next_event(response)
         gates[1].set()
-        assert '{"text": "三"}' in await next_event(response)
+        assert "<p>一二三</p>" in await next_event(response)
 
 
 async def next_event(response):

@@ -91,7 +91,7 @@ async def test_what_is_ready_in_time_goes_out_by_two_hundred_replies(busy, upstr
 async def read_page(http, url: str, opened: asyncio.Semaphore) -> str:
     """Follow a live page to its end; say when it has begun."""
     async with http.get(url) as events:
-        first = await events.content.readline()
+        first = await events.content.readuntil(b'"keep"')
         opened.release()
         return (first + await events.content.read()).decode()
 
@@ -364,7 +364,7 @@ async def first_text(server, process, upstream, question: str) -> str:
     await upstream.arrival(question)
     [key] = await links(process)
     async with server.open(f"{server.url}/a/{key}/events") as events:
-        await events.content.readline()
+        await events.content.readuntil(b'"keep"')
     return key
 
 

@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
@@ -449,11 +450,21 @@ async def view(server: Server, body: bytes | None) -> int:
     return (events or b"").count(b"\n\n")
 
 
+async def keep_pinging(server: Server, waits: list[float]) -> None:
+    """Let another subscriber send a command ten times a second; note what it waits."""
+    for number in itertools.count(10**9):  # far from the numbers of the questions
+        began = time.monotonic()
+        await deliver(server.port, openid_of(number), number, "/help")
+        waits.append(1000 * (time.monotonic() - began))
+        await asyncio.sleep(0.1)
+
+
 async def write_long(
     bench: Bench, name: str, count: int, viewers: int
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Let long answers be written, the first of them watched; return the figures."""
     share = 0.2 if bench.is_quick else 1.0  # of the 20 KB
+    waits: list[float] = []
     async with bench.server(name, count) as server:
         await bench.report()
         cpu = server.cpu()
@@ -462,6 +473,10 @@ async def write_long(
             seen = await bench.ask(server, number, "long", share)
             return await view(server, seen.body) if number < viewers else 0
 
+        limit = 0 if name == "bare" else LONG_SECONDS  # it knows no commands
+        pinging = asyncio.create_task(
+            asyncio.wait_for(keep_pinging(server, waits), limit)
+        )
         events = await asyncio.gather(*map(read, range(count)))
         ended: dict[str, float] = {}
         for _ in range(LONG_SECONDS):  # what nobody watches is written to its end, too
@@ -470,25 +485,33 @@ async def write_long(
             if len(ended) == count:
                 break
             await asyncio.sleep(1)
+        pinging.cancel()
         await settle(server)
         cpu, peak = server.cpu() - cpu, server.memory()
     tokens = int(share * report["tokens"])
-    return {"cpu": cpu, "peak": peak, "events": sum(events), "tokens": tokens}
+    figures = {"cpu": cpu, "peak": peak, "events": sum(events), "tokens": tokens}
+    return figures | {"waits": waits}
 
 
 async def measure_long(bench: Bench) -> None:
-    """Measure answers of 20 KB, without and with half of them watched."""
+    """Measure answers of 20 KB, without and with all of them watched."""
     count, section = (10 if bench.is_quick else 200), "3. 20 KB, 100 tokens/s"
     bare = await write_long(bench, "bare", count, 0)
     alone = await write_long(bench, "wxgpt", count, 0)
-    seen = await write_long(bench, "wxgpt", count, count // 2)
+    seen = await write_long(bench, "wxgpt", count, count)
     tokens = count * bare["tokens"]
     pair = [1e6 * run["cpu"] / tokens for run in (alone, bare)]
     bench.add(section, "processor time per token", "µs", *pair)
     bench.add(section, "peak memory", "MiB", alone["peak"], bare["peak"])
-    extra = 1000 * (seen["cpu"] - alone["cpu"]) / (count // 2)
+    extra = 1000 * (seen["cpu"] - alone["cpu"]) / count
     bench.add(section, "processor time per viewer", "ms", extra, None)
-    bench.add(section, "events per viewer", "", seen["events"] / (count // 2), None)
+    bench.add(section, "events per viewer", "", seen["events"] / count, None)
+    for run, name in ((alone, "nobody views"), (seen, "all are viewed")):
+        for part, words in ((0.5, "median"), (0.99, "99 %")):
+            wait = quantile(run["waits"], part)
+            bench.add(
+                section, f"a command meanwhile, {name}, {words}", "ms", wait, None
+            )
 
 
 # 4. Much stored

@@ -1,0 +1,131 @@
+// What a page does for an answer that is being written: its blocks as they come, the
+// seconds, and in the end what stands below it on the finished page; nothing that is
+// read moves. page.js follows this file, and its head says how both are loaded.
+
+// Makes the nodes that a box has like new ones. What stays the same is not touched, so
+// that it keeps its place, how far it is scrolled, and what is selected in it.
+function fill(box, nodes, fresh) {
+  fresh.forEach((node, index) => {
+    const old = nodes[index];
+    if (!old) {
+      box.append(node);
+    } else if (old.data && node.data && node.data.startsWith(old.data)) {
+      old.appendData(node.data.slice(old.data.length));
+    } else if (!old.isEqualNode(node)) {
+      const isAlike = old.firstChild && old.cloneNode().isEqualNode(node.cloneNode());
+      if (isAlike) fill(old, [...old.childNodes], [...node.childNodes]);
+      else old.replaceWith(node);
+    }
+  });
+  for (const node of nodes.slice(fresh.length)) node.remove();
+}
+
+// The button that leads to the end of an answer that grows below the screen.
+function endButton(live, label) {
+  const button = document.createElement('button');
+  button.className = 'below';
+  button.textContent = label;
+  button.onclick = () => scrollTo(0, document.documentElement.scrollHeight);
+  button.place = () => {
+    button.hidden = live.getBoundingClientRect().bottom <= innerHeight;
+  };
+  addEventListener('scroll', button.place, {passive: true});
+  button.place();
+  live.after(button);
+  return button;
+}
+
+// Shows an answer in `live` as it is written, and how it goes on in `note`.
+function follow(live, note) {
+  const [state, time] = note.children;
+  const began = Date.now() - 1000 * note.dataset.seconds;
+  const button = endButton(live, note.dataset.below);
+  const source = new EventSource(location.pathname + '/events');
+  const clock = setInterval(() => {
+    time.textContent = Math.round((Date.now() - began) / 1000) + ' ' + words.seconds;
+  }, 1000);
+  let said = state.textContent;  // while the line holds
+
+  function tell(line) {
+    if (said !== line) state.textContent = said = line;
+  }
+
+  // Goes on with the page that the server has after a pause.
+  function leave(pause) {
+    source.close();
+    clearInterval(clock);
+    removeEventListener('scroll', button.place);
+    button.remove();
+    setTimeout(renew, pause);
+  }
+
+  source.onmessage = event => {
+    const {keep, html, more} = JSON.parse(event.data);
+    const page = document.documentElement;
+    const isAtEnd = scrollY > 0 && innerHeight + scrollY >= page.scrollHeight - 80;
+    const fresh = new DOMParser().parseFromString(html.join(''), 'text/html').body;
+    // Nothing is taken away while more is on its way.
+    const end = more ? keep + html.length : live.children.length;
+    fill(live, [...live.children].slice(keep, end), [...fresh.children]);
+    if (live.firstElementChild) {
+      clearInterval(clock);
+      time.textContent = '';
+      tell(words.writing);
+    } else {
+      tell(note.dataset.waiting);
+    }
+    if (isAtEnd) scrollTo(0, page.scrollHeight);
+    button.place();
+  };
+  source.addEventListener('queued', event => {
+    tell(JSON.parse(event.data).queued ? note.dataset.queued : note.dataset.waiting);
+  });
+  source.addEventListener('done', () => leave(0));
+  source.onopen = () => { state.textContent = said; };
+  source.onerror = () => {
+    state.textContent = note.dataset.lost;
+    // A stream that broke is opened again by the browser; this one it has given up.
+    if (source.readyState === EventSource.CLOSED) leave(3000);
+  };
+}
+
+function following(node) {
+  const all = [...node.parentNode.childNodes];
+  return all.slice(all.indexOf(node) + 1);
+}
+
+// Goes on with a newer state of the page around the answer, which stays where it is.
+// Returns the <main> that is shown then.
+function take(main) {
+  const old = document.querySelector('main');
+  const live = old.querySelector('.live'), answer = main.querySelector('.answer');
+  const note = old.querySelector('.asking');
+  if (!answer) {
+    old.replaceWith(main);
+    return main;
+  }
+  fill(live, [...live.children], [...answer.children]);
+  live.className = answer.className;
+  const late = following(answer);
+  for (const node of following(live)) if (node !== note) node.remove();
+  note.after(...late);
+  if (late.some(node => node.matches?.('.asking, .failed'))) {
+    note.remove();
+  } else {
+    // Over the page and for a moment, so that nothing moves.
+    note.className = 'written';
+    note.lastElementChild.remove();
+    note.firstElementChild.textContent = note.dataset.written;
+    setTimeout(() => note.remove(), 4000);
+  }
+  return old;
+}
+
+// Takes over what the page shows by now; the address stays, and so does the scrolling.
+async function renew() {
+  try {
+    begin(take(await readMain(location.href)));
+  } catch {
+    setTimeout(renew, 3000);
+  }
+}
