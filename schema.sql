@@ -223,3 +223,14 @@ ALTER TABLE part ADD COLUMN place INTEGER NOT NULL DEFAULT 0;  -- 2 of 5; 0: not
 -- A session that ran out stays open until another one is opened or /stop is sent.
 UPDATE session SET ended_at = NULL WHERE lapsed_text IS NOT NULL
     AND id = (SELECT max(id) FROM session AS newer WHERE newer.openid = session.openid);
+
+-- step 7
+
+-- Browsers that are signed in to their subscriber's own pages. The cookie itself is
+-- nowhere but in the browser.
+CREATE TABLE device (
+    cookie_hash TEXT PRIMARY KEY,
+    openid TEXT NOT NULL,
+    expires_at REAL NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX device_by_openid ON device (openid);

@@ -111,6 +111,7 @@ import aiohttp
 import aiosqlite
 import jinja2
 import xmltodict
+import yarl
 from aiohttp import web
 from markdown_it.renderer import RendererHTML
 from markdown_it.token import Token
@@ -277,6 +278,7 @@ class HistorySettings:
 
     link_hours: float = bounded(72.0, 1e-6, 876_000)  # how long an answer's link works
     history_minutes: float = bounded(120.0, 1e-4, 1e8)  # how long a history link works
+    device_days: float = bounded(30.0, 1e-6, 3650)  # how long a device stays signed in
     keep_days: float = bounded(0.0, 0, 36_500)  # days until deletion; 0: never
 
 
@@ -328,6 +330,20 @@ class Config:
     texts: Texts
     history: HistorySettings = field(default_factory=HistorySettings)
     database: DatabaseSettings = field(default_factory=DatabaseSettings)
+
+    @property
+    def is_secure(self) -> bool:
+        """Say whether nobody between a phone and us can read along or change anything.
+
+        Browsers take loopback for that too, without TLS.
+        """
+        near = r"http://(localhost|127\.[\d.]+|\[::1\])([:/].*)?|https://.*"
+        return re.fullmatch(near, self.public_url) is not None
+
+    @property
+    def root(self) -> str:
+        """Return the path under which a phone finds our pages; mostly ''."""
+        return urllib.parse.urlsplit(self.public_url).path
 
 
 def require(is_met: object, name: str, found: object, accepted: str) -> None:
@@ -2895,6 +2911,7 @@ class Recalled(typing.NamedTuple):
 PICTURE_SECONDS = 600  # how long a picture waits for its question
 REPLY_HOURS = 24  # how long a later copy of a message gets the same reply
 LAPSE_SECONDS = 24 * 3600  # how long a session that ran out is mentioned
+DEVICES = 5  # that one subscriber may have signed in
 
 Due = dict[str, tuple[str, str]]  # openid: key of the message that asked, its reply
 DUTY_BYTES = 4096  # of the file at least: on a full disk some thirty lines have room
@@ -3091,13 +3108,15 @@ class Store:
         """
         return self.run([(query, {"id": turn_id, "how": how})])
 
-    async def mark_read(self, turn_id: int) -> None:
-        """Note that an answer was read on its page."""
+    async def mark_read(self, turn_ids: list[int]) -> None:
+        """Note that answers were read on a page."""
         queries = (
-            "UPDATE turn SET delivered = coalesce(delivered, 'page') WHERE id = :id",
-            "UPDATE part SET to_mention = 0 WHERE turn_id = :id",
+            "UPDATE turn SET delivered = 'page' WHERE delivered IS NULL"
+            " AND id IN (SELECT value FROM json_each(:ids))",
+            "UPDATE part SET to_mention = 0 WHERE to_mention = 1"
+            " AND turn_id IN (SELECT value FROM json_each(:ids))",
         )
-        await self.run([(query, {"id": turn_id}) for query in queries])
+        await self.run([(query, {"ids": json.dumps(turn_ids)}) for query in queries])
 
     async def note(self, openid: str, **values: float) -> None:
         """Note what a subscriber was told or shown; a full disk prevents only that."""
@@ -3148,10 +3167,13 @@ class Store:
 
     # Turns
 
-    async def add_turn(self, turn: Turn, most: int, most_of_all: int) -> bool:
+    async def add_turn(
+        self, turn: Turn, most: int, most_of_all: int, cookie_hash: str = ""
+    ) -> bool:
         """Store and count an accepted question, and give it its id.
 
-        False, with nothing stored, if the day's questions are used up; 0 is no limit.
+        False, with nothing stored, if the day's questions are used up (0 is no limit)
+        or the device that it comes from is signed out by now.
         Triggers count under a keyed hash, which outlives a deletion until midnight.
         """
         query = """
@@ -3163,6 +3185,9 @@ class Store:
                 SELECT 1 FROM quota WHERE day = :day
                 AND (who = :counted_as AND questions >= :most AND :most > 0
                      OR who = '' AND questions >= :most_of_all AND :most_of_all > 0))
+              AND (:cookie_hash = '' OR EXISTS (
+                SELECT 1 FROM device WHERE cookie_hash = :cookie_hash
+                AND openid = :openid AND expires_at > :created_at))
             RETURNING id
         """
         rows = await self.rows(
@@ -3179,6 +3204,7 @@ class Store:
             counted_as=self.keyed_hash(turn.openid),
             most=most,
             most_of_all=most_of_all,
+            cookie_hash=cookie_hash,
         )
         if rows:
             [(turn.id,)] = rows
@@ -3389,6 +3415,71 @@ class Store:
         rows = await self.rows(query, openid=openid, session=session_id, since=since)
         return rows[0][0]
 
+    async def offer_unread(self, openid: str, part: Part, now: float) -> None:
+        """Store a part that nobody has asked for, to be named in the chat if unread."""
+        query = """
+            INSERT OR IGNORE INTO part
+                (openid, number, turn_id, start, offered_at, to_mention)
+            VALUES (:openid, :number, :turn_id, :start, :now, 1)
+        """
+        values = {"number": part.number, "turn_id": part.turn_id, "start": part.start}
+        await self.rows(query, openid=openid, now=now, **values)
+
+    # Devices
+
+    async def add_device(self, openid: str, cookie_hash: str, until: float) -> bool:
+        """Sign a device in; False, with nothing stored, if there are DEVICES."""
+        query = """
+            INSERT INTO device (cookie_hash, openid, expires_at)
+            SELECT :cookie_hash, :openid, :until
+            WHERE (SELECT count(*) FROM device
+                   WHERE openid = :openid AND expires_at > :now) < :most
+            RETURNING 1
+        """
+        values = {"openid": openid, "until": until, "now": time.time()}
+        rows = await self.rows(query, cookie_hash=cookie_hash, most=DEVICES, **values)
+        return bool(rows)
+
+    async def device_owner(self, cookie_hash: str) -> str | None:
+        """Return whose device has a cookie, None if it is not signed in."""
+        query = (
+            "SELECT openid FROM device WHERE cookie_hash = :hash AND expires_at > :now"
+        )
+        rows = await self.rows(query, hash=cookie_hash, now=time.time())
+        return rows[0][0] if rows and rows[0][0] not in self.due else None
+
+    async def count_devices(self, openid: str) -> int:
+        """Return how many devices a subscriber has signed in."""
+        query = (
+            "SELECT count(*) FROM device WHERE openid = :openid AND expires_at > :now"
+        )
+        [(count,)] = await self.rows(query, openid=openid, now=time.time())
+        return count
+
+    async def sign_out(self, openid: str, cookie_hash: str = "") -> int:
+        """Sign out a device, or all of a subscriber's; return how many there were."""
+        query = """
+            DELETE FROM device WHERE openid = :openid
+            AND (:hash = '' OR cookie_hash = :hash) RETURNING 1
+        """
+        return len(await self.rows(query, openid=openid, hash=cookie_hash))
+
+    async def newest_session(
+        self, openid: str, since: float
+    ) -> tuple[int, str, float, bool] | None:
+        """Return id, assistant and time of the newest session, and whether it runs.
+
+        It does not if its last message is older than `since`, unless one is unanswered.
+        """
+        query = """
+            SELECT id, assistant, opened_at, ended_at IS NULL AND (
+                last_at > :since OR EXISTS (SELECT 1 FROM turn
+                    WHERE session_id = session.id AND state = 'open'))
+            FROM session WHERE openid = :openid ORDER BY id DESC LIMIT 1
+        """
+        rows = await self.rows(query, openid=openid, since=since)
+        return rows[0] if rows else None
+
     # Links and deletion
 
     async def add_history_link(self, openid: str, expires_at: float) -> str:
@@ -3453,6 +3544,7 @@ class Store:
             "DELETE FROM picture WHERE openid = :openid",
             "DELETE FROM history_link WHERE openid = :openid",
             "DELETE FROM forget_request WHERE openid = :openid",
+            "DELETE FROM device WHERE openid = :openid",
             "DELETE FROM subscriber WHERE openid = :openid",
             "REPLACE INTO reply (key, openid, content, created)"
             " VALUES (:key, '', :reply, :now)",
@@ -3483,6 +3575,7 @@ class Store:
             ("DELETE FROM reply WHERE created < :at", now - REPLY_HOURS * 3600),
             ("DELETE FROM history_link WHERE expires_at < :at", now - link_seconds),
             ("DELETE FROM forget_request WHERE asked_at < :at", now - LAPSE_SECONDS),
+            ("DELETE FROM device WHERE expires_at < :at", now),
             ("DELETE FROM picture WHERE created_at < :at", now - PICTURE_SECONDS),
         ):
             await self.rows(query, at=at)
@@ -4483,9 +4576,16 @@ Source = str | tuple[Turn, Part]  # a fixed text ('' says nothing), or part of a
 class Delivery:
     """The requests of one message, what answers it, and the one reply they all get."""
 
-    def __init__(self, message: Message, subscriber: Subscriber, first: float) -> None:
+    def __init__(
+        self,
+        message: Message,
+        subscriber: Subscriber,
+        first: float,
+        cookie_hash: str = "",
+    ) -> None:
         self.message = message
         self.subscriber = subscriber
+        self.cookie_hash = cookie_hash  # of the device it comes from; '': from WeChat
         self.first = first  # loop's clock at the first request, or an estimate
         self.newest = float("-inf")  # loop's clock at the newest request
         self.seen = 0  # requests that count as attempts
@@ -4549,11 +4649,95 @@ class MuteGuard:
         return True
 
 
+def cookie_hash_of(cookie: str) -> str:
+    """Return what is kept of a device's cookie."""
+    return hashlib.sha256(cookie.encode()).hexdigest()
+
+
+SIGN_IN_SECONDS = 600.0  # how long a number works
+SIGN_INS = 5000  # browsers that may show one: of those beyond, the oldest goes
+WRONG_NUMBERS, WRONG_SECONDS = 5, 3600.0  # that a subscriber may send in so long
+
+
+@dataclass(slots=True)
+class SignIn:
+    """A browser that shows a number, and who has sent it to the account."""
+
+    number: str  # six digits; no other browser shows them
+    cookie_hash: str  # of the browser's own cookie for this
+    until: float  # by the loop's clock
+    openid: str = ""
+    is_confirmed: bool = False
+
+
+class SignIns:
+    """Browsers that wait to be signed in; after a restart they get new numbers."""
+
+    def __init__(self, loop_time: Callable[[], float]) -> None:
+        self.loop_time = loop_time
+        self.waiting: dict[str, SignIn] = {}  # by hash of the cookie, oldest first
+        self.wrong: collections.deque[tuple[float, str]] = collections.deque()
+
+    def begin(self, cookie_hash: str) -> SignIn:
+        """Return a number for a browser."""
+        now, numbers = self.loop_time(), {one.number for one in self.waiting.values()}
+        for old in list(self.waiting.values()):
+            if old.until > now and len(self.waiting) < SIGN_INS:
+                break
+            del self.waiting[old.cookie_hash]
+        number = f"{secrets.randbelow(10**6):06}"
+        while number in numbers:
+            number = f"{secrets.randbelow(10**6):06}"
+        one = SignIn(number, cookie_hash, now + SIGN_IN_SECONDS)
+        self.waiting[cookie_hash] = one
+        return one
+
+    def find(self, cookie_hash: str) -> SignIn | None:
+        """Return the sign-in of a browser whose number still works."""
+        one = self.waiting.get(cookie_hash)
+        return one if one and one.until > self.loop_time() else None
+
+    def claim(self, openid: str, number: str) -> SignIn | None:
+        """Note who sent a number; None if no browser shows it."""
+        now = self.loop_time()
+        for one in self.waiting.values():
+            if one.openid == openid and not one.is_confirmed:
+                one.openid = ""  # a number that they sent before
+        for one in self.waiting.values():
+            if one.number == number and one.until > now and not one.openid:
+                one.openid = openid
+                return one
+        self.wrong.append((now, openid))
+        return None
+
+    def is_tried_too_often(self, openid: str) -> bool:
+        """Say whether a subscriber has sent too many wrong numbers."""
+        since = self.loop_time() - WRONG_SECONDS
+        while self.wrong and self.wrong[0][0] < since:
+            self.wrong.popleft()
+        return sum(who == openid for _, who in self.wrong) >= WRONG_NUMBERS
+
+    def confirm(self, openid: str) -> bool:
+        """Let the browser in whose number a subscriber sent; False if there is none."""
+        now = self.loop_time()
+        for one in self.waiting.values():
+            if one.openid == openid and one.until > now and not one.is_confirmed:
+                one.is_confirmed = True
+                return True
+        return False
+
+    def end(self, openid: str) -> None:
+        """Let no browser in any more for a subscriber."""
+        for one in list(self.waiting.values()):
+            if one.openid == openid:
+                del self.waiting[one.cookie_hash]
+
+
 class ReplayGuard:
     """Knows which signed requests are of now, and whose message came with a signature.
 
     A query does not cover its body, and digits moved between timestamp and nonce leave
-    its signature right: so that belongs to one message. 100 pushes a second take 30 MB.
+    its signature right: so that belongs to one message. 100 pushes a second take 25 MB.
     """
 
     SECONDS = 600  # how far a timestamp may be off
@@ -4564,7 +4748,7 @@ class ReplayGuard:
         self.loop_time, self.warn = loop_time, warn  # the loop's clock; Bot.warn
         self.began = time.time() - loop_time()  # the wall clock when that was 0
         # A signature's message, hashed, for 20 to 30 minutes: timestamps may be ahead.
-        self.owners: collections.ChainMap[str, int] = collections.ChainMap()
+        self.owners: collections.ChainMap[int, int] = collections.ChainMap()
         self.next_map_at = loop_time()
 
     def is_fresh(self, timestamp: str) -> bool:
@@ -4581,7 +4765,8 @@ class ReplayGuard:
         if self.loop_time() >= self.next_map_at:
             self.next_map_at = self.loop_time() + self.SECONDS
             self.owners = collections.ChainMap({}, *self.owners.maps[:2])
-        is_its_own = self.owners.setdefault(signature, hash(message)) == hash(message)
+        key, owner = int(signature[:15], 16), hash(message)  # numbers are small
+        is_its_own = self.owners.setdefault(key, owner) == owner
         if not is_its_own:
             self.warn("replayed push refused: another message had its signature")
         return is_its_own
@@ -4658,6 +4843,9 @@ def tap_words(texts: Texts) -> dict[str, str]:
         "forget": (texts.word_forget,),
         "resume": (texts.word_resume,),
         "go_on": (texts.word_go_on,),
+        "sign_in": (texts.word_sign_in,),
+        "let_in": (texts.word_let_in,),
+        "sign_out": (texts.word_sign_out,),
     }
     words = {folded(word): name for name, these in shown.items() for word in these}
     return {"下一段": "continue", **words}
@@ -4705,7 +4893,9 @@ def ending_words(texts: Texts, turn: Turn, retry: str, go_on: str = "") -> str:
     """
     fixed = {
         "done": "",
-        "cut": texts.cut_short.format(tap=go_on),
+        "cut": texts.stopped_here
+        if turn.reason == "stopped"
+        else texts.cut_short.format(tap=go_on),
         "ended": texts.session_ended,
         "blocked": texts.blocked_answer,
     }
@@ -4781,6 +4971,7 @@ class Bot:
         self.pages = asyncio.Semaphore(PAGES_AT_ONCE)
         self.guard = MuteGuard(config.wechat.mute_guard)
         self.replays = ReplayGuard(self.tasks.loop.time, self.warn)
+        self.sign_ins = SignIns(self.tasks.loop.time)
         self.slots = asyncio.Semaphore(config.limits.at_once)  # first come first
         self.deliveries: dict[str, Delivery] = {}  # of the last minute, by message key
         self.turns: dict[int, Turn] = {}  # being written or waiting
@@ -5217,7 +5408,10 @@ class Bot:
             assistant=session.assistant,
         )
         most, most_of_all = limits.questions_per_day, limits.all_per_day
-        if not await self.store.add_turn(turn, most, most_of_all):
+        cookie_hash = delivery.cookie_hash
+        if not await self.store.add_turn(turn, most, most_of_all, cookie_hash):
+            if cookie_hash and not await self.store.device_owner(cookie_hash):
+                return self.texts.page_signed_out
             return await self.refuse_for_today(turn.openid)
         self.start_turn(turn, subscriber)
         log.info("%s accepted, %d waiting", turn.name, len(subscriber.turns))
@@ -5227,7 +5421,11 @@ class Bot:
         """Return what answers a message that has no reply yet."""
         message, limits = delivery.message, self.config.limits
         if message.openid in limits.deny and message.event != "unsubscribe":
+            if delivery.cookie_hash:
+                return self.texts.not_allowed
             return self.leave_alone(delivery, "the sender is in limits.deny")
+        if delivery.cookie_hash:
+            return await self.ask_on_page(delivery)
         match message.msg_type, message.event:
             case "text", _:
                 return await self.handle_text(delivery)
@@ -5324,6 +5522,9 @@ class Bot:
             if self.tap_words.get(numbered[1]) == "retry":
                 turn = await self.store.turn(number)
                 return await self.retry(delivery, turn) or self.texts.no_retry
+            is_sign_in = self.tap_words.get(numbered[1]) == "sign_in"
+            if is_sign_in and self.config.is_secure:
+                return await self.claim_sign_in(delivery.message.openid, numbered[2])
         session = delivery.session or delivery.lapsed
         match self.tap_words.get(re.sub(r"\s*\(\d+/\d+\)$", "", words)):
             case "continue":
@@ -5339,6 +5540,11 @@ class Bot:
             case "go_on" if delivery.lapsed:
                 text = self.texts.word_go_on
                 return await self.resume_session(delivery, delivery.lapsed, text)
+            case "let_in" if self.sign_ins.confirm(delivery.message.openid):
+                return self.texts.signed_in
+            case "sign_out":
+                if count := await self.store.sign_out(delivery.message.openid):
+                    return self.texts.signed_out.format(count=count)
         return None
 
     async def continue_part(self, delivery: Delivery, number: int) -> Source:
@@ -5377,6 +5583,42 @@ class Bot:
         delivery.session = session
         await self.store.touch_session(session.id, time.time())
         return await self.accept_question(delivery, session, text)
+
+    async def claim_sign_in(self, openid: str, number: str) -> str:
+        """Return what is said to a number that a browser shows, or does not."""
+        texts = self.texts
+        if self.sign_ins.is_tried_too_often(openid):
+            return texts.sign_in_later
+        if await self.store.count_devices(openid) >= DEVICES:
+            tap = tap_link(texts.word_sign_out)
+            return texts.sign_in_full.format(count=DEVICES, tap=tap)
+        if not self.sign_ins.claim(openid, number):
+            return texts.sign_in_wrong
+        return texts.sign_in_ask.format(tap=tap_link(texts.word_let_in))
+
+    async def ask_on_page(self, delivery: Delivery) -> Source:
+        """Ask what was written on a page, in the session that runs or in a new one."""
+        text, openid = delivery.message.content, delivery.message.openid
+        assistants = self.config.assistants
+        if await self.store.device_owner(delivery.cookie_hash) != openid:
+            return self.texts.page_signed_out
+        if is_command(self.aliases.get(folded(text), text), assistants):
+            return self.texts.page_command.format(text=excerpt(text))
+        session = delivery.session
+        if session is None:
+            newest = await self.store.newest_session(openid, 0.0)
+            name = newest[1] if newest else ""
+            name = name if name in assistants else next(iter(assistants))
+            session = await self.open_session(delivery, name)
+        source = await self.accept_question(delivery, session, text)
+        if isinstance(source, tuple):  # nobody may stay on the page for the answer
+            turn, subscriber = source[0], delivery.subscriber
+            if not subscriber.is_told:  # the words stood above the field
+                await self.note_told(openid)
+            part = subscriber.offer(turn.id, 0)
+            await self.store.offer_unread(openid, part, time.time())
+            subscriber.to_mention.setdefault(turn.id, (part.number, turn.question))
+        return source
 
     async def open_and_ask(
         self, delivery: Delivery, assistant: str, question: str
@@ -5432,7 +5674,11 @@ class Bot:
         until = time.time() + minutes * 60
         key = await self.store.add_history_link(delivery.message.openid, until)
         page = web_link(self.texts.word_history, f"{self.config.public_url}/h/{key}")
-        return self.texts.history.format(minutes=f"{minutes:g}", page=page)
+        text = self.texts.history.format(minutes=f"{minutes:g}", page=page)
+        if count := await self.store.count_devices(delivery.message.openid):
+            tap = tap_link(self.texts.word_sign_out)
+            text += "\n" + self.texts.history_devices.format(count=count, tap=tap)
+        return text
 
     @command("help")
     async def help(self, delivery: Delivery) -> str:
@@ -5474,6 +5720,7 @@ class Bot:
                 turn.task.cancel()
             self.turns.pop(turn.id, None)
         subscriber.forget()
+        self.sign_ins.end(message.openid)
         self.work.results.clear()
         await self.store.forget(message.openid, message.key, outgoing(reply))
         self.work.results.clear()
@@ -5730,13 +5977,74 @@ class Bot:
                 first -= max(0, time.time() - message.created - 1)
             delivery = Delivery(message, self.subscriber(message.openid), first)
             self.wechat_ahead = max(self.wechat_ahead, message.created - arrived)
-            self.deliveries[message.key] = delivery
-            # Long after the last attempt a copy is answered from the store.
-            seconds = 4 * self.config.wechat.attempts * timeout
-            self.tasks.loop.call_later(seconds, self.deliveries.pop, message.key, None)
-            trouble = functools.partial(delivery.answer_with, self.texts.trouble)
-            self.tasks.start(self.find_source(delivery), message.name, trouble)
+            self.take_in(delivery)
         return delivery, delivery.arrive(arrived, timeout / 2)
+
+    def take_in(self, delivery: Delivery) -> None:
+        """Start the task that finds out what answers a new message."""
+        message, wechat = delivery.message, self.config.wechat
+        self.deliveries[message.key] = delivery
+        # Long after the last attempt a copy is answered from the store.
+        seconds = 4 * wechat.attempts * wechat.attempt_timeout
+        self.tasks.loop.call_later(seconds, self.deliveries.pop, message.key, None)
+        trouble = functools.partial(delivery.answer_with, self.texts.trouble)
+        self.tasks.start(self.find_source(delivery), message.name, trouble)
+
+    # What a page does
+
+    async def ask_here(
+        self, openid: str, cookie_hash: str, form: str, text: str
+    ) -> Source:
+        """Take up a question from a device as if it were a message of the chat.
+
+        `form` is the random id of the form: a second sending joins the first.
+        """
+        now = int(time.time())
+        message = Message(openid, "", "text", now, msg_id=f"page-{form}", content=text)
+        delivery = self.deliveries.get(message.key)
+        if delivery is None:
+            subscriber, arrived = self.subscriber(openid), self.tasks.loop.time()
+            delivery = Delivery(message, subscriber, arrived, cookie_hash)
+            self.take_in(delivery)
+        until = self.tasks.loop.time() + PAGE_SECONDS
+        await self.tasks.until(delivery.news, delivery.is_answered, until)
+        if not isinstance(delivery.source, tuple):  # another try may be accepted
+            self.deliveries.pop(message.key, None)
+        return delivery.source or self.texts.trouble
+
+    def stop_turn(self, openid: str, link_key: str) -> None:
+        """End an answer that is being written: what is there of it stays, as cut."""
+        subscriber = self.subscribers.get(openid)
+        for turn in list(subscriber.turns) if subscriber else []:
+            if turn.link_key != link_key or not turn.is_open:
+                continue
+            if turn.is_queued:
+                self.end_unwritten(turn, "cut", "stopped")
+            elif turn.task:
+                turn.finish("cut", "stopped")
+                turn.task.cancel()  # which closes the upstream's call
+
+    async def begin_topic(self, openid: str, cookie_hash: str, assistant: str) -> None:
+        """Open a session with an assistant, unless the device was signed out."""
+        subscriber = self.subscriber(openid)
+        async with subscriber.lock:
+            if await self.store.device_owner(cookie_hash) == openid:
+                await self.store.start_session(openid, assistant, time.time())
+                self.end_queued(subscriber)
+
+    async def let_in(self, sign_in: SignIn) -> str:
+        """Sign a confirmed browser in; return its cookie, '' if that cannot be."""
+        cookie, openid = secrets.token_urlsafe(32), sign_in.openid
+        subscriber = self.subscriber(openid)
+        async with subscriber.lock:
+            # A deletion has ended it, or the same browser was let in just now.
+            is_over = self.sign_ins.find(sign_in.cookie_hash) is not sign_in
+            if is_over or openid in self.store.due:
+                return ""
+            self.sign_ins.end(openid)
+            until = time.time() + self.config.history.device_days * 86400
+            is_in = await self.store.add_device(openid, cookie_hash_of(cookie), until)
+        return cookie if is_in else ""
 
     async def until_ready(self, delivery: Delivery, deadline: float) -> bool:
         """Wait until a message's reply can be complete; False at the deadline."""
@@ -5862,7 +6170,7 @@ def check_commands(config: Config) -> None:
 
 PAGES = pathlib.Path(__file__).with_name("pages")
 TEMPLATES = """page.html parts.html answer.html live.html history.html found.html
-    error.html export.md""".split()
+    sign_in.html error.html export.md""".split()
 POLICY = (
     "default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action {forms}; "
@@ -6226,11 +6534,13 @@ class Page:
     policy: str
 
 
-def render_page(name: str, texts: Texts, **values: object) -> Page:
+def render_page(
+    name: str, texts: Texts, config: Config | None = None, **values: object
+) -> Page:
     """Return a page made from a template, with a nonce of its own."""
     nonce = secrets.token_urlsafe(12)
     template = load_pages().get_template(f"{name}.html")
-    text = template.render(texts=texts, nonce=nonce, **values)
+    text = template.render(texts=texts, nonce=nonce, config=config, **values)
     forms = "'self'" if "<form" in text else "'none'"
     return Page(text, POLICY.format(nonce=nonce, forms=forms))
 
@@ -6241,6 +6551,21 @@ def bad_ending(texts: Texts, turn: Turn) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Asking:
+    """What a page needs to ask for its reader, who is signed in."""
+
+    token: str  # proves that a form is ours, and of this device
+    form: str  # a random id: a second sending joins the first
+    assistants: list[str]
+    assistant: str  # of the newest session
+    session: int  # that runs, 0: none
+    opened_at: float
+    is_told: bool  # what happens to what they write
+    typed: str = ""  # what could not be asked
+    refusal: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Shown:
     """An exchange on a page, with what is made for it."""
 
@@ -6248,63 +6573,88 @@ class Shown:
     answer: Markup | None  # None: there is none, or it is folded
     text: str  # what 复制全文 copies
     ended: str
-    is_linked: bool  # its own page can be opened
+    address: str  # of its own page; '': that cannot be opened any more
 
 
 def shown(
-    config: Config,
-    turn: Turn,
-    above: int,
-    folds: bool = False,
-    blocks: list[str] | None = None,
+    config: Config, turn: Turn, above: int, blocks: list[str] | None = None
 ) -> Shown:
-    """Return an exchange for a page; a long answer stays unread if the page `folds`."""
-    answer, text = None, ""
-    if turn.answer and not (folds and len(turn.answer) > FOLD_CHARS):
-        blocks = blocks or render_blocks(config.texts, turn.answer, above)
-        answer = Markup("".join(blocks))
-        text = plain_text(turn, config.replies.label)
+    """Return an exchange for a page; no blocks, and its answer is folded."""
+    answer = None if blocks is None else Markup("".join(blocks))
+    text = plain_text(turn, config.replies.label) if answer else ""
     is_linked = time.time() - turn.created_at < config.history.link_hours * 3600
-    return Shown(turn, answer, text, bad_ending(config.texts, turn), is_linked)
+    address = f"{config.root}/a/{turn.link_key}" if is_linked else ""
+    ended = "" if turn.is_open else bad_ending(config.texts, turn)
+    return Shown(turn, answer or None, text, ended, address)
 
 
-def render_answer(texts: Texts, one: Shown) -> Page:
-    """Return the page of one question and its finished answer."""
-    return render_page("answer", texts, title=excerpt(one.turn.question, 30), one=one)
+def render_answer(config: Config, one: Shown, asking: Asking | None) -> Page:
+    """Return the page of one question and its answer, live while that is written."""
+    title = excerpt(one.turn.question, 30)
+    name = "live" if one.turn.is_open else "answer"
+    return render_page(name, config.texts, config, title=title, one=one, asking=asking)
 
 
-def render_live(texts: Texts, turn: Turn, blocks: list[str]) -> Page:
-    """Return the page of an answer that is being written, with its blocks so far."""
-    title, answer = excerpt(turn.question, 30), Markup("".join(blocks))
-    more = {"title": title, "turn": turn, "seconds": round(turn.age)}
-    return render_page("live", texts, answer=answer, **more)
+OPEN_CHARS = 20_000  # of the newest session's answers that are not folded
+
+
+def open_turns(turns: list[Turn]) -> list[Turn]:
+    """Return the turns whose answers a history shows; the others are folded.
+
+    The newest session is shown as the conversation it is.
+    """
+    chars, shown = 0, []
+    for turn in turns:
+        chars += len(turn.answer)
+        is_newest = turn.session_id == turns[0].session_id and chars < OPEN_CHARS
+        if is_newest or len(turn.answer) <= FOLD_CHARS:
+            shown.append(turn)
+    return shown
 
 
 def render_history(
-    config: Config, home: str, turns: list[Turn], older: int, folds: bool
+    config: Config,
+    home: str,
+    turns: list[Turn],
+    blocks: dict[int, list[str]],
+    older: int,
+    asking: Asking | None,
 ) -> Page:
     """Return a page of exchanges: sessions newest first, each oldest first.
 
     `home` is the relative address of the history; below the id `older` it goes on.
+    `blocks` are those of answers that are shown, as far as they are known.
     """
+    texts, is_whole = config.texts, older >= 0
+    for turn in open_turns(turns) if is_whole else turns:
+        if not turn.is_open and turn.answer:
+            blocks[turn.id] = render_blocks(texts, turn.answer, 3)
     groups = itertools.groupby(turns, lambda turn: turn.session_id)
     return render_page(
         "history",
-        config.texts,
-        title=config.texts.page_history,
+        texts,
+        config,
+        title=texts.page_history,
         home=home,
         sessions=[
-            [shown(config, turn, 3, folds) for turn in reversed(list(group))]
+            [shown(config, turn, 3, blocks.get(turn.id)) for turn in list(group)[::-1]]
             for _, group in groups
         ],
         older=older,
-        is_whole=folds,
+        is_whole=is_whole,
+        asking=asking,
+        is_live=any(turn.is_open for turn in turns),
         has_text=any(turn.answer for turn in turns),
     )
 
 
 def render_found(
-    texts: Texts, home: str, words: list[str], turns: list[Turn], older: int
+    texts: Texts,
+    home: str,
+    token: str,
+    words: list[str],
+    turns: list[Turn],
+    older: int,
 ) -> Page:
     """Return a page of what a search found: of each the place, with words marked."""
     return render_page(
@@ -6312,6 +6662,7 @@ def render_found(
         texts,
         title=texts.page_search,
         home=home,
+        token=token,
         words=" ".join(words),
         found=[
             (t, *(snippet(x, words) for x in (t.question, t.answer))) for t in turns
@@ -6633,6 +6984,18 @@ async def find_linked(request: web.Request) -> Turn | web.Response:
     return turn
 
 
+async def note_read(bot: Bot, turns: list[Turn]) -> None:
+    """Note that answers which have ended were read on a page."""
+    turns = [turn for turn in turns if not turn.is_open]
+    for turn in turns:
+        if subscriber := bot.subscribers.get(turn.openid):
+            subscriber.to_mention.pop(turn.id, None)
+    try:
+        await bot.store.mark_read([turn.id for turn in turns])
+    except sqlite3.Error as error:  # a full disk does not keep people from reading
+        log.error("not stored as read: %s", error)
+
+
 @a_few_at_once
 async def answer_page(request: web.Request) -> web.Response:
     """Show one question and its answer, live while it is being written."""
@@ -6640,19 +7003,19 @@ async def answer_page(request: web.Request) -> web.Response:
     if isinstance(turn, web.Response):
         return turn
     turn = bot.turns.get(turn.id, turn)  # newer than what is stored
+    device = await find_device(request)
+    is_theirs = device is not None and device.openid == turn.openid
+    asking = await asking_of(bot, device) if device and is_theirs else None
     if turn.is_open:
         page = await live_page(bot, turn)
-        return html_response(render_live(bot.texts, turn, page.blocks))
-    if subscriber := bot.subscribers.get(turn.openid):
-        subscriber.to_mention.pop(turn.id, None)
-    try:
-        await bot.store.mark_read(turn.id)
-    except sqlite3.Error as error:  # a full disk does not keep people from reading
-        log.error("%s not stored as read: %s", turn.name, error)
-    blocks = await finished_blocks(bot, turn)
-    one = ("shown", turn.id), shown, bot.config, turn, 0, False, blocks
-    page = await bot.work.run(render_answer, bot.texts, await bot.work.once(*one))
-    return html_response(page)
+        one = shown(bot.config, turn, 0, page.blocks)
+    else:
+        await note_read(bot, [turn])
+        blocks = await finished_blocks(bot, turn)
+        one = await bot.work.once(
+            ("shown", turn.id), shown, bot.config, turn, 0, blocks
+        )
+    return html_response(await bot.work.run(render_answer, bot.config, one, asking))
 
 
 PING_SECONDS = 15.0  # how long a live page's stream may be silent
@@ -6726,9 +7089,78 @@ def number_in(request: web.Request, name: str, missing: int) -> int:
     return int(value) if re.fullmatch(r"[0-9]{1,15}", value) else missing
 
 
-async def find_owner(request: web.Request) -> str | web.Response:
-    """Return whose history a link shows, or the page that says why it shows none."""
+# __Host-: neither another host nor a page over http can set these.
+COOKIE, WAIT_COOKIE = "__Host-wxgpt", "__Host-wxgpt-wait"
+
+
+def set_cookie(response: web.Response, name: str, value: str, seconds: float) -> None:
+    """Let a browser keep a cookie so long; not at all for 0 seconds."""
+    age = int(seconds)
+    flags = {"path": "/", "secure": True, "httponly": True, "samesite": "Lax"}
+    response.set_cookie(name, value, max_age=age, **flags)  # type: ignore[arg-type]
+
+
+class Device(typing.NamedTuple):
+    """A browser that is signed in."""
+
+    openid: str
+    cookie_hash: str
+
+
+async def find_device(request: web.Request) -> Device | None:
+    """Return the device that asks; None if it is not signed in."""
+    bot, cookie = request.app[BOT], request.cookies.get(COOKIE, "")
+    if not cookie or not bot.config.is_secure:
+        return None
+    cookie_hash = cookie_hash_of(cookie)
+    openid = await bot.store.device_owner(cookie_hash)
+    if openid is None or openid in bot.config.limits.deny:
+        return None
+    return Device(openid, cookie_hash)
+
+
+async def sign_in_page(request: web.Request) -> web.Response:
+    """Show the number that signs a browser in, or let it in.
+
+    Who only opens a link becomes nobody by that: the number is sent to the account.
+    """
+    bot, cookie = request.app[BOT], request.cookies.get(WAIT_COOKIE, "")
+    texts = bot.texts
+    if not bot.config.is_secure:
+        return html_response(render_notice(texts, texts.page_not_secure, "?"), 404)
+    sign_in = bot.sign_ins.find(cookie_hash_of(cookie))
+    if sign_in and sign_in.is_confirmed:
+        return await let_in(request, sign_in)
+    number, is_new = sign_in.number if sign_in else "", False
+    if not sign_in and (not cookie or "new" in request.query):
+        cookie, is_new = secrets.token_urlsafe(32), True
+        number = bot.sign_ins.begin(cookie_hash_of(cookie)).number
+    page = render_page("sign_in", texts, title=texts.page_sign_in, number=number)
+    response = html_response(page)
+    if is_new:
+        set_cookie(response, WAIT_COOKIE, cookie, SIGN_IN_SECONDS)
+    return response
+
+
+async def let_in(request: web.Request, sign_in: SignIn) -> web.Response:
+    """Give a browser whose number was confirmed its cookie."""
     bot = request.app[BOT]
+    cookie = await bot.let_in(sign_in)
+    if not cookie:
+        words = bot.texts.page_devices_full
+        return html_response(render_notice(bot.texts, words, "?"), 403)
+    response = web.Response(status=303, headers={"Location": "me"} | PRIVATE)
+    set_cookie(response, COOKIE, cookie, bot.config.history.device_days * 86400)
+    set_cookie(response, WAIT_COOKIE, "", 0)
+    return response
+
+
+async def find_owner(request: web.Request) -> str | web.Response:
+    """Return whose history a link or a device shows, or why it shows none."""
+    bot = request.app[BOT]
+    if "key" not in request.match_info:
+        device = await find_device(request)
+        return device.openid if device else await sign_in_page(request)
     owner = await bot.store.history_owner(request.match_info["key"])
     if owner is None:
         return error_page(bot, 404)
@@ -6736,12 +7168,43 @@ async def find_owner(request: web.Request) -> str | web.Response:
     return openid if time.time() <= expires_at else error_page(bot, 410)
 
 
+async def asking_of(
+    bot: Bot, device: Device, typed: str = "", refusal: str = ""
+) -> Asking:
+    """Return what a page needs to ask for a device's subscriber."""
+    assistants = list(bot.config.assistants)
+    since = time.time() - bot.config.session.ttl
+    newest = await bot.store.newest_session(device.openid, since)
+    number, name, opened_at, runs = newest or (0, "", 0.0, False)
+    return Asking(
+        token=bot.store.keyed_hash(f"form {device.cookie_hash}"),
+        form=secrets.token_urlsafe(12),
+        assistants=assistants,
+        assistant=name if name in assistants else assistants[0],
+        session=number if runs else 0,
+        opened_at=opened_at,
+        is_told=await bot.store.was_told(device.openid),
+        typed=typed,
+        refusal=refusal,
+    )
+
+
 @a_few_at_once
 async def history_page(request: web.Request) -> web.Response:
     """Show a subscriber's history, a page of it or one exchange."""
-    bot, openid = request.app[BOT], await find_owner(request)
-    if isinstance(openid, web.Response):
-        return openid
+    bot, owner = request.app[BOT], await find_owner(request)
+    if isinstance(owner, web.Response):
+        return owner
+    device = None if "key" in request.match_info else await find_device(request)
+    asking = await asking_of(bot, device) if device else None
+    return await show_history(request, owner, asking)
+
+
+async def show_history(
+    request: web.Request, openid: str, asking: Asking | None
+) -> web.Response:
+    """Return a page of a subscriber's history, or one exchange of it."""
+    bot = request.app[BOT]
     if (only := number_in(request, "only", -1)) >= 0:
         turns = await bot.store.turns_of(openid, only + 1, 1)
         turns = [turn for turn in turns if turn.id == only]
@@ -6752,48 +7215,176 @@ async def history_page(request: web.Request) -> web.Response:
     if len(turns) > HISTORY_COUNT or len(turns) > 1 and chars > PAGE_CHARS:
         turns.pop()
         older = turns[-1].id
-    page = (bot.config, request.match_info["key"], turns, older, only < 0)
-    return html_response(await bot.work.run(render_history, *page))
+    turns, blocks = [bot.turns.get(turn.id, turn) for turn in turns], {}
+    for turn in turns:
+        if turn.is_open:
+            blocks[turn.id] = (await live_page(bot, turn)).blocks
+    await note_read(bot, turns if only >= 0 else open_turns(turns))
+    home = request.match_info.get("key", "me")
+    older = -1 if only >= 0 else older
+    if asking and request.query:  # what has just begun stands on the first page
+        asking = replace(asking, session=0)
+    page = (bot.config, home, turns, blocks, older, asking)
+    status = 409 if asking and asking.refusal else 200
+    return html_response(await bot.work.run(render_history, *page), status)
 
 
-FORM_BYTES = 4096  # read of a form: ten times what its longest field takes
+Form = typing.Mapping[str, str]  # the fields of one that was sent
 
 
-async def read_form(request: web.Request) -> typing.Mapping[str, str]:
+def from_device(
+    act: Callable[[web.Request, Device, Form], Awaitable],
+) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    """Let only forms of our own pages act, for the subscriber whose device sends them.
+
+    The cookie alone would not do: a page of somebody else may send a form, too.
+    """
+
+    @functools.wraps(act)
+    async def checked(request: web.Request) -> web.StreamResponse:
+        bot, device = request.app[BOT], await find_device(request)
+        form = await read_form(request, BODY_BYTES)
+        if device is None:
+            return told(request, bot.texts.page_signed_out, 401)
+        token = bot.store.keyed_hash(f"form {device.cookie_hash}")
+        is_ours = hmac.compare_digest(token.encode(), form.get("token", "").encode())
+        origin = str(yarl.URL(bot.config.public_url).origin())
+        if not is_ours or request.headers.get("Origin") != origin:
+            return told(request, bot.texts.page_failed, 403)
+        return await act(request, device, form)
+
+    return checked
+
+
+def wants_json(request: web.Request) -> bool:
+    """Say whether the page's script asks; without it the browser does."""
+    return request.headers.get("Accept", "").startswith("application/json")
+
+
+def told(request: web.Request, words: str, status: int) -> web.Response:
+    """Return why nothing was done, for the script or as a page."""
+    if wants_json(request):
+        return web.json_response({"error": words}, status=status, headers=PRIVATE)
+    return html_response(render_notice(request.app[BOT].texts, words, "?"), status)
+
+
+def done(request: web.Request, **values: str) -> web.Response:
+    """Return what was done to the script, or lead the browser back."""
+    if wants_json(request):
+        return web.json_response(values, headers=PRIVATE)
+    return web.Response(status=303, headers={"Location": "../me"} | PRIVATE)
+
+
+@from_device
+async def ask_on_page(request: web.Request, device: Device, form: Form) -> web.Response:
+    """Take up a question; a refused one stays in its field."""
+    bot, form_id = request.app[BOT], form.get("id", "")
+    text = stream_safe(ILLEGAL.sub("", form.get("question", ""))).strip()
+    if not text or not re.fullmatch(r"[A-Za-z0-9_-]{8,64}", form_id):
+        return done(request)
+    source = await bot.ask_here(*device, form_id, text)
+    if isinstance(source, tuple):
+        turn = source[0]
+        return done(request, key=turn.link_key, session=str(turn.session_id))
+    if wants_json(request):
+        return told(request, source, 409)
+    asking = await asking_of(bot, device, text, source)
+    return await show_history(request, device.openid, asking)
+
+
+@from_device
+async def stop_answer(request: web.Request, device: Device, form: Form) -> web.Response:
+    """End an answer that is being written for this subscriber."""
+    request.app[BOT].stop_turn(device.openid, form.get("key", ""))
+    return done(request)
+
+
+@from_device
+async def begin_topic(request: web.Request, device: Device, form: Form) -> web.Response:
+    """Open a new session, with another assistant if one is named."""
+    bot = request.app[BOT]
+    asking = await asking_of(bot, device)
+    name = form.get("assistant", "")
+    name = name if name in asking.assistants else asking.assistant
+    await bot.begin_topic(*device, name)
+    return done(request)
+
+
+@from_device
+async def leave(request: web.Request, device: Device, form: Form) -> web.Response:
+    """Sign this device out."""
+    await request.app[BOT].store.sign_out(*device)
+    response = done(request)
+    set_cookie(response, COOKIE, "", 0)
+    return response
+
+
+SEARCH_BYTES = 4096  # read of a form: ten times what its longest field takes
+
+
+async def read_form(request: web.Request, size: int) -> typing.Mapping[str, str]:
     """Return the fields of a form that is sent as pages here send it."""
     if request.content_type != "application/x-www-form-urlencoded":
         return {}
     async with asyncio.timeout(BODY_SECONDS):
-        body = (await request.read())[:FORM_BYTES]
+        body = (await request.read())[:size]
     return dict(urllib.parse.parse_qsl(body.decode("utf-8", "replace")))
 
 
 @a_few_at_once
-async def search_page(request: web.Request) -> web.Response:
-    """Show where in all of a subscriber's exchanges the words of a form are.
+async def search_page(request: web.Request) -> web.StreamResponse:
+    """Show where in all of a subscriber's exchanges the words of a form are."""
+    owner = await find_owner(request)
+    if isinstance(owner, web.Response):
+        return owner
+    form = await read_form(request, SEARCH_BYTES)
+    return await find_words(request, owner, form, "")
 
-    Without words, and when a form's address is opened as a page, lead to the history.
+
+@a_few_at_once
+@from_device
+async def search_own(request: web.Request, device: Device, form: Form) -> web.Response:
+    """Show where in all exchanges of the device's subscriber the words are."""
+    return await find_words(request, device.openid, form, form["token"])
+
+
+async def find_words(
+    request: web.Request, openid: str, form: Form, token: str
+) -> web.Response:
+    """Return the page of what a search found; without words lead to the history.
+
+    The latter also when a form's address is opened as a page.
     """
-    bot, openid = request.app[BOT], await find_owner(request)
-    if isinstance(openid, web.Response):
-        return openid
-    form, home = await read_form(request), f"../{request.match_info['key']}"
+    bot, home = request.app[BOT], "../" + request.match_info.get("key", "me")
     words = form.get("words", "")[:SEARCH_CHARS].replace("\0", "").split()
     if not words:
         raise web.HTTPSeeOther(home)
     below = form.get("before", "")
     before = int(below) if re.fullmatch("[0-9]{1,15}", below) else 2**62
     found, older = await bot.store.search(openid, words, before, FOUND_COUNT)
-    page = (bot.texts, home, words, found, older)
+    page = (bot.texts, home, token, words, found, older)
     return html_response(await bot.work.run(render_found, *page))
 
 
 @a_few_at_once
 async def export_history(request: web.Request) -> web.StreamResponse:
+    """Send all of a subscriber's exchanges as a Markdown file."""
+    owner = await find_owner(request)
+    return owner if isinstance(owner, web.Response) else await export(request, owner)
+
+
+@a_few_at_once
+@from_device
+async def export_own(
+    request: web.Request, device: Device, form: Form
+) -> web.StreamResponse:
+    """Send all exchanges of the device's subscriber as a Markdown file."""
+    return await export(request, device.openid)
+
+
+async def export(request: web.Request, openid: str) -> web.StreamResponse:
     """Send all of a subscriber's exchanges as a Markdown file, a few at a time."""
-    bot, openid = request.app[BOT], await find_owner(request)
-    if isinstance(openid, web.Response):
-        return openid
+    bot = request.app[BOT]
     last, session, day = 0, 0, clock(time.time(), "%Y-%m-%d")
     name = urllib.parse.quote(f"{bot.texts.page_history}-{day}.md")
     response = web.StreamResponse(headers=PRIVATE)
@@ -6923,6 +7514,13 @@ def make_app(bot: Bot) -> web.Application:
         web.get("/a/{key}", answer_page),
         web.get("/a/{key}/events", answer_events),
         web.get("/h/{key}", history_page),
+        web.get("/me", history_page),
+        web.post("/me/ask", ask_on_page),
+        web.post("/me/stop", stop_answer),
+        web.post("/me/new", begin_topic),
+        web.post("/me/leave", leave),
+        web.post("/me/search", search_own),
+        web.post("/me/export", export_own),
         web.post("/h/{key}/search", search_page),
         web.post("/h/{key}/export", export_history),
         web.get("/h/{key}/{form:search|export}", search_page),
@@ -7126,8 +7724,7 @@ def find_risks(config: Config, path: str, user: int) -> Iterator[tuple[str, str,
         yield "settings", f"others on this machine can read {path}", f"chmod 600 {path}"
     if user == 0:
         yield "user", "root serves", "use wxgpt.service, which has a user of its own"
-    near = r"http://(localhost|127\.[\d.]+|\[::1\])([:/].*)?|https://.*"
-    if not config.wechat.aes_key and not re.fullmatch(near, config.public_url):
+    if not config.wechat.aes_key and not config.is_secure:
         found = "http:// in 明文模式: who is on the way can read pushes and repeat them"
         yield "public_url", found, "https://, or 安全模式 (app_id and aes_key)"
 

@@ -1,6 +1,7 @@
 // What a page does for an answer that is being written: its blocks as they come, the
 // seconds, and in the end what stands below it on the finished page; nothing that is
-// read moves. page.js follows this file, and its head says how both are loaded.
+// read moves. On one's own page also what asks. page.js follows this file, and its head
+// says how both are loaded.
 
 // Makes the nodes that a box has like new ones. What stays the same is not touched, so
 // that it keeps its place, how far it is scrolled, and what is selected in it.
@@ -35,12 +36,13 @@ function endButton(live, label) {
   return button;
 }
 
-// Shows an answer in `live` as it is written, and how it goes on in `note`.
-function follow(live, note) {
+// Shows an answer as it is written, and how it goes on.
+function follow(article) {
+  const live = article.querySelector('.live'), note = article.querySelector('.asking');
   const [state, time] = note.children;
   const began = Date.now() - 1000 * note.dataset.seconds;
   const button = endButton(live, note.dataset.below);
-  const source = new EventSource(location.pathname + '/events');
+  const source = new EventSource(article.dataset.page + '/events');
   const clock = setInterval(() => {
     time.textContent = Math.round((Date.now() - began) / 1000) + ' ' + words.seconds;
   }, 1000);
@@ -50,23 +52,24 @@ function follow(live, note) {
     if (said !== line) state.textContent = said = line;
   }
 
-  // Goes on with the page that the server has after a pause.
+  // Goes on with what the server has after a pause.
   function leave(pause) {
     source.close();
     clearInterval(clock);
     removeEventListener('scroll', button.place);
     button.remove();
-    setTimeout(renew, pause);
+    setTimeout(() => renew(article), pause);
   }
 
   source.onmessage = event => {
     const {keep, html, more} = JSON.parse(event.data);
-    const page = document.documentElement;
-    const isAtEnd = scrollY > 0 && innerHeight + scrollY >= page.scrollHeight - 80;
+    const end = () => article.getBoundingClientRect().bottom;
+    const before = end();
+    const isAtEnd = scrollY > 0 && before <= innerHeight + 80;
     const fresh = new DOMParser().parseFromString(html.join(''), 'text/html').body;
     // Nothing is taken away while more is on its way.
-    const end = more ? keep + html.length : live.children.length;
-    fill(live, [...live.children].slice(keep, end), [...fresh.children]);
+    const last = more ? keep + html.length : live.children.length;
+    fill(live, [...live.children].slice(keep, last), [...fresh.children]);
     if (live.firstElementChild) {
       clearInterval(clock);
       time.textContent = '';
@@ -74,7 +77,7 @@ function follow(live, note) {
     } else {
       tell(note.dataset.waiting);
     }
-    if (isAtEnd) scrollTo(0, page.scrollHeight);
+    if (isAtEnd) scrollBy(0, end() - before);
     button.place();
   };
   source.addEventListener('queued', event => {
@@ -94,15 +97,13 @@ function following(node) {
   return all.slice(all.indexOf(node) + 1);
 }
 
-// Goes on with a newer state of the page around the answer, which stays where it is.
-// Returns the <main> that is shown then.
-function take(main) {
-  const old = document.querySelector('main');
-  const live = old.querySelector('.live'), answer = main.querySelector('.answer');
+// Takes over what the server shows of an exchange by now; its answer stays in its place.
+function take(old, fresh) {
+  const live = old.querySelector('.live'), answer = fresh.querySelector('.answer');
   const note = old.querySelector('.asking');
   if (!answer) {
-    old.replaceWith(main);
-    return main;
+    old.replaceWith(fresh);
+    return fresh;
   }
   fill(live, [...live.children], [...answer.children]);
   live.className = answer.className;
@@ -121,11 +122,86 @@ function take(main) {
   return old;
 }
 
-// Takes over what the page shows by now; the address stays, and so does the scrolling.
-async function renew() {
+async function renew(article) {
   try {
-    begin(take(await readMain(location.href)));
+    const main = await readMain(article.dataset.page);
+    const fresh = main.querySelector('article');
+    // Without one the exchange is gone, and the page says why.
+    if (fresh) begin(take(article, fresh));
+    else article.replaceWith(...main.children);
   } catch {
-    setTimeout(renew, 3000);
+    setTimeout(() => renew(article), 3000);
   }
 }
+
+async function post(form) {
+  const body = new URLSearchParams(new FormData(form));
+  const headers = {Accept: 'application/json'};
+  return (await fetch(form.action, {method: 'POST', body, headers})).json();
+}
+
+// Shows a question at once, and its answer in its place; what is refused stays in the
+// field, with the reason.
+async function ask(form) {
+  const field = form.elements.question, id = form.elements.id;
+  const draft = document.createElement('article');
+  const section = document.querySelector('section') ?? document.createElement('section');
+  for (const old of form.querySelectorAll('.failed')) old.remove();
+  draft.innerHTML = '<h3 class="question"></h3><p class="asking"></p>';
+  [draft.firstChild.textContent, draft.lastChild.textContent] =
+    [field.value, form.dataset.sending];
+  if (!section.parentNode) document.querySelector('.empty').replaceWith(section);
+  section.append(draft);
+  draft.scrollIntoView({block: 'end'});
+  form.inert = true;
+  // The same words sent once more join the first; others are another question.
+  if (field.value !== form.dataset.sent) id.value = crypto.randomUUID();
+  form.dataset.sent = field.value;
+  try {
+    const {key, session, error} = await post(form);
+    if (error) throw error;
+    const page = form.action.replace(/me\/ask$/, 'a/' + key);
+    const article = (await readMain(page)).querySelector('article');
+    const title = article.querySelector('h1'), smaller = document.createElement('h3');
+    smaller.className = title.className;
+    smaller.append(...title.childNodes);
+    title.replaceWith(smaller);
+    if (section.dataset.session !== session) {
+      const begun = document.createElement('section');
+      begun.dataset.session = session;
+      section.before(begun);
+      begun.append(draft);
+    }
+    draft.replaceWith(article);
+    begin(article);
+    article.scrollIntoView({block: 'nearest'});
+    field.value = form.dataset.sent = '';
+  } catch (error) {
+    draft.remove();
+    const why = document.createElement('p');
+    why.className = 'failed';
+    why.role = 'alert';
+    why.textContent = typeof error === 'string' ? error : form.dataset.failed;
+    form.prepend(why);
+  }
+  form.inert = false;
+  field.focus();
+}
+
+document.addEventListener('submit', event => {
+  const form = event.target;
+  const isHere = form.matches('.ask') && document.querySelector('.menu');
+  if (!isHere && !form.matches('.stop')) return;
+  event.preventDefault();
+  if (isHere) ask(form);
+  else post(form).catch(() => say(document.querySelector('.ask').dataset.failed));
+});
+
+document.addEventListener('keydown', event => {
+  // On a keyboard Enter sends, unless it chooses a word that is being written.
+  const isEnter = event.key === 'Enter' && !event.shiftKey && !event.isComposing;
+  if (!isEnter || !event.target.matches('.ask textarea')) return;
+  if (!matchMedia('(pointer: fine)').matches) return;
+  event.preventDefault();
+  event.target.form.requestSubmit();
+});

@@ -114,15 +114,16 @@ async function typeset(link) {
   link.replaceWith(page.querySelector('.actions'));
 }
 
-function begin(main) {
-  const live = main.querySelector('.live');
+// Gives life to what a page holds, or to an exchange that came later.
+function begin(part) {
+  const main = document.querySelector('main');
   addContents(main.querySelector('main > article > .answer:not(.live)'));
-  for (const link of main.querySelectorAll('details > .typeset')) {
+  for (const link of part.querySelectorAll('details > .typeset')) {
     // Without the typeset answer there is still its text, and the link.
     const open = () => typeset(link).catch(() => {});
     link.parentNode.addEventListener('toggle', open, {once: true});
   }
-  if (live) follow(live, main.querySelector('.asking'));
+  for (const live of part.querySelectorAll('.live')) follow(live.closest('article'));
 }
 
 begin(document.querySelector('main'));

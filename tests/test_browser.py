@@ -18,7 +18,7 @@ import time
 
 import pytest
 
-from conftest import ANN, BOB, ROOT, TEXTS, said
+from conftest import ANN, BOB, ROOT, TEXTS, free_port, said, with_session
 from fake_openai import Script
 
 try:
@@ -1031,16 +1031,161 @@ async def test_the_history_is_saved_as_a_file(browse, server, upstream):
     await file.delete()
 
 
-async def test_an_answer_being_written_leads_to_its_page(
+async def test_an_answer_being_written_is_live_in_the_history(
     browse, server, upstream, gate
 ):
-    """The history does not grow by itself."""
+    """It grows there as on its own page."""
     await page_of(server, upstream, Script(["写着。", gate, "完"]))
     page = await browse.open(await history_of(server))
-    await page.get_by_role("link", name="正在写").click()
     await expect(page.locator(".live")).to_have_text("写着。")
     gate.set()
     await expect(page.locator(".answer p")).to_have_text("写着。完")
+
+
+# Asking on the page
+
+
+@pytest.fixture
+async def mine(serve):
+    """wxgpt with pages to ask on: to a browser loopback is as good as TLS."""
+    port = free_port()
+    address = {"public_url": f"http://127.0.0.1:{port}", "server": {"port": port}}
+    return await with_session(serve, wechat={"mute_guard": 0}, **address)
+
+
+async def signed_in(browse, server, openid=ANN, **options):
+    """Open the own page of a subscriber, who confirms its number in the chat."""
+    page = await browse.open(server.url + "/me", **options)
+    number = (await page.locator(".number").text_content()).split()[-1]
+    asked = await server.ask(f"登录 {number}", openid)
+    await server.wechat.tap(openid, asked.taps[0])
+    await expect(page.locator(".ask textarea")).to_be_visible()
+    return page
+
+
+async def put(page, question):
+    """Write a question into the field and send it."""
+    await page.locator(".ask textarea").fill(question)
+    await page.get_by_role("button", name="发送").click()
+
+
+async def test_two_browsers_and_the_chat_are_one_conversation(browse, mine, upstream):
+    """Ten questions here and there: one session, in order, each knowing the others."""
+    phone, desk = [await signed_in(browse, mine) for _ in range(2)]
+    for number in range(10):
+        question = f"第{number}问"
+        if number % 3 == 2:
+            await mine.ask(question)
+        else:
+            page = (phone, desk)[number % 3]
+            await put(page, question)
+            answer = page.locator("article", has_text=question).locator(".answer")
+            await expect(answer.last).to_contain_text(f"关于「{question}」")
+            await expect(page.locator(".asking")).to_have_count(0)
+    asked = [
+        m["content"] for m in upstream.requests[-1].messages if m["role"] == "user"
+    ]
+    assert asked == [f"第{number}问" for number in range(10)]
+    await phone.reload()
+    await expect(phone.locator("section")).to_have_count(1)
+    await expect(phone.locator(".question")).to_have_text(asked)
+    await put(desk, "桌上这一问")  # in a page that was open all the while
+    await expect(desk.locator(".answer").last).to_contain_text("关于「桌上这一问」")
+
+
+async def test_a_question_appears_at_once_and_its_answer_streams(
+    browse, mine, upstream, gate
+):
+    """Typeset under it, without a reload; the field is empty for the next."""
+    page = await signed_in(browse, mine)
+    await page.evaluate("window.stays = true")
+    upstream.will(Script(["**先写**\n\n", gate, "- 后写\n"]))
+    await put(page, "一个问题")
+    article = page.locator("article").last
+    await expect(article.locator("h3.question")).to_have_text("一个问题")
+    await expect(article.locator(".answer strong")).to_have_text("先写")
+    await expect(page.locator(".ask textarea")).to_have_value("")
+    gate.set()
+    await expect(article.locator(".answer li")).to_have_text("后写")
+    await expect(article.get_by_role("button", name="复制全文")).to_be_visible()
+    assert await page.evaluate("window.stays")
+
+
+async def test_stop_ends_the_answer_in_its_place(browse, mine, upstream, gate):
+    """What is written stays; the upstream's call is closed."""
+    page = await signed_in(browse, mine)
+    upstream.will(Script(["写了一半。", gate]))
+    await put(page, "很长的")
+    await expect(page.locator(".answer")).to_have_text("写了一半。")
+    await page.get_by_role("button", name="停").click()
+    await expect(page.locator("article")).to_contain_text("已停在这里")
+    await expect(page.locator(".answer")).to_have_text("写了一半。")
+    async with asyncio.timeout(20):
+        await upstream.requests[-1].over.wait()
+    assert upstream.requests[-1].outcome == "cut by client"
+
+
+async def test_words_that_were_not_sent_stay_in_the_field(browse, mine, upstream):
+    """A refusal and a lost line leave them there, with the reason."""
+    browse.excused = REFUSED
+    page = await signed_in(browse, mine)
+    field, failed = page.locator(".ask textarea"), page.locator(".ask .failed")
+    await put(page, "太长" * 2000)
+    await expect(failed).to_contain_text("问题太长了")
+    await expect(field).to_have_value("太长" * 2000)
+    await page.route("**/me/ask", lambda route: route.abort())
+    await put(page, "断了线")
+    await expect(failed).to_have_text("没发出去，请再试一次。")
+    await expect(field).to_have_value("断了线")
+    await expect(page.locator("article")).to_have_count(0)
+    await page.unroute("**/me/ask")
+    await page.get_by_role("button", name="发送").click()
+    await expect(page.locator(".answer")).to_contain_text("关于「断了线」")
+    await expect(failed).to_have_count(0)
+
+
+async def test_without_script_a_page_asks_too(browse, mine, upstream, gate):
+    """The form posts, the page comes back and reloads itself until it is answered."""
+    page = await signed_in(browse, mine, java_script_enabled=False)
+    upstream.will(Script(["先写。", gate, "后写。"]))
+    await put(page, "没有脚本")
+    await expect(page.locator(".answer")).to_have_text("先写。")
+    gate.set()
+    await expect(page.locator(".answer")).to_have_text("先写。后写。")
+    await page.get_by_role("button", name="退出登录").click()
+    await expect(page.locator(".number")).to_be_visible()
+
+
+async def test_a_new_topic_begins_a_section(browse, mine, upstream):
+    """Its questions stand apart, and do not know those before."""
+    page = await signed_in(browse, mine)
+    await put(page, "旧的")
+    await expect(page.locator(".answer")).to_contain_text("关于「旧的」")
+    async with page.expect_navigation():
+        await page.get_by_role("button", name="新话题").click()
+    await put(page, "新的")
+    await expect(page.locator("section").first.locator(".question")).to_have_text(
+        "新的"
+    )
+    await expect(page.locator("section")).to_have_count(2)
+    asked = [
+        m["content"] for m in upstream.requests[-1].messages if m["role"] == "user"
+    ]
+    assert asked == ["新的"]
+
+
+async def test_an_answers_page_leads_on_to_the_own_page(browse, mine, upstream):
+    """With a field if the browser is signed in; else with a link to sign in."""
+    url = await page_of(mine, upstream, "一个回答。")
+    stranger = await browse.open(url)
+    await expect(stranger.locator("form")).to_have_count(0)
+    await stranger.get_by_role("link", name="在网页里接着问").click()
+    await expect(stranger.locator(".number")).to_be_visible()
+    page = await signed_in(browse, mine)
+    await page.goto(url)
+    await put(page, "再问一句")
+    await expect(page).to_have_url(mine.url + "/me")
+    await expect(page.locator(".answer").last).to_contain_text("关于「再问一句」")
 
 
 # Size and speed, without a browser
