@@ -6171,6 +6171,14 @@ def check_commands(config: Config) -> None:
 PAGES = pathlib.Path(__file__).with_name("pages")
 TEMPLATES = """page.html parts.html answer.html live.html history.html found.html
     sign_in.html error.html export.md""".split()
+# What a page has of style and script; it takes no more of them than it needs.
+PIECES = {
+    "style": "page.css",
+    "script": "page.js",
+    "live_script": "live.js",
+    "ask_style": "ask.css",
+    "ask_script": "ask.js",
+}
 POLICY = (
     "default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action {forms}; "
@@ -6510,9 +6518,8 @@ def load_pages() -> jinja2.Environment:
     )
     pages.filters |= dict(clock=clock, day=day_and_time, preview=preview, closed=closed)
     try:
-        pages.globals["style"] = minified(PAGES / "page.css")
-        pages.globals["script"] = minified(PAGES / "page.js")
-        pages.globals["live_script"] = minified(PAGES / "live.js")
+        for name, file in PIECES.items():
+            pages.globals[name] = minified(PAGES / file)
         code_rules()
         for name in TEMPLATES:
             pages.get_template(name)
@@ -6634,7 +6641,7 @@ def render_history(
         "history",
         texts,
         config,
-        title=texts.page_history,
+        title=texts.page_mine if asking else texts.page_history,
         home=home,
         sessions=[
             [shown(config, turn, 3, blocks.get(turn.id)) for turn in list(group)[::-1]]

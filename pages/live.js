@@ -1,7 +1,6 @@
 // What a page does for an answer that is being written: its blocks as they come, the
 // seconds, and in the end what stands below it on the finished page; nothing that is
-// read moves. On one's own page also what asks. page.js follows this file, and its head
-// says how both are loaded.
+// read moves. page.js follows this file, and its head says how both are loaded.
 
 // Makes the nodes that a box has like new ones. What stays the same is not touched, so
 // that it keeps its place, how far it is scrolled, and what is selected in it.
@@ -28,12 +27,18 @@ function endButton(live, label) {
   button.textContent = label;
   button.onclick = () => scrollTo(0, document.documentElement.scrollHeight);
   button.place = () => {
-    button.hidden = live.getBoundingClientRect().bottom <= innerHeight;
+    button.hidden = live.getBoundingClientRect().bottom <= edge();
   };
   addEventListener('scroll', button.place, {passive: true});
   button.place();
   live.after(button);
   return button;
+}
+
+// Returns where the screen ends for what is read: where one asks, if that is at its foot.
+function edge() {
+  const form = document.querySelector('.ask');
+  return innerHeight - (form ? form.offsetHeight : 0);
 }
 
 // Shows an answer as it is written, and how it goes on.
@@ -65,7 +70,7 @@ function follow(article) {
     const {keep, html, more} = JSON.parse(event.data);
     const end = () => article.getBoundingClientRect().bottom;
     const before = end();
-    const isAtEnd = scrollY > 0 && before <= innerHeight + 80;
+    const isAtEnd = scrollY > 0 && before <= edge() + 80;
     const fresh = new DOMParser().parseFromString(html.join(''), 'text/html').body;
     // Nothing is taken away while more is on its way.
     const last = more ? keep + html.length : live.children.length;
@@ -133,75 +138,3 @@ async function renew(article) {
     setTimeout(() => renew(article), 3000);
   }
 }
-
-async function post(form) {
-  const body = new URLSearchParams(new FormData(form));
-  const headers = {Accept: 'application/json'};
-  return (await fetch(form.action, {method: 'POST', body, headers})).json();
-}
-
-// Shows a question at once, and its answer in its place; what is refused stays in the
-// field, with the reason.
-async function ask(form) {
-  const field = form.elements.question, id = form.elements.id;
-  const draft = document.createElement('article');
-  const section = document.querySelector('section') ?? document.createElement('section');
-  for (const old of form.querySelectorAll('.failed')) old.remove();
-  draft.innerHTML = '<h3 class="question"></h3><p class="asking"></p>';
-  [draft.firstChild.textContent, draft.lastChild.textContent] =
-    [field.value, form.dataset.sending];
-  if (!section.parentNode) document.querySelector('.empty').replaceWith(section);
-  section.append(draft);
-  draft.scrollIntoView({block: 'end'});
-  form.inert = true;
-  // The same words sent once more join the first; others are another question.
-  if (field.value !== form.dataset.sent) id.value = crypto.randomUUID();
-  form.dataset.sent = field.value;
-  try {
-    const {key, session, error} = await post(form);
-    if (error) throw error;
-    const page = form.action.replace(/me\/ask$/, 'a/' + key);
-    const article = (await readMain(page)).querySelector('article');
-    const title = article.querySelector('h1'), smaller = document.createElement('h3');
-    smaller.className = title.className;
-    smaller.append(...title.childNodes);
-    title.replaceWith(smaller);
-    if (section.dataset.session !== session) {
-      const begun = document.createElement('section');
-      begun.dataset.session = session;
-      section.before(begun);
-      begun.append(draft);
-    }
-    draft.replaceWith(article);
-    begin(article);
-    article.scrollIntoView({block: 'nearest'});
-    field.value = form.dataset.sent = '';
-  } catch (error) {
-    draft.remove();
-    const why = document.createElement('p');
-    why.className = 'failed';
-    why.role = 'alert';
-    why.textContent = typeof error === 'string' ? error : form.dataset.failed;
-    form.prepend(why);
-  }
-  form.inert = false;
-  field.focus();
-}
-
-document.addEventListener('submit', event => {
-  const form = event.target;
-  const isHere = form.matches('.ask') && document.querySelector('.menu');
-  if (!isHere && !form.matches('.stop')) return;
-  event.preventDefault();
-  if (isHere) ask(form);
-  else post(form).catch(() => say(document.querySelector('.ask').dataset.failed));
-});
-
-document.addEventListener('keydown', event => {
-  // On a keyboard Enter sends, unless it chooses a word that is being written.
-  const isEnter = event.key === 'Enter' && !event.shiftKey && !event.isComposing;
-  if (!isEnter || !event.target.matches('.ask textarea')) return;
-  if (!matchMedia('(pointer: fine)').matches) return;
-  event.preventDefault();
-  event.target.form.requestSubmit();
-});

@@ -126,4 +126,12 @@ function begin(part) {
   for (const live of part.querySelectorAll('.live')) follow(live.closest('article'));
 }
 
+// Goes on when the number that the page shows was confirmed, or is over.
+async function wait() {
+  const main = await readMain(location.href).catch(() => null);
+  if (main && !main.querySelector('.number')) location.replace('me');
+  else setTimeout(wait, 3000);
+}
+
 begin(document.querySelector('main'));
+if (document.querySelector('.number')) setTimeout(wait, 3000);

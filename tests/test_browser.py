@@ -154,6 +154,14 @@ async def history_of(server, openid=ANN):
     return server.at((await server.ask("/history", openid)).links[0][1])
 
 
+async def folded_history_of(server, upstream):
+    """Return the address of a history in which all but a failed question is folded."""
+    await server.ask("/clear")
+    upstream.will(Script("", status=401))
+    await server.ask("没成的")
+    return await history_of(server)
+
+
 async def all_pages(server, upstream, gate):
     """Return the address of a page of every kind."""
     pages = {"finished": await page_of(server, upstream, RICH)}
@@ -161,6 +169,8 @@ async def all_pages(server, upstream, gate):
     upstream.will(Script("", status=401))
     pages["failed"] = await page_of(server, upstream, Script("", status=401))
     await page_of(server, upstream, LONG, "说来话长" * 40 + "x" * 200)
+    await server.ask("/clear")  # the newest session is not folded
+    await page_of(server, upstream, "短的")
     pages["410"] = await history_of(server)
     pages["history"] = await history_of(server)
     pages["empty"] = await history_of(server, BOB)
@@ -645,7 +655,7 @@ async def test_an_answer_is_taken_along(browse, server, upstream):
 async def test_an_exchange_of_the_history_is_taken_along(browse, server, upstream):
     """Its link is its own page's, never the history's, and works as long as that."""
     url = await page_of(server, upstream, LONG, "给安看的")
-    history = await history_of(server)
+    history = await folded_history_of(server, upstream)
     page = await browse.open(history)
     await page.locator("summary").click()
     assert (await copied(page, "复制全文")).startswith(
@@ -750,7 +760,7 @@ async def test_a_long_question_is_folded(browse, server, upstream, gate):
 async def test_the_keyboard_reaches_what_scrolls_and_folds(browse, server, upstream):
     """Code and tables take the focus and scroll; a folded answer opens by Enter."""
     await page_of(server, upstream, LONG)
-    page = await browse.open(await history_of(server))
+    page = await browse.open(await folded_history_of(server, upstream))
     for place in ("input", ".search button", "summary"):
         await page.keyboard.press("Tab")
         await expect(page.locator(place)).to_be_focused()
@@ -815,14 +825,19 @@ FAULTS = """axe.run().then(result => result.violations.map(
     fault => [fault.id, fault.nodes[0].html]))"""
 
 
-async def test_axe_finds_nothing_on_any_page(browse, server, upstream, gate):
-    """In light and dark; all of its rules, best practice included."""
+@pytest.fixture
+def axe():
+    """The text of axe-core."""
     places = [pathlib.Path(os.environ.get("WXGPT_AXE", "nowhere"))]
     places += [place / AXE for place in (ROOT, ROOT.parent, CACHE)]
     remedy = f"npm install --prefix {CACHE} axe-core"
     need(found := [place for place in places if place.is_file()], "axe-core", remedy)
+    return found[0].read_text("utf-8")
+
+
+async def test_axe_finds_nothing_on_any_page(browse, server, upstream, gate, axe):
+    """In light and dark; all of its rules, best practice included."""
     browse.excused = REFUSED
-    axe = found[0].read_text("utf-8")
     page = await browse.open("about:blank", init=axe)
     for kind, url in (await all_pages(server, upstream, gate)).items():
         await visit(page, kind, url)
@@ -890,7 +905,7 @@ async def test_hostile_content_is_text(browse, server, upstream, gate):
     gate.set()
     await expect(page.locator(".answer table")).to_be_visible()
     await is_harmless(page)
-    await page.goto(await history_of(server))
+    await page.goto(await folded_history_of(server, upstream))
     await page.locator("article > details > summary").last.click()
     await expect(page.locator(".answer table")).to_be_visible()
     await is_harmless(page)
@@ -898,8 +913,8 @@ async def test_hostile_content_is_text(browse, server, upstream, gate):
 
 async def is_harmless(page):
     """Check that hostile content is where it belongs, as text."""
-    await expect(page.locator(".question")).to_contain_text("<script>alert(1)</script>")
-    answer = page.locator("main .answer")
+    question, answer = page.locator(".question").last, page.locator("main .answer")
+    await expect(question).to_contain_text("<script>alert(1)</script>")
     for words in (
         "<script>alert(1)</script>",
         "<script>alert(11)</script>",
@@ -969,7 +984,7 @@ async def test_the_history_is_readable_at_a_glance(browse, server, upstream):
 async def test_a_folded_answer_is_typeset_when_it_is_opened(browse, server, upstream):
     """In its place, with copy buttons; nothing is fetched before."""
     await page_of(server, upstream, LONG)
-    page = await browse.open(await history_of(server))
+    page = await browse.open(await folded_history_of(server, upstream))
     await page.locator("summary").click()
     await expect(page.locator("details table")).to_be_visible()
     await expect(page.get_by_role("button", name="复制", exact=True)).to_have_count(1)
@@ -979,7 +994,7 @@ async def test_a_folded_answer_is_typeset_when_it_is_opened(browse, server, upst
 async def test_a_folded_answer_opens_without_script(browse, server, upstream):
     """As it was written, with a link to where it is typeset."""
     await page_of(server, upstream, LONG)
-    url = await history_of(server)
+    url = await folded_history_of(server, upstream)
     page = await browse.open(url, java_script_enabled=False)
     await page.locator("summary").click()
     await expect(page.locator("details .answer")).to_contain_text("## 小标题")
@@ -1156,6 +1171,30 @@ async def test_without_script_a_page_asks_too(browse, mine, upstream, gate):
     await expect(page.locator(".number")).to_be_visible()
 
 
+async def test_axe_finds_nothing_where_one_asks(browse, mine, upstream, gate, axe):
+    """The number, the empty page, an answer that grows, a refusal, on any screen."""
+    browse.excused = REFUSED
+    number = await browse.open(mine.url + "/me", init=axe)
+    page = await signed_in(browse, mine, init=axe)
+    for width, scheme in ((360, "light"), (1280, "dark")):
+        for one in (number, page):
+            await one.set_viewport_size({"width": width, "height": 740})
+            await one.emulate_media(color_scheme=scheme)
+            assert await one.evaluate(FAULTS) == []
+            assert await one.evaluate(SMALL) == []
+        upstream.will(Script([RICH + "\n\n", gate]))
+        await put(page, "问" * width)
+        await expect(page.locator(".asking").last).to_contain_text("正在写")
+        assert await page.evaluate(FAULTS) == []
+        assert await page.evaluate(SMALL) == []
+        assert await page.evaluate("document.body.scrollWidth") <= width
+        await page.get_by_role("button", name="停").click()
+        await expect(page.locator(".asking")).to_have_count(0)
+    await put(page, "太长" * 2000)
+    await expect(page.locator(".ask .failed")).to_be_visible()
+    assert await page.evaluate(FAULTS) == []
+
+
 async def test_a_new_topic_begins_a_section(browse, mine, upstream):
     """Its questions stand apart, and do not know those before."""
     page = await signed_in(browse, mine)
@@ -1192,10 +1231,10 @@ async def test_an_answers_page_leads_on_to_the_own_page(browse, mine, upstream):
 
 
 async def test_a_page_weighs_less_than_12_kb(server, upstream, gate):
-    """Style and script included, for want of content; a live one has 3 KB more script."""
+    """Style and script included, for want of content; a live one has its own, too."""
     live = await page_of(server, upstream, Script([gate, "完"]), "问")
     for url, most in (
-        (live, 15),
+        (live, 16),
         (await history_of(server, BOB), 12),
         (server.url + "/a/nothing", 12),
     ):
