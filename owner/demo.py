@@ -26,7 +26,9 @@ import re
 import sys
 import tempfile
 import time
+import tomllib
 import urllib.parse
+import webbrowser
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -66,6 +68,7 @@ HELP = """\
 问题 &      在后台发送，不等回复就能发下一句
 /wait       等后台的回复都到
 /open N     打开网页 N，看它写完
+/open me    在浏览器里接着问：打开自己的网页，用上面的数字登录
 /restart    kill -9 服务器再启动，回答到一半时也行
 /image FILE 发一张图片
 /follow     关注公众号　/unfollow 取消关注
@@ -279,7 +282,12 @@ async def read_events(
 
 
 async def run_line(
-    line: str, phone: Phone, screen: Screen, server: Child | None, is_fake: bool
+    line: str,
+    phone: Phone,
+    screen: Screen,
+    server: Child | None,
+    own_page: str,
+    is_fake: bool,
 ) -> None:
     """Run a command of the demo, or send the line to the account."""
     match line.split():
@@ -297,10 +305,20 @@ async def run_line(
             await restart(server, screen)
         case ["/open", number] if number.isdecimal():
             await phone.open_page(int(number))
+        case ["/open", "me"]:
+            await open_own_page(own_page, screen)
         case [_, *_, "&"]:
             await phone.write_in_background(line.removesuffix("&").strip())
         case [_, *_]:
             await phone.write(line)
+
+
+async def open_own_page(url: str, screen: Screen) -> None:
+    """Open the subscriber's own page in this machine's browser, if it has one."""
+    is_open = await asyncio.to_thread(webbrowser.open, url)
+    words = "浏览器里打开了" if is_open else "请在浏览器里打开"
+    screen.line(f"  {words} {url}", DIM)
+    screen.line("  把那一页上的话发到这里，比如：登录 123456，再点「确认登录」。", DIM)
 
 
 async def restart(server: Child | None, screen: Screen) -> None:
@@ -369,15 +387,18 @@ async def run_demo(options: argparse.Namespace, screen: Screen, lines: Lines) ->
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(screen.status)
         server = None if options.config else await open_server(options, stack)
-        health, platform = read_platform(server.config if server else options.config)
+        config = server.config if server else options.config
+        health, platform = read_platform(config)
         if not await is_healthy(health):
             raise ChildError(f"no server answers at {health}")
+        settings = tomllib.loads(config.read_text("utf-8"))
+        own_page = settings.get("public_url", "").rstrip("/") + "/me"
         if hint := ssh_hint(health):
             screen.line(hint)
         phone = await stack.enter_async_context(Phone(platform, options.openid, screen))
         stack.callback(screen.status, "  正在收拾…")
         while (line := await lines.next()) not in (None, "/quit"):
-            await run_line(line, phone, screen, server, is_fake(options))
+            await run_line(line, phone, screen, server, own_page, is_fake(options))
             if server:
                 server.check()
                 for reason in server.failures():

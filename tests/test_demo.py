@@ -12,6 +12,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from child import free_port, usual_port
@@ -222,6 +223,28 @@ async def test_over_ssh_it_says_how_to_open_the_pages(start: Start, monkeypatch)
     tunnel = re.search(r"ssh -N -L (\d+):127\.0\.0\.1:(\d+) \S+@203\.0\.113\.7", said)
     link = re.search(r"http://127\.0\.0\.1:(\d+)/h/", said)
     assert tunnel and link and tunnel[1] == tunnel[2] == link[1]
+
+
+async def test_a_browser_signs_in_to_ones_own_page(terminal):
+    """`/open me` says where; the number of that page is sent and confirmed here."""
+    demo = await terminal(BROWSER="true")
+    await demo.shows("离开。")
+    demo.types("/open me\r")
+    shown = await demo.shows("登录 123456")
+    url = re.search(r"http://127\.0\.0\.1:(\d+)/me", shown)
+    assert url, shown
+    async with aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as http:
+        async with http.get(url[0]) as page:
+            number = re.search("登录 ([0-9]{6})", await page.text())
+            cookie = page.cookies["__Host-wxgpt-wait"]
+        assert number
+        demo.types(f"登录 {number[1]}\r")
+        await demo.shows("[1]")
+        demo.types("1\r")
+        await demo.shows("登录好了")
+        waits = {"Cookie": f"{cookie.key}={cookie.value}"}
+        async with http.get(url[0], headers=waits, allow_redirects=False) as page:
+            assert page.status == 303 and "__Host-wxgpt" in page.cookies
 
 
 def test_the_usual_port_is_taken_unless_somebody_has_it():
