@@ -6588,7 +6588,8 @@ def shown(
 ) -> Shown:
     """Return an exchange for a page; no blocks, and its answer is folded."""
     answer = None if blocks is None else Markup("".join(blocks))
-    text = plain_text(turn, config.replies.label) if answer else ""
+    has_ended = bool(answer) and not turn.is_open
+    text = plain_text(turn, config.replies.label) if has_ended else ""
     is_linked = time.time() - turn.created_at < config.history.link_hours * 3600
     address = f"{config.root}/a/{turn.link_key}" if is_linked else ""
     ended = "" if turn.is_open else bad_ending(config.texts, turn)
