@@ -5542,14 +5542,13 @@ class Bot:
             case "go_on" if delivery.lapsed:
                 text = self.texts.word_go_on
                 return await self.resume_session(delivery, delivery.lapsed, text)
-            case "let_in" if self.sign_ins.confirm(delivery.message.openid):
-                return self.texts.signed_in
-            case "let_in" if self.config.is_secure and delivery.session:
-                return self.texts.sign_in_wrong  # a model would say that it is done
+            # Never a question: a model would say that it is done.
+            case "let_in" if self.config.is_secure:
+                is_in = self.sign_ins.confirm(delivery.message.openid)
+                return self.texts.signed_in if is_in else self.texts.sign_in_wrong
             case "sign_out" if self.config.is_secure:
-                openid = delivery.message.openid
+                openid, texts = delivery.message.openid, self.texts
                 count = self.sign_ins.end(openid) + await self.store.sign_out(openid)
-                texts = self.texts
                 return texts.signed_out.format(count=count) if count else texts.all_out
         return None
 
