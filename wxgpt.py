@@ -3401,7 +3401,7 @@ class Store:
         """Return the id of the turn of which something is to be sent next.
 
         That is the one shown last, else the oldest of the session, else the oldest
-        asked after `since`.
+        asked after `since`; none that was asked and read on a page.
         """
         query = """
             SELECT coalesce(min(iif(turn.id = shown_turn, turn.id, NULL)),
@@ -3410,7 +3410,8 @@ class Store:
             FROM turn
             LEFT JOIN part ON turn_id = turn.id AND reply IS NULL
             LEFT JOIN subscriber ON subscriber.openid = turn.openid
-            WHERE turn.openid = :openid AND (replied = 0 OR number IS NOT NULL)
+            WHERE turn.openid = :openid AND iif(
+                replied, number IS NOT NULL, coalesce(delivered, '') <> 'page')
         """
         rows = await self.rows(query, openid=openid, session=session_id, since=since)
         return rows[0][0]

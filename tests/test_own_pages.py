@@ -211,6 +211,7 @@ async def test_an_unread_answer_is_named_in_the_next_reply(phone, upstream, data
     await phone.ask("看过的问题")
     await ended(phone, "关于「看过的问题」")
     assert "看过的问题" not in (await server.ask("/help")).text
+    assert "关于「继续」" in (await server.ask("继续")).text  # a question: all is read
 
 
 async def test_stop_ends_a_running_answer(phone, upstream, database):
