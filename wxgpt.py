@@ -3417,14 +3417,18 @@ class Store:
         return rows[0][0]
 
     async def offer_unread(self, openid: str, part: Part, now: float) -> None:
-        """Store a part that nobody has asked for, to be named in the chat if unread."""
+        """Store a part that nobody has asked for, to be named in the chat if unread.
+
+        A full disk prevents only that.
+        """
         query = """
             INSERT OR IGNORE INTO part
                 (openid, number, turn_id, start, offered_at, to_mention)
             VALUES (:openid, :number, :turn_id, :start, :now, 1)
         """
         values = {"number": part.number, "turn_id": part.turn_id, "start": part.start}
-        await self.rows(query, openid=openid, now=now, **values)
+        with contextlib.suppress(sqlite3.OperationalError):
+            await self.rows(query, openid=openid, now=now, **values)
 
     # Devices
 
@@ -6006,10 +6010,11 @@ class Bot:
     ) -> Source:
         """Take up a question from a device as if it were a message of the chat.
 
-        `form` is the random id of the form: a second sending joins the first.
+        `form` is the random id of the form: a second sending of its words joins the
+        first; others, in a form that the browser had kept, are another question.
         """
-        now = int(time.time())
-        message = Message(openid, "", "text", now, msg_id=f"page-{form}", content=text)
+        now, name = int(time.time()), f"page-{form}-{self.store.keyed_hash(text)[:8]}"
+        message = Message(openid, "", "text", now, msg_id=name, content=text)
         delivery = self.deliveries.get(message.key)
         if delivery is None:
             subscriber, arrived = self.subscriber(openid), self.tasks.loop.time()
@@ -6566,7 +6571,7 @@ class Asking:
     """What a page needs to ask for its reader, who is signed in."""
 
     token: str  # proves that a form is ours, and of this device
-    form: str  # a random id: a second sending joins the first
+    form: str  # a random id: a second sending of the same words joins the first
     assistants: list[str]
     assistant: str  # of the newest session
     session: int  # that runs, 0: none

@@ -160,7 +160,7 @@ async def test_a_question_opens_a_session_with_the_assistant_used_last(
 
 
 async def test_a_second_sending_joins_the_first(phone, upstream, database):
-    """Also after it was answered; another form is another question."""
+    """Also after it was answered; another form, or other words, are another question."""
     fields = phone.fields() | {"question": "只问一次"}
     both = [Phone(phone.server, cookies=dict(phone.cookies)) for _ in range(2)]
     await asyncio.gather(*(one.send("ask", **fields) for one in both))
@@ -171,6 +171,8 @@ async def test_a_second_sending_joins_the_first(phone, upstream, database):
     await phone.ask("再问一次")
     await ended(phone, "关于「再问一次」")
     assert database("SELECT count(*) FROM turn") == [(2,)]
+    await phone.send("ask", **(fields | {"question": "改过的"}))  # the browser kept it
+    await ended(phone, "关于「改过的」")
 
 
 async def test_a_refused_question_keeps_its_words(serve, upstream):
