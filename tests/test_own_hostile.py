@@ -205,7 +205,7 @@ async def test_a_form_that_stalls_or_tears_is_dropped(
         answer = b""
         with contextlib.suppress(ConnectionResetError):
             answer = await within(10, "end of the connection", reader.read())
-        assert b" 500 " not in answer
+        assert not answer.startswith(b"HTTP/1.1 5"), answer
         writer.close()
     assert not [r for r in caplog.records if r.exc_info and wxgpt.is_our_fault(r)]
 
@@ -337,11 +337,11 @@ async def test_hostile_words_are_only_words(phone, text):
     assert "\ufdd0" not in (await phone.server.ask("/help")).text
 
 
-@pytest.mark.parametrize("size", [2001, 60_000, 70_000])
+@pytest.mark.parametrize("size", [2001, 60_000])
 async def test_long_words_are_refused(phone, upstream, size):
-    """In a sentence, or as too long a body."""
+    """In a sentence."""
     page = await phone.send("ask", **phone.fields(), question="q" * size)
-    assert page.status == (413 if size > 65_536 else 409)
+    assert page.status == 409 and "问题太长了" in shown(page)
     assert not upstream.requests
 
 
