@@ -3267,7 +3267,7 @@ class Store:
         """Return whole exchanges before a turn, oldest first, within `chars`."""
         query = """
             SELECT question, answer FROM turn WHERE session_id = :session AND id < :id
-            AND state IN ('done', 'cut') ORDER BY id DESC LIMIT 200
+            AND state IN ('done', 'cut') AND answer <> '' ORDER BY id DESC LIMIT 200
         """
         chosen: list[tuple[str, str]] = []
         for row in await self.rows(query, session=turn.session_id, id=turn.id):
@@ -3401,7 +3401,7 @@ class Store:
         """Return the id of the turn of which something is to be sent next.
 
         That is the one shown last, else the oldest of the session, else the oldest
-        asked after `since`.
+        asked after `since`; none that was asked and read on a page.
         """
         query = """
             SELECT coalesce(min(iif(turn.id = shown_turn, turn.id, NULL)),
@@ -3410,20 +3410,25 @@ class Store:
             FROM turn
             LEFT JOIN part ON turn_id = turn.id AND reply IS NULL
             LEFT JOIN subscriber ON subscriber.openid = turn.openid
-            WHERE turn.openid = :openid AND (replied = 0 OR number IS NOT NULL)
+            WHERE turn.openid = :openid AND iif(
+                replied, number IS NOT NULL, coalesce(delivered, '') <> 'page')
         """
         rows = await self.rows(query, openid=openid, session=session_id, since=since)
         return rows[0][0]
 
     async def offer_unread(self, openid: str, part: Part, now: float) -> None:
-        """Store a part that nobody has asked for, to be named in the chat if unread."""
+        """Store a part that nobody has asked for, to be named in the chat if unread.
+
+        A full disk prevents only that.
+        """
         query = """
             INSERT OR IGNORE INTO part
                 (openid, number, turn_id, start, offered_at, to_mention)
             VALUES (:openid, :number, :turn_id, :start, :now, 1)
         """
         values = {"number": part.number, "turn_id": part.turn_id, "start": part.start}
-        await self.rows(query, openid=openid, now=now, **values)
+        with contextlib.suppress(sqlite3.OperationalError):
+            await self.rows(query, openid=openid, now=now, **values)
 
     # Devices
 
@@ -4651,11 +4656,11 @@ class MuteGuard:
 
 def cookie_hash_of(cookie: str) -> str:
     """Return what is kept of a device's cookie."""
-    return hashlib.sha256(cookie.encode()).hexdigest()
+    return hashlib.sha256(cookie.encode("utf-8", "replace")).hexdigest()
 
 
 SIGN_IN_SECONDS = 600.0  # how long a number works
-SIGN_INS = 5000  # browsers that may show one: of those beyond, the oldest goes
+SIGN_INS = 5000  # browsers that may show one: the oldest goes that nobody has sent
 WRONG_NUMBERS, WRONG_SECONDS = 5, 3600.0  # that a subscriber may send in so long
 
 
@@ -4682,9 +4687,9 @@ class SignIns:
         """Return a number for a browser."""
         now, numbers = self.loop_time(), {one.number for one in self.waiting.values()}
         for old in list(self.waiting.values()):
-            if old.until > now and len(self.waiting) < SIGN_INS:
-                break
-            del self.waiting[old.cookie_hash]
+            is_one_too_many = len(self.waiting) >= SIGN_INS and not old.openid
+            if old.until <= now or is_one_too_many:
+                del self.waiting[old.cookie_hash]
         number = f"{secrets.randbelow(10**6):06}"
         while number in numbers:
             number = f"{secrets.randbelow(10**6):06}"
@@ -4720,17 +4725,19 @@ class SignIns:
     def confirm(self, openid: str) -> bool:
         """Let the browser in whose number a subscriber sent; False if there is none."""
         now = self.loop_time()
-        for one in self.waiting.values():
-            if one.openid == openid and one.until > now and not one.is_confirmed:
-                one.is_confirmed = True
-                return True
-        return False
+        sent = [
+            w for w in self.waiting.values() if w.openid == openid and w.until > now
+        ]
+        for one in sent:
+            one.is_confirmed = True
+        return bool(sent)
 
-    def end(self, openid: str) -> None:
-        """Let no browser in any more for a subscriber."""
-        for one in list(self.waiting.values()):
-            if one.openid == openid:
-                del self.waiting[one.cookie_hash]
+    def end(self, openid: str) -> int:
+        """Let no browser in for a subscriber; return how many were confirmed."""
+        sent = [one for one in self.waiting.values() if one.openid == openid]
+        for one in sent:
+            del self.waiting[one.cookie_hash]
+        return sum(one.is_confirmed for one in sent)
 
 
 class ReplayGuard:
@@ -5540,11 +5547,14 @@ class Bot:
             case "go_on" if delivery.lapsed:
                 text = self.texts.word_go_on
                 return await self.resume_session(delivery, delivery.lapsed, text)
-            case "let_in" if self.sign_ins.confirm(delivery.message.openid):
-                return self.texts.signed_in
-            case "sign_out":
-                if count := await self.store.sign_out(delivery.message.openid):
-                    return self.texts.signed_out.format(count=count)
+            # Never a question: a model would say that it is done.
+            case "let_in" if self.config.is_secure:
+                is_in = self.sign_ins.confirm(delivery.message.openid)
+                return self.texts.signed_in if is_in else self.texts.sign_in_wrong
+            case "sign_out" if self.config.is_secure:
+                openid, texts = delivery.message.openid, self.texts
+                count = self.sign_ins.end(openid) + await self.store.sign_out(openid)
+                return texts.signed_out.format(count=count) if count else texts.all_out
         return None
 
     async def continue_part(self, delivery: Delivery, number: int) -> Source:
@@ -5606,18 +5616,21 @@ class Bot:
             return self.texts.page_command.format(text=excerpt(text))
         session = delivery.session
         if session is None:
+            if refusal := self.refuse_question(delivery, text, ""):
+                return refusal
             newest = await self.store.newest_session(openid, 0.0)
             name = newest[1] if newest else ""
             name = name if name in assistants else next(iter(assistants))
             session = await self.open_session(delivery, name)
         source = await self.accept_question(delivery, session, text)
-        if isinstance(source, tuple):  # nobody may stay on the page for the answer
-            turn, subscriber = source[0], delivery.subscriber
-            if not subscriber.is_told:  # the words stood above the field
-                await self.note_told(openid)
-            part = subscriber.offer(turn.id, 0)
-            await self.store.offer_unread(openid, part, time.time())
-            subscriber.to_mention.setdefault(turn.id, (part.number, turn.question))
+        if isinstance(source, str) or source[0].msg_key != delivery.message.key:
+            return source  # refused, or the chat asks the same and will be answered
+        turn, subscriber = source[0], delivery.subscriber
+        if not subscriber.is_told:  # the words stood above the field
+            await self.note_told(openid)
+        part = subscriber.offer(turn.id, 0)  # nobody may stay on the page for it
+        await self.store.offer_unread(openid, part, time.time())
+        subscriber.to_mention.setdefault(turn.id, (part.number, turn.question))
         return source
 
     async def open_and_ask(
@@ -5997,10 +6010,11 @@ class Bot:
     ) -> Source:
         """Take up a question from a device as if it were a message of the chat.
 
-        `form` is the random id of the form: a second sending joins the first.
+        `form` is the random id of the form: a second sending of its words joins the
+        first; others, in a form that the browser had kept, are another question.
         """
-        now = int(time.time())
-        message = Message(openid, "", "text", now, msg_id=f"page-{form}", content=text)
+        now, name = int(time.time()), f"page-{form}-{self.store.keyed_hash(text)[:8]}"
+        message = Message(openid, "", "text", now, msg_id=name, content=text)
         delivery = self.deliveries.get(message.key)
         if delivery is None:
             subscriber, arrived = self.subscriber(openid), self.tasks.loop.time()
@@ -6032,18 +6046,20 @@ class Bot:
                 await self.store.start_session(openid, assistant, time.time())
                 self.end_queued(subscriber)
 
-    async def let_in(self, sign_in: SignIn) -> str:
-        """Sign a confirmed browser in; return its cookie, '' if that cannot be."""
+    async def let_in(self, sign_in: SignIn) -> str | None:
+        """Sign a confirmed browser in; return its cookie.
+
+        '' if there are too many, None if a deletion has ended this, or the same browser
+        was let in just now.
+        """
         cookie, openid = secrets.token_urlsafe(32), sign_in.openid
         subscriber = self.subscriber(openid)
         async with subscriber.lock:
-            # A deletion has ended it, or the same browser was let in just now.
-            is_over = self.sign_ins.find(sign_in.cookie_hash) is not sign_in
-            if is_over or openid in self.store.due:
-                return ""
-            self.sign_ins.end(openid)
+            if self.sign_ins.find(sign_in.cookie_hash) is not sign_in:
+                return None
             until = time.time() + self.config.history.device_days * 86400
             is_in = await self.store.add_device(openid, cookie_hash_of(cookie), until)
+            self.sign_ins.waiting.pop(sign_in.cookie_hash, None)
         return cookie if is_in else ""
 
     async def until_ready(self, delivery: Delivery, deadline: float) -> bool:
@@ -6562,7 +6578,7 @@ class Asking:
     """What a page needs to ask for its reader, who is signed in."""
 
     token: str  # proves that a form is ours, and of this device
-    form: str  # a random id: a second sending joins the first
+    form: str  # a random id: a second sending of the same words joins the first
     assistants: list[str]
     assistant: str  # of the newest session
     session: int  # that runs, 0: none
@@ -6939,20 +6955,25 @@ def html_response(page: Page, status: int = 200) -> web.Response:
     return response
 
 
+def redirect(location: str) -> web.Response:
+    """Lead a browser to another page of ours."""
+    return web.Response(status=303, headers={"Location": location} | PRIVATE)
+
+
 PAGE_SECONDS = 60.0  # for making a page and writing it
 
 
 def a_few_at_once(
-    make: Callable[[web.Request], Awaitable[web.StreamResponse]],
-) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    make: Callable[..., Awaitable[web.StreamResponse]],
+) -> Callable[..., Awaitable[web.StreamResponse]]:
     """Let a handler's pages be loaded, rendered and written a few at a time."""
 
     @functools.wraps(make)
-    async def write(request: web.Request) -> web.StreamResponse:
+    async def write(request: web.Request, *values: object) -> web.StreamResponse:
         async with request.app[BOT].pages:
             try:
                 async with asyncio.timeout(PAGE_SECONDS):
-                    response = await make(request)
+                    response = await make(request, *values)
                     await response.prepare(request)
                     await response.write_eof()
             # Nobody reads it any more, or sends the rest of a form.
@@ -7138,7 +7159,10 @@ async def sign_in_page(request: web.Request) -> web.Response:
         return html_response(render_notice(texts, texts.page_not_secure, "?"), 404)
     sign_in = bot.sign_ins.find(cookie_hash_of(cookie))
     if sign_in and sign_in.is_confirmed:
-        return await let_in(request, sign_in)
+        try:
+            return await let_in(request, sign_in)
+        except sqlite3.Error as error:  # it asks again in a moment
+            log.error("a browser was not signed in: %s", error)
     number, is_new = sign_in.number if sign_in else "", False
     if not sign_in and (not cookie or "new" in request.query):
         cookie, is_new = secrets.token_urlsafe(32), True
@@ -7154,10 +7178,12 @@ async def let_in(request: web.Request, sign_in: SignIn) -> web.Response:
     """Give a browser whose number was confirmed its cookie."""
     bot = request.app[BOT]
     cookie = await bot.let_in(sign_in)
-    if not cookie:
+    if cookie == "":
         words = bot.texts.page_devices_full
         return html_response(render_notice(bot.texts, words, "?"), 403)
-    response = web.Response(status=303, headers={"Location": "me"} | PRIVATE)
+    response = redirect("me")
+    if cookie is None:
+        return response
     set_cookie(response, COOKIE, cookie, bot.config.history.device_days * 86400)
     set_cookie(response, WAIT_COOKIE, "", 0)
     return response
@@ -7251,15 +7277,24 @@ def from_device(
     @functools.wraps(act)
     async def checked(request: web.Request) -> web.StreamResponse:
         bot, device = request.app[BOT], await find_device(request)
-        form = await read_form(request, BODY_BYTES)
         if device is None:
             return told(request, bot.texts.page_signed_out, 401)
+        try:
+            form = await read_form(request, BODY_BYTES)
+        except (TimeoutError, ConnectionResetError, web.RequestPayloadError):
+            return drop_connection(request)
         token = bot.store.keyed_hash(f"form {device.cookie_hash}")
         is_ours = hmac.compare_digest(token.encode(), form.get("token", "").encode())
         origin = str(yarl.URL(bot.config.public_url).origin())
         if not is_ours or request.headers.get("Origin") != origin:
             return told(request, bot.texts.page_failed, 403)
-        return await act(request, device, form)
+        try:
+            return await act(request, device, form)
+        except sqlite3.Error as error:  # a full or locked disk
+            if request.writer.output_size:  # in the midst of a file
+                raise
+            log.error("%s not done: %s", request.path, error)
+            return told(request, bot.texts.page_failed, 503)
 
     return checked
 
@@ -7280,11 +7315,13 @@ def done(request: web.Request, **values: str) -> web.Response:
     """Return what was done to the script, or lead the browser back."""
     if wants_json(request):
         return web.json_response(values, headers=PRIVATE)
-    return web.Response(status=303, headers={"Location": "../me"} | PRIVATE)
+    return redirect("../me")
 
 
 @from_device
-async def ask_on_page(request: web.Request, device: Device, form: Form) -> web.Response:
+async def ask_on_page(
+    request: web.Request, device: Device, form: Form
+) -> web.StreamResponse:
     """Take up a question; a refused one stays in its field."""
     bot, form_id = request.app[BOT], form.get("id", "")
     text = stream_safe(ILLEGAL.sub("", form.get("question", ""))).strip()
@@ -7297,7 +7334,7 @@ async def ask_on_page(request: web.Request, device: Device, form: Form) -> web.R
     if wants_json(request):
         return told(request, source, 409)
     asking = await asking_of(bot, device, text, source)
-    return await show_history(request, device.openid, asking)
+    return await a_few_at_once(show_history)(request, device.openid, asking)
 
 
 @from_device
@@ -7349,8 +7386,8 @@ async def search_page(request: web.Request) -> web.StreamResponse:
     return await find_words(request, owner, form, "")
 
 
-@a_few_at_once
 @from_device
+@a_few_at_once
 async def search_own(request: web.Request, device: Device, form: Form) -> web.Response:
     """Show where in all exchanges of the device's subscriber the words are."""
     return await find_words(request, device.openid, form, form["token"])
@@ -7366,7 +7403,7 @@ async def find_words(
     bot, home = request.app[BOT], "../" + request.match_info.get("key", "me")
     words = form.get("words", "")[:SEARCH_CHARS].replace("\0", "").split()
     if not words:
-        raise web.HTTPSeeOther(home)
+        return redirect(home)
     below = form.get("before", "")
     before = int(below) if re.fullmatch("[0-9]{1,15}", below) else 2**62
     found, older = await bot.store.search(openid, words, before, FOUND_COUNT)
@@ -7381,8 +7418,8 @@ async def export_history(request: web.Request) -> web.StreamResponse:
     return owner if isinstance(owner, web.Response) else await export(request, owner)
 
 
-@a_few_at_once
 @from_device
+@a_few_at_once
 async def export_own(
     request: web.Request, device: Device, form: Form
 ) -> web.StreamResponse:

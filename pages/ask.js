@@ -22,9 +22,6 @@ async function ask(form) {
   section.append(draft);
   draft.scrollIntoView({block: 'end'});
   form.inert = true;
-  // The same words sent once more join the first; others are another question.
-  if (field.value !== form.dataset.sent) id.value = crypto.randomUUID();
-  form.dataset.sent = field.value;
   try {
     const {key, session, error} = await post(form);
     if (error) throw error;
@@ -43,7 +40,8 @@ async function ask(form) {
     draft.replaceWith(article);
     begin(article);
     article.scrollIntoView({block: 'nearest'});
-    field.value = form.dataset.sent = '';
+    field.value = '';
+    id.value = crypto.randomUUID();  // until then the same words join the first
   } catch (error) {
     draft.remove();
     const why = document.createElement('p');

@@ -128,7 +128,7 @@ function begin(part) {
 
 // Goes on when the number that the page shows was confirmed, or is over.
 async function wait() {
-  const main = await readMain(location.href).catch(() => null);
+  const main = await readMain('me').catch(() => null);
   if (main && !main.querySelector('.number')) location.replace('me');
   else setTimeout(wait, 3000);
 }

@@ -95,7 +95,7 @@ async def test_a_number_is_one_subscribers(server):
     number = (await phone.open()).number
     await server.ask(f"登录 {number}")
     assert (await server.ask(f"登录 {number}", BOB)).text.startswith("这个数字不对")
-    assert not (await server.ask("确认登录", BOB)).text  # outside a session: nothing
+    assert (await server.ask("确认登录", BOB)).text.startswith("这个数字不对")
     assert (await phone.open()).number == number
 
 
@@ -160,7 +160,7 @@ async def test_a_question_opens_a_session_with_the_assistant_used_last(
 
 
 async def test_a_second_sending_joins_the_first(phone, upstream, database):
-    """Also after it was answered; another form is another question."""
+    """Also after it was answered; another form, or other words, are another question."""
     fields = phone.fields() | {"question": "只问一次"}
     both = [Phone(phone.server, cookies=dict(phone.cookies)) for _ in range(2)]
     await asyncio.gather(*(one.send("ask", **fields) for one in both))
@@ -171,6 +171,8 @@ async def test_a_second_sending_joins_the_first(phone, upstream, database):
     await phone.ask("再问一次")
     await ended(phone, "关于「再问一次」")
     assert database("SELECT count(*) FROM turn") == [(2,)]
+    await phone.send("ask", **(fields | {"question": "改过的"}))  # the browser kept it
+    await ended(phone, "关于「改过的」")
 
 
 async def test_a_refused_question_keeps_its_words(serve, upstream):
@@ -211,6 +213,7 @@ async def test_an_unread_answer_is_named_in_the_next_reply(phone, upstream, data
     await phone.ask("看过的问题")
     await ended(phone, "关于「看过的问题」")
     assert "看过的问题" not in (await server.ask("/help")).text
+    assert "关于「继续」" in (await server.ask("继续")).text  # a question: all is read
 
 
 async def test_stop_ends_a_running_answer(phone, upstream, database):
