@@ -7,6 +7,7 @@ import pathlib
 import random
 import re
 import sqlite3
+import traceback
 
 import pytest
 
@@ -18,6 +19,12 @@ from test_own_pages import URL, ended, shown
 from waiting import limit, within
 
 FORM = "application/x-www-form-urlencoded"
+
+
+def faults_in(caplog):
+    """Return what broke in the server, as its log tells it."""
+    records = [r for r in caplog.records if r.exc_info and wxgpt.is_our_fault(r)]
+    return ["".join(traceback.format_exception(*r.exc_info)) for r in records]
 
 
 @pytest.fixture
@@ -207,7 +214,7 @@ async def test_a_form_that_stalls_or_tears_is_dropped(
             answer = await within(10, "end of the connection", reader.read())
         assert not answer.startswith(b"HTTP/1.1 5"), answer
         writer.close()
-    assert not [r for r in caplog.records if r.exc_info and wxgpt.is_our_fault(r)]
+    assert faults_in(caplog) == []
 
 
 @pytest.mark.parametrize(
@@ -407,7 +414,7 @@ async def test_a_deletion_at_any_moment_leaves_nothing(
     for file in pathlib.Path(settings["database"]["path"]).parent.glob("test.db*"):
         assert ANN.encode() not in (data := file.read_bytes()), file
         assert "密".encode() not in data, file
-    assert not [r for r in caplog.records if r.exc_info and wxgpt.is_our_fault(r)]
+    assert faults_in(caplog) == []
     assert not [r for r in caplog.records if ANN in r.getMessage()]
 
 
