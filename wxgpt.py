@@ -6597,25 +6597,26 @@ class Shown:
     text: str  # what 复制全文 copies
     ended: str
     address: str  # of its own page; '': that cannot be opened any more
+    is_live: bool  # it was being written when this was made
 
 
 def shown(
     config: Config, turn: Turn, above: int, blocks: list[str] | None = None
 ) -> Shown:
     """Return an exchange for a page; no blocks, and its answer is folded."""
+    is_live = turn.is_open  # it may end meanwhile: pages are made in a thread
     answer = None if blocks is None else Markup("".join(blocks))
-    has_ended = bool(answer) and not turn.is_open
-    text = plain_text(turn, config.replies.label) if has_ended else ""
+    text = "" if is_live or not answer else plain_text(turn, config.replies.label)
     is_linked = time.time() - turn.created_at < config.history.link_hours * 3600
     address = f"{config.root}/a/{turn.link_key}" if is_linked else ""
-    ended = "" if turn.is_open else bad_ending(config.texts, turn)
-    return Shown(turn, answer or None, text, ended, address)
+    ended = "" if is_live else bad_ending(config.texts, turn)
+    return Shown(turn, answer or None, text, ended, address, is_live)
 
 
 def render_answer(config: Config, one: Shown, asking: Asking | None) -> Page:
     """Return the page of one question and its answer, live while that is written."""
     title = excerpt(one.turn.question, 30)
-    name = "live" if one.turn.is_open else "answer"
+    name = "live" if one.is_live else "answer"
     return render_page(name, config.texts, config, title=title, one=one, asking=asking)
 
 
@@ -7035,15 +7036,14 @@ async def answer_page(request: web.Request) -> web.Response:
     device = await find_device(request)
     is_theirs = device is not None and device.openid == turn.openid
     asking = await asking_of(bot, device) if device and is_theirs else None
+    blocks = (await live_page(bot, turn)).blocks if turn.is_open else []
     if turn.is_open:
-        page = await live_page(bot, turn)
-        one = shown(bot.config, turn, 0, page.blocks)
-    else:
+        one = await bot.work.run(shown, bot.config, turn, 0, blocks)
+    else:  # by now
         await note_read(bot, [turn])
         blocks = await finished_blocks(bot, turn)
-        one = await bot.work.once(
-            ("shown", turn.id), shown, bot.config, turn, 0, blocks
-        )
+        key = "shown", turn.id
+        one = await bot.work.once(key, shown, bot.config, turn, 0, blocks)
     return html_response(await bot.work.run(render_answer, bot.config, one, asking))
 
 
