@@ -2220,7 +2220,7 @@ class ChatWriter:
 MAX_UNREAD = 2000  # characters: what is asked for at once takes a few milliseconds
 MAX_LEADING = 2000  # characters of such lines in a row
 # Lines that no part may end with: headings and list marks go with what follows.
-LEADING = re.compile(r"[ │•]*(?:【[^\n]*】|\d{1,4}[.)、）]|[•☐☑│])")
+LEADING = re.compile(r"[ │•]*(?:【[^\n【】]*】|\d{1,4}[.)、）]|[•☐☑│])")
 
 
 def end_before_leading(text: str) -> int:

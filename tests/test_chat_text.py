@@ -456,6 +456,19 @@ def test_what_is_shown_of_a_growing_answer_never_changes(markdown, data):
     assert chat.text(True) == chat_text(markdown)
 
 
+@pytest.mark.parametrize(
+    "markdown", ["【题】。【题】\n", "【【题】】\n", "【题】【题】\n后", "【题】【\n"]
+)
+def test_a_line_that_the_model_put_in_brackets_stays(markdown):
+    """It may look like a heading, which goes with what follows, when it ends."""
+    chat, shown = ChatText(), ""
+    for char in markdown:
+        chat.feed(char)
+        assert chat.text(False).startswith(shown)
+        shown = chat.text(False)
+    assert chat.text(True).startswith(shown)
+
+
 @MANY
 @given(MARKDOWN, MARKDOWN)
 def test_what_may_be_shown_is_a_prefix_of_every_continuation(markdown, more):
