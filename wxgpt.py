@@ -7792,6 +7792,21 @@ def set_up_log() -> None:
     logging.getLogger("aiohttp.server").addFilter(is_our_fault)
 
 
+def tell(words: object) -> str:
+    """Return English words, or an error, in the owner's language, if owner/ is here."""
+    try:
+        from owner.words import explain
+    except ImportError:  # the server alone was copied
+        return str(words)
+    return explain(words)
+
+
+NEXT_STEP = (
+    "next: open {url}/healthz on a phone, which must show ok; give WeChat's console "
+    "the URL {url}{path}; or let `wxgpt.py check` test it all"
+)
+
+
 async def run_server(config: Config) -> None:
     """Serve until SIGTERM or SIGINT; a second one exits at once."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
@@ -7812,6 +7827,9 @@ async def run_server(config: Config) -> None:
     gc.set_threshold(5000)
     async with open_server(config) as (_, port):
         log.info("serving on %s port %d", config.server.host, port)
+        if sys.stderr.isatty():
+            url, path = config.public_url, config.server.path
+            print(tell(NEXT_STEP).format(url=url, path=path), file=sys.stderr)
         sd_notify("READY=1")
         await stop.wait()
         log.info("stopping")
@@ -7827,14 +7845,10 @@ async def run_server(config: Config) -> None:
 # ---------------------------------------------------------------------------
 
 
-def print_error(error: BaseException | str) -> None:
-    """Print why the process ends, in the owner's words; journald takes it as errors."""
-    try:
-        from owner.words import explain
-    except ImportError:  # the server alone was copied
-        explain = str  # type: ignore[assignment]
+def print_error(error: object) -> None:
+    """Print why the process ends, line by line; journald takes them as errors."""
     priority = "<3>" if "JOURNAL_STREAM" in os.environ else ""
-    for line in explain(error).splitlines():
+    for line in tell(error).splitlines():
         print(f"{priority}wxgpt: {line}", file=sys.stderr)
 
 
@@ -7879,28 +7893,40 @@ def demo_command(arguments: list[str]) -> int:
     os.execv(sys.executable, [sys.executable, str(demo), *arguments])
 
 
+LANGUAGE = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+LANGUAGE.add_argument("--lang", choices=("zh", "en"), help=argparse.SUPPRESS)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
+    argparse._ = tell  # type: ignore[attr-defined]  # argparse's own words
     parser = argparse.ArgumentParser(
         prog="wxgpt.py",
-        usage="wxgpt.py [COMMAND] [--config FILE] [-h] [--version]",
-        description="Subscribers of a WeChat Official Account talk with a chat model.",
+        usage="wxgpt.py [COMMAND] [--config FILE] [--lang en] [-h] [--version]",
+        description=tell("Subscribers of a WeChat Official Account talk with a model."),
     )
-    parser.add_argument("--version", action="version", version=f"wxgpt {VERSION}")
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"wxgpt {VERSION}",
+        help=tell("show program's version number and exit"),
+    )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
-        "--config", metavar="FILE", default="wxgpt.toml", help="settings"
+        "--config", metavar="FILE", default="wxgpt.toml", help=tell("settings")
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="wxgpt.py")
-    commands.add_parser("serve", parents=[common], help="serve (the default)")
-    text = "test each thing that usually goes wrong, and say how to mend it"
+    commands.add_parser("serve", parents=[common], help=tell("serve (the default)"))
+    text = tell("test each thing that usually goes wrong, and say how to mend it")
     commands.add_parser("check", parents=[common], help=text)
-    stats = commands.add_parser("stats", parents=[common], help="who asked how much")
-    text = "Beijing days, today included (7); 0: all"
+    text = tell("who asked how much")
+    stats = commands.add_parser("stats", parents=[common], help=text)
+    text = tell("Beijing days, today included (7); 0: all")
     stats.add_argument("--days", type=int, default=7, metavar="N", help=text)
-    stats.add_argument("--full", action="store_true", help="whole openids")
-    stats.add_argument("--json", action="store_true", help="for machines")
-    commands.add_parser("demo", help="try it all with no account and no key")
+    stats.add_argument("--full", action="store_true", help=tell("whole openids"))
+    stats.add_argument("--json", action="store_true", help=tell("for machines"))
+    commands.add_parser("setup", help=tell("from nothing to a served account"))
+    commands.add_parser("demo", help=tell("try it all with no account and no key"))
     return parser
 
 
@@ -7917,14 +7943,18 @@ def check_placeholders(config: Config, mistakes: Mistakes) -> None:
 
 def run_command(words: list[str]) -> int:
     """Run a command line, `serve` if it names no command; return the exit status."""
+    # owner/ imports `wxgpt`: it is to find this module, not to load it a second time.
+    sys.modules.setdefault("wxgpt", sys.modules[__name__])
+    if words[:1] == ["setup"]:
+        from owner.setup import setup_command
+
+        return setup_command(words[1:])
     if not words or words[0] not in COMMAND_WORDS:
         words = ["serve", *words]
     arguments = make_parser().parse_args(words)
     config = load_config(
         arguments.config, os.environ, check_commands, check_placeholders
     )
-    # owner/ imports `wxgpt`: it is to find this module, not to load it a second time.
-    sys.modules.setdefault("wxgpt", sys.modules[__name__])
     if arguments.command == "check":
         from owner.check import run_check
 
@@ -7938,7 +7968,8 @@ def run_command(words: list[str]) -> int:
 
 def main() -> int:
     """Run the command line; return the exit status."""
-    words = sys.argv[1:]
+    options, words = LANGUAGE.parse_known_args()
+    os.environ.update({"WXGPT_LANG": options.lang} if options.lang else {})
     if words[:1] == ["demo"]:
         return demo_command(words[1:])
     try:

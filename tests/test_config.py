@@ -1,5 +1,6 @@
 """Settings: one TOML file, checked before anything starts."""
 
+import argparse
 import ast
 import errno
 import importlib.util
@@ -380,6 +381,7 @@ def texts_of(path):
 def test_each_chinese_line_has_its_english_in_the_code():
     """What is translated is said somewhere, and fills in nothing else."""
     said = {os.strerror(code) for code in errno.errorcode}
+    said |= texts_of(pathlib.Path(argparse.__file__))
     for path in (ROOT / "wxgpt.py", *ROOT.glob("owner/*.py")):
         said |= texts_of(path)
     said |= {f"'{text}'" for text in said}
@@ -467,9 +469,23 @@ def test_help_names_the_commands_and_the_file():
     """--help tells what can be run, behind a command how; both end well."""
     ended, serve = run("--help"), run("serve", "--help")
     assert ended.returncode == serve.returncode == 0
-    commands = ("serve", "check", "stats", "demo", "--version")
+    commands = ("serve", "check", "stats", "setup", "demo", "--version")
     assert [word for word in commands if word not in ended.stdout] == []
     assert "--config" in serve.stdout
+
+
+@pytest.mark.parametrize("words", ["--lang zh --help", "stats --help --lang=zh"])
+def test_help_is_chinese(words):
+    """It is the owner's language unless `--lang en` or the environment says otherwise."""
+    ended = run(*words.split())
+    assert ended.returncode == 0 and "显示这段说明" in ended.stdout
+    assert not re.search("usage|settings|show", ended.stdout)
+
+
+def test_the_languages_option_counts_more_than_the_environment(tmp_path):
+    """Wherever it stands."""
+    assert "这里没有 wxgpt.toml" in run("--lang", "zh", cwd=tmp_path).stderr
+    assert "no wxgpt.toml here" in run("check", "--lang=en", cwd=tmp_path).stderr
 
 
 def test_an_unknown_command_is_refused():
