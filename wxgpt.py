@@ -54,7 +54,12 @@ Run `python wxgpt.py demo` to try it, `python wxgpt.py --config wxgpt.toml` to s
 """
 
 import signal
+import sys
 
+# One before 3.10 does not get here: it stops at the first `match`, which says the same.
+if sys.version_info < (3, 11):  # noqa: UP036
+    found = ".".join(map(str, sys.version_info[:2]))
+    sys.exit(f"wxgpt: 需要 Python 3.11 或更新，这里是 {found} (Python is too old)")
 if __name__ == "__main__":  # hold Ctrl-C during the imports; `main` ends quietly on it
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 
@@ -87,7 +92,7 @@ import re
 import secrets
 import socket
 import sqlite3
-import sys
+import stat
 import time
 import tomllib
 import types
@@ -107,16 +112,25 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from xml.etree import ElementTree
 from xml.parsers.expat import ExpatError
 
-import aiohttp
-import aiosqlite
-import jinja2
-import xmltodict
-import yarl
-from aiohttp import web
-from markdown_it.renderer import RendererHTML
-from markdown_it.token import Token
-from markdown_it.utils import OptionsDict
-from markupsafe import Markup
+try:
+    import aiohttp
+    import aiosqlite
+    import jinja2
+    import xmltodict
+    import yarl
+    from aiohttp import web
+    from markdown_it.renderer import RendererHTML
+    from markdown_it.token import Token
+    from markdown_it.utils import OptionsDict
+    from markupsafe import Markup
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    place = pathlib.Path(__file__).parent
+    better = f"{place}/.venv/bin/python {place}/wxgpt.py"
+    if not (place / ".venv/bin/python").exists():
+        better = "python3 -m venv .venv && .venv/bin/pip install -r requirements.lock"
+    sys.exit(f"wxgpt: 缺少 {error.name} 包 (package missing): {better}")
 
 VERSION = "0.1.0"
 log = logging.getLogger("wxgpt")
@@ -155,7 +169,42 @@ ILLEGAL = re.compile(
 
 
 class ConfigError(Exception):
-    """A setting that cannot be used; the text is the one line an owner reads."""
+    """Settings that cannot be used: what an owner reads, in lines."""
+
+    def __init__(self, words: str = "", **values: object) -> None:
+        # The words of each line, and what is filled in: see `tell`.
+        self.lines = [(words, values)]
+
+    def __str__(self) -> str:
+        return "\n".join(words.format(**values) for words, values in self.lines)
+
+
+FOUND = "{name}: found {found}, expected {expected}"
+FOUND_WITHIN = "{name}: found {found}, expected {expected} from {least:g} to {most:g}"
+
+
+class Mistakes:
+    """What is wrong with a settings file: the first mistake of each setting."""
+
+    def __init__(self) -> None:
+        self.lines: dict[str, tuple[str, dict[str, object]]] = {}
+
+    def add(self, name: str, words: str, **values: object) -> None:
+        """Note a mistake of the named setting."""
+        self.lines.setdefault(name, (words, {"name": name} | values))
+
+    def require(self, is_met: object, name: str, found: object, expected: str) -> None:
+        """Note that the named setting is not as expected unless a condition is met."""
+        if not is_met:
+            shown = "nothing" if found is None else repr(found)
+            self.add(name, FOUND, found=shown, expected=expected)
+
+    def end(self) -> None:
+        """Raise ConfigError with all mistakes, if there are any."""
+        if self.lines:
+            error = ConfigError()
+            error.lines = [*self.lines.values()]
+            raise error
 
 
 def bounded(default: float, least: float, most: float) -> typing.Any:
@@ -175,6 +224,7 @@ class ServerSettings:
     host: str = "127.0.0.1"  # address to listen on
     port: int = bounded(8080, 0, 65535)  # port to listen on; 0: any free one
     path: str = "/wechat"  # path of WeChat's URL, with or without a slash at its end
+    root_files: str = ""  # a folder of small text files, served as /NAME.txt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,6 +264,8 @@ class AssistantSettings:
     api_key: str = secret()  # key of the chat API
     model: str = DEFAULT_MODEL  # name of the model
     system_prompt: str = DEFAULT_PROMPT  # empty: none
+    price_in: float = bounded(0.0, 0, 1e9)  # money per million tokens of questions
+    price_out: float = bounded(0.0, 0, 1e9)  # and of answers
     # Further HTTP headers, masked in the log: they may hold keys.
     headers: dict[str, str] = field(default_factory=dict, metadata={"secret": True})
     proxy: str = secret("")  # http, https or socks proxy to reach the API through
@@ -346,20 +398,16 @@ class Config:
         return urllib.parse.urlsplit(self.public_url).path
 
 
-def require(is_met: object, name: str, found: object, accepted: str) -> None:
-    """Raise ConfigError for the named setting unless a condition is met."""
-    if not is_met:
-        raise ConfigError(f"{name}: found {found!r}, accepted is {accepted}")
-
-
 def read_toml(path: str | os.PathLike) -> dict[str, typing.Any]:
     """Return the contents of a TOML file; raise ConfigError with one line."""
     try:
-        return tomllib.loads(pathlib.Path(path).read_text("utf-8"))
+        return tomllib.loads(pathlib.Path(path).read_text("utf-8-sig"))
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not TOML: {error}") from None
+        words, why = "{path}: {why}", error.strerror
+        raise ConfigError(words, path=path, why=why) from error
+    except ValueError as error:
+        words = "{path}: not TOML: {why}"
+        raise ConfigError(words, path=path, why=error) from error
 
 
 # The types of settings in an owner's words.
@@ -383,42 +431,52 @@ def has_type(value: typing.Any, kind: object) -> bool:
     return type(value) is kind or (kind is float and type(value) is int)
 
 
-def read_value(value: typing.Any, entry: dataclasses.Field, name: str) -> object:
-    """Return the value of one setting; raise ConfigError with what is accepted."""
-    accepted, bounds = TYPE_NAMES[entry.type], entry.metadata.get("bounds")
+def read_value(
+    value: typing.Any, entry: dataclasses.Field, name: str, mistakes: Mistakes
+) -> object:
+    """Return the value of one setting, its default or "" if it cannot be used."""
+    expected, bounds = TYPE_NAMES[entry.type], entry.metadata.get("bounds")
     if has_type(value, entry.type) and (not bounds or bounds[0] <= value <= bounds[1]):
         return tuple(value) if isinstance(value, list) else value
     found = "something else" if entry.metadata.get("secret") else repr(value)
     found = "nothing" if value is MISSING else found
-    accepted += f" from {bounds[0]:g} to {bounds[1]:g}" if bounds else ""
-    raise ConfigError(f"{name}: found {found}, accepted is {accepted}")
+    values = dict(zip(("least", "most"), bounds or (), strict=False))
+    words = FOUND_WITHIN if bounds else FOUND
+    mistakes.add(name, words, found=found, expected=expected, **values)
+    if entry.default_factory is not MISSING:
+        return entry.default_factory()
+    return "" if entry.default is MISSING else entry.default
 
 
-def check_names(table: dict, known: typing.Iterable[str], prefix: str) -> None:
-    """Raise ConfigError for a setting that does not exist."""
+def check_names(
+    table: dict, known: typing.Iterable[str], prefix: str, mistakes: Mistakes
+) -> None:
+    """Note settings that do not exist."""
     for key in table:
         if key not in known:
             shown = key if key.isprintable() else repr(key)  # the error is one line
-            names = ", ".join(known)
-            raise ConfigError(f"{prefix}{shown}: unknown setting, accepted are {names}")
+            words = "{name}: unknown setting, expected one of {known}"
+            mistakes.add(prefix + shown, words, known=", ".join(known))
 
 
-def read_table(kind: typing.Any, table: object, name: str) -> typing.Any:
-    """Return a TOML table as an instance of its settings class; raise ConfigError."""
-    if not isinstance(table, dict):
-        raise ConfigError(f"{name}: found {table!r}, accepted is a table")
+def read_table(
+    kind: typing.Any, table: typing.Any, name: str, mistakes: Mistakes
+) -> typing.Any:
+    """Return a TOML table as an instance of its settings class."""
+    mistakes.require(isinstance(table, dict), name, table, "a table")
+    table = table if isinstance(table, dict) else {}
     prefix = f"{name}." if name else ""
-    check_names(table, [entry.name for entry in fields(kind)], prefix)
+    check_names(table, [entry.name for entry in fields(kind)], prefix, mistakes)
     values = {}
     for entry in fields(kind):
         key, where = entry.name, prefix + entry.name
         is_required = entry.default is MISSING and entry.default_factory is MISSING
         if dataclasses.is_dataclass(entry.type):
-            values[key] = read_table(entry.type, table.get(key, {}), where)
+            values[key] = read_table(entry.type, table.get(key, {}), where, mistakes)
         elif key in table and entry.type not in TYPE_NAMES:  # read by load_config
             values[key] = table[key]
         elif key in table or is_required:
-            values[key] = read_value(table.get(key, MISSING), entry, where)
+            values[key] = read_value(table.get(key, MISSING), entry, where, mistakes)
     return kind(**values)
 
 
@@ -431,56 +489,66 @@ def setting_source(
 ) -> str:
     """Return where an assistant's setting comes from: its name, or a variable."""
     variable = CHATGPT_VARIABLES.get(key, "")
-    if name == "chatgpt" and environ.get(variable) == getattr(one, key):
+    if name == "chatgpt" and environ.get(variable) == getattr(one, key) != "":
         return f"{variable} in the environment"
     return f"assistants.{name}.{key}"
 
 
-def read_assistants(table: typing.Any, environ: typing.Mapping[str, str]) -> dict:
-    """Return the assistants by name; raise ConfigError."""
+def read_assistants(
+    table: typing.Any, environ: typing.Mapping[str, str], mistakes: Mistakes
+) -> dict[str, AssistantSettings]:
+    """Return the assistants by name."""
     is_table = isinstance(table, dict)
     if not is_table or not all(isinstance(one, dict) for one in table.values()):
         # What was found is not shown: it may be a misplaced API key.
-        raise ConfigError("assistants: found no tables, accepted is a table of tables")
+        mistakes.require(False, "assistants", "no tables", "a table of tables")
+        return {}
     if "chatgpt" not in table and not environ.get("OPENAI_API_KEY"):
-        raise ConfigError("assistants.chatgpt: found nothing, accepted is a table")
-    chatgpt = dict(table.get("chatgpt", {}))
-    for key, variable in CHATGPT_VARIABLES.items():
-        if environ.get(variable):
-            chatgpt.setdefault(key, environ[variable])
+        mistakes.require(False, "assistants.chatgpt", None, "a table")
+    else:
+        chatgpt = dict(table.get("chatgpt", {}))
+        for key, variable in CHATGPT_VARIABLES.items():
+            if environ.get(variable):
+                chatgpt.setdefault(key, environ[variable])
+        table = {**table, "chatgpt": chatgpt}
     return {
-        name: read_table(AssistantSettings, one, f"assistants.{name}")
-        for name, one in {**table, "chatgpt": chatgpt}.items()
+        name: read_table(AssistantSettings, one, f"assistants.{name}", mistakes)
+        for name, one in table.items()
     }
 
 
 TEXTS = pathlib.Path(__file__).with_name("texts.toml")
 
 
-def read_texts(changes: typing.Any) -> Texts:
-    """Return the lines of texts.toml with an owner's changes; raise ConfigError.
+def read_texts(changes: typing.Any, mistakes: Mistakes | None = None) -> Texts:
+    """Return the lines of texts.toml with an owner's changes, if any are expected.
 
     A changed line may leave out placeholders of the default, but not add any.
     """
-    lines = read_toml(TEXTS)
+    lines, mistakes = read_toml(TEXTS), mistakes or Mistakes()
     for name, line in lines.items():
-        require(isinstance(line, str), f"{TEXTS}: {name}", line, "text")
-    require(isinstance(changes, dict), "texts", changes, "a table")
-    check_names(changes, lines, "texts.")
+        if not isinstance(line, str):
+            where, found = f"{TEXTS}: {name}", repr(line)
+            raise ConfigError(FOUND, name=where, found=found, expected="text")
+    mistakes.require(isinstance(changes, dict), "texts", changes, "a table")
+    changes = changes if isinstance(changes, dict) else {}
+    check_names(changes, lines, "texts.", mistakes)
     for name, line in changes.items():
-        require(isinstance(line, str), f"texts.{name}", line, "text")
-        accepted = sorted(set(re.findall(r"\{(\w+)\}", lines[name])))
+        mistakes.require(isinstance(line, str), f"texts.{name}", line, "text")
+    texts = {k: v for k, v in changes.items() if k in lines and isinstance(v, str)}
+    for name, line in texts.items():
+        known = sorted(set(re.findall(r"\{(\w+)\}", lines[name])))
         try:
             # A placeholder gets a text or a number: its format must suit both.
-            line.format_map(dict.fromkeys(accepted, ""))
-            line.format_map(dict.fromkeys(accepted, 0))
+            line.format_map(dict.fromkeys(known, ""))
+            line.format_map(dict.fromkeys(known, 0))
         except KeyError as error:
-            names = ", ".join(f"{{{name}}}" for name in accepted) or "none"
-            found = f"found {{{error.args[0]}}}, accepted are {names}"
-            raise ConfigError(f"texts.{name}: {found}") from None
+            names = ", ".join(f"{{{name}}}" for name in known) or "no braces"
+            found = f"{{{error.args[0]}}}"
+            mistakes.add(f"texts.{name}", FOUND, found=found, expected=names)
         except (ValueError, LookupError, AttributeError) as error:
-            raise ConfigError(f"texts.{name}: {error}") from None
-    return Texts(lines | changes)
+            mistakes.add(f"texts.{name}", "{name}: wrong braces: {why}", why=error)
+    return Texts(lines | texts)
 
 
 # What an HTTP header may be called, but for those that describe the request's body.
@@ -492,8 +560,10 @@ def check_assistant(
     one: AssistantSettings,
     others: typing.Collection[str],
     environ: typing.Mapping[str, str],
+    mistakes: Mistakes,
 ) -> None:
-    """Raise ConfigError for an assistant that cannot work."""
+    """Note what keeps an assistant from working."""
+    require = mistakes.require
     where = f"assistants.{name}"
     is_name = name and not re.search(r"[\s/]", name)
     require(is_name, where, name, "a name without spaces and slashes")
@@ -508,14 +578,14 @@ def check_assistant(
         is_header = re.fullmatch(HEADER_NAME, header)
         require(is_header, f"{where}.headers", header, "names of further HTTP headers")
         is_line = re.fullmatch(r"[!-~]([ -~]*[!-~])?", content)
-        accepted = "one line of letters, digits and signs"
-        require(is_line, f"{where}.headers.{header}", "something else", accepted)
+        expected = "one line of letters, digits and signs"
+        require(is_line, f"{where}.headers.{header}", "something else", expected)
     is_proxy = re.match(r"(https?|socks[45]h?)://|$", one.proxy)
     require(is_proxy, f"{where}.proxy", "***", "an http, https or socks URL")
     if one.proxy.startswith("socks"):
         has_package = importlib.util.find_spec("aiohttp_socks")
-        accepted = "http(s), or socks after: pip install aiohttp-socks"
-        require(has_package, f"{where}.proxy", "***", accepted)
+        expected = "http(s), or socks after: pip install aiohttp-socks"
+        require(has_package, f"{where}.proxy", "***", expected)
     is_other = not one.fallback or one.fallback in others
     require(is_other, f"{where}.fallback", one.fallback, "another assistant's name")
     for key in ("model", "messages", "stream"):
@@ -533,12 +603,18 @@ def is_public_url(url: str) -> bool:
     return port != 0 and re.fullmatch(pattern, url) is not None
 
 
-def check_values(config: Config, environ: typing.Mapping[str, str]) -> None:
-    """Raise ConfigError for settings that cannot work."""
+def check_values(
+    config: Config, environ: typing.Mapping[str, str], mistakes: Mistakes
+) -> None:
+    """Note values that cannot work."""
+    require = mistakes.require
     url, path, wechat = config.public_url, config.server.path, config.wechat
     require(is_public_url(url), "public_url", url, "http:// or https:// and a host")
     is_path = re.fullmatch(r"(/[\w.~-]+)+/?", path)
     require(is_path, "server.path", path, "a path like /wechat")
+    folder = config.server.root_files
+    is_folder = not folder or os.access(folder, os.X_OK) and os.path.isdir(folder)
+    require(is_folder, "server.root_files", folder, "a folder that can be read")
     is_token = re.fullmatch(r"[A-Za-z0-9]{3,32}", wechat.token)
     require(is_token, "wechat.token", "***", "3 to 32 letters and digits")
     is_complete = bool(wechat.app_id) == bool(wechat.aes_key)
@@ -548,30 +624,39 @@ def check_values(config: Config, environ: typing.Mapping[str, str]) -> None:
     found = f"{len(wechat.aes_key)} characters"
     require(is_key, "wechat.aes_key", found, "43 letters and digits")
     for name, one in config.assistants.items():
-        check_assistant(name, one, config.assistants.keys() - {name}, environ)
+        check_assistant(name, one, config.assistants.keys() - {name}, environ, mistakes)
 
 
 def load_config(
     path: str | os.PathLike,
     environ: typing.Mapping[str, str] = types.MappingProxyType({}),
+    *checks: Callable[[Config, Mistakes], None],
 ) -> Config:
-    """Return the checked settings of a TOML file; raise ConfigError with one line."""
-    table = read_toml(path)
-    table["assistants"] = read_assistants(table.get("assistants", {}), environ)
-    table["texts"] = read_texts(table.get("texts", {}))
-    config = read_table(Config, table, "")
-    check_values(config, environ)
+    """Return the checked settings of a TOML file; raise ConfigError with all mistakes.
+
+    `checks` are further ones, which know more than this section.
+    """
+    table, mistakes = read_toml(path), Mistakes()
+    assistants = table.get("assistants", {})
+    table["assistants"] = read_assistants(assistants, environ, mistakes)
+    table["texts"] = read_texts(table.get("texts", {}), mistakes)
+    config = read_table(Config, table, "", mistakes)
     folder = environ.get("STATE_DIRECTORY", "").split(":")[0]
     if not folder and os.path.isdir("/var/lib/wxgpt"):
         folder = "/var/lib/wxgpt"
     database = config.database.path or str(pathlib.Path(folder) / "wxgpt.db")
     notice = config.replies.model_notice or config.texts.model_notice
-    return replace(
+    config = replace(
         config,
         texts=Texts(vars(config.texts) | {"model_notice": notice}),
         public_url=config.public_url.rstrip("/"),
         database=DatabaseSettings(path=database),
     )
+    check_values(config, environ, mistakes)
+    for check in checks:
+        check(config, mistakes)
+    mistakes.end()
+    return config
 
 
 def effective_settings(config: Config) -> Iterator[str]:
@@ -2075,7 +2160,7 @@ def inline_text(children: list[Token]) -> str:
     out: list[str] = []
     begins: list[tuple[int, str]] = []  # open links: index in `out`, and address
     for child in children:
-        match child.type:
+        match child.type:  # SyntaxError? 需要 Python 3.11 或更新 (Python is too old)
             case "softbreak" | "hardbreak":
                 out.append("\n")
             case "image":
@@ -6149,8 +6234,9 @@ class Bot:
                 log.error("old replies not deleted: %s", error)
 
 
-def check_commands(config: Config) -> None:
-    """Raise ConfigError for names that mean two things, or a reply too long."""
+def check_commands(config: Config, mistakes: Mistakes) -> None:
+    """Note names that mean two things, and replies that are too long."""
+    require = mistakes.require
     replies, names = config.replies, [*config.assistants, *COMMANDS]
     notice = config.texts.model_notice  # /help has room for so much
     require(
@@ -6159,7 +6245,7 @@ def check_commands(config: Config) -> None:
     welcome = f"{replies.subscribe}\n\n{notice}"
     for text in (welcome, replies.outside, *replies.keywords.values()):
         size = sent_size(with_taps(text, names))
-        wanted = f"at most {REPLY_BYTES} bytes with taps"
+        wanted = "at most 1800 bytes with taps"
         require(size <= REPLY_BYTES, "replies", f"{size} bytes", wanted)
     for name in config.assistants:
         is_free = folded(name) not in COMMANDS
@@ -6169,8 +6255,9 @@ def check_commands(config: Config) -> None:
     for name, text in config.aliases.items():
         where, key = f"aliases.{name}", folded(name)
         require(key and not key.startswith("/"), where, name, "a short text without /")
-        accepted = f"a text that is not among {taken.get(key)} too"
-        require(key not in taken, where, name, accepted)
+        if key in taken:
+            words = "{name}: found {found}, expected a text that is not in {taken}"
+            mistakes.add(where, words, found=repr(name), taken=taken[key])
         is_known = is_command(text, config.assistants)
         require(is_known, where, text, "a command, or the name of an assistant after /")
         taken[key] = "the aliases"
@@ -6540,12 +6627,13 @@ def load_pages() -> jinja2.Environment:
         for name in TEMPLATES:
             pages.get_template(name)
     except jinja2.TemplateNotFound as error:
-        raise ConfigError(f"{PAGES / str(error.name)}: not found") from None
+        raise ConfigError("{path}: not found", path=PAGES / str(error.name)) from None
     except jinja2.TemplateSyntaxError as error:
         place = f"{PAGES / str(error.name)}, line {error.lineno}"
-        raise ConfigError(f"{place}: {error.message}") from None
+        raise ConfigError("{path}: {why}", path=place, why=error.message) from None
     except OSError as error:
-        raise ConfigError(f"{error.filename}: {error.strerror}") from None
+        words, why = "{path}: {why}", error.strerror
+        raise ConfigError(words, path=error.filename, why=why) from None
     return pages
 
 
@@ -7475,6 +7563,27 @@ def is_our_fault(record: logging.LogRecord) -> bool:
     return not isinstance(error, not_http)
 
 
+ROOT_FILE_BYTES = 4096  # far more than the platform's MP_verify_….txt have
+
+
+def open_quickly(path: str, flags: int) -> int:
+    """Open a file, but follow no link out of its folder and wait for no pipe."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
+async def root_file(request: web.Request) -> web.Response:
+    """Send a small text file of the owner's, which proves that the domain is theirs."""
+    folder = request.app[BOT].config.server.root_files
+    path = pathlib.Path(folder, request.match_info["name"])
+    with contextlib.suppress(OSError), open(path, "rb", opener=open_quickly) as file:
+        is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+        body = file.read(ROOT_FILE_BYTES + 1)
+        if folder and is_file and len(body) <= ROOT_FILE_BYTES:
+            kind = "text/plain"
+            return web.Response(body=body, content_type=kind, headers=PRIVATE)
+    return await missing_page(request)
+
+
 async def hide_server(request: web.Request, response: web.StreamResponse) -> None:
     """Hide the versions of Python and aiohttp."""
     response.headers["Server"] = "wxgpt"
@@ -7532,7 +7641,7 @@ def make_blocked(config: Config) -> BlockedWords:
     try:
         blocked.refresh()
     except (OSError, UnicodeError) as error:
-        raise ConfigError(f"limits.blocked_words: {error}") from None
+        raise ConfigError("limits.blocked_words: {why}", why=error) from None
     return blocked
 
 
@@ -7571,6 +7680,7 @@ def make_app(bot: Bot) -> web.Application:
         web.get("/h/{key}/{form:search|export}", search_page),
         web.get("/healthz", health),
         web.get(PROBE_PATH, probe_stream),
+        web.get("/{name:[A-Za-z0-9_-]+[.]txt}", root_file),
         web.get("/", front_page),
         web.get("/{path:.*}", missing_page),
     ]
@@ -7720,6 +7830,21 @@ def set_up_log() -> None:
     logging.getLogger("aiohttp.server").addFilter(is_our_fault)
 
 
+def tell(words: object) -> str:
+    """Return English words, or an error, in the owner's language, if owner/ is here."""
+    try:
+        from owner.words import explain
+    except ImportError:  # the server alone was copied
+        return str(words)
+    return explain(words)
+
+
+NEXT_STEP = (
+    "next: open {url}/healthz on a phone, which must show ok; give WeChat's console "
+    "the URL {url}{path}; or let `wxgpt.py check` test it all"
+)
+
+
 async def run_server(config: Config) -> None:
     """Serve until SIGTERM or SIGINT; a second one exits at once."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
@@ -7740,6 +7865,9 @@ async def run_server(config: Config) -> None:
     gc.set_threshold(5000)
     async with open_server(config) as (_, port):
         log.info("serving on %s port %d", config.server.host, port)
+        if sys.stderr.isatty():
+            url, path = config.public_url, config.server.path
+            print(tell(NEXT_STEP).format(url=url, path=path), file=sys.stderr)
         sd_notify("READY=1")
         await stop.wait()
         log.info("stopping")
@@ -7756,9 +7884,10 @@ async def run_server(config: Config) -> None:
 
 
 def print_error(error: object) -> None:
-    """Print the line that says why the process ends; journald takes it as an error."""
+    """Print why the process ends, line by line; journald takes them as errors."""
     priority = "<3>" if "JOURNAL_STREAM" in os.environ else ""
-    print(f"{priority}wxgpt: {error}", file=sys.stderr)
+    for line in tell(error).splitlines():
+        print(f"{priority}wxgpt: {line}", file=sys.stderr)
 
 
 def find_risks(config: Config, path: str, user: int) -> Iterator[tuple[str, str, str]]:
@@ -7802,28 +7931,40 @@ def demo_command(arguments: list[str]) -> int:
     os.execv(sys.executable, [sys.executable, str(demo), *arguments])
 
 
+LANGUAGE = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+LANGUAGE.add_argument("--lang", choices=("zh", "en"), help=argparse.SUPPRESS)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
+    argparse._ = tell  # type: ignore[attr-defined]  # argparse's own words
     parser = argparse.ArgumentParser(
         prog="wxgpt.py",
-        usage="wxgpt.py [COMMAND] [--config FILE] [-h] [--version]",
-        description="Subscribers of a WeChat Official Account talk with a chat model.",
+        usage="wxgpt.py [COMMAND] [--config FILE] [--lang en] [-h] [--version]",
+        description=tell("Subscribers of a WeChat Official Account talk with a model."),
     )
-    parser.add_argument("--version", action="version", version=f"wxgpt {VERSION}")
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"wxgpt {VERSION}",
+        help=tell("show program's version number and exit"),
+    )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
-        "--config", metavar="FILE", default="wxgpt.toml", help="settings"
+        "--config", metavar="FILE", default="wxgpt.toml", help=tell("settings")
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="wxgpt.py")
-    commands.add_parser("serve", parents=[common], help="serve (the default)")
-    text = "test each thing that usually goes wrong, and say how to mend it"
+    commands.add_parser("serve", parents=[common], help=tell("serve (the default)"))
+    text = tell("test each thing that usually goes wrong, and say how to mend it")
     commands.add_parser("check", parents=[common], help=text)
-    stats = commands.add_parser("stats", parents=[common], help="who asked how much")
-    text = "Beijing days, today included (7); 0: all"
+    text = tell("who asked how much")
+    stats = commands.add_parser("stats", parents=[common], help=text)
+    text = tell("Beijing days, today included (7); 0: all")
     stats.add_argument("--days", type=int, default=7, metavar="N", help=text)
-    stats.add_argument("--full", action="store_true", help="whole openids")
-    stats.add_argument("--json", action="store_true", help="for machines")
-    commands.add_parser("demo", help="try it all with no account and no key")
+    stats.add_argument("--full", action="store_true", help=tell("whole openids"))
+    stats.add_argument("--json", action="store_true", help=tell("for machines"))
+    commands.add_parser("setup", help=tell("from nothing to a served account"))
+    commands.add_parser("demo", help=tell("try it all with no account and no key"))
     return parser
 
 
@@ -7831,18 +7972,27 @@ EXAMPLE_TOKEN = "replaceThisToken"  # of wxgpt.example.toml
 COMMAND_WORDS = ("serve", "check", "stats", "--version", "-h", "--help")
 
 
+def check_placeholders(config: Config, mistakes: Mistakes) -> None:
+    """Note what still is as in the example."""
+    expected = "one of your own: everybody knows this one"
+    is_own = config.wechat.token != EXAMPLE_TOKEN
+    mistakes.require(is_own, "wechat.token", EXAMPLE_TOKEN, expected)
+
+
 def run_command(words: list[str]) -> int:
     """Run a command line, `serve` if it names no command; return the exit status."""
+    # owner/ imports `wxgpt`: it is to find this module, not to load it a second time.
+    sys.modules.setdefault("wxgpt", sys.modules[__name__])
+    if words[:1] == ["setup"]:
+        from owner.setup import setup_command
+
+        return setup_command(words[1:])
     if not words or words[0] not in COMMAND_WORDS:
         words = ["serve", *words]
     arguments = make_parser().parse_args(words)
-    config = load_config(arguments.config, os.environ)
-    accepted = "one of your own: everybody knows this one"
-    is_own = config.wechat.token != EXAMPLE_TOKEN
-    require(is_own, "wechat.token", EXAMPLE_TOKEN, accepted)
-    check_commands(config)
-    # owner/ imports `wxgpt`: it is to find this module, not to load it a second time.
-    sys.modules.setdefault("wxgpt", sys.modules[__name__])
+    config = load_config(
+        arguments.config, os.environ, check_commands, check_placeholders
+    )
     if arguments.command == "check":
         from owner.check import run_check
 
@@ -7856,7 +8006,8 @@ def run_command(words: list[str]) -> int:
 
 def main() -> int:
     """Run the command line; return the exit status."""
-    words = sys.argv[1:]
+    options, words = LANGUAGE.parse_known_args()
+    os.environ.update({"WXGPT_LANG": options.lang} if options.lang else {})
     if words[:1] == ["demo"]:
         return demo_command(words[1:])
     try:

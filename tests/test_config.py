@@ -1,5 +1,8 @@
 """Settings: one TOML file, checked before anything starts."""
 
+import argparse
+import ast
+import errno
 import importlib.util
 import operator
 import os
@@ -16,6 +19,7 @@ from packaging.requirements import Requirement
 
 import wxgpt
 from conftest import ROOT, TOKEN, copy_server
+from owner.words import explain, read_words
 
 KEY = "sk-verySecret"
 URL = 'public_url = "https://wx.example.com"\n'
@@ -25,7 +29,7 @@ GOOD = URL + WECHAT + CHATGPT
 
 # What is in the file, and the words that its one line of complaint has.
 REFUSED = {
-    "no public_url": (WECHAT + CHATGPT, ["public_url", "accepted"]),
+    "no public_url": (WECHAT + CHATGPT, ["public_url", "expected"]),
     "no token": (URL + CHATGPT, ["wechat.token", "nothing", "text"]),
     "no chatgpt": (URL + WECHAT, ["assistants.chatgpt", "nothing", "table"]),
     "no key": (
@@ -34,7 +38,7 @@ REFUSED = {
     ),
     "empty key": (
         URL + WECHAT + '[assistants.chatgpt]\napi_key = ""\n',
-        ["assistants.chatgpt.api_key", "accepted"],
+        ["assistants.chatgpt.api_key", "expected"],
     ),
     "fallback to nobody": (
         GOOD + 'fallback = "spare"\n',
@@ -64,6 +68,10 @@ REFUSED = {
     "list of numbers": (
         GOOD + "[limits]\nallow = [1]\n",
         ["limits.allow", "[1]", "list of texts"],
+    ),
+    "no folder": (
+        GOOD + '[server]\nroot_files = "/nowhere"\n',
+        ["server.root_files", "/nowhere", "folder"],
     ),
     "too small": (
         GOOD.replace("[wechat]", "[wechat]\nattempt_timeout = 0.1"),
@@ -152,6 +160,7 @@ DEFAULTS = {
     "server.host": "127.0.0.1",
     "server.port": 8080,
     "server.path": "/wechat",
+    "server.root_files": "",
     "wechat.app_id": "",
     "wechat.aes_key": "",
     "wechat.attempt_timeout": 5.0,
@@ -185,6 +194,8 @@ ASSISTANT_DEFAULTS = {
         "你在微信里和人聊天。用对方的语言，先给结论，一般不超过 200 字，需要时再展开。"
         "少用标题和表格，公式用普通文字写。"
     ),
+    "price_in": 0,
+    "price_out": 0,
     "headers": {},
     "proxy": "",
     "extra": {},
@@ -228,7 +239,7 @@ def load(tmp_path):
     def load(text=GOOD, **environ):
         path = tmp_path / "wxgpt.toml"
         path.write_text(text, "utf-8")
-        return wxgpt.load_config(path, environ)
+        return wxgpt.load_config(path, environ, wxgpt.check_commands)
 
     return load
 
@@ -249,7 +260,7 @@ def endings(tmp_path_factory):
 @pytest.mark.xdist_group(name="config")  # the commands run once for all
 @pytest.mark.parametrize("name", AT_THE_SHELL)
 def test_a_setting_that_cannot_be_used_ends_the_start_with_one_line(endings, name):
-    """The line names the setting, what was found and what is accepted; no secret."""
+    """The line names the setting, what was found and what is expected; no secret."""
     ended, words = endings[name], REFUSED[name][1]
     assert ended.returncode == 2 and ended.stdout == ""
     assert len(ended.stderr.splitlines()) == 1, ended.stderr
@@ -267,6 +278,117 @@ def test_a_setting_is_refused_in_one_line(load, name):
     assert len(line.splitlines()) == 1, line
     assert [word for word in words if word not in line] == [], line
     assert KEY not in line and TOKEN not in line
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_setting_is_refused_in_chinese(load, monkeypatch, name):
+    """One line, with the setting as the file has it, and none of our English."""
+    monkeypatch.setenv("WXGPT_LANG", "zh")
+    with pytest.raises(wxgpt.ConfigError) as refused:
+        load(REFUSED[name][0])
+    line = explain(refused.value)
+    assert len(line.splitlines()) == 1 and re.search("[一-鿿]", line), line
+    assert not re.search("found|unknown|not TOML|nothing", line), line
+    assert KEY not in line and TOKEN not in line
+
+
+def test_all_mistakes_of_a_file_are_told_at_once(tmp_path):
+    """Each in a line of its own, of whatever kind, and of one setting only the first."""
+    (tmp_path / "wxgpt.toml").write_text(
+        'public_url = "wx.example.com"\ncolour = 1\n[wechat]\ntoken = "a-b"\n'
+        '[assistants.chatgpt]\nextra.model = "x"\n[session]\nttl = "soon"\n'
+        '[texts]\nopened = 5\n[aliases]\n"菜单" = "/hilfe"\n[assistants.clear]\n'
+    )
+    ended = run(cwd=tmp_path)
+    assert ended.returncode == 2 and ended.stdout == ""
+    found = [line.split(": ")[1] for line in ended.stderr.splitlines()]
+    wanted = "public_url colour wechat.token assistants.chatgpt.api_key"
+    wanted += " assistants.chatgpt.extra.model session.ttl texts.opened aliases.菜单"
+    wanted += " assistants.clear assistants.clear.api_key"
+    assert sorted(found) == sorted(wanted.split())
+
+
+BROKEN = {  # a line of TOML that is none, and what is told of it
+    "curly quotes": ("model = “gpt”", "model = “gpt” → write straight quotes"),
+    "a secret in curly quotes": ("token = “abc123”", "token = “*** → write straight"),
+    "no quotes": ("path = /wechat", "path = /wechat → Invalid value"),
+    "no quotes around a word": ("model = gpt", "put text in quotes"),
+    "a Chinese equals sign": ("port ＝ 80", "port ＝ 80 → write ="),
+    "a colon": ("port: 80", "port: 80 → write ="),
+    "a Chinese comma": ('deny = ["a"，"b"]', "write , between"),
+    "an open quote": ('model = "gpt', 'model = "gpt → '),
+    "a table twice": ("[wechat]\n[wechat]", "[wechat] → it stands in the file twice"),
+    "a name twice": ("port = 1\nport = 2", "port = 2 → it stands in the file twice"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_line_that_is_not_toml_is_quoted_with_a_hint(load, name):
+    """Its number is right, and no secret is shown."""
+    text, words = BROKEN[name]
+    with pytest.raises(wxgpt.ConfigError) as refused:
+        load(f"# one\n{text}")
+    line = explain(refused.value)
+    number = 2 + text.count("\n")
+    assert f"wxgpt.toml, line {number}: " in line and words in line
+    assert len(line.splitlines()) == 1 and "abc123" not in line
+
+
+def test_the_mark_that_notepad_puts_before_a_file_is_taken(tmp_path):
+    """A byte order mark."""
+    path = tmp_path / "wxgpt.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.encode())
+    assert wxgpt.load_config(path).wechat.token == TOKEN
+
+
+def start_after(code, *words, **environ):
+    """Run the command line in a Python in which this code was run."""
+    code = f"import runpy, sys\n{code}\nrunpy.run_path({str(ROOT / 'wxgpt.py')!r}, "
+    command = [sys.executable, "-c", code + "run_name='__main__')", *words]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | environ, timeout=30
+    )
+
+
+def test_an_older_python_is_told_in_one_line():
+    """What it would end in otherwise is a traceback."""
+    ended = start_after("sys.version_info = (3, 10, 12)")
+    assert ended.returncode == 1
+    assert re.fullmatch(r"wxgpt: 需要 Python 3\.11 .* 3\.10 \(.*\)\n", ended.stderr)
+
+
+def test_a_python_that_cannot_read_the_program_shows_why():
+    """The first line it stumbles over, which it shows, has the version to take."""
+    source = (ROOT / "wxgpt.py").read_text("utf-8")
+    tree = ast.walk(ast.parse(source))
+    first = min(node.lineno for node in tree if isinstance(node, ast.Match))
+    assert "需要 Python 3.11" in source.splitlines()[first - 1]
+
+
+def test_a_missing_package_is_told_in_one_line():
+    """With the command that mends it."""
+    ended = start_after("sys.modules['aiosqlite'] = None")
+    assert ended.returncode == 1 and len(ended.stderr.splitlines()) == 1
+    assert re.search(r"aiosqlite .*\.venv/bin/", ended.stderr)
+
+
+def texts_of(path):
+    """Return the texts that stand in a Python file."""
+    tree = ast.walk(ast.parse(path.read_text("utf-8")))
+    return {node.value for node in tree if isinstance(node, ast.Constant)}
+
+
+def test_each_chinese_line_has_its_english_in_the_code():
+    """What is translated is said somewhere, and fills in nothing else."""
+    said = {os.strerror(code) for code in errno.errorcode}
+    said |= texts_of(pathlib.Path(argparse.__file__))
+    for path in (ROOT / "wxgpt.py", *ROOT.glob("owner/*.py")):
+        said |= texts_of(path)
+    said |= {f"'{text}'" for text in said}
+    for english, chinese in read_words().items():
+        assert english in said
+        names = [set(re.findall(r"\{\w*", text)) for text in (english, chinese)]
+        assert names[0] == names[1], english
 
 
 @pytest.mark.skipif(
@@ -295,7 +417,7 @@ def test_a_missing_file_ends_the_start_with_one_line(tmp_path):
     [
         ("texts.toml", None, "texts.toml: No such file"),
         ("texts.toml", 'opened = "', "texts.toml: not TOML"),
-        ("texts.toml", "opened = 1", "texts.toml: opened: found 1, accepted is text"),
+        ("texts.toml", "opened = 1", "texts.toml: opened: found 1, expected text"),
         ("pages/page.js", None, "page.js: No such file"),
         ("pages/page.html", None, "page.html: not found"),
         (
@@ -347,9 +469,23 @@ def test_help_names_the_commands_and_the_file():
     """--help tells what can be run, behind a command how; both end well."""
     ended, serve = run("--help"), run("serve", "--help")
     assert ended.returncode == serve.returncode == 0
-    commands = ("serve", "check", "stats", "demo", "--version")
+    commands = ("serve", "check", "stats", "setup", "demo", "--version")
     assert [word for word in commands if word not in ended.stdout] == []
     assert "--config" in serve.stdout
+
+
+@pytest.mark.parametrize("words", ["--lang zh --help", "stats --help --lang=zh"])
+def test_help_is_chinese(words):
+    """It is the owner's language unless `--lang en` or the environment says otherwise."""
+    ended = run(*words.split())
+    assert ended.returncode == 0 and "显示这段说明" in ended.stdout
+    assert not re.search("usage|settings|show", ended.stdout)
+
+
+def test_the_languages_option_counts_more_than_the_environment(tmp_path):
+    """Wherever it stands."""
+    assert "这里没有 wxgpt.toml" in run("--lang", "zh", cwd=tmp_path).stderr
+    assert "no wxgpt.toml here" in run("check", "--lang=en", cwd=tmp_path).stderr
 
 
 def test_an_unknown_command_is_refused():

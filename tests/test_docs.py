@@ -95,7 +95,7 @@ def test_the_example_has_every_setting_with_its_default():
     """
     wxgpt.load_config(EXAMPLE)
     text = EXAMPLE.read_text("utf-8")
-    found = as_table(text.replace('# extra.thinking.type = "disabled"', "extra = {}"))
+    found = as_table(re.sub(r"(?m)^# ([\w.]+\.extra)\..*", r"\1 = {}", text))
     assert list(found) == list(PLAIN)
     required = {k: found[k] for k, v in PLAIN.items() if v is dataclasses.MISSING}
     assert found == PLAIN | required
@@ -114,8 +114,10 @@ def test_the_example_shows_how_a_text_is_changed(tmp_path):
 def test_the_example_takes_a_switch_for_thinking(tmp_path):
     """The line works once the mark is taken away, and so does one in its place."""
     path = tmp_path / "wxgpt.toml"
-    for old, new in (("# extra.", "extra."), ("# extra.", "extra.more = 1\n# extra.")):
-        path.write_text(EXAMPLE.read_text("utf-8").replace(old, new), "utf-8")
+    line = "assistants.chatgpt.extra."
+    for new in (line, f"{line}more = 1\n# {line}"):
+        text = EXAMPLE.read_text("utf-8").replace(f"# {line}", new)
+        path.write_text(text, "utf-8")
         assert wxgpt.load_config(path).assistants["chatgpt"].extra
 
 
@@ -123,7 +125,7 @@ def test_each_setting_of_the_example_has_a_comment():
     """The line above a setting, or above its table, says what it is."""
     lines = EXAMPLE.read_text("utf-8").splitlines()
     above = {line: before for before, line in zip(lines, lines[1:], strict=False)}
-    bare = [line for line in above if re.match(r"\w+ = |\[replies\.k", line)]
+    bare = [line for line in above if re.match(r"[\w.]+ = |\[replies\.k", line)]
     assert [line for line in bare if not above[line].startswith("# ")] == []
 
 
@@ -173,8 +175,8 @@ def test_the_path_of_a_message_names_what_is_there():
 def recipes(name: str, path: pathlib.Path) -> dict[str, wxgpt.AssistantSettings]:
     """Return the assistants of a page's recipes, loaded all together."""
     tables = "\n".join(re.findall(r"(?ms)^```toml\n(.*?)^```$", read(name)))
-    head = EXAMPLE.read_text("utf-8").partition("[assistants.")[0]
-    path.write_text(f"{head}\n{tables}", "utf-8")
+    head = re.findall(r"(?m)^(?:public_url|wechat\.).*$", EXAMPLE.read_text("utf-8"))
+    path.write_text("\n".join([*head, tables]), "utf-8")
     found = wxgpt.load_config(path).assistants
     assert len(found) == len(re.findall(r"(?m)^\[assistants\.[^.]+\]$", tables))
     return dict(found)

@@ -605,7 +605,7 @@ finally:
 @pytest.mark.parametrize(
     ("words", "loaded"),
     [
-        ("--version", []),
+        ("--version", ["owner.words=owner.words", "owner=owner", "wxgpt=__main__"]),
         (
             "stats --config wxgpt.toml",
             ["owner.stats=owner.stats", "owner=owner", "wxgpt=__main__"],

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import shutil
 
@@ -486,3 +487,36 @@ async def test_health_is_told(server):
     """A watchdog learns that the database answers."""
     status, text = await server.get(server.url + "/healthz")
     assert status == 200 and json.loads(text) == {"status": "ok"}
+
+
+ROOT_FILES = {  # what lies in the folder, and what is sent
+    "MP_verify_aB3.txt": ("aB3", 200),
+    "full.txt": ("x" * 4096, 200),
+    "large.txt": ("x" * 4097, 404),
+    "notes.md": ("mine", 404),
+    ".hidden.txt": ("mine", 404),
+}
+
+
+async def test_files_for_the_root_are_small_texts_of_one_folder(serve, tmp_path):
+    """What the platform's forms want to find there; nothing that lies elsewhere."""
+    folder = tmp_path / "root"
+    folder.mkdir()
+    for name, (text, _) in ROOT_FILES.items():
+        (folder / name).write_text(text, "utf-8")
+    (tmp_path / "secret.txt").write_text("mine", "utf-8")
+    (folder / "link.txt").symlink_to(tmp_path / "secret.txt")
+    (folder / "folder.txt").mkdir()
+    os.mkfifo(folder / "pipe.txt")
+    server = await serve(server={"root_files": str(folder)})
+    for name, (text, status) in ROOT_FILES.items():
+        found, page = await server.get(f"{server.url}/{name}")
+        assert found == status and (page == text) is (status == 200), name
+    names = ("link.txt", "folder.txt", "pipe.txt", "..%2Fsecret.txt", "secret.txt")
+    for name in names:
+        assert (await server.get(f"{server.url}/{name}"))[0] == 404, name
+
+
+async def test_without_a_folder_there_are_no_files_at_the_root(server):
+    """Those where the server was started least of all."""
+    assert (await server.get(f"{server.url}/requirements.txt"))[0] == 404

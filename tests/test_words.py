@@ -478,7 +478,7 @@ async def test_aliases_are_the_owners(serve, upstream):
 
 WRONG = {
     "no command": ({"aliases": {"帮助": "/hilfe"}}, "aliases.帮助: found '/hilfe'"),
-    "a sentence": ({"aliases": {"帮助": "看 /help"}}, "accepted is a command"),
+    "a sentence": ({"aliases": {"帮助": "看 /help"}}, "expected a command"),
     "a tap's words": ({"aliases": {"看回答": "/help"}}, "the words of taps"),
     "继续": ({"aliases": {"继续": "/help"}}, "the words of taps"),
     "twice": ({"aliases": {"AI": "/help", "ａｉ": "/stop"}}, "the aliases"),
@@ -501,7 +501,7 @@ def test_names_that_mean_two_things_end_the_start(tmp_path, settings, name):
     path = tmp_path / "wxgpt.toml"
     path.write_text(toml(settings | changes), "utf-8")
     with pytest.raises(wxgpt.ConfigError, match=words) as error:
-        wxgpt.check_commands(wxgpt.load_config(path))
+        wxgpt.load_config(path, {}, wxgpt.check_commands)
     assert "\n" not in str(error.value)
 
 

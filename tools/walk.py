@@ -194,10 +194,11 @@ class Reader:
         path = self.container.path(place)
         text = path.read_text("utf-8")
         for name, value in values.items():
-            line = f"{name} = {json.dumps(value)}"
-            text, count = re.subn(rf"(?m)^{name} = .*$", line, text, count=1)
-            if not count:
+            found = re.search(rf"(?m)^(?:[\w.]+\.)?{name} = (.*)$", text)
+            if not found:
                 raise Stuck(f"/{place} has no line for {name}")
+            begin, end = found.span(1)
+            text = text[:begin] + json.dumps(value) + text[end:]
         path.write_text(text, "utf-8")
 
     def put_block(self, block: Block) -> None:
