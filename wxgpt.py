@@ -4984,7 +4984,9 @@ class Bot:
         )
         self.opened_at = self.tasks.loop.time()
         self.wechat_ahead = -math.inf  # WeChat's clock less the loop's, by the pushes
-        self.warned: dict[str, int] = {}  # in which minute something was warned of
+        # When something was warned of last, by the loop's clock, and in which words.
+        self.warned: dict[str, tuple[float, str]] = {}
+        self.heard_at: float | None = None  # the newest push that could be read
 
     def end_waits(self, at: float) -> None:
         """End all waits at that time at the latest (loop's clock), live pages now."""
@@ -5007,9 +5009,9 @@ class Bot:
 
     def warn(self, words: str, *values: object) -> None:
         """Log a warning, but not twice in a minute."""
-        minute = int(self.tasks.loop.time() // 60)
-        if self.warned.get(words) != minute:
-            self.warned[words] = minute
+        now, known = self.tasks.loop.time(), self.warned.get(words)
+        if known is None or now - known[0] >= 60:
+            self.warned[words] = now, words % values
             log.warning(words, *values)
 
     def tappable(self, text: str) -> str:
@@ -6816,14 +6818,18 @@ def is_from_wechat(request: web.Request, name: str, encrypted: str = "") -> bool
     return is_right and bot.replays.is_fresh(timestamp)
 
 
+CHECK_AGENT = "wxgpt check"  # User-Agent of `check`, whose probes are no news
+
+
 async def verify_url(request: web.Request) -> web.Response:
     """Answer the console's verification with the echostr; no push may be signed so."""
     bot, is_right = request.app[BOT], is_from_wechat(request, "signature")
-    if not is_right:
+    is_check = request.headers.get("User-Agent") == CHECK_AGENT
+    if not (is_right or is_check):
         bot.warn("verification with a wrong signature or time: is the token the same?")
     if not (is_right and bot.replays.is_first(request.query["signature"], "GET")):
         return web.Response(status=403)
-    log.info("verified by WeChat's console")
+    log.info("verified by %s", "`check`" if is_check else "WeChat's console")
     return web.Response(text=request.query.get("echostr", ""))
 
 
@@ -6880,6 +6886,8 @@ async def read_push(request: web.Request) -> Message | web.Response:
     """Return the message of a rightly signed push, or the response to anything else."""
     bot, refusal = request.app[BOT], web.Response(status=403)
     if not is_from_wechat(request, "signature"):
+        if "signature" in request.query:  # else it is a stranger's
+            bot.warn("push with a wrong signature or time: is the token the same?")
         return refusal
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -6900,8 +6908,10 @@ async def read_push(request: web.Request) -> Message | web.Response:
         bot.warn("unreadable push: %s", error)
         return web.Response(body=b"success")
     same = message.key, message.msg_type, message.content  # on every attempt
-    is_first = bot.replays.is_first(request.query["signature"], same)
-    return message if is_first else refusal
+    if not bot.replays.is_first(request.query["signature"], same):
+        return refusal
+    bot.heard_at = asyncio.get_running_loop().time()
+    return message
 
 
 async def receive_message(request: web.Request) -> web.StreamResponse:
@@ -7409,12 +7419,19 @@ async def export(request: web.Request, openid: str) -> web.StreamResponse:
 
 
 async def health(request: web.Request) -> web.Response:
-    """Say whether the database answers."""
+    """Say whether the database answers; to `check`, which signs, what came lately."""
+    bot, query = request.app[BOT], request.query
     try:
-        await request.app[BOT].store.rows("SELECT 1")
+        await bot.store.rows("SELECT 1")
     except sqlite3.Error as error:
         return web.json_response({"status": str(error)}, status=503)
-    return web.json_response({"status": "ok"})
+    found: dict[str, object] = {"status": "ok"}
+    is_check = "signature" in query and is_from_wechat(request, "signature")
+    if is_check and bot.replays.is_first(query["signature"], "healthz"):
+        now, heard = bot.tasks.loop.time(), bot.heard_at
+        found["heard"] = None if heard is None else now - heard
+        found["warned"] = [[now - at, words] for at, words in bot.warned.values()]
+    return web.json_response(found)
 
 
 PROBE_PATH = "/healthz/stream"
@@ -7774,7 +7791,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"wxgpt {VERSION}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
-        "--config", metavar="FILE", default="wxgpt.toml", help="settings"
+        "--config", metavar="FILE", help="settings (the service's, else wxgpt.toml)"
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="wxgpt.py")
     commands.add_parser("serve", parents=[common], help="serve (the default)")
@@ -7785,12 +7802,33 @@ def make_parser() -> argparse.ArgumentParser:
     stats.add_argument("--days", type=int, default=7, metavar="N", help=text)
     stats.add_argument("--full", action="store_true", help="whole openids")
     stats.add_argument("--json", action="store_true", help="for machines")
+    logs = commands.add_parser("logs", help="follow the service's log")
+    logs.add_argument("-n", dest="lines", type=int, default=50, help="older lines (50)")
+    text = "bring a newer version, or this one again if it does not start"
+    update = commands.add_parser("update", parents=[common], help=text)
+    text = "a .tar.gz or .zip; without one: git pull"
+    update.add_argument("archive", nargs="?", default="", metavar="ARCHIVE", help=text)
+    backup = commands.add_parser("backup", parents=[common], help="copy the database")
+    backup.add_argument("file", nargs="?", default="", metavar="FILE", help="new file")
     commands.add_parser("demo", help="try it all with no account and no key")
     return parser
 
 
 EXAMPLE_TOKEN = "replaceThisToken"  # of wxgpt.example.toml
-COMMAND_WORDS = ("serve", "check", "stats", "--version", "-h", "--help")
+COMMAND_WORDS = (
+    *("serve", "check", "stats", "logs", "update", "backup"),
+    *("--version", "-h", "--help"),
+)
+
+
+def read_settings(path: str, environ: typing.Mapping[str, str]) -> Config:
+    """Return the settings to serve with; raise ConfigError."""
+    config = load_config(path, environ)
+    accepted = "one of your own: everybody knows this one"
+    is_own = config.wechat.token != EXAMPLE_TOKEN
+    require(is_own, "wechat.token", EXAMPLE_TOKEN, accepted)
+    check_commands(config)
+    return config
 
 
 def run_command(words: list[str]) -> int:
@@ -7798,22 +7836,14 @@ def run_command(words: list[str]) -> int:
     if not words or words[0] not in COMMAND_WORDS:
         words = ["serve", *words]
     arguments = make_parser().parse_args(words)
-    config = load_config(arguments.config, os.environ)
-    accepted = "one of your own: everybody knows this one"
-    is_own = config.wechat.token != EXAMPLE_TOKEN
-    require(is_own, "wechat.token", EXAMPLE_TOKEN, accepted)
-    check_commands(config)
+    if arguments.command == "serve":
+        path = arguments.config or "wxgpt.toml"
+        return serve_command(read_settings(path, os.environ), path)
     # owner/ imports `wxgpt`: it is to find this module, not to load it a second time.
     sys.modules.setdefault("wxgpt", sys.modules[__name__])
-    if arguments.command == "check":
-        from owner.check import run_check
+    from owner.service import owner_command
 
-        return asyncio.run(run_check(config, os.environ, arguments.config))
-    if arguments.command == "stats":
-        from owner.stats import stats_command
-
-        return stats_command(config, arguments.days, arguments.full, arguments.json)
-    return serve_command(config, arguments.config)
+    return owner_command(arguments)
 
 
 def main() -> int:

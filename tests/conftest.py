@@ -42,6 +42,9 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("any machine")
 
+# Most tests read the English of the code; those of the Chinese set another value.
+os.environ["WXGPT_LANG"] = "en"
+
 UNIT = float(os.environ.get("WXGPT_UNIT", "1.0"))
 TOKEN = "secretToken42"
 ROOT = pathlib.Path(__file__).parent.parent
