@@ -18,6 +18,7 @@ import ssl
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
@@ -55,6 +56,7 @@ from owner.check import (
     switch_of,
 )
 from owner.layout import width_of, wrap
+from owner.stats import summarise
 from owner.words import read_words
 from waiting import within
 from wechat import WeChat
@@ -650,6 +652,7 @@ finally:
         (
             "stats --config wxgpt.toml",
             [
+                "owner.layout=owner.layout",
                 "owner.service=owner.service",
                 "owner.stats=owner.stats",
                 "owner.words=owner.words",
@@ -1051,8 +1054,10 @@ async def test_stats_count_by_day_and_by_subscriber(stats):
             "questions": 5,
             "calls": 5,
             "failures": 1,
+            "fallback": 0,
             "tokens_in": 400,
             "tokens_out": 40,
+            "cost": 0,
             "median_seconds": 7.0,
             "p95_seconds": 15.0,
             "delivered": ways(n1=2, n2=1, n3=1, none=1),
@@ -1062,8 +1067,10 @@ async def test_stats_count_by_day_and_by_subscriber(stats):
             "questions": 3,
             "calls": 3,
             "failures": 1,
+            "fallback": 0,
             "tokens_in": 400,
             "tokens_out": 198,
+            "cost": 0,
             "median_seconds": 50.0,
             "p95_seconds": 60.0,
             "delivered": ways(part=1, page=1, none=1),
@@ -1087,10 +1094,17 @@ async def test_stats_go_as_far_back_as_asked(stats):
 async def test_stats_are_tables_for_people(stats):
     """A row a day, a row a subscriber, and what is to be said of reply_margin."""
     out = await stats()
-    assert re.search(rf"{ANN[:8]}… +5 +1 +400 +40 +7\.0 s +15\.0 s +2 +1 +1 +-", out)
+    assert re.search(rf"{ANN[:8]}… +5 +1 +400 +40 +7\.0s +15\.0s\n", out)
+    ways = "1st request 2, 2nd 1, 3rd 1, fetched by 继续 1, on a page 1, not fetched 2"
+    assert f"\nanswers delivered: {ways}\n" in out.replace("\n  ", " ")
+    assert "\nfailures: " in out and "cost" not in out
+    assert re.search(
+        r"\nslow: 2\S+ \d\d:\d\d, 60\.0 s, gpt-6-luna\nslow: .* 40\.0 s", out
+    )
+    assert "问题" not in out
     assert ANN not in out and "\033" not in out
     today = datetime.datetime.fromtimestamp(NOW, BEIJING).strftime("%Y-%m-%d")
-    assert re.search(rf"{today} +3 +0 +300 +30 +2\.0 s +7\.0 s", out)
+    assert re.search(rf"{today} +3 +0 +300 +30 +2\.0s +7\.0s", out)
     assert out.endswith(
         "reply_margin 0.8 s fits; 0 of 8 replies met a line that was gone\n"
     )
@@ -1104,9 +1118,50 @@ async def test_the_columns_of_stats_stand_under_their_names(stats):
         head, *rows = table.splitlines()
         ends = [cell.end() for cell in re.finditer(r"\S+( \S+)*", head)][1:]
         for row in rows:
-            assert [row[end - 1].isspace() for end in ends] == [False] * 13
-            assert [row[end : end + 1] in ("", " ") for end in ends] == [True] * 13
+            assert [row[end - 1].isspace() for end in ends] == [False] * 6
+            assert [row[end : end + 1] in ("", " ") for end in ends] == [True] * 6
         assert re.match("all +8 +2 +800 +238 ", rows[-1])
+
+
+@pytest.mark.parametrize("lang", ["zh", "en"])
+async def test_stats_fit_80_columns(stats, lang, monkeypatch, database):
+    """Chinese headings stand over their columns, also with whole openids and cost."""
+    with contextlib.closing(sqlite3.connect(database)) as db, db:
+        db.execute("UPDATE turn SET tokens_in = 123456789, reason = 'busy'")
+    monkeypatch.setenv("WXGPT_LANG", lang)
+    out = await stats("--full")
+    assert max(map(width_of, out.splitlines())) <= 80
+    if lang == "zh":
+        assert (
+            "\n送达：第 1 次请求 2，第 2 次 1，" in out
+            and "\n失败：服务商太忙 2\n" in out
+        )
+        for table in out.split("\n\n")[:3]:
+            assert len({width_of(line) for line in table.splitlines()}) == 1
+
+
+def row_of(model, tokens=(1_000_000, 500_000), assistant="chatgpt"):
+    """Return a row as stats reads it."""
+    names = ("tokens_in", "tokens_out", "model", "assistant", "calls", "state")
+    row = dict(zip(names, (*tokens, model, assistant, 1, "done"), strict=True))
+    return row | {"seconds": 1.0, "delivered": "1"}
+
+
+def test_an_answer_costs_what_its_writers_model_does():
+    """The fallback's answers have its price, and are counted as its own."""
+    priced = {
+        "chatgpt": SimpleNamespace(
+            model="big", fallback="small", price_in=4.0, price_out=8.0
+        ),
+        "small": SimpleNamespace(
+            model="big-mini", fallback="", price_in=1, price_out=2
+        ),
+    }
+    config = SimpleNamespace(assistants=priced)
+    rows = [row_of("big-2026"), row_of("big-mini-2026"), row_of(None, (None, None))]
+    rows += [row_of("big-mini", assistant="small"), row_of("x", assistant="gone")]
+    assert [summarise(config, [row])["cost"] for row in rows] == [8, 2, 0, 2, 0]
+    assert [summarise(config, [row])["fallback"] for row in rows] == [0, 1, 0, 0, 0]
 
 
 async def test_stats_of_no_time_are_one_line(stats, database):
@@ -1124,6 +1179,7 @@ async def test_the_figures_of_stats_are_documented(stats):
         (ROOT / "docs/stats.md").read_text(),
     )
     keys = [*found, *found["days"][0], *found["total"], *found["total"]["delivered"]]
+    keys += found["slowest"][0]
     assert [key for key in keys if f"`{key}`" not in text] == []
 
 
@@ -1150,7 +1206,7 @@ async def test_stats_without_a_database_are_one_line(settings, tmp_path):
     path.write_text(toml(settings), "utf-8")
     status, out, err = await run_command(path, "stats")
     assert (status, out) == (1, "")
-    assert re.fullmatch(r"wxgpt: database .*test\.db: unable to open .*\n", err)
+    assert re.fullmatch(r"wxgpt: .*test\.db: wxgpt has not run yet\n", err)
     assert [file.name for file in tmp_path.iterdir()] == ["wxgpt.toml"]
 
 
