@@ -5076,7 +5076,9 @@ class Bot:
         )
         self.opened_at = self.tasks.loop.time()
         self.wechat_ahead = -math.inf  # WeChat's clock less the loop's, by the pushes
-        self.warned: dict[str, int] = {}  # in which minute something was warned of
+        # When something was warned of last, by the loop's clock, and in which words.
+        self.warned: dict[str, tuple[float, str]] = {}
+        self.heard_at: float | None = None  # the newest push that could be read
 
     def end_waits(self, at: float) -> None:
         """End all waits at that time at the latest (loop's clock), live pages now."""
@@ -5099,9 +5101,9 @@ class Bot:
 
     def warn(self, words: str, *values: object) -> None:
         """Log a warning, but not twice in a minute."""
-        minute = int(self.tasks.loop.time() // 60)
-        if self.warned.get(words) != minute:
-            self.warned[words] = minute
+        now, known = self.tasks.loop.time(), self.warned.get(words)
+        if known is None or now - known[0] >= 60:
+            self.warned[words] = now, words % values
             log.warning(words, *values)
 
     def tappable(self, text: str) -> str:
@@ -6922,14 +6924,18 @@ def is_from_wechat(request: web.Request, name: str, encrypted: str = "") -> bool
     return is_right and bot.replays.is_fresh(timestamp)
 
 
+CHECK_AGENT = "wxgpt check"  # User-Agent of `check`, whose probes are no news
+
+
 async def verify_url(request: web.Request) -> web.Response:
     """Answer the console's verification with the echostr; no push may be signed so."""
     bot, is_right = request.app[BOT], is_from_wechat(request, "signature")
-    if not is_right:
+    is_check = request.headers.get("User-Agent") == CHECK_AGENT
+    if not (is_right or is_check):
         bot.warn("verification with a wrong signature or time: is the token the same?")
     if not (is_right and bot.replays.is_first(request.query["signature"], "GET")):
         return web.Response(status=403)
-    log.info("verified by WeChat's console")
+    log.info("verified by %s", "`check`" if is_check else "WeChat's console")
     return web.Response(text=request.query.get("echostr", ""))
 
 
@@ -6986,6 +6992,8 @@ async def read_push(request: web.Request) -> Message | web.Response:
     """Return the message of a rightly signed push, or the response to anything else."""
     bot, refusal = request.app[BOT], web.Response(status=403)
     if not is_from_wechat(request, "signature"):
+        if "signature" in request.query:  # else it is a stranger's
+            bot.warn("push with a wrong signature or time: is the token the same?")
         return refusal
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -7006,8 +7014,10 @@ async def read_push(request: web.Request) -> Message | web.Response:
         bot.warn("unreadable push: %s", error)
         return web.Response(body=b"success")
     same = message.key, message.msg_type, message.content  # on every attempt
-    is_first = bot.replays.is_first(request.query["signature"], same)
-    return message if is_first else refusal
+    if not bot.replays.is_first(request.query["signature"], same):
+        return refusal
+    bot.heard_at = asyncio.get_running_loop().time()
+    return message
 
 
 async def receive_message(request: web.Request) -> web.StreamResponse:
@@ -7535,12 +7545,19 @@ async def export(request: web.Request, openid: str) -> web.StreamResponse:
 
 
 async def health(request: web.Request) -> web.Response:
-    """Say whether the database answers."""
+    """Say whether the database answers; to `check`, which signs, what came lately."""
+    bot, query = request.app[BOT], request.query
     try:
-        await request.app[BOT].store.rows("SELECT 1")
+        await bot.store.rows("SELECT 1")
     except sqlite3.Error as error:
         return web.json_response({"status": str(error)}, status=503)
-    return web.json_response({"status": "ok"})
+    found: dict[str, object] = {"status": "ok"}
+    is_check = "signature" in query and is_from_wechat(request, "signature")
+    if is_check and bot.replays.is_first(query["signature"], "healthz"):
+        now, heard = bot.tasks.loop.time(), bot.heard_at
+        found["heard"] = None if heard is None else now - heard
+        found["warned"] = [[now - at, words] for at, words in bot.warned.values()]
+    return web.json_response(found)
 
 
 PROBE_PATH = "/healthz/stream"
@@ -7895,7 +7912,8 @@ def find_risks(config: Config, path: str, user: int) -> Iterator[tuple[str, str,
     # systemd lets nobody else into its folder of credentials.
     is_credential = os.path.dirname(path) == os.environ.get("CREDENTIALS_DIRECTORY")
     if os.stat(path).st_mode & 0o077 and not is_credential:
-        yield "settings", f"others on this machine can read {path}", f"chmod 600 {path}"
+        found, fix = "others on this machine can read {path}", "chmod 600 {path}"
+        yield "settings", found.format(path=path), fix.format(path=path)
     if user == 0:
         yield "user", "root serves", "use wxgpt.service, which has a user of its own"
     if not config.wechat.aes_key and not config.is_secure:
@@ -7951,7 +7969,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
-        "--config", metavar="FILE", default="wxgpt.toml", help=tell("settings")
+        "--config",
+        metavar="FILE",
+        help=tell("settings (the service's, else wxgpt.toml)"),
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="wxgpt.py")
     commands.add_parser("serve", parents=[common], help=tell("serve (the default)"))
@@ -7963,13 +7983,27 @@ def make_parser() -> argparse.ArgumentParser:
     stats.add_argument("--days", type=int, default=7, metavar="N", help=text)
     stats.add_argument("--full", action="store_true", help=tell("whole openids"))
     stats.add_argument("--json", action="store_true", help=tell("for machines"))
+    logs = commands.add_parser("logs", help=tell("follow the service's log"))
+    text = tell("older lines (50)")
+    logs.add_argument("-n", dest="lines", type=int, default=50, help=text)
+    text = tell("bring a newer version, or this one again if it does not start")
+    update = commands.add_parser("update", parents=[common], help=text)
+    text = tell("a .tar.gz or .zip; without one: git pull")
+    update.add_argument("archive", nargs="?", default="", metavar="ARCHIVE", help=text)
+    text = tell("copy the database")
+    backup = commands.add_parser("backup", parents=[common], help=text)
+    text = tell("new file")
+    backup.add_argument("file", nargs="?", default="", metavar="FILE", help=text)
     commands.add_parser("setup", help=tell("from nothing to a served account"))
     commands.add_parser("demo", help=tell("try it all with no account and no key"))
     return parser
 
 
 EXAMPLE_TOKEN = "replaceThisToken"  # of wxgpt.example.toml
-COMMAND_WORDS = ("serve", "check", "stats", "--version", "-h", "--help")
+COMMAND_WORDS = (
+    *("serve", "check", "stats", "logs", "update", "backup"),
+    *("--version", "-h", "--help"),
+)
 
 
 def check_placeholders(config: Config, mistakes: Mistakes) -> None:
@@ -7977,6 +8011,11 @@ def check_placeholders(config: Config, mistakes: Mistakes) -> None:
     expected = "one of your own: everybody knows this one"
     is_own = config.wechat.token != EXAMPLE_TOKEN
     mistakes.require(is_own, "wechat.token", EXAMPLE_TOKEN, expected)
+
+
+def read_settings(path: str, environ: typing.Mapping[str, str]) -> Config:
+    """Return the settings to serve with; raise ConfigError."""
+    return load_config(path, environ, check_commands, check_placeholders)
 
 
 def run_command(words: list[str]) -> int:
@@ -7990,18 +8029,12 @@ def run_command(words: list[str]) -> int:
     if not words or words[0] not in COMMAND_WORDS:
         words = ["serve", *words]
     arguments = make_parser().parse_args(words)
-    config = load_config(
-        arguments.config, os.environ, check_commands, check_placeholders
-    )
-    if arguments.command == "check":
-        from owner.check import run_check
+    if arguments.command == "serve":
+        path = arguments.config or "wxgpt.toml"
+        return serve_command(read_settings(path, os.environ), path)
+    from owner.service import owner_command
 
-        return asyncio.run(run_check(config, os.environ, arguments.config))
-    if arguments.command == "stats":
-        from owner.stats import stats_command
-
-        return stats_command(config, arguments.days, arguments.full, arguments.json)
-    return serve_command(config, arguments.config)
+    return owner_command(arguments)
 
 
 def main() -> int:

@@ -1,12 +1,13 @@
 """`wxgpt.py check`: test everything that usually goes wrong, and say how to fix it.
 
-It prints one line per finding, from the settings to a model's answer and the way in
-from outside. It creates nothing, not even the database.
+It prints one finding after the other, from the settings to a model's answer and the way
+in from outside, in the owner's language. It creates nothing, not even the database.
 """
 
 import asyncio
 import contextlib
 import email.utils
+import errno
 import ipaddress
 import logging
 import os
@@ -20,13 +21,18 @@ import ssl
 import sys
 import tempfile
 import time
+import types
 import typing
 import urllib.parse
 from dataclasses import replace
 
 import aiohttp
 
+from owner.layout import COLUMNS, width_of, wrap
+from owner.service import find_others
+from owner.words import tell
 from wxgpt import (
+    CHECK_AGENT,
     PROBE_PATH,
     AssistantSettings,
     ChatClient,
@@ -48,6 +54,8 @@ from wxgpt import (
 
 MARKS = {"ok": ("✓", "32"), "warn": ("!", "33"), "fail": ("✗", "31")}
 DISK_BYTES = 200 * 1024 * 1024  # free; below it the owner should make room
+FULL_BYTES = 10 * 1024 * 1024  # below it answers fail now, or within the hour
+SILENT_SECONDS = 5.0  # then it is said what is waited for, and again as often
 CLOCK_SECONDS = 60  # a tenth of what a push's timestamp may be off
 CERTIFICATE_DAYS = 14  # automatic renewal takes place long before
 PROBE_SECONDS = 0.3  # PROBE_PATH sends two events half a second apart
@@ -55,14 +63,57 @@ WORDS_CHARS = 100  # of a provider's message are shown
 ONE_WORD = [{"role": "user", "content": "请只回答一个字：好"}]
 THOUGHT_TOKENS = 30  # more than one word takes, even spelled out with a tag or two
 UNREACHED = "this machine may not reach itself from outside: try a phone"
+NO_NAME = (
+    "add the name at your domain's DNS, with this machine's address; or is it a typo?"
+)
+REFUSED = (
+    "nothing listens on port {port}: is the proxy running (`systemctl status nginx`), "
+    "and does it listen there?"
+)
+PLACEHOLDER = r"(^|\.)example\.(com|net|org)$|replace-this"
 CONSOLE = """
-在微信开发者平台填写（我的业务 → 公众号 → 消息推送）：
+Type into 微信开发者平台 (我的业务 → 公众号 → 消息推送):
   URL               {url}
   Token             {token}
   EncodingAESKey    {aes_key}
   消息加解密方式    {mode}
-启用后，后台的自动回复和自定义菜单会停用；[replies] 可以代替自动回复。
-个人订阅号不能用：客服消息、菜单接口、素材接口、用户昵称。wxgpt 都不需要它们。"""
+Then enable it (启用): the console's auto replies and menus stop from then on;
+[replies] can stand in for auto replies. A personal account has no customer
+service messages, menu interface, materials or nicknames: wxgpt needs none."""
+# What the running service refused at its door, by words of its log: what that means.
+DOOR = (
+    (
+        "stale push",
+        "a push was refused for its time",
+        "is the clock right? timedatectl set-ntp true",
+    ),
+    (
+        "encrypted, but app_id",
+        "the console is in 安全模式, the settings are not",
+        "set wechat.app_id and aes_key to the console's, or choose 明文模式 there",
+    ),
+    (
+        "not rightly encrypted",
+        "the settings are for 安全模式, the console is not",
+        "choose 安全模式 there, or take wechat.app_id and aes_key out",
+    ),
+    (
+        "aes_key right",
+        "a push cannot be decrypted",
+        "wechat.aes_key must be the console's EncodingAESKey",
+    ),
+    (
+        "another AppID",
+        "a push is encrypted for another AppID",
+        "wechat.app_id must be the AppID that the console shows",
+    ),
+    (
+        "wrong signature",
+        "a message or a test of the console came with a wrong signature",
+        "the Token in the console must be wechat.token; or it was a stranger: "
+        "send the account a message, and check again",
+    ),
+)
 
 # How an assistant is kept from thinking, by its base URL and model; the first counts.
 DISABLED = 'extra.thinking.type = "disabled"'
@@ -148,6 +199,10 @@ TROUBLES: dict[object, str] = {
     "unreachable": CONNECTION,
     "busy": "provider: {host} fails: {detail} → try again later",
     "slow": "time: no word within {seconds:.0f} s → {switch}",
+    "silent": (
+        "connection: {host} takes the question and sends no byte → is it blocked here? "
+        "Set {proxy}, or look at {way}"
+    ),
     "broken": (
         "stream: {detail} → is there a chat API at {url}? Or does a gateway cut streams?"
     ),
@@ -174,20 +229,20 @@ def proxy_fix(status: int) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return why a connection failed, in a few words."""
+    """Return why a connection failed, in a few words of the owner's language."""
     inner = getattr(error, "certificate_error", getattr(error, "os_error", error))
     if isinstance(inner, ssl.SSLCertVerificationError):
         return inner.verify_message
     if isinstance(inner, ssl.SSLError):
-        return f"it speaks no TLS there ({inner.reason})"
+        return tell("it speaks no TLS there ({reason})", reason=inner.reason)
     if isinstance(inner, socket.gaierror):
-        return "the name does not resolve"
+        return tell("the name does not resolve")
     if isinstance(inner, TimeoutError):
-        return "no answer in time"
+        return tell("no answer in time")
     if isinstance(inner, OSError) and inner.errno:
-        return os.strerror(inner.errno)
+        return tell(os.strerror(inner.errno))
     if isinstance(inner, aiohttp.ClientHttpProxyError):
-        return f"status {inner.status}"
+        return tell("status {status}", status=inner.status)
     return str(inner) or type(inner).__name__
 
 
@@ -195,9 +250,13 @@ def switch_of(settings: AssistantSettings) -> str:
     """Return how to get the first word of an assistant sooner."""
     for pattern, switch in SWITCHES:
         if re.search(pattern, f"{settings.base_url} {settings.model}"):
-            how = "keep thinking short" if switch == BRIEFLY else "switch thinking off"
-            return f"{how}: {switch}; or take a faster model"
-    return "switch thinking off with `extra` (docs/models.md), or take a faster model"
+            how = "switch thinking off: {switch}; or take a faster model"
+            if switch == BRIEFLY:
+                how = "keep thinking short: {switch}; or take a faster model"
+            return tell(how, switch=switch)
+    return tell(
+        "switch thinking off with `extra` (docs/models.md), or take a faster model"
+    )
 
 
 def fault_of(error: BaseException) -> str:
@@ -227,6 +286,16 @@ def is_private(host: str) -> bool:
     return host == "localhost" or "." not in host
 
 
+def reach_fix(error: BaseException, port: int) -> tuple[str, str]:
+    """Return how bad it is that our own address is not reached, and how to fix it."""
+    inner = getattr(error, "os_error", error)
+    if isinstance(inner, socket.gaierror | UnicodeError):
+        return "fail", tell(NO_NAME)
+    if getattr(inner, "errno", 0) == errno.ECONNREFUSED:
+        return "fail", tell(REFUSED, port=port)
+    return "warn", tell(UNREACHED)
+
+
 def serving_user(port: int) -> int:
     """Return the id of the user who listens on a port; -1 if nobody, or not known."""
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
@@ -239,27 +308,91 @@ def serving_user(port: int) -> int:
 
 
 class Doctor:
-    """Prints one line per finding, and remembers whether anything failed."""
+    """Prints one finding after the other, and counts them by grade."""
 
-    def __init__(self, config: Config, environ: typing.Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        environ: typing.Mapping[str, str],
+        unit: typing.Mapping[str, str] = types.MappingProxyType({}),
+    ) -> None:
         self.config = config
         self.environ = environ
-        self.has_failed = False
+        self.unit = unit  # what systemd says of the service; empty: there is none
+        self.counts = dict.fromkeys(MARKS, 0)
         self.server_user = -1  # the id of the user under whom wxgpt serves, if it does
         self.is_colourful = sys.stdout.isatty()
+        self.doing = ""  # what may take long
+        self.spoke_at = time.monotonic()
 
-    def report(self, grade: str, what: str, found: str, fix: str = "") -> None:
-        """Print a finding, graded ok, warn or fail, and how to fix it."""
-        if grade == "fail":
-            self.has_failed = True
+    def report(
+        self, grade: str, what: str, found: str, fix: str = "", /, **values: object
+    ) -> None:
+        """Print a finding, graded ok, warn or fail, and how to fix it.
+
+        The three texts are in English; each is translated, then gets the values.
+        """
+        self.counts[grade] += 1
+        self.spoke_at = time.monotonic()
+        what, found, fix = (tell(t, **values) for t in (what, found, fix))
         mark, colour = MARKS[grade]
-        mark = f"\033[{colour}m{mark}\033[0m" if self.is_colourful else mark
-        print(f"{mark} {what}: {found}" + (f" → {fix}" if fix else ""), flush=True)
+        told = what + tell(": ") + found
+        line = told + (f" → {fix}" if fix else "")
+        if fix and width_of(line) > COLUMNS - 2:  # what to do has a line of its own
+            line = wrap(told, first=f"{mark} ") + "\n"
+            line += wrap(f"→ {fix}", "    ", "  ")
+        else:
+            line = wrap(line, first=f"{mark} ")
+        if self.is_colourful:
+            line = f"\033[{colour}m{mark}\033[0m" + line.removeprefix(mark)
+        print(line, flush=True)
+
+    async def keep_talking(self) -> None:
+        """Say what is waited for whenever nothing was said for a while."""
+        while True:
+            silent = time.monotonic() - self.spoke_at
+            if silent < SILENT_SECONDS:
+                await asyncio.sleep(SILENT_SECONDS - silent)
+                continue
+            self.spoke_at = time.monotonic()
+            print(
+                wrap("… " + tell("still waiting: {doing}", doing=self.doing)),
+                flush=True,
+            )
 
     def check_risks(self, path: str) -> None:
         """Warn of what lets others in; the server's log says the same at its start."""
         for place, found, fix in find_risks(self.config, path, self.server_user):
-            self.report("warn", place, found, fix)
+            # The path is no part of the texts that have a translation.
+            found, fix = (text.replace(path, "{path}") for text in (found, fix))
+            self.report("warn", place, found, fix, path=path)
+
+    def check_settings(self, path: str) -> None:
+        """Report which file counts, what is left to fill in, and what may mislead."""
+        names = ", ".join(self.config.assistants)
+        self.report(
+            "ok", "settings", "{path}, assistants {names}", path=path, names=names
+        )
+        for name in self.config.assistants:
+            if self.has_example_key(name):
+                found, fix = "the key is only an example", "put in the provider's key"
+                self.report("fail", f"assistants.{name}.api_key", found, fix)
+        others = find_others(path, self.config.database.path)
+        for used, other in others if self.unit else ():
+            fix = "delete it, so that you never edit or read the wrong one"
+            self.report(
+                "warn",
+                "second file",
+                "{other} is not used, {used} is",
+                fix,
+                other=other,
+                used=used,
+            )
+
+    def has_example_key(self, name: str) -> bool:
+        """Say whether an assistant has the key of wxgpt.example.toml."""
+        key = self.config.assistants[name].api_key
+        return re.search(PLACEHOLDER, key) is not None
 
     def check_database(self) -> None:
         """Check that the database can be written, and the disk has room."""
@@ -269,10 +402,13 @@ class Doctor:
             if path.exists():
                 with contextlib.closing(sqlite3.connect(path, timeout=2)) as db:
                     db.execute("BEGIN IMMEDIATE").execute("ROLLBACK")
-                found = f"{path}, {path.stat().st_size / 1e6:.1f} MB"
+                found = "{path}, {size:.1f} MB, {free:.1f} GB free"
             else:
                 with tempfile.TemporaryFile(dir=folder):
-                    found = f"{path} will be created at the first start"
+                    found = (
+                        "{path} will be created at the first start, {free:.1f} GB free"
+                    )
+            size = path.stat().st_size if path.exists() else 0
             free = shutil.disk_usage(folder).free
         except (OSError, sqlite3.Error) as error:
             fix = "run check as the service's user; database.path must be writable"
@@ -280,40 +416,108 @@ class Doctor:
                 fix = "make that folder, or change database.path"
             elif "locked" in str(error):
                 fix = "another program is writing to it: end that"
-            words = getattr(error, "strerror", None) or error
-            self.report("fail", "database", f"{path}: {words}", fix)
+            elif "full" in str(error) or getattr(error, "errno", 0) == errno.ENOSPC:
+                fix = "make room: `df -h` shows which disk is full"
+            words = tell(getattr(error, "strerror", None) or str(error))
+            self.report(
+                "fail", "database", "{path}: {words}", fix, path=path, words=words
+            )
             return
-        grade, fix = ("ok", "") if free > DISK_BYTES else ("warn", "make room")
-        self.report(grade, "database", f"{found}, {free / 1e9:.1f} GB free", fix)
+        grade, fix = "ok", ""
+        if free < DISK_BYTES:
+            grade = "fail" if free < FULL_BYTES else "warn"
+            fix = "make room: `df -h` shows which disk is full"
+        self.report(
+            grade, "database", found, fix, path=path, size=size / 1e6, free=free / 1e9
+        )
 
     async def check_port(self, http: aiohttp.ClientSession) -> bool:
         """Check who holds the port; say whether it is free."""
         host, port = self.config.server.host, self.config.server.port
         near = "127.0.0.1" if host in ("0.0.0.0", "::") else host
         near = f"[{near}]" if ":" in near else near
+        self.doing = tell("port {port}", port=port)
         try:
-            async with http.get(f"http://{near}:{port}/healthz") as response:
+            health = f"http://{near}:{port}/healthz"
+            async with http.get(health, params=self.signed()) as response:
                 if response.headers.get("Server") == "wxgpt":
-                    self.report("ok", "port", f"{port}, wxgpt is serving on it")
+                    self.report(
+                        "ok", "port", "{port}, wxgpt is serving on it", port=port
+                    )
                     self.server_user = serving_user(port)
+                    self.report_door(await response.json())
                     return False
-            fix = "another program holds it: end that, or change server.port"
-            self.report("fail", "port", f"{port} answers, but not as wxgpt", fix)
-        except (aiohttp.ClientError, OSError):
+            fix = (
+                "another program holds it (`ss -ltnp`): end that, or change server.port"
+            )
+            found = "{port} answers, but not as wxgpt"
+            self.report("fail", "port", found, fix, port=port)
+        except (aiohttp.ClientError, OSError, ValueError):
             try:
                 listen(host, port).close()
-                self.report("ok", "port", f"{port} is free; wxgpt is not running")
+                self.report_stopped(port)
                 return True
             except OSError as error:
-                fix = "end what holds it, or change server.host or server.port"
-                self.report("fail", "port", str(error), fix)
+                fix = (
+                    "end what holds it (`ss -ltnp`), "
+                    "or change server.host or server.port"
+                )
+                found = "cannot listen on port {port}: {why}"
+                why = tell(str(error).rpartition(": ")[2])
+                self.report("fail", "port", found, fix, port=port, why=why)
         return False
+
+    def report_stopped(self, port: int) -> None:
+        """Report that wxgpt does not run: nobody gets an answer."""
+        found, grade = "{port} is free: wxgpt is not running", "fail"
+        fix = "systemctl start wxgpt"
+        state = self.unit.get("ActiveState", "")
+        if not state:
+            grade, fix = "warn", "start it; until then check answers in its place"
+        elif state in ("failed", "activating", "reloading"):
+            found = "{port} is free: the service does not start"
+            fix = "journalctl -u wxgpt -n 20 says why; then systemctl restart wxgpt"
+        self.report(grade, "port", found, fix, port=port)
+
+    def signed(self) -> dict[str, str]:
+        """Return a query that is signed as WeChat signs."""
+        stamp, nonce = str(int(time.time())), secrets.token_hex(4)
+        right = signature_of(self.config.wechat.token, stamp, nonce)
+        return {"signature": right, "timestamp": stamp, "nonce": nonce}
+
+    def report_door(self, health: dict[str, typing.Any]) -> None:
+        """Report what the running service last heard from WeChat, and refused."""
+        if "warned" not in health:
+            fix = "restart it after a change of the settings: systemctl restart wxgpt"
+            found = "the running wxgpt has another token, or is of another version"
+            self.report("fail", "pushes", found, fix)
+            return
+        heard = health["heard"]
+        newer = [
+            words
+            for age, words in sorted(health["warned"])
+            if heard is None or age < heard
+        ]
+        for sign, found, fix in DOOR:
+            if any(sign in words for words in newer):
+                # A wrong signature may be a stranger's, if others were right.
+                is_sure = heard is None or sign != "wrong signature"
+                self.report("fail" if is_sure else "warn", "pushes", found, fix)
+                return
+        if heard is None:
+            found = "none since the start of the service"
+            fix = "send the account a message, and check again"
+            self.report("warn", "pushes", found, fix)
+        else:
+            found = "the newest came {minutes:.0f} minutes ago and was read"
+            self.report("ok", "pushes", found, minutes=heard / 60)
 
     async def check_clock(self, clients: typing.Iterable[ChatClient]) -> None:
         """Compare our clock with the first provider's that says what time it is."""
         fix = "compare `date -u` with a clock that is right"
         for client in clients:
             url, proxy = client.settings.base_url.strip(), client.settings.proxy or None
+            self.doing = tell("the clock of {url}", url=url)
             opening = client.http.get(url, proxy=proxy, allow_redirects=False)
             try:
                 async with asyncio.timeout(15), opening as response:
@@ -329,8 +533,10 @@ class Doctor:
         grade, fix = "ok", ""
         if abs(off) > CLOCK_SECONDS:
             grade, fix = "fail", "set up NTP: timedatectl set-ntp true"
-        side = "ahead of" if off > 0 else "behind"
-        self.report(grade, "clock", f"{abs(off):.0f} s {side} the upstream's", fix)
+        found = "{seconds:.0f} s behind the upstream's"
+        if off > 0:
+            found = "{seconds:.0f} s ahead of the upstream's"
+        self.report(grade, "clock", found, fix, seconds=abs(off))
 
     def diagnose(self, name: str, error: ChatError) -> str:
         """Return why a question to an assistant failed, and how to fix it."""
@@ -344,16 +550,19 @@ class Doctor:
             host, detail = getattr(cause, "host", base.hostname), reason_of(cause)
         else:
             host = base.netloc
-            detail = f"status {error.status}" if error.status else error.detail
+            detail = tell(error.detail)
+            if error.status:
+                detail = tell("status {status}", status=error.status)
             detail += f" “{words}”" if words else ""
         places = {
-            key: setting_source(name, key, one, self.environ)
+            key: tell(setting_source(name, key, one, self.environ))
             for key in ("proxy", "base_url", "api_key", "model", "extra")
         }
         is_proxy = host == urllib.parse.urlsplit(one.proxy).hostname
         signs = signs_of(error, words)
         trouble = next((TROUBLES[sign] for sign in signs if sign in TROUBLES), OTHER)
-        return trouble.format(
+        return tell(
+            trouble,
             **places,
             way=places["proxy" if is_proxy else "base_url"],
             host=host,
@@ -366,6 +575,15 @@ class Doctor:
 
     async def check_assistant(self, name: str, client: ChatClient) -> None:
         """Ask an assistant for one word, and check that WeChat would wait for it."""
+        what = "assistant {name}"
+        if self.has_example_key(name):
+            return  # check_settings has reported it
+        one = self.config.assistants[name]
+        self.doing = tell(
+            "one word of {name}'s model, {seconds:.0f} s at most",
+            name=name,
+            seconds=one.first_token_timeout,
+        )
         began, first, text, tokens = time.monotonic(), 0.0, "", 0
         end = asyncio.get_running_loop().time() + client.settings.timeout
         try:
@@ -375,89 +593,141 @@ class Doctor:
                 else:
                     first, text = first or time.monotonic() - began, text + item
         except ChatError as error:
-            self.report("fail", f"assistant {name}", self.diagnose(name, error))
+            if error.kind == "slow" and not text and await is_silent(client):
+                error = replace(error, kind="silent")
+            found, _, fix = self.diagnose(name, error).partition(" → ")
+            self.report(
+                "fail", what, "{found}", "{fix}", name=name, found=found, fix=fix
+            )
             return
         self.report_speed(name, first, tokens, len(text))
 
     def report_speed(self, name: str, first: float, tokens: int, chars: int) -> None:
         """Report whether the first word comes in time, and whether the model thinks."""
         one, wechat = self.config.assistants[name], self.config.wechat
-        grade, found = "warn", f"{one.model}, first word after {first:.1f} s"
+        grade, found = "warn", "{model}, first word after {first:.1f} s"
         if not chars:
-            grade, found = "fail", f"{one.model} answered without a word"
+            grade, found = "fail", "{model} answered without a word"
         elif tokens > THOUGHT_TOKENS + 2 * chars:
-            found += f", {tokens} tokens for {chars} characters: it thinks first"
+            found = (
+                "{model}, first word after {first:.1f} s, "
+                "{tokens} tokens for {chars} characters: it thinks first"
+            )
         elif first <= wechat.attempt_timeout - wechat.margin:
             grade = "ok"
-        fix = "" if grade == "ok" else switch_of(one)
-        self.report(grade, f"assistant {name}", found, fix)
+        self.report(
+            grade,
+            "assistant {name}",
+            found,
+            "" if grade == "ok" else "{switch}",
+            name=name,
+            model=one.model,
+            first=first,
+            tokens=tokens,
+            chars=chars,
+            switch=switch_of(one),
+        )
 
-    def check_url(self) -> None:
-        """Check that WeChat takes the public URL: its port and its host."""
+    def check_url(self) -> bool:
+        """Check that WeChat takes the public URL; say whether it can be tried."""
         url = urllib.parse.urlsplit(self.config.public_url)
         wanted = {"http": 80, "https": 443}[url.scheme]
+        if re.search(PLACEHOLDER, url.hostname or ""):
+            found, fix = "{url} is only an example", "put in the name of this machine"
+            self.report("fail", "public_url", found, fix, url=self.config.public_url)
+            return False
         if url.port not in (None, wanted):
             fix = "WeChat posts to port 80 or 443 only: put a proxy in front"
-            self.report("fail", "public_url", f"port {url.port}", fix)
+            self.report("fail", "public_url", "port {port}", fix, port=url.port)
         elif is_private(url.hostname or ""):
             fix = "WeChat needs an address that the whole internet reaches"
-            self.report("fail", "public_url", f"{url.hostname} is not public", fix)
+            found = "{host} is not public"
+            self.report("fail", "public_url", found, fix, host=url.hostname)
         elif url.port:
             fix = "leave the port out: an explicit one made verification fail for some"
-            self.report("warn", "public_url", self.config.public_url, fix)
+            self.report("warn", "public_url", "{url}", fix, url=self.config.public_url)
         else:
-            self.report("ok", "public_url", self.config.public_url)
+            self.report("ok", "public_url", "{url}", url=self.config.public_url)
+        return True
 
-    async def check_certificate(self) -> None:
-        """Check that the certificate has a full chain and two weeks left."""
+    async def check_certificate(self) -> bool:
+        """Check the certificate: its chain, and two weeks left; say if it was seen."""
         url = urllib.parse.urlsplit(self.config.public_url)
         if url.scheme != "https":
-            return
+            return True
+        port = url.port or 443
+        self.doing = tell("the certificate of {host}", host=url.hostname)
         try:
-            async with asyncio.timeout(10):
-                context, port = ssl.create_default_context(), url.port or 443
-                opening = asyncio.open_connection(url.hostname, port, ssl=context)
-                _, writer = await opening
-            certificate = writer.get_extra_info("peercert")
-            writer.close()
+            certificate = await shake_hands(
+                url.hostname, port, ssl.create_default_context()
+            )
         except ssl.SSLError as error:
             fix = CERTIFICATE_FIXES[fault_of(error)]
-            self.report("fail", "certificate", reason_of(error), fix)
-            return
+            self.report("fail", "certificate", "{why}", fix, why=reason_of(error))
+            return True
         except OSError as error:
-            self.report("warn", "certificate", reason_of(error), UNREACHED)
-            return
+            grade, fix = reach_fix(error, port)
+            self.report(
+                grade, "certificate", "{why}", "{fix}", why=reason_of(error), fix=fix
+            )
+            return False
         until = ssl.cert_time_to_seconds(certificate["notAfter"])
         days = (until - time.time()) / 86400
         is_long = days > CERTIFICATE_DAYS
         grade, fix = ("ok", "") if is_long else ("warn", "see that it is renewed")
-        self.report(grade, "certificate", f"good for {days:.0f} days", fix)
+        self.report(grade, "certificate", "good for {days:.0f} days", fix, days=days)
+        await self.check_old_tls(url.hostname, port)
+        return True
+
+    async def check_old_tls(self, host: str | None, port: int) -> None:
+        """Check that TLS 1.2 is spoken, too: WeChat's servers know no newer one."""
+        context = ssl.create_default_context()
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        try:
+            await shake_hands(host, port, context)
+        except OSError:
+            fix = "WeChat speaks 1.2: in nginx `ssl_protocols TLSv1.2 TLSv1.3;`"
+            self.report("fail", "TLS", "only version 1.3 is spoken", fix)
 
     async def check_verification(self, http: aiohttp.ClientSession) -> None:
         """Send what WeChat's console sends, through the public URL."""
         base = self.config.public_url + self.config.server.path.rstrip("/")
-        token, echo = self.config.wechat.token, secrets.token_hex(8)
-        stamp, nonce = str(int(time.time())), secrets.token_hex(4)
-        right = signature_of(token, stamp, nonce)
-        tries = ((base, right, 200), (base + "/", right, 200), (base, "0" * 40, 403))
-        for path, signature, status in tries:
-            query = {"signature": signature, "timestamp": stamp, "nonce": nonce}
-            kind = "right signature" if status == 200 else "wrong signature"
-            what = f"verification with a {kind} at {path}"
-            query["echostr"] = echo
+        echo, right = secrets.token_hex(8), self.signed()
+        wrong = right | {"signature": "0" * 40}
+        url = urllib.parse.urlsplit(base)
+        port = url.port or {"http": 80, "https": 443}[url.scheme]
+        for path, signed, status in (
+            (base, right, 200),
+            (base + "/", right, 200),
+            (base, wrong, 403),
+        ):
+            what = "verification with a wrong signature at {path}"
+            if status == 200:
+                what = "verification with a right signature at {path}"
+            query = signed | {"echostr": echo}
+            self.doing = tell("an answer of {path}", path=path)
             try:  # a redirect is no answer to WeChat
                 async with http.get(
                     path, params=query, allow_redirects=False
                 ) as response:
                     text, found = await response.text(), response.status
             except (aiohttp.ClientError, OSError, UnicodeError) as error:
-                self.report("warn", what, reason_of(error), UNREACHED)
+                grade, fix = reach_fix(error, port)
+                why = reason_of(error)
+                self.report(grade, what, "{why}", "{fix}", path=path, why=why, fix=fix)
                 return
             if found == status and (status == 403 or text == echo):
-                self.report("ok", what, f"status {found}")
+                self.report("ok", what, "status {status}", path=path, status=found)
                 continue
-            wrong = f"status {found}, not wxgpt's answer"
-            self.report("fail", what, wrong, proxy_fix(found))
+            fix = proxy_fix(found)
+            self.report(
+                "fail",
+                what,
+                "status {status}, not wxgpt's answer",
+                fix,
+                path=path,
+                status=found,
+            )
 
     async def check_stream(self, http: aiohttp.ClientSession) -> None:
         """Check that the proxy does not buffer event streams."""
@@ -470,7 +740,8 @@ class Doctor:
             return  # check_verification has reported it
         if response.status != 200:
             status = response.status
-            self.report("fail", "live pages", f"status {status}", proxy_fix(status))
+            fix = proxy_fix(status)
+            self.report("fail", "live pages", "status {status}", fix, status=status)
         elif len(times) > 1 and times[-1] - times[0] > PROBE_SECONDS:
             self.report("ok", "live pages", "events come through as they are written")
         else:
@@ -478,22 +749,69 @@ class Doctor:
             self.report("fail", "live pages", "events come all at once", fix)
 
 
+async def shake_hands(
+    host: str | None, port: int, context: ssl.SSLContext
+) -> dict[str, typing.Any]:
+    """Return the certificate that a server shows; raise OSError."""
+    async with asyncio.timeout(10):
+        _, writer = await asyncio.open_connection(host, port, ssl=context)
+    certificate = writer.get_extra_info("peercert")
+    writer.close()
+    return certificate
+
+
+async def is_silent(client: ChatClient) -> bool:
+    """Say whether a provider's host sends no byte, whatever it is asked."""
+    url, proxy = client.settings.base_url.strip(), client.settings.proxy or None
+    try:
+        async with asyncio.timeout(10), client.http.get(url, proxy=proxy):
+            return False
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        return isinstance(error, TimeoutError)
+
+
 async def run_check(
-    config: Config, environ: typing.Mapping[str, str], path: str
+    config: Config,
+    environ: typing.Mapping[str, str],
+    path: str,
+    unit: typing.Mapping[str, str],
 ) -> int:
     """Check everything in order; return the exit status."""
-    doctor = Doctor(config, environ)
+    doctor = Doctor(config, environ, unit)
     log.setLevel(logging.CRITICAL)  # findings only
     make_cipher(config)
     make_blocked(config)
     load_pages()
-    doctor.report("ok", "settings", f"assistants {', '.join(config.assistants)}")
+    talking = asyncio.create_task(doctor.keep_talking())
+    try:
+        await check_all(doctor, config, path)
+    finally:
+        talking.cancel()
+    wechat = config.wechat
+    words = tell(
+        CONSOLE,
+        url=config.public_url + config.server.path,
+        token=wechat.token,
+        aes_key=wechat.aes_key or tell("any, made by the form"),
+        mode="安全模式" if wechat.aes_key else "明文模式",
+    )
+    print(words)
+    counts = (f"{doctor.counts[grade]} {mark}" for grade, (mark, _) in MARKS.items())
+    print("\n" + "  ".join(counts))
+    return 1 if doctor.counts["fail"] else 0
+
+
+async def check_all(doctor: Doctor, config: Config, path: str) -> None:
+    """Report every finding, from the settings outwards."""
+    doctor.check_settings(path)
     doctor.check_database()
     timeout = aiohttp.ClientTimeout(total=15)
     async with contextlib.AsyncExitStack() as stack:
         # A bad certificate has a line of its own, and must not hide other findings.
         connector = aiohttp.TCPConnector(ssl=False)
-        opening = aiohttp.ClientSession(timeout=timeout, connector=connector)
+        opening = aiohttp.ClientSession(
+            timeout=timeout, connector=connector, headers={"User-Agent": CHECK_AGENT}
+        )
         http = await stack.enter_async_context(opening)
         is_free = await doctor.check_port(http)
         doctor.check_risks(path)
@@ -501,8 +819,8 @@ async def run_check(
         await doctor.check_clock(clients.values())
         for name, client in clients.items():
             await doctor.check_assistant(name, client)
-        doctor.check_url()
-        await doctor.check_certificate()
+        if not doctor.check_url() or not await doctor.check_certificate():
+            return  # the rest would fail for the same reason
         if is_free:  # serve for the next questions only
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             database = DatabaseSettings(path=f"{folder}/check.db")
@@ -511,13 +829,3 @@ async def run_check(
             )
         await doctor.check_verification(http)
         await doctor.check_stream(http)
-    wechat = config.wechat
-    print(
-        CONSOLE.format(
-            url=config.public_url + config.server.path,
-            token=wechat.token,
-            aes_key=wechat.aes_key or "随机生成即可",
-            mode="安全模式" if wechat.aes_key else "明文模式",
-        )
-    )
-    return 1 if doctor.has_failed else 0

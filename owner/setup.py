@@ -455,7 +455,7 @@ class Setup:
         doctor = Doctor(config, os.environ)
         async with open_chat(config) as (clients, _):
             await doctor.check_assistant("chatgpt", clients["chatgpt"])
-        return not doctor.has_failed
+        return doctor.counts["fail"] == 0
 
     def settle_key(self, text: str, values: dict[str, Value]) -> str:
         """Try the key, and let the owner type another one; return the settings."""

@@ -4,25 +4,74 @@ import collections
 import contextlib
 import datetime
 import json
+import os
 import pathlib
 import sqlite3
 import statistics
 import sys
 import typing
 
-from wxgpt import BEIJING, Config, beijing_day
+from owner.layout import pad, width_of, wrap
+from owner.words import tell
+from wxgpt import BEIJING, Config, beijing_day, print_error
 
 FAILED_STATES = ("failed", "broken", "blocked")
 DELIVERED = ("1", "2", "3", "part", "page", "lost", "none")
 LOST_SHARE = 0.01  # of all replies; a bad connection or a restart may explain fewer
-COLUMNS = ("questions", "failures", "tokens in", "tokens out", "median", "p95")
-WAYS = ("1st", "2nd", "3rd", "part", "page", "lost", "none")
-LEGEND = """\
-1st, 2nd, 3rd: which of WeChat's requests took the answer; part: 继续 fetched it; page:
-it was read there; lost: WeChat had hung up; none: it failed, or nobody fetched it."""
+SLOWEST = 5  # questions are named
+COLUMNS = ("asked", "failed", "in", "out", "median", "95%")
+# How an answer was delivered, as people read it.
+WAYS = {
+    "1": "1st request",
+    "2": "2nd",
+    "3": "3rd",
+    "part": "fetched by 继续",
+    "page": "on a page",
+    "lost": "lost",
+    "none": "not fetched",
+}
+# Why an answer failed: the kinds of ChatError.
+REASONS = {
+    "slow": "too slow",
+    "unreachable": "not reached",
+    "busy": "overloaded",
+    "setup": "key, balance or settings",
+    "refused": "refused by the provider",
+    "long": "too long for the model",
+    "blind": "the model reads no pictures",
+    "picture": "picture not fetched",
+    "empty": "an empty answer",
+    "broken": "broken off",
+    "blocked": "a blocked word",
+}
 
 
-def summarise(rows: list[sqlite3.Row]) -> dict[str, object]:
+def is_model(told: str, name: str) -> bool:
+    """Say whether a provider's name for what answered is that of a setting."""
+    return bool(name) and told.startswith(name)
+
+
+def writer_of(config: Config, row: sqlite3.Row) -> str:
+    """Return the assistant whose model wrote an answer: the asked one or its fallback."""
+    name, told = row["assistant"], row["model"] or ""
+    one = config.assistants.get(name)
+    other = config.assistants.get(one.fallback) if one else None
+    if one is None or other is None or not is_model(told, other.model):
+        return name
+    # A name may begin with the other: the longer one that fits is meant.
+    is_own = is_model(told, one.model) and len(one.model) >= len(other.model)
+    return name if is_own else one.fallback
+
+
+def cost_of(config: Config, row: sqlite3.Row) -> float:
+    """Return what an answer cost, by the prices of its assistant; 0 without prices."""
+    one = config.assistants.get(writer_of(config, row))
+    prices = (getattr(one, f"price_{way}", 0) for way in ("in", "out"))
+    tokens = (row["tokens_in"] or 0, row["tokens_out"] or 0)
+    return sum(p * t for p, t in zip(prices, tokens, strict=True)) / 1e6
+
+
+def summarise(config: Config, rows: list[sqlite3.Row]) -> dict[str, object]:
     """Return the figures of some rows of the table turn."""
     seconds = sorted(row["seconds"] for row in rows if row["seconds"] is not None)
     ways = collections.Counter(row["delivered"] or "none" for row in rows)
@@ -31,8 +80,10 @@ def summarise(rows: list[sqlite3.Row]) -> dict[str, object]:
         "questions": len(rows),
         "calls": sum(row["calls"] or 0 for row in rows),
         "failures": len(failures),
+        "fallback": sum(writer_of(config, row) != row["assistant"] for row in rows),
         "tokens_in": sum(row["tokens_in"] or 0 for row in rows),
         "tokens_out": sum(row["tokens_out"] or 0 for row in rows),
+        "cost": round(sum(cost_of(config, row) for row in rows), 6),
         "median_seconds": statistics.median(seconds) if seconds else None,
         "p95_seconds": seconds[-(-95 * len(seconds) // 100) - 1] if seconds else None,
         "delivered": {way: ways[way] for way in DELIVERED},
@@ -44,6 +95,23 @@ def busiest_first(groups: dict[str, list]) -> list[tuple[str, list]]:
     return sorted(groups.items(), key=lambda item: -len(item[1]))
 
 
+def slowest_of(rows: list[sqlite3.Row]) -> list[dict[str, object]]:
+    """Return when the slowest questions were asked, and how long they took; no words."""
+    timed = [row for row in rows if row["seconds"] is not None]
+    timed.sort(key=lambda row: -row["seconds"])
+    return [
+        {
+            "at": datetime.datetime.fromtimestamp(row["created_at"], BEIJING).isoformat(
+                sep=" ", timespec="minutes"
+            )[:16],
+            "seconds": row["seconds"],
+            "model": row["model"],
+            "state": row["state"],
+        }
+        for row in timed[:SLOWEST]
+    ]
+
+
 def gather_stats(config: Config, days: int, is_full: bool) -> dict[str, object]:
     """Return the figures of the last Beijing days (0: of all) by day and subscriber."""
     path = pathlib.Path(config.database.path).absolute()
@@ -52,9 +120,10 @@ def gather_stats(config: Config, days: int, is_full: bool) -> dict[str, object]:
     ) as db:
         db.row_factory = sqlite3.Row
         query = """
-            SELECT openid, created_at, state, model, calls, tokens_in, tokens_out,
-                   seconds, delivered
-            FROM turn WHERE created_at > ? ORDER BY created_at
+            SELECT turn.openid, created_at, state, reason, model, calls, tokens_in,
+                   tokens_out, seconds, delivered, assistant
+            FROM turn JOIN session ON session.id = session_id
+            WHERE created_at > ? ORDER BY created_at
         """
         today = datetime.datetime.now(BEIJING).replace(hour=0, minute=0, second=0)
         since = today - datetime.timedelta(days=days - 1)
@@ -65,65 +134,119 @@ def gather_stats(config: Config, days: int, is_full: bool) -> dict[str, object]:
         by_day[beijing_day(row["created_at"])].append(row)
         by_openid[row["openid"]].append(row)
         by_model[row["model"] or "-"].append(row)  # none of them has answered
+    failed = [row["reason"] or row["state"] for row in rows]
+    failed = [r for r, row in zip(failed, rows, strict=True) if is_failed(row)]
     return {
-        "days": [{"day": day} | summarise(rows) for day, rows in by_day.items()],
+        "days": [
+            {"day": day} | summarise(config, rows) for day, rows in by_day.items()
+        ],
         "subscribers": [
-            {"openid": openid if is_full else openid[:8] + "…"} | summarise(rows)
+            {"openid": openid if is_full else openid[:8] + "…"}
+            | summarise(config, rows)
             for openid, rows in busiest_first(by_openid)
         ],
         "models": [
-            {"model": model} | summarise(rows)
+            {"model": model} | summarise(config, rows)
             for model, rows in busiest_first(by_model)
         ],
-        "total": summarise(rows),
+        "total": summarise(config, rows),
+        "reasons": dict(collections.Counter(failed).most_common()),
+        "slowest": slowest_of(rows),
         "reply_margin": config.wechat.margin,
     }
 
 
-def table_row(name: str, figures: dict[str, typing.Any]) -> list[str]:
+def is_failed(row: sqlite3.Row) -> bool:
+    """Say whether there is no answer, or none that may be shown."""
+    return row["state"] in FAILED_STATES
+
+
+def short(count: int) -> str:
+    """Return a count of tokens in at most five characters."""
+    if count < 100_000:
+        return str(count)
+    return f"{count / 1e3:.0f}k" if count < 10_000_000 else f"{count / 1e6:.0f}M"
+
+
+def table_row(name: str, figures: dict[str, typing.Any], is_priced: bool) -> list[str]:
     """Return the cells of one row of a table."""
-    cells = [name, *(str(figures[column.replace(" ", "_")]) for column in COLUMNS[:4])]
+    cells = [name, *(str(figures[key]) for key in ("questions", "failures"))]
+    cells += [short(figures[key]) for key in ("tokens_in", "tokens_out")]
     for key in ("median_seconds", "p95_seconds"):
-        cells.append("-" if figures[key] is None else f"{figures[key]:.1f} s")
-    return cells + [
-        str(count) if count else "-" for count in figures["delivered"].values()
-    ]
+        cells.append("-" if figures[key] is None else f"{figures[key]:.1f}s")
+    return [*cells, f"{figures['cost']:.2f}"] if is_priced else cells
 
 
-def print_table(title: str, rows: list[dict], total: dict) -> None:
+def print_table(key: str, rows: list[dict], total: dict) -> None:
     """Print a table whose columns are as wide as their widest cell."""
-    table = [[title, *COLUMNS, *WAYS]]
-    table += [table_row(row[title], row) for row in rows]
-    table.append(table_row("all", total))
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    is_priced = total["cost"] > 0
+    columns = [tell(text) for text in (key, *COLUMNS, *(["cost"] if is_priced else []))]
+    table = [columns, *(table_row(row[key], row, is_priced) for row in rows)]
+    table.append(table_row(tell("all"), total, is_priced))
+    widths = [max(map(width_of, column)) for column in zip(*table, strict=True)]
     for name, *cells in table:
-        right = (c.rjust(width) for c, width in zip(cells, widths[1:], strict=True))
-        print(name.ljust(widths[0]), *right, sep="  ")
+        pairs = zip(cells, widths[1:], strict=True)
+        right = (pad(cell, width, is_right=True) for cell, width in pairs)
+        print(pad(name, widths[0]), *right, sep="  ")
     print()
+
+
+def print_counts(title: str, counts: dict[str, int], names: dict[str, str]) -> None:
+    """Print counts by name on one line; none if there are none."""
+    shown = (
+        f"{tell(names.get(key, key))} {count}" for key, count in counts.items() if count
+    )
+    if words := tell(", ").join(shown):
+        print(wrap(tell(title) + tell(": ") + words))
 
 
 def print_stats(stats: dict[str, typing.Any]) -> None:
     """Print the figures as tables for people."""
     total = stats["total"]
-    if not total["questions"]:
-        print("no questions in that time")
+    questions = total["questions"]
+    if not questions:
+        print(tell("no questions in that time"))
         return
     print_table("day", stats["days"], total)
     print_table("openid", stats["subscribers"], total)
     print_table("model", stats["models"], total)
-    print(LEGEND)
-    lost, questions = total["delivered"]["lost"], total["questions"]
-    verdict = "fits" if lost <= LOST_SHARE * questions else "is too small: raise it"
-    margin = f"reply_margin {stats['reply_margin']:g} s {verdict}"
-    print(f"{margin}; {lost} of {questions} replies met a line that was gone")
+    print_counts("answers delivered", total["delivered"], WAYS)
+    print_counts("failures", stats["reasons"], REASONS)
+    if total["fallback"]:
+        words = "the fallback wrote {count} of {questions} answers ({share:.0%})"
+        share = total["fallback"] / questions
+        say_wrapped(words, count=total["fallback"], questions=questions, share=share)
+    for one in stats["slowest"]:
+        words = "slow: {at}, {seconds:.1f} s, {model}"
+        model = one["model"] or "-"
+        say_wrapped(words, at=one["at"], seconds=one["seconds"], model=model)
+    lost = total["delivered"]["lost"]
+    words = "reply_margin {margin:g} s is too small: raise it"
+    if lost <= LOST_SHARE * questions:
+        words = "reply_margin {margin:g} s fits"
+    words = tell(words, margin=stats["reply_margin"])
+    met = "{words}; {lost} of {questions} replies met a line that was gone"
+    say_wrapped(met, words=words, lost=lost, questions=questions)
+
+
+def say_wrapped(english: str, **values: object) -> None:
+    """Print a line in the owner's language, within 80 columns."""
+    print(wrap(tell(english, **values)))
 
 
 def stats_command(config: Config, days: int, is_full: bool, as_json: bool) -> int:
     """Print who asked how much; return the exit status."""
+    path = config.database.path
     try:
+        if not os.path.exists(path):
+            print_error(tell("{path}: wxgpt has not run yet", path=path))
+            return 1
         stats = gather_stats(config, days, is_full)
     except sqlite3.Error as error:
-        print(f"wxgpt: database {config.database.path}: {error}", file=sys.stderr)
+        if "no such table" in str(error):  # an empty file
+            print_error(tell("{path}: wxgpt has not run yet", path=path))
+            return 1
+        print(f"wxgpt: database {path}: {tell(str(error))}", file=sys.stderr)
         return 1
     if as_json:
         print(json.dumps(stats, ensure_ascii=False, indent=2))

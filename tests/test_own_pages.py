@@ -8,6 +8,7 @@ import pytest
 
 from conftest import ANN, BOB, with_session
 from fake_openai import Script, says
+from owner.stats import gather_stats
 from phone import Phone
 from waiting import limit
 
@@ -364,3 +365,12 @@ async def test_own_exchanges_are_searched_and_taken_along(phone):
     assert file.headers["Content-Type"].startswith("text/markdown")
     assert "苹果怎么选" in file.text
     assert (await phone.send("export")).status == 403
+
+
+async def test_questions_asked_on_the_page_count_in_stats(server, phone, upstream):
+    """They are delivered there."""
+    upstream.will("答在这里。")
+    await phone.ask("网页上问的")
+    await ended(phone, "答在这里。")
+    total = gather_stats(server.bot.config, 7, False)["total"]
+    assert total["questions"] == 1 and total["delivered"]["page"] == 1

@@ -1,6 +1,8 @@
 """What the owner runs at a shell: `check` and `stats`, as processes of their own."""
 
+import ast
 import asyncio
+import collections
 import contextlib
 import datetime
 import ipaddress
@@ -16,6 +18,7 @@ import ssl
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
@@ -41,13 +44,40 @@ from conftest import (
     write_settings,
 )
 from fake_openai import Script, Thought, fails, says
-from owner.check import Doctor, switch_of
+from owner.check import (
+    CERTIFICATE_FIXES,
+    CONSOLE,
+    DOOR,
+    OTHER,
+    PROXY_FIXES,
+    TROUBLES,
+    Doctor,
+    reach_fix,
+    switch_of,
+)
+from owner.layout import width_of, wrap
+from owner.stats import summarise
+from owner.words import read_words
 from waiting import within
-from wxgpt import AssistantSettings, ChatError, Config, Texts, WeChatSettings
+from wechat import WeChat
+from wxgpt import (
+    AssistantSettings,
+    ChatError,
+    Config,
+    Texts,
+    WeChatSettings,
+    signature_of,
+)
 
 PORT_LINE = "✗ public_url: port "
 ROOT_LINE = "! user: root serves → use wxgpt.service, which has a user of its own"
 DAY = 86400
+
+
+def unwrapped(text):
+    """Return what a check says with each finding on one line."""
+    findings, gap, rest = text.partition("\n\n")
+    return re.sub(r"\n +", " ", findings) + gap + rest
 
 
 def bad(text):
@@ -57,6 +87,7 @@ def bad(text):
     """
     lines = [line for line in text.splitlines() if line[:1] in "!✗" and line]
     usual = [ROOT_LINE] if os.geteuid() == 0 else []
+    usual += ["! port: ", "! pushes: none since"]  # have tests of their own
     return [line for line in lines if not line.startswith((PORT_LINE, *usual))]
 
 
@@ -74,7 +105,7 @@ def check(settings, tmp_path):
         write_settings(path, merged(merged(settings, own), changes))
         status, out, err = await run_command(path, "check", env=env, prefix=prefix)
         assert err == ""
-        return status, out
+        return status, unwrapped(out)
 
     return start
 
@@ -117,7 +148,7 @@ async def test_all_is_good(check, upstream, settings):
     """Each thing has its line; only WeChat's port is missing on loopback."""
     status, out = await check()
     assert bad(out) == []
-    whats = ["settings", "database", "port", "clock", "assistant chatgpt"]
+    whats = ["settings", "database", "clock", "assistant chatgpt"]
     whats += ["verification with a right", "verification with a wrong", "live pages"]
     assert all(f"✓ {what}" in out for what in whats)
     assert status == 1 and out.count(PORT_LINE) == 1
@@ -128,10 +159,14 @@ async def test_it_works_while_the_server_runs(spawn, tmp_path):
     """The server that holds the port is known, and asked."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    await spawn(server={"port": port}, public_url=url, wechat={"attempt_timeout": 5})
+    changes = {"server": {"port": port}, "public_url": url}
+    server, _ = await spawn(wechat={"attempt_timeout": 5}, **changes)
+    await server.ask("/help")
     status, out, err = await run_command(tmp_path / "wxgpt.toml", "check")
+    out = unwrapped(out)
     assert bad(out) == [] and err == "" and status == 1
     assert f"✓ port: {port}, wxgpt is serving on it" in out
+    assert "✓ pushes: the newest came 0 minutes ago and was read" in out
     assert re.search(r"✓ database: .*test\.db, \d+\.\d MB, ", out)
     assert "✓ live pages" in out
 
@@ -149,8 +184,8 @@ async def test_it_ends_with_what_the_console_wants(check, settings):
     _, out = await check(public_url="https://127.0.0.1:9")
     assert re.search(r"URL +https://127\.0\.0\.1:9/wechat\n", out)
     assert re.search(rf"Token +{TOKEN}\n", out)
-    assert re.search(r"EncodingAESKey +随机生成即可\n", out)
-    assert "明文模式" in out and "个人订阅号不能用" in out
+    assert re.search(r"EncodingAESKey +any, made by the form\n", out)
+    assert "明文模式" in out and "A personal account has no" in out
     assert "sk-verySecret" not in out
 
 
@@ -441,7 +476,7 @@ async def test_a_port_that_another_program_holds_is_said(check):
         url = f"http://127.0.0.1:{free_port()}"
         checking = check(server={"port": port}, public_url=url)
         lines = [rf"✗ port: cannot listen on .* {port}.*Address already in use"]
-        lines += [r"! verification .*try a phone"]
+        lines += [r"✗ verification .*refused → nothing listens"]
         try:
             await assert_found(checking, *lines)
         finally:
@@ -449,21 +484,28 @@ async def test_a_port_that_another_program_holds_is_said(check):
             await hanging_up
 
 
-async def test_a_public_url_that_is_not_reached_is_a_warning(check):
-    """Many machines cannot reach themselves from outside."""
-    url = f"http://127.0.0.1:{free_port()}"
-    await assert_found(
-        check(public_url=url),
-        r"^! verification .*: Connection refused → .*reach itself",
+async def test_a_public_url_where_nothing_listens_is_said(check):
+    """Refused is refused, from outside too: it is the proxy that is missing."""
+    checking = check(public_url=f"http://127.0.0.1:{free_port()}")
+    line = (
+        r"^✗ verification .*: Connection refused → nothing .*`systemctl status nginx`"
     )
+    await assert_found(checking, line)
+
+
+async def test_a_public_url_that_does_not_answer_is_a_warning():
+    """Many machines cannot reach themselves from outside, and only then it times out."""
+    grade, fix = reach_fix(TimeoutError(), 443)
+    assert grade == "warn" and "try a phone" in fix
 
 
 async def test_a_public_url_without_a_port_is_as_wechat_wants_it(check):
-    """Nothing is left to fail, so the exit status is 0: a warning is none."""
+    """The name alone is wrong then; and that is no matter of the way back in."""
     status, out = await check(public_url="http://wx.invalid")
     assert "✓ public_url: http://wx.invalid\n" in out
-    warned = ["! public_url: h", "! verification "]
-    assert [line[:15] for line in bad(out)] == warned and status == 0
+    warned = ["! public_url: h", "✗ verification "]
+    assert [line[:15] for line in bad(out)] == warned and status == 1
+    assert "the name does not resolve → add the name at your domain's DNS" in out
 
 
 async def test_settings_that_others_can_read_are_a_warning(check, tmp_path):
@@ -511,7 +553,8 @@ async def test_another_token_than_the_servers_is_said(spawn, check):
     checking = check(
         public_url=server.url, server={"port": server.port}, wechat=changed
     )
-    lines = ["✗ verification .* 403, not .* same token. Restart it"] * 2
+    lines = ["✗ pushes: the running wxgpt has another token.* → restart it"]
+    lines += ["✗ verification .* 403, not .* same token. Restart it"] * 2
     await assert_found(checking, *lines)
 
 
@@ -608,7 +651,14 @@ finally:
         ("--version", ["owner.words=owner.words", "owner=owner", "wxgpt=__main__"]),
         (
             "stats --config wxgpt.toml",
-            ["owner.stats=owner.stats", "owner=owner", "wxgpt=__main__"],
+            [
+                "owner.layout=owner.layout",
+                "owner.service=owner.service",
+                "owner.stats=owner.stats",
+                "owner.words=owner.words",
+                "owner=owner",
+                "wxgpt=__main__",
+            ],
         ),
     ],
 )
@@ -737,10 +787,12 @@ async def test_an_upstreams_certificate_is_looked_at(
         await assert_found(checking, f"✗ assistant x: TLS: {host}: .*{line}")
 
 
-async def test_an_https_address_that_is_not_reached_is_a_warning(check):
-    """Only a certificate that was seen can be wrong."""
+async def test_an_https_address_where_nothing_listens_is_said_once(check):
+    """What would fail for the same reason is not tried."""
     checking = check(public_url=f"https://127.0.0.1:{free_port()}")
-    await assert_found(checking, r"^! certificate: .*phone", r"^! verification .*phone")
+    await assert_found(
+        checking, r"^✗ certificate: Connection refused → nothing listens"
+    )
 
 
 # check: what an error means, without a provider
@@ -929,7 +981,7 @@ async def test_marks_have_colour_on_a_terminal_only(check, tmp_path):
     process = await asyncio.create_subprocess_exec(*command, stdout=child, stderr=child)
     os.close(child)
     seen = bytearray()
-    assert await within(60, "end of check", process.wait()) == 0
+    assert await within(60, "end of check", process.wait()) == 1
     with contextlib.suppress(OSError):  # EIO: the terminal's other end is closed
         while piece := os.read(parent, 4096):
             seen += piece
@@ -1002,8 +1054,10 @@ async def test_stats_count_by_day_and_by_subscriber(stats):
             "questions": 5,
             "calls": 5,
             "failures": 1,
+            "fallback": 0,
             "tokens_in": 400,
             "tokens_out": 40,
+            "cost": 0,
             "median_seconds": 7.0,
             "p95_seconds": 15.0,
             "delivered": ways(n1=2, n2=1, n3=1, none=1),
@@ -1013,8 +1067,10 @@ async def test_stats_count_by_day_and_by_subscriber(stats):
             "questions": 3,
             "calls": 3,
             "failures": 1,
+            "fallback": 0,
             "tokens_in": 400,
             "tokens_out": 198,
+            "cost": 0,
             "median_seconds": 50.0,
             "p95_seconds": 60.0,
             "delivered": ways(part=1, page=1, none=1),
@@ -1038,10 +1094,17 @@ async def test_stats_go_as_far_back_as_asked(stats):
 async def test_stats_are_tables_for_people(stats):
     """A row a day, a row a subscriber, and what is to be said of reply_margin."""
     out = await stats()
-    assert re.search(rf"{ANN[:8]}… +5 +1 +400 +40 +7\.0 s +15\.0 s +2 +1 +1 +-", out)
+    assert re.search(rf"{ANN[:8]}… +5 +1 +400 +40 +7\.0s +15\.0s\n", out)
+    ways = "1st request 2, 2nd 1, 3rd 1, fetched by 继续 1, on a page 1, not fetched 2"
+    assert f"\nanswers delivered: {ways}\n" in out.replace("\n  ", " ")
+    assert "\nfailures: " in out and "cost" not in out
+    assert re.search(
+        r"\nslow: 2\S+ \d\d:\d\d, 60\.0 s, gpt-6-luna\nslow: .* 40\.0 s", out
+    )
+    assert "问题" not in out
     assert ANN not in out and "\033" not in out
     today = datetime.datetime.fromtimestamp(NOW, BEIJING).strftime("%Y-%m-%d")
-    assert re.search(rf"{today} +3 +0 +300 +30 +2\.0 s +7\.0 s", out)
+    assert re.search(rf"{today} +3 +0 +300 +30 +2\.0s +7\.0s", out)
     assert out.endswith(
         "reply_margin 0.8 s fits; 0 of 8 replies met a line that was gone\n"
     )
@@ -1055,9 +1118,50 @@ async def test_the_columns_of_stats_stand_under_their_names(stats):
         head, *rows = table.splitlines()
         ends = [cell.end() for cell in re.finditer(r"\S+( \S+)*", head)][1:]
         for row in rows:
-            assert [row[end - 1].isspace() for end in ends] == [False] * 13
-            assert [row[end : end + 1] in ("", " ") for end in ends] == [True] * 13
+            assert [row[end - 1].isspace() for end in ends] == [False] * 6
+            assert [row[end : end + 1] in ("", " ") for end in ends] == [True] * 6
         assert re.match("all +8 +2 +800 +238 ", rows[-1])
+
+
+@pytest.mark.parametrize("lang", ["zh", "en"])
+async def test_stats_fit_80_columns(stats, lang, monkeypatch, database):
+    """Chinese headings stand over their columns, also with whole openids and cost."""
+    with contextlib.closing(sqlite3.connect(database)) as db, db:
+        db.execute("UPDATE turn SET tokens_in = 123456789, reason = 'busy'")
+    monkeypatch.setenv("WXGPT_LANG", lang)
+    out = await stats("--full")
+    assert max(map(width_of, out.splitlines())) <= 80
+    if lang == "zh":
+        assert (
+            "\n送达：第 1 次请求 2，第 2 次 1，" in out
+            and "\n失败：服务商太忙 2\n" in out
+        )
+        for table in out.split("\n\n")[:3]:
+            assert len({width_of(line) for line in table.splitlines()}) == 1
+
+
+def row_of(model, tokens=(1_000_000, 500_000), assistant="chatgpt"):
+    """Return a row as stats reads it."""
+    names = ("tokens_in", "tokens_out", "model", "assistant", "calls", "state")
+    row = dict(zip(names, (*tokens, model, assistant, 1, "done"), strict=True))
+    return row | {"seconds": 1.0, "delivered": "1"}
+
+
+def test_an_answer_costs_what_its_writers_model_does():
+    """The fallback's answers have its price, and are counted as its own."""
+    priced = {
+        "chatgpt": SimpleNamespace(
+            model="big", fallback="small", price_in=4.0, price_out=8.0
+        ),
+        "small": SimpleNamespace(
+            model="big-mini", fallback="", price_in=1, price_out=2
+        ),
+    }
+    config = SimpleNamespace(assistants=priced)
+    rows = [row_of("big-2026"), row_of("big-mini-2026"), row_of(None, (None, None))]
+    rows += [row_of("big-mini", assistant="small"), row_of("x", assistant="gone")]
+    assert [summarise(config, [row])["cost"] for row in rows] == [8, 2, 0, 2, 0]
+    assert [summarise(config, [row])["fallback"] for row in rows] == [0, 1, 0, 0, 0]
 
 
 async def test_stats_of_no_time_are_one_line(stats, database):
@@ -1075,6 +1179,7 @@ async def test_the_figures_of_stats_are_documented(stats):
         (ROOT / "docs/stats.md").read_text(),
     )
     keys = [*found, *found["days"][0], *found["total"], *found["total"]["delivered"]]
+    keys += found["slowest"][0]
     assert [key for key in keys if f"`{key}`" not in text] == []
 
 
@@ -1101,5 +1206,292 @@ async def test_stats_without_a_database_are_one_line(settings, tmp_path):
     path.write_text(toml(settings), "utf-8")
     status, out, err = await run_command(path, "stats")
     assert (status, out) == (1, "")
-    assert re.fullmatch(r"wxgpt: database .*test\.db: unable to open .*\n", err)
+    assert re.fullmatch(r"wxgpt: .*test\.db: wxgpt has not run yet\n", err)
     assert [file.name for file in tmp_path.iterdir()] == ["wxgpt.toml"]
+
+
+# the installed service: a systemctl of the test's own says what systemd would
+
+SYSTEMCTL = """#!/bin/sh
+printf '%s\\n' "LoadState=loaded" "ActiveState={state}" "StateDirectory=" \\
+    "Environment=OPENAI_API_KEY=sk-ofTheUnit" "LoadCredential=wxgpt.toml:{settings}"
+"""
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch, settings):
+    """Install a unit with the settings of the test; gives a function that runs wxgpt."""
+    programs, elsewhere = tmp_path / "bin", tmp_path / "elsewhere"
+    programs.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+
+    async def run(*words, state="inactive", lang="zh", is_raw=False, **changes):
+        path, script = tmp_path / "wxgpt.toml", programs / "systemctl"
+        own = {"server": {"port": free_port()}, "wechat": {"attempt_timeout": 5}}
+        write_settings(path, merged(merged(settings, own), changes))
+        script.write_text(SYSTEMCTL.format(state=state, settings=path))
+        script.chmod(0o755)
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, ROOT / "wxgpt.py", *words),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            cwd=elsewhere,
+            env=os.environ | {"WXGPT_LANG": lang},
+        )
+        out, err = await within(60, f"end of {words}", process.communicate())
+        assert b"Traceback" not in out + err, err.decode()
+        out = out.decode() if is_raw else unwrapped(out.decode())
+        return process.returncode, out, err.decode()
+
+    run.elsewhere = elsewhere
+    return run
+
+
+async def test_the_services_settings_and_environment_are_found(installed, settings):
+    """In any folder, without a word of where they are."""
+    del settings["assistants"]
+    status, out, _ = await installed("check", public_url="https://wx.invalid")
+    assert status == 1 and "✓ 设置：" in out
+    assert "sk-ofTheUnit" not in out and "助手 chatgpt" in out
+
+
+async def test_a_second_settings_file_and_database_are_a_warning(
+    installed, settings, tmp_path
+):
+    """An owner would edit the one and wonder about the other."""
+    for name in ("wxgpt.toml", "wxgpt.db"):
+        (installed.elsewhere / name).touch()
+    pathlib.Path(settings["database"]["path"]).touch()
+    _, out, _ = await installed("check", public_url="https://wx.invalid")
+    for name, used in (("wxgpt.toml", "wxgpt.toml"), ("wxgpt.db", "test.db")):
+        line = f"! 另一个文件：{installed.elsewhere / name} 没有用到，用的是 {tmp_path / used}"
+        assert line.replace(" ", "") in out.replace(" ", "")
+
+
+@pytest.mark.parametrize(
+    "state, line",
+    {
+        "inactive": "没有人应答：wxgpt 没有运行 → systemctl start wxgpt",
+        "failed": "没有人应答：服务启动不了 → journalctl -u wxgpt -n 20 看原因",
+        "activating": "没有人应答：服务启动不了 → journalctl -u wxgpt -n 20 看原因",
+    }.items(),
+)
+async def test_a_stopped_service_is_a_failure(installed, state, line):
+    """Nobody gets an answer, whatever else is right."""
+    status, out, _ = await installed("check", state=state)
+    assert status == 1 and re.search(f"✗ 端口：\\d+ {line}", out)
+
+
+async def test_without_a_service_a_free_port_is_a_warning(check):
+    """Before the first start nothing is broken."""
+    _, out = await check(env={"WXGPT_LANG": "zh"})
+    assert re.search(r"! 端口：\d+ 没有人应答：wxgpt 没有运行 → 启动它", out)
+
+
+# check: what the running service heard
+
+
+@pytest.fixture
+async def running(spawn, tmp_path):
+    """Start wxgpt; gives the server, the process, and what `check` says then."""
+
+    async def start(**changes):
+        port = free_port()
+        own = {"server": {"port": port}, "public_url": f"http://127.0.0.1:{port}"}
+        own["wechat"] = {"attempt_timeout": 5}
+        server, process = await spawn(**merged(own, changes))
+
+        async def check():
+            path, env = tmp_path / "wxgpt.toml", {"WXGPT_LANG": "zh"}
+            _, out, _ = await run_command(path, "check", env=env)
+            return unwrapped(out)
+
+        return server, process, check
+
+    return start
+
+
+async def post_wrongly(server, token):
+    """Post a message as a WeChat with another token does; it is refused."""
+    stamp, nonce = str(int(time.time())), "42"
+    query = {"timestamp": stamp, "nonce": nonce}
+    query["signature"] = signature_of(token, stamp, nonce)
+    async with server.http.post(server.wechat.url, params=query) as response:
+        assert response.status == 403
+
+
+async def test_a_wrong_token_in_the_console_is_told(running):
+    """By a line in the log, and by `check`, until a right one has come."""
+    server, process, check = await running()
+    assert "! 微信的消息：这次启动以来还没有收到 → 给公众号发一条消息" in await check()
+    await post_wrongly(server, "anotherToken")
+    await process.says("push with a wrong signature")
+    line = "微信的消息：收到的消息（或后台的验证）签名不对 → 后台的 Token 要和"
+    assert f"✗ {line}" in await check()
+    await server.ask("/help")
+    assert "✓ 微信的消息：最近一条在 0 分钟前" in await check()
+
+
+async def test_wrong_signatures_are_a_line_a_minute(running):
+    """However many a stranger sends; and none for one that has no signature at all."""
+    server, process, _ = await running()
+    async with server.http.post(server.wechat.url) as response:
+        assert response.status == 403
+    for _ in range(3):
+        await post_wrongly(server, "anotherToken")
+    await process.end()
+    assert "".join(process.log).count("push with a wrong signature") == 1
+
+
+async def test_the_probes_of_check_are_no_news(running):
+    """A wrong token that the console tries a moment later still leaves its line."""
+    server, process, check = await running()
+    await check()
+    assert (await server.wechat.verify(token="wrong"))[0] == 403
+    await process.says("verification with a wrong signature")
+    await process.end()
+    assert "".join(process.log).count("verification with a wrong signature") == 1
+    assert "verified by `check`" in "".join(process.log)
+    assert "verified by WeChat's console" not in "".join(process.log)
+
+
+SAFE = {"app_id": "wx0123456789abcdef", "aes_key": "k" * 43}
+MODES = {
+    "console safe, settings plain": (
+        {},
+        SAFE,
+        "✗ .*后台选的是安全模式，设置里却没有密钥",
+    ),
+    "settings safe, console plain": (SAFE, {}, "✗ .*设置里是安全模式，后台选的却不是"),
+    "another key": (SAFE, SAFE | {"aes_key": "z" * 43}, "✗ .*有一条消息解不开"),
+    "another AppID": (SAFE, SAFE | {"app_id": "wx1"}, "✗ .*是给另一个 AppID 的"),
+}
+
+
+@pytest.mark.parametrize("ours, theirs, line", MODES.values(), ids=MODES)
+async def test_another_mode_in_the_console_is_told(running, ours, theirs, line):
+    """The newest push shows it, to `check` too."""
+    server, _, check = await running(wechat=ours)
+    async with WeChat(server.wechat.url, TOKEN, **theirs) as wechat:
+        push = wechat.text(ANN, "你好")
+        with contextlib.suppress(TimeoutError):
+            await wechat.post(push)
+    assert re.search(line, await check())
+
+
+async def test_health_says_more_to_check_alone(running):
+    """Who cannot sign learns that it runs."""
+    server, _, _ = await running()
+    assert await server.get(server.url + "/healthz") == (200, '{"status": "ok"}')
+    wrong = server.url + "/healthz?signature=00&timestamp=1&nonce=2"
+    assert await server.get(wrong) == (200, '{"status": "ok"}')
+
+
+# check: its words
+
+
+async def test_check_fits_80_columns(installed):
+    """Chinese characters take two; what is longer is a single word, as a path."""
+    for lang in ("zh", "en"):
+        url = "http://wx.invalid"
+        _, out, _ = await installed("check", lang=lang, is_raw=True, public_url=url)
+        for line in out.splitlines():
+            assert width_of(line) <= 80 or " " not in line.strip()
+
+
+@pytest.mark.parametrize("text", ["短", "很长的一句话，" * 20, "a b " * 60, "x" * 200])
+def test_a_wrapped_line_has_80_columns_and_every_word(text):
+    """Only a word that is longer stands out."""
+    lines = wrap(text, "  ", "! ").splitlines()
+    assert all(width_of(line) <= 80 or "x" * 200 in line for line in lines)
+    assert "".join(lines).replace(" ", "") == "!" + text.replace(" ", "")
+
+
+async def test_the_last_line_counts_the_findings(installed):
+    """So that one sees at a glance how it stands."""
+    status, out, _ = await installed("check")
+    marks = collections.Counter(line[0] for line in out.splitlines() if line)
+    counts = (f"{marks[mark]} {mark}" for mark in "✓!✗")
+    assert out.endswith("\n" + "  ".join(counts) + "\n") and status == 1
+
+
+async def test_it_says_what_it_waits_for(monkeypatch, capsys):
+    """Again and again, while nothing else is said."""
+    monkeypatch.setattr("owner.check.SILENT_SECONDS", 0.02)
+    doctor = Doctor(CONFIG, {})
+    doctor.doing = "the moon"
+    talking = asyncio.create_task(doctor.keep_talking())
+    async with asyncio.timeout(10):
+        while capsys.readouterr().out.count("… still waiting: the moon") < 1:
+            await asyncio.sleep(0.02)
+    talking.cancel()
+
+
+async def test_placeholders_are_failures(check, upstream):
+    """Neither the model nor the address is tried with them."""
+    example = {"chatgpt": {"api_key": "sk-replace-this"}}
+    lines = ["✗ assistants.chatgpt.api_key: the key is only an example"]
+    lines += ["✗ public_url: https://wx.example.com is only an example"]
+    url = "https://wx.example.com"
+    await assert_found(check(public_url=url, assistants=example), *lines)
+    assert len(upstream.requests) == 0
+
+
+async def test_only_tls_1_3_is_a_failure(check, tmp_path):
+    """WeChat's servers speak 1.2."""
+    tls, root = authority(tmp_path, 90)
+    tls.minimum_version = ssl.TLSVersion.TLSv1_3
+    port = free_port()
+    async with serving(proxy_to(port), tls=tls) as front:
+        url = f"https://127.0.0.1:{front}"
+        changes = {"public_url": url, "server": {"port": port}}
+        _, out = await check(env={"SSL_CERT_FILE": str(root)}, **changes)
+    assert "✗ TLS: only version 1.3 is spoken → WeChat speaks 1.2" in out
+
+
+async def test_a_provider_that_sends_no_byte_is_said(check, settings):
+    """It is no matter of thinking then."""
+
+    async def say_nothing(reader, writer):
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        silent = {"base_url": f"http://127.0.0.1:{port}/v1", "first_token_timeout": 0.5}
+        checking = check(assistants=another(settings, **silent))
+        line = "✗ assistant x: connection: 127.0.0.1:.* sends no byte → is it blocked"
+        await assert_found(checking, line)
+
+
+@pytest.mark.parametrize("size, mark", [("4m", "✗"), ("64m", "!")])
+async def test_a_full_disk_is_a_failure(check, tmp_path, size, mark):
+    """A nearly full one is a warning."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=700", "tmpfs", folder]
+    if os.getuid() or subprocess.run(mount, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("no tmpfs can be mounted here: run the tests as root")
+    try:
+        _, out = await check(database={"path": str(folder / "wxgpt.db")})
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+    assert re.search(f"{mark} database: .* 0.. GB free → make room: `df -h`", out)
+
+
+def test_all_words_of_the_owner_have_their_chinese():
+    """Each text that is given to `tell`, `report`, `say` or `complain` is translated."""
+    words, missing = read_words(), []
+    for name in ("check", "service", "update", "stats"):
+        tree = ast.parse((ROOT / f"owner/{name}.py").read_text("utf-8"))
+        for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
+            known = getattr(call.func, "attr", getattr(call.func, "id", ""))
+            if known in ("tell", "report", "say", "complain", "UpdateError"):
+                texts = [a.value for a in call.args if isinstance(a, ast.Constant)]
+                missing += [
+                    t for t in texts if t not in words and re.search("[a-z] ", t)
+                ]
+    found = [*TROUBLES.values(), *(text for row in DOOR for text in row[1:]), OTHER]
+    found += [fix for _, fix in PROXY_FIXES] + [*CERTIFICATE_FIXES.values(), CONSOLE]
+    assert missing + [text for text in found if text not in words] == []
