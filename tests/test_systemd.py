@@ -191,7 +191,8 @@ async def test_setup_puts_the_service_up(container, upstream):
         status, output = await setup
         for words in ("✓ the service runs", "✓ verified", "wxgpt is serving on it"):
             assert words in output, output
-        assert status == 0 and container.settings.stat().st_mode & 0o777 == 0o600
+        assert status == 1 and "wx.example.com" in output  # a name that leads nowhere
+        assert container.settings.stat().st_mode & 0o777 == 0o600
         link = "etc/systemd/system/multi-user.target.wants/wxgpt.service"
         assert container.path(link).is_symlink()
         assert (await container.run("sh", "-c", "cd / && wxgpt --version"))[0] == 0
