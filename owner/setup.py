@@ -552,10 +552,11 @@ class Setup:
             )
         unit = (ROOT / "wxgpt.service").read_text("utf-8")
         unit = unit.replace("/opt/wxgpt/.venv/bin/python", sys.executable)
-        UNIT.write_text(unit.replace("/opt/wxgpt", str(ROOT)), "utf-8")
-        COMMAND.write_text(
-            f'#!/bin/sh\nexec {sys.executable} {ROOT}/wxgpt.py "$@"\n', "utf-8"
-        )
+        command = f'#!/bin/sh\nexec {sys.executable} {ROOT}/wxgpt.py "$@"\n'
+        files = {UNIT: unit.replace("/opt/wxgpt", str(ROOT)), COMMAND: command}
+        for path, text in files.items():
+            if not path.exists() or path.read_text("utf-8") != text:
+                path.write_text(text, "utf-8")
         COMMAND.chmod(0o755)
         for words in ("daemon-reload", "enable wxgpt", "restart wxgpt"):
             done = subprocess.run(["systemctl", "--quiet", *words.split()])
@@ -735,6 +736,9 @@ def setup_command(words: list[str]) -> int:
     except Stop as stop:
         print(f"wxgpt: {stop}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"wxgpt: {error}", file=sys.stderr)
+        return 1
     except EOFError:
         print(file=sys.stderr)
         return 2

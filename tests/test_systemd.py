@@ -172,3 +172,28 @@ async def test_a_setting_that_cannot_be_used_ends_the_start(install):
     await unit.says("wxgpt: server.port")
     shown = await unit.show("ActiveState", "ExecMainStatus", "NRestarts")
     assert shown == ["failed", "2", "0"]
+
+
+async def test_setup_puts_the_service_up(container, upstream):
+    """As root: settings, unit and a short command; it hears WeChat's verification."""
+    home = container.path("opt/wxgpt")
+    shutil.copytree(ROOT / "docs", home / "docs", dirs_exist_ok=True)
+    shutil.copy(ROOT / "wxgpt.service", home)
+    container.settings.unlink(missing_ok=True)
+    options = f"--public-url=https://wx.example.com --mode=plain --token={TOKEN}"
+    options += f" --provider=other --base-url={upstream.base_url} --model=m --key=sk-x"
+    options += " --proxy=other --wait=60"
+    program = ("/opt/wxgpt/.venv/bin/python", "/opt/wxgpt/wxgpt.py", "setup")
+    async with container.follow("wxgpt.service") as unit, platform(PORT) as server:
+        setup = asyncio.create_task(container.run(*program, *options.split()))
+        await unit.says("serving on")
+        assert await server.wechat.verify("echo8765") == (200, "echo8765")
+        status, output = await setup
+        for words in ("✓ the service runs", "✓ verified", "wxgpt is serving on it"):
+            assert words in output, output
+        assert status == 1 and "wx.example.com" in output  # a name that leads nowhere
+        assert container.settings.stat().st_mode & 0o777 == 0o600
+        link = "etc/systemd/system/multi-user.target.wants/wxgpt.service"
+        assert container.path(link).is_symlink()
+        assert (await container.run("sh", "-c", "cd / && wxgpt --version"))[0] == 0
+        assert await unit.systemctl("disable", "--now") == 0
