@@ -77,6 +77,8 @@ def unpack(archive: str, folder: pathlib.Path) -> pathlib.Path:
     except (OSError, tarfile.TarError, zipfile.BadZipFile) as error:
         why = getattr(error, "strerror", None) or error
         raise UpdateError("{path}: {why}", path=archive, why=why) from None
+    for path in folder.rglob("*"):  # the service's user reads them
+        path.chmod(0o755 if path.is_dir() else 0o644)
     for program in (*folder.glob("wxgpt.py"), *folder.glob("*/wxgpt.py")):
         if (program.parent / "schema.sql").exists():
             return program.parent
