@@ -1400,12 +1400,15 @@ async def test_check_fits_80_columns(installed):
             assert width_of(line) <= 80 or " " not in line.strip()
 
 
-@pytest.mark.parametrize("text", ["短", "很长的一句话，" * 20, "a b " * 60, "x" * 200])
+@pytest.mark.parametrize(
+    "text", ["短", "很长的一句话，" * 20, "没有取走 2，" * 30, "a b " * 60, "x" * 200]
+)
 def test_a_wrapped_line_has_80_columns_and_every_word(text):
     """Only a word that is longer stands out."""
     lines = wrap(text, "  ", "! ").splitlines()
     assert all(width_of(line) <= 80 or "x" * 200 in line for line in lines)
     assert "".join(lines).replace(" ", "") == "!" + text.replace(" ", "")
+    assert not any(re.match(r" *[\d，]", line) for line in lines)
 
 
 async def test_the_last_line_counts_the_findings(installed):
