@@ -628,11 +628,12 @@ class Doctor:
             switch=switch_of(one),
         )
 
-    def check_url(self) -> bool:
+    async def check_url(self) -> bool:
         """Check that WeChat takes the public URL; say whether it can be tried."""
         url = urllib.parse.urlsplit(self.config.public_url)
         wanted = {"http": 80, "https": 443}[url.scheme]
-        if re.search(PLACEHOLDER, url.hostname or ""):
+        is_example = re.search(PLACEHOLDER, url.hostname or "")
+        if is_example and not await resolves(url.hostname or ""):
             found, fix = "{url} is only an example", "put in the name of this machine"
             self.report("fail", "public_url", found, fix, url=self.config.public_url)
             return False
@@ -749,6 +750,14 @@ class Doctor:
             self.report("fail", "live pages", "events come all at once", fix)
 
 
+async def resolves(host: str) -> bool:
+    """Say whether a name leads to an address."""
+    try:
+        return bool(await asyncio.get_running_loop().getaddrinfo(host, None))
+    except OSError:
+        return False
+
+
 async def shake_hands(
     host: str | None, port: int, context: ssl.SSLContext
 ) -> dict[str, typing.Any]:
@@ -819,7 +828,7 @@ async def check_all(doctor: Doctor, config: Config, path: str) -> None:
         await doctor.check_clock(clients.values())
         for name, client in clients.items():
             await doctor.check_assistant(name, client)
-        if not doctor.check_url() or not await doctor.check_certificate():
+        if not await doctor.check_url() or not await doctor.check_certificate():
             return  # the rest would fail for the same reason
         if is_free:  # serve for the next questions only
             folder = stack.enter_context(tempfile.TemporaryDirectory())

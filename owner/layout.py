@@ -18,16 +18,16 @@ def pad(text: str, columns: int, is_right: bool = False) -> str:
 
 
 # Where a line may end: behind spaces and behind any wide character, but not before a
-# sign that belongs to what stands before it.
+# sign or a number that belongs to what stands before it.
 PIECES = re.compile(
-    r"[^\s\u2e80-\uffef]+\s*|[\u2e80-\uffef][，。；：！？、）」》”]*\s*|\s+"
+    r"[^\s\u2e80-\uffef]+\s*|[\u2e80-\uffef]( \d+)?[，。；：！？、）」》”]*\s*|\s+"
 )
 
 
 def wrap(text: str, indent: str = "  ", first: str = "") -> str:
     """Return a text as lines of at most 80 columns; longer words are left whole."""
     lines, line = [], first
-    for piece in PIECES.findall(text):
+    for piece in (match[0] for match in PIECES.finditer(text)):
         if line.strip() and width_of(line + piece.rstrip()) > COLUMNS:
             lines.append(line.rstrip())
             line = indent

@@ -9,6 +9,7 @@ import fnmatch
 import os
 import pathlib
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -77,6 +78,8 @@ def unpack(archive: str, folder: pathlib.Path) -> pathlib.Path:
     except (OSError, tarfile.TarError, zipfile.BadZipFile) as error:
         why = getattr(error, "strerror", None) or error
         raise UpdateError("{path}: {why}", path=archive, why=why) from None
+    for path in folder.rglob("*"):  # the service's user reads them
+        path.chmod(0o755 if path.is_dir() else 0o644)
     for program in (*folder.glob("wxgpt.py"), *folder.glob("*/wxgpt.py")):
         if (program.parent / "schema.sql").exists():
             return program.parent
@@ -222,67 +225,46 @@ def bring_new(archive: str, kept: pathlib.Path) -> str:
         take_archive(archive)
     else:
         pull()
-    if (HOME / "requirements.lock").read_bytes() != (
-        kept / "requirements.lock"
-    ).read_bytes():
+    new, old = HOME / "requirements.lock", kept / "requirements.lock"
+    if new.read_bytes() != old.read_bytes():
         say("installing packages …")
         pip = (sys.executable, "-m", "pip", "install", "--disable-pip-version-check")
         run(*pip, "--quiet", "-r", "requirements.lock")
     return run(sys.executable, "wxgpt.py", "--version").removeprefix("wxgpt ")
 
 
-def is_same(kept: pathlib.Path) -> bool:
-    """Say whether the files of the program are still the kept ones."""
-    folders = [kept]
-    while folders:
-        folder = folders.pop()
-        for old in folder.iterdir():
-            new = HOME / old.relative_to(kept)
-            if old.name in (".git", ".venv"):
-                continue
-            if old.is_dir():
-                if not new.is_dir() or len(list(new.iterdir())) < len(
-                    list(old.iterdir())
-                ):
-                    return False
-                folders.append(old)
-            elif not new.is_file() or new.read_bytes() != old.read_bytes():
-                return False
-    return True
+def contents(folder: pathlib.Path) -> dict[pathlib.Path, bytes]:
+    """Return the program's files in a folder, with what is in them."""
+    found = {}
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not is_named(name, NOT_OURS)]
+        for path in (pathlib.Path(place, name) for name in names):
+            if path.is_file() and not is_named(path.name, NOT_OURS):
+                found[path.relative_to(folder)] = path.read_bytes()
+    return found
 
 
 def update_command(config: Config, unit: typing.Mapping[str, str], archive: str) -> int:
     """Bring a newer version, or this one again; return the exit status."""
     archive = os.path.abspath(archive) if archive else ""
-    database = config.database.path
     os.umask(0o022)  # the service's user reads the program
-    with contextlib.ExitStack() as stack:
-        try:
-            # Beside the program, so that it stays on the same disk; root's alone.
-            folder = stack.enter_context(
-                tempfile.TemporaryDirectory(prefix="wxgpt-kept-", dir=HOME.parent)
-            )
-            kept, copy = (
-                pathlib.Path(folder, "program"),
-                pathlib.Path(folder, "copy.db"),
-            )
-            say(
-                "wxgpt {version} in {path}: keeping it aside …",
-                version=VERSION,
-                path=HOME,
-            )
-            ignore = shutil.ignore_patterns(*OWN)
-            shutil.copytree(HOME, kept, symlinks=True, ignore=ignore)
-        except OSError as error:
-            complain("{path}: {why}", path=HOME.parent, why=error.strerror)
-            return 1
+    try:  # beside the program, so that it stays on the same disk; root's alone
+        keeping = tempfile.TemporaryDirectory(prefix="wxgpt-kept-", dir=HOME.parent)
+    except OSError as error:
+        complain("{path}: {why}", path=HOME.parent, why=error.strerror)
+        return 1
+    with keeping as folder:
+        kept, copy = pathlib.Path(folder, "program"), pathlib.Path(folder, "copy.db")
+        say("wxgpt {version} in {path}: keeping it aside …", version=VERSION, path=HOME)
+        ignore = shutil.ignore_patterns(*OWN)
+        shutil.copytree(HOME, kept, symlinks=True, ignore=ignore)
         try:
             version = bring_new(archive, kept)
-            if is_same(kept):
+            if contents(HOME) == contents(kept):
                 say("this is the newest version already")
                 return 0
-            if os.path.exists(database):
-                copy_database(database, str(copy))
+            if os.path.exists(config.database.path):
+                copy_database(config.database.path, str(copy))
         except (UpdateError, OSError, sqlite3.Error) as error:
             bring_back(kept)
             if isinstance(error, UpdateError):
@@ -291,21 +273,37 @@ def update_command(config: Config, unit: typing.Mapping[str, str], archive: str)
                 complain("{what}", what=error)
             say("nothing was changed; wxgpt {version} runs on", version=VERSION)
             return 1
+        except KeyboardInterrupt:
+            bring_back(kept)
+            raise
         if not unit:
             say("wxgpt {version} is in place: restart it yourself", version=version)
             return 0
-        replace_unit(kept, unit)
-        say("wxgpt {version} is in place, restarting …", version=version)
-        if restart(config):
-            say("wxgpt {version} serves", version=version)
-            return 0
-        complain("wxgpt {version} does not start: going back", version=version)
-        systemctl("stop", UNIT)
-        return_unit(kept, unit)
-        bring_back(kept)
-        restore_database(copy, database)
-        if restart(config):
-            say("wxgpt {version} serves again", version=VERSION)
-        else:
-            complain("it does not start either: journalctl -u wxgpt -n 20")
-        return 1
+        return switch(config, unit, version, kept, copy)
+
+
+def switch(
+    config: Config,
+    unit: typing.Mapping[str, str],
+    version: str,
+    kept: pathlib.Path,
+    copy: pathlib.Path,
+) -> int:
+    """Restart with the new version, or go back to what was kept; return the status."""
+    # From here on a Ctrl-C would leave neither the one nor the other.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    replace_unit(kept, unit)
+    say("wxgpt {version} is in place, restarting …", version=version)
+    if restart(config):
+        say("wxgpt {version} serves", version=version)
+        return 0
+    complain("wxgpt {version} does not start: going back", version=version)
+    systemctl("stop", UNIT)
+    return_unit(kept, unit)
+    bring_back(kept)
+    restore_database(copy, config.database.path)
+    if restart(config):
+        say("wxgpt {version} serves again", version=VERSION)
+    else:
+        complain("it does not start either: journalctl -u wxgpt -n 20")
+    return 1

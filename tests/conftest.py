@@ -59,7 +59,7 @@ LONG = "".join(f"第{n}句：{SENTENCE}\n\n" for n in range(60))  # some four pa
 
 # What needs more than Python: `-m "not system"` leaves it out.
 SYSTEM = "bounds browser clock crash demo disk hostile owner proxies restart".split()
-SYSTEM += ["shutdown", "systemd"]
+SYSTEM += ["shutdown", "systemd", "update"]
 DEBIAN = ("proxies", "systemd")  # share one root, and each a container
 
 

@@ -1400,12 +1400,15 @@ async def test_check_fits_80_columns(installed):
             assert width_of(line) <= 80 or " " not in line.strip()
 
 
-@pytest.mark.parametrize("text", ["短", "很长的一句话，" * 20, "a b " * 60, "x" * 200])
+@pytest.mark.parametrize(
+    "text", ["短", "很长的一句话，" * 20, "没有取走 2，" * 30, "a b " * 60, "x" * 200]
+)
 def test_a_wrapped_line_has_80_columns_and_every_word(text):
     """Only a word that is longer stands out."""
     lines = wrap(text, "  ", "! ").splitlines()
     assert all(width_of(line) <= 80 or "x" * 200 in line for line in lines)
     assert "".join(lines).replace(" ", "") == "!" + text.replace(" ", "")
+    assert not any(re.match(r" *[\d，]", line) for line in lines)
 
 
 async def test_the_last_line_counts_the_findings(installed):
@@ -1495,3 +1498,103 @@ def test_all_words_of_the_owner_have_their_chinese():
     found = [*TROUBLES.values(), *(text for row in DOOR for text in row[1:]), OTHER]
     found += [fix for _, fix in PROXY_FIXES] + [*CERTIFICATE_FIXES.values(), CONSOLE]
     assert missing + [text for text in found if text not in words] == []
+
+
+# check: the things that break most often, each in the words that an owner reads
+
+
+async def broken_model(case, **changes):
+    """Check with an assistant that differs."""
+    return await case.check(assistants={"chatgpt": changes})
+
+
+def away(**changes):
+    """Return a case whose assistant is asked in vain."""
+    return lambda case: broken_model(case, **changes)
+
+
+def refused(*answers):
+    """Return a case whose provider refuses."""
+
+    async def run(case):
+        case.upstream.will(*answers)
+        return await case.check()
+
+    return run
+
+
+def moved(url, **changes):
+    """Return a case with another public address."""
+    return lambda case: case.check(public_url=url, **changes)
+
+
+async def behind(case, status):
+    """Check behind a proxy that answers by itself."""
+    async with answering(f"HTTP/1.0 {status} x\r\n\r\n".encode()) as front:
+        return await case.check(public_url=f"http://127.0.0.1:{front}")
+
+
+async def held(case):
+    """Check while another program holds the port."""
+
+    async def hello(request):
+        return web.Response(text="hello")
+
+    async with serving(hello) as port:
+        return await case.check(server={"port": port})
+
+
+async def self_signed(case):
+    """Check with a certificate that nobody knows."""
+    tls, root = authority(case.tmp_path, 90)
+    tls.load_cert_chain(root)
+    async with serving(proxy_to(0), tls=tls) as front:
+        return await case.check(public_url=f"https://127.0.0.1:{front}")
+
+
+# What is broken, and the line it leads to. Stopped services, wrong tokens and modes in
+# the console, full disks and silent providers have tests of their own above.
+BREAKAGES = {
+    "1 key": (refused(fails(401)), "密钥：.* 不认：状态码 401 .* → 检查 .*api_key"),
+    "2 model": (refused(fails(404, code="model_not_found")), "模型：.* → 检查 .*model"),
+    "3 no version": (
+        refused(Script(status=404, body="<p>nginx</p>")),
+        "网址：.* 没有聊天接口：.* → 检查 .*base_url：结尾是版本号",
+    ),
+    "3 dead port": (
+        away(base_url="http://127.0.0.1:1/v1"),
+        "连接：.*：连接被拒绝 → 检查 assistants.chatgpt.base_url",
+    ),
+    "8 port": (held, "端口：\\d+ 有应答，但不是 wxgpt → 被别的程序占用（ss -ltnp"),
+    "9 wrong port": (lambda case: behind(case, 502), "状态码 502.* → wxgpt 在运行吗"),
+    "9 redirect": (lambda case: behind(case, 301), "状态码 301.* → .*写成 https://"),
+    "9 other block": (
+        lambda case: behind(case, 404),
+        "状态码 404.* → 反向代理要把 /a/",
+    ),
+    "10 no TLS": (
+        moved("https://127.0.0.1:1"),
+        "证书：连接被拒绝 → 1 端口没有程序在听：反向代理在运行吗",
+    ),
+    "10 typo": (
+        moved("http://wx.invalid"),
+        "验证 .*：这个域名解析不了 → 在域名的 DNS 里加一条",
+    ),
+    "13 no network": (
+        away(base_url="http://api.invalid/v1"),
+        "域名：api.invalid 解析不了 → 检查 .*这台机器的 DNS",
+    ),
+    "15 self-signed": (self_signed, "证书：.* → 微信只认公开机构签发的证书"),
+}
+
+
+@pytest.mark.parametrize("run, line", BREAKAGES.values(), ids=BREAKAGES)
+async def test_each_breakage_leads_to_its_mend(check, upstream, tmp_path, run, line):
+    """A ✗ in Chinese, with what to do."""
+
+    async def in_chinese(**changes):
+        return await check(env={"WXGPT_LANG": "zh"}, **changes)
+
+    case = SimpleNamespace(check=in_chinese, upstream=upstream, tmp_path=tmp_path)
+    status, out = await run(case)
+    assert status == 1 and re.search(rf"(?m)^✗ .*{line}", out), out

@@ -17,7 +17,9 @@ import zipfile
 
 import pytest
 
+import container
 from conftest import (
+    PORT,
     ROOT,
     free_port,
     merged,
@@ -206,6 +208,8 @@ async def test_an_update_brings_the_new_version(installation, suffix):
     assert (await installation.run("--version"))[1].startswith("wxgpt 99.")
     assert (installation.home / "wxgpt.toml").read_text() == "# the owner's"
     assert not [p for p in installation.folder.iterdir() if "kept" in p.name]
+    modes = {p: p.stat().st_mode for p in installation.home.rglob("[!_]*")}
+    assert all(mode & 0o004 for mode in modes.values())  # the service's user reads
     async with platform(installation.port) as server:
         assert (await server.ask("还在吗")).attempt == 1
 
@@ -376,3 +380,61 @@ async def test_logs_follow_the_journal_of_the_unit(installation):
     journalctl.chmod(0o755)
     status, out = await installation.run("logs", "-n", "7")
     assert (status, out) == (0, "--unit=wxgpt.service --lines=7 --follow\n")
+
+
+# on a booted systemd
+
+
+@pytest.fixture
+def machine(debian):
+    """A booted Debian with the program in /opt/wxgpt, as files that can be changed."""
+    with container.boot(debian, files={}) as booted, booted.network():
+        home = booted.path(container.HOME)
+        for name in FILES:
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, home / name)
+        shutil.copy(ROOT / "wxgpt.service", booted.path("etc/systemd/system"))
+        shutil.copy(ROOT / "owner/wxgpt", booted.path("usr/local/bin/wxgpt"))
+        yield booted
+
+
+@pytest.mark.xdist_group(name="debian")
+@pytest.mark.timeout(container.BUILD_SECONDS)
+async def test_the_short_command_updates_the_service_and_goes_back(
+    machine, settings, tmp_path
+):
+    """With systemd itself, the database of a dynamic user, and the real unit."""
+    archive = Installation(tmp_path, settings, 0).release
+    table = {"server": {"port": PORT}, "database": {"path": ""}}
+    write_settings(machine.settings, merged(settings, table))
+    await machine.run("systemctl", "daemon-reload")
+    status, out = await machine.run("systemctl", "start", "wxgpt")
+    assert status == 0, out
+
+    async def update(path):
+        shutil.copy(path, machine.path("root/new.tar.gz"))
+        return await machine.run(
+            "env", "WXGPT_LANG=en", "wxgpt", "update", "/root/new.tar.gz"
+        )
+
+    async with platform(PORT, attempt_timeout=30) as server:
+        await server.ask("/chatgpt 你好")
+        status, out = await update(archive(DIES, steps=MIGRATES))
+        assert status == 1 and "the database is the copy from before" in out, out
+        assert re.search(r"wxgpt (?!99)\S+ serves again\n$", out), out
+        status, out = await update(archive(steps=MIGRATES))
+        assert status == 0 and re.search(r"wxgpt 99\S+ serves\n$", out), out
+        assert (await server.ask("还在吗")).attempt == 1
+    status, out = await machine.run("wxgpt", "backup", "/root/copy.db")
+    shutil.copy(machine.path("root/copy.db"), tmp_path)  # SQLite leaves /proc/N/root
+    with contextlib.closing(sqlite3.connect(tmp_path / "copy.db")) as db:
+        found = [question for (question,) in db.execute("SELECT question FROM turn")]
+    assert status == 0 and found == ["你好", "还在吗"], out
+    state = machine.path("var/lib/private/wxgpt")
+    assert {file.stat().st_uid for file in state.iterdir()} != {0}
+    _, out = await machine.run("env", "WXGPT_LANG=zh", "wxgpt", "check")
+    assert f"✓ 端口：{PORT}，wxgpt 正在运行" in out
+    assert "✓ 微信的消息：最近一条在 0 分钟前，读懂了" in out
+    await machine.run("systemctl", "stop", "wxgpt")
+    _, out = await machine.run("env", "WXGPT_LANG=zh", "wxgpt", "check")
+    assert "wxgpt 没有运行" in out and "systemctl start wxgpt" in out

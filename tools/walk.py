@@ -135,7 +135,10 @@ class Reader:
         arguments = (self.folder, self.umask, text, f"/{STATE}")
         shell = await asyncio.create_subprocess_exec(
             *(*enter, "bash", "-c", SHELL, "bash", *arguments),
-            env={"PATH": os.defpath + ":/usr/sbin:/sbin", "HOME": "/root"}
+            env={
+                "PATH": f"/usr/local/bin:{os.defpath}:/usr/sbin:/sbin",
+                "HOME": "/root",
+            }
             | {"LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"}
             | settings,
             stdin=asyncio.subprocess.PIPE,
