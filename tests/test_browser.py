@@ -188,7 +188,7 @@ async def visit(page, kind, url):
     await page.goto(url)
     if kind == "history":
         await page.locator("summary:not(.question *)").first.click()
-        await expect(page.locator(".scroll")).to_have_count(1)
+        await expect(page.locator("details .scroll")).to_be_visible()
     if kind == "found":
         await page.get_by_role("searchbox").fill("小标题")
         await page.get_by_role("button", name="搜索").click()
