@@ -320,6 +320,11 @@ async def walk_deploy(reader: Reader, upstream: FakeOpenAI) -> None:
     await reader.follow("Uninstall")
     await reader.run("rm /etc/nginx/conf.d/wxgpt.conf && systemctl disable --now caddy")
     left = await reader.run(LEFT)
+    for _ in range(5):  # systemd forgets a unit a moment after nothing needs it
+        if "wxgpt" not in left:
+            break
+        await asyncio.sleep(2)
+        left = await reader.run(LEFT)
     if "wxgpt" in left:
         raise Stuck(f"left behind: {left}")
 
