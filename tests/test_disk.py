@@ -13,7 +13,6 @@ import signal
 import sqlite3
 import stat
 import subprocess
-import sys
 from unittest.mock import Mock
 
 import pytest
@@ -25,7 +24,6 @@ from waiting import limit, within
 
 ATTEMPT = 3.0  # seconds; a write waits two for a lock
 POLITE = "服务器这会儿有点忙"
-BACKUP = "import sqlite3, sys; s, d = map(sqlite3.connect, sys.argv[1:]); s.backup(d)"
 
 
 class FileLimit:
@@ -687,8 +685,8 @@ async def test_a_backup_taken_while_the_server_runs_restores(
     asking = asyncio.create_task(server.ask("/chatgpt 还没答的", BOB))
     await upstream.arrival("还没答的")
     backup = str(tmp_path / "backup.db")
-    command = [sys.executable, "-c", BACKUP, database, backup]
-    subprocess.run(command, check=True)
+    command = [*process.program, "backup", backup, "--config", str(process.path)]
+    subprocess.run(command, check=True)  # as README.md says
     await process.kill()
     await asking
     server, process = await spawn(database={"path": backup})
@@ -709,11 +707,3 @@ async def test_all_three_files_are_for_the_owner_alone(spawn, database, existing
     await server.ask("/chatgpt")
     files = [database, database + "-wal", database + "-shm"]
     assert [stat.S_IMODE(os.stat(file).st_mode) for file in files] == [0o600] * 3
-
-
-def test_the_backup_command_of_the_tests_is_the_documented_one():
-    """What the README tells the owner to run is what was tested."""
-    readme = (conftest.ROOT / "README.md").read_text("utf-8")
-    if "backup(" not in readme:
-        pytest.skip("the README has no backup command yet")
-    assert BACKUP in readme
