@@ -29,6 +29,9 @@ The path of a message; a function stands above its callers:
     in the question's task:  Bot.converse -> messages_for -> ChatClient.stream
                              -> Turn.append -> Store.finish_turn
 
+A question from a subscriber's own page comes by ask_on_page -> Bot.ask_here and goes
+the same way from Bot.find_source on; its answer is read on the page.
+
 A request only waits and a task only writes. They meet in a Delivery (the requests of
 one message and the one reply they all get) and in a Turn (a question and its answer,
 which grows while the model writes). No request does work that must outlive its
@@ -5032,6 +5035,7 @@ FORGET_SECONDS = 300  # how long 确认删除 is accepted
 PRUNE_SECONDS = 600.0  # how often what has served its time is deleted
 HOLD_SECONDS = 3.0  # how long a timed-out request is kept open before it is dropped
 PAGES_AT_ONCE = 8  # that are loaded, rendered or written
+PAGE_SECONDS = 60.0  # for making a page and writing it
 SURE_CHARS = 300  # so many fit one reply with whatever stands below them
 DELTA_CHARS = 500  # what is appended at once; between two pieces others have a turn
 
@@ -6477,6 +6481,9 @@ def split_blocks(tokens: list[Token]) -> list[list[Token]]:
     return blocks
 
 
+MARKS = re.compile(r"[\s*#>|`~:+-]*|\s*\d{1,3}[.)]?\s*")  # all that a line has so far
+
+
 class BlockRenderer:
     """Typesets an answer that grows, block by block; each block is one HTML element.
 
@@ -6535,9 +6542,6 @@ class BlockRenderer:
         blocks = list(map(self.render_block, tokens))
         self.renderer.formulas = formulas
         return blocks
-
-
-MARKS = re.compile(r"[\s*#>|`~:+-]*|\s*\d{1,3}[.)]?\s*")  # all that a line has so far
 
 
 def render_blocks(texts: Texts, markdown: str, above: int = 0) -> list[str]:
@@ -6605,6 +6609,12 @@ def minified(path: pathlib.Path) -> Markup:
     text = re.sub(r"(?m)^\s+", "", re.sub(COMMENT, "", path.read_text("utf-8")))
     pattern = NEEDLESS[path.suffix[1:]]
     return Markup(re.sub(pattern, lambda found: "".join(found.groups("")), text))
+
+
+def closed(markdown: str) -> str:
+    """Return an answer with its code closed: it may have broken off in it."""
+    fences = re.findall(r"(?m)^[ \t]*(`{3,}|~{3,})", markdown)
+    return markdown + "\n" + fences[-1] if len(fences) % 2 else markdown
 
 
 @functools.cache
@@ -6690,7 +6700,7 @@ class Shown:
     is_live: bool  # it was being written when this was made
 
 
-def shown(
+def exchange_of(
     config: Config, turn: Turn, above: int, blocks: list[str] | None = None
 ) -> Shown:
     """Return an exchange for a page; no blocks, and its answer is folded."""
@@ -6752,7 +6762,10 @@ def render_history(
         title=texts.page_mine if asking else texts.page_history,
         home=home,
         sessions=[
-            [shown(config, turn, 3, blocks.get(turn.id)) for turn in list(group)[::-1]]
+            [
+                exchange_of(config, turn, 3, blocks.get(turn.id))
+                for turn in list(group)[::-1]
+            ]
             for _, group in groups
         ],
         older=older,
@@ -6793,12 +6806,6 @@ def render_notice(texts: Texts, words: str, glyph: str) -> Page:
     return render_page("error", texts, title=title, words=rest, glyph=glyph)
 
 
-def closed(markdown: str) -> str:
-    """Return an answer with its code closed: it may have broken off in it."""
-    fences = re.findall(r"(?m)^[ \t]*(`{3,}|~{3,})", markdown)
-    return markdown + "\n" + fences[-1] if len(fences) % 2 else markdown
-
-
 def export_text(config: Config, turn: Turn | None, is_first: bool = False) -> str:
     """Return an exchange for the exported file; the file's head if there is none."""
     texts, ended = config.texts, ""
@@ -6823,6 +6830,12 @@ LIVE_SECONDS = 0.25  # at least, between two typesettings of an answer
 QUICK_SECONDS, QUICK_CHARS = 0.005, 1000  # what the loop may do itself
 FORMULA_SIGN = re.compile(r"[$\\]")  # a formula takes long, the first one most of all
 INLINE_TAG = re.compile(r"</?(?:a|strong|em|s|code|su[bp]|span|m[a-z]+)\b[^>]*>")
+
+
+async def finished_blocks(bot: Bot, turn: Turn) -> list[str]:
+    """Return the blocks of an answer that has ended."""
+    key = "page", turn.id
+    return await bot.work.once(key, render_blocks, bot.texts, turn.answer)
 
 
 class LivePage:
@@ -6888,12 +6901,6 @@ class LivePage:
             data = {"keep": begin, "html": blocks[begin:end], **more}
             yield sse_event(data, number=f"{self.writing}:{min(end, done)}")
             begin = end
-
-
-async def finished_blocks(bot: Bot, turn: Turn) -> list[str]:
-    """Return the blocks of an answer that has ended."""
-    key = "page", turn.id
-    return await bot.work.once(key, render_blocks, bot.texts, turn.answer)
 
 
 async def live_page(bot: Bot, turn: Turn) -> LivePage:
@@ -7059,9 +7066,6 @@ def redirect(location: str) -> web.Response:
     return web.Response(status=303, headers={"Location": location} | PRIVATE)
 
 
-PAGE_SECONDS = 60.0  # for making a page and writing it
-
-
 def a_few_at_once(
     make: Callable[..., Awaitable[web.StreamResponse]],
 ) -> Callable[..., Awaitable[web.StreamResponse]]:
@@ -7124,6 +7128,57 @@ async def note_read(bot: Bot, turns: list[Turn]) -> None:
         log.error("not stored as read: %s", error)
 
 
+# __Host-: neither another host nor a page over http can set these.
+COOKIE, WAIT_COOKIE = "__Host-wxgpt", "__Host-wxgpt-wait"
+
+
+def set_cookie(response: web.Response, name: str, value: str, seconds: float) -> None:
+    """Let a browser keep a cookie so long; not at all for 0 seconds."""
+    age = int(seconds)
+    flags = {"path": "/", "secure": True, "httponly": True, "samesite": "Lax"}
+    response.set_cookie(name, value, max_age=age, **flags)  # type: ignore[arg-type]
+
+
+class Device(typing.NamedTuple):
+    """A browser that is signed in."""
+
+    openid: str
+    cookie_hash: str
+
+
+async def find_device(request: web.Request) -> Device | None:
+    """Return the device that asks; None if it is not signed in."""
+    bot, cookie = request.app[BOT], request.cookies.get(COOKIE, "")
+    if not cookie or not bot.config.is_secure:
+        return None
+    cookie_hash = cookie_hash_of(cookie)
+    openid = await bot.store.device_owner(cookie_hash)
+    if openid is None or openid in bot.config.limits.deny:
+        return None
+    return Device(openid, cookie_hash)
+
+
+async def asking_of(
+    bot: Bot, device: Device, typed: str = "", refusal: str = ""
+) -> Asking:
+    """Return what a page needs to ask for a device's subscriber."""
+    assistants = list(bot.config.assistants)
+    since = time.time() - bot.config.session.ttl
+    newest = await bot.store.newest_session(device.openid, since)
+    number, name, opened_at, runs = newest or (0, "", 0.0, False)
+    return Asking(
+        token=bot.store.keyed_hash(f"form {device.cookie_hash}"),
+        form=secrets.token_urlsafe(12),
+        assistants=assistants,
+        assistant=name if name in assistants else assistants[0],
+        session=number if runs else 0,
+        opened_at=opened_at,
+        is_told=await bot.store.was_told(device.openid),
+        typed=typed,
+        refusal=refusal,
+    )
+
+
 @a_few_at_once
 async def answer_page(request: web.Request) -> web.Response:
     """Show one question and its answer, live while it is being written."""
@@ -7136,12 +7191,12 @@ async def answer_page(request: web.Request) -> web.Response:
     asking = await asking_of(bot, device) if device and is_theirs else None
     blocks = (await live_page(bot, turn)).blocks if turn.is_open else []
     if turn.is_open:
-        one = await bot.work.run(shown, bot.config, turn, 0, blocks)
+        one = await bot.work.run(exchange_of, bot.config, turn, 0, blocks)
     else:  # by now
         await note_read(bot, [turn])
         blocks = await finished_blocks(bot, turn)
         key = "shown", turn.id
-        one = await bot.work.once(key, shown, bot.config, turn, 0, blocks)
+        one = await bot.work.once(key, exchange_of, bot.config, turn, 0, blocks)
     return html_response(await bot.work.run(render_answer, bot.config, one, asking))
 
 
@@ -7216,34 +7271,19 @@ def number_in(request: web.Request, name: str, missing: int) -> int:
     return int(value) if re.fullmatch(r"[0-9]{1,15}", value) else missing
 
 
-# __Host-: neither another host nor a page over http can set these.
-COOKIE, WAIT_COOKIE = "__Host-wxgpt", "__Host-wxgpt-wait"
-
-
-def set_cookie(response: web.Response, name: str, value: str, seconds: float) -> None:
-    """Let a browser keep a cookie so long; not at all for 0 seconds."""
-    age = int(seconds)
-    flags = {"path": "/", "secure": True, "httponly": True, "samesite": "Lax"}
-    response.set_cookie(name, value, max_age=age, **flags)  # type: ignore[arg-type]
-
-
-class Device(typing.NamedTuple):
-    """A browser that is signed in."""
-
-    openid: str
-    cookie_hash: str
-
-
-async def find_device(request: web.Request) -> Device | None:
-    """Return the device that asks; None if it is not signed in."""
-    bot, cookie = request.app[BOT], request.cookies.get(COOKIE, "")
-    if not cookie or not bot.config.is_secure:
-        return None
-    cookie_hash = cookie_hash_of(cookie)
-    openid = await bot.store.device_owner(cookie_hash)
-    if openid is None or openid in bot.config.limits.deny:
-        return None
-    return Device(openid, cookie_hash)
+async def let_in(request: web.Request, sign_in: SignIn) -> web.Response:
+    """Give a browser whose number was confirmed its cookie."""
+    bot = request.app[BOT]
+    cookie = await bot.let_in(sign_in)
+    if cookie == "":
+        words = bot.texts.page_devices_full
+        return html_response(render_notice(bot.texts, words, "?"), 403)
+    response = redirect("me")
+    if cookie is None:
+        return response
+    set_cookie(response, COOKIE, cookie, bot.config.history.device_days * 86400)
+    set_cookie(response, WAIT_COOKIE, "", 0)
+    return response
 
 
 async def sign_in_page(request: web.Request) -> web.Response:
@@ -7272,21 +7312,6 @@ async def sign_in_page(request: web.Request) -> web.Response:
     return response
 
 
-async def let_in(request: web.Request, sign_in: SignIn) -> web.Response:
-    """Give a browser whose number was confirmed its cookie."""
-    bot = request.app[BOT]
-    cookie = await bot.let_in(sign_in)
-    if cookie == "":
-        words = bot.texts.page_devices_full
-        return html_response(render_notice(bot.texts, words, "?"), 403)
-    response = redirect("me")
-    if cookie is None:
-        return response
-    set_cookie(response, COOKIE, cookie, bot.config.history.device_days * 86400)
-    set_cookie(response, WAIT_COOKIE, "", 0)
-    return response
-
-
 async def find_owner(request: web.Request) -> str | web.Response:
     """Return whose history a link or a device shows, or why it shows none."""
     bot = request.app[BOT]
@@ -7298,38 +7323,6 @@ async def find_owner(request: web.Request) -> str | web.Response:
         return error_page(bot, 404)
     openid, expires_at = owner
     return openid if time.time() <= expires_at else error_page(bot, 410)
-
-
-async def asking_of(
-    bot: Bot, device: Device, typed: str = "", refusal: str = ""
-) -> Asking:
-    """Return what a page needs to ask for a device's subscriber."""
-    assistants = list(bot.config.assistants)
-    since = time.time() - bot.config.session.ttl
-    newest = await bot.store.newest_session(device.openid, since)
-    number, name, opened_at, runs = newest or (0, "", 0.0, False)
-    return Asking(
-        token=bot.store.keyed_hash(f"form {device.cookie_hash}"),
-        form=secrets.token_urlsafe(12),
-        assistants=assistants,
-        assistant=name if name in assistants else assistants[0],
-        session=number if runs else 0,
-        opened_at=opened_at,
-        is_told=await bot.store.was_told(device.openid),
-        typed=typed,
-        refusal=refusal,
-    )
-
-
-@a_few_at_once
-async def history_page(request: web.Request) -> web.Response:
-    """Show a subscriber's history, a page of it or one exchange."""
-    bot, owner = request.app[BOT], await find_owner(request)
-    if isinstance(owner, web.Response):
-        return owner
-    device = None if "key" in request.match_info else await find_device(request)
-    asking = await asking_of(bot, device) if device else None
-    return await show_history(request, owner, asking)
 
 
 async def show_history(
@@ -7361,7 +7354,39 @@ async def show_history(
     return html_response(await bot.work.run(render_history, *page), status)
 
 
+@a_few_at_once
+async def history_page(request: web.Request) -> web.Response:
+    """Show a subscriber's history, a page of it or one exchange."""
+    bot, owner = request.app[BOT], await find_owner(request)
+    if isinstance(owner, web.Response):
+        return owner
+    device = None if "key" in request.match_info else await find_device(request)
+    asking = await asking_of(bot, device) if device else None
+    return await show_history(request, owner, asking)
+
+
 Form = typing.Mapping[str, str]  # the fields of one that was sent
+
+
+async def read_form(request: web.Request, size: int) -> typing.Mapping[str, str]:
+    """Return the fields of a form that is sent as pages here send it."""
+    if request.content_type != "application/x-www-form-urlencoded":
+        return {}
+    async with asyncio.timeout(BODY_SECONDS):
+        body = (await request.read())[:size]
+    return dict(urllib.parse.parse_qsl(body.decode("utf-8", "replace")))
+
+
+def wants_json(request: web.Request) -> bool:
+    """Say whether the page's script asks; without it the browser does."""
+    return request.headers.get("Accept", "").startswith("application/json")
+
+
+def told(request: web.Request, words: str, status: int) -> web.Response:
+    """Return why nothing was done, for the script or as a page."""
+    if wants_json(request):
+        return web.json_response({"error": words}, status=status, headers=PRIVATE)
+    return html_response(render_notice(request.app[BOT].texts, words, "?"), status)
 
 
 def from_device(
@@ -7397,19 +7422,7 @@ def from_device(
     return checked
 
 
-def wants_json(request: web.Request) -> bool:
-    """Say whether the page's script asks; without it the browser does."""
-    return request.headers.get("Accept", "").startswith("application/json")
-
-
-def told(request: web.Request, words: str, status: int) -> web.Response:
-    """Return why nothing was done, for the script or as a page."""
-    if wants_json(request):
-        return web.json_response({"error": words}, status=status, headers=PRIVATE)
-    return html_response(render_notice(request.app[BOT].texts, words, "?"), status)
-
-
-def done(request: web.Request, **values: str) -> web.Response:
+def led_back(request: web.Request, **values: str) -> web.Response:
     """Return what was done to the script, or lead the browser back."""
     if wants_json(request):
         return web.json_response(values, headers=PRIVATE)
@@ -7424,11 +7437,11 @@ async def ask_on_page(
     bot, form_id = request.app[BOT], form.get("id", "")
     text = stream_safe(ILLEGAL.sub("", form.get("question", ""))).strip()
     if not text or not re.fullmatch(r"[A-Za-z0-9_-]{8,64}", form_id):
-        return done(request)
+        return led_back(request)
     source = await bot.ask_here(*device, form_id, text)
     if isinstance(source, tuple):
         turn = source[0]
-        return done(request, key=turn.link_key, session=str(turn.session_id))
+        return led_back(request, key=turn.link_key, session=str(turn.session_id))
     if wants_json(request):
         return told(request, source, 409)
     asking = await asking_of(bot, device, text, source)
@@ -7439,7 +7452,7 @@ async def ask_on_page(
 async def stop_answer(request: web.Request, device: Device, form: Form) -> web.Response:
     """End an answer that is being written for this subscriber."""
     request.app[BOT].stop_turn(device.openid, form.get("key", ""))
-    return done(request)
+    return led_back(request)
 
 
 @from_device
@@ -7450,45 +7463,19 @@ async def begin_topic(request: web.Request, device: Device, form: Form) -> web.R
     name = form.get("assistant", "")
     name = name if name in asking.assistants else asking.assistant
     await bot.begin_topic(*device, name)
-    return done(request)
+    return led_back(request)
 
 
 @from_device
 async def leave(request: web.Request, device: Device, form: Form) -> web.Response:
     """Sign this device out."""
     await request.app[BOT].store.sign_out(*device)
-    response = done(request)
+    response = led_back(request)
     set_cookie(response, COOKIE, "", 0)
     return response
 
 
 SEARCH_BYTES = 4096  # read of a form: ten times what its longest field takes
-
-
-async def read_form(request: web.Request, size: int) -> typing.Mapping[str, str]:
-    """Return the fields of a form that is sent as pages here send it."""
-    if request.content_type != "application/x-www-form-urlencoded":
-        return {}
-    async with asyncio.timeout(BODY_SECONDS):
-        body = (await request.read())[:size]
-    return dict(urllib.parse.parse_qsl(body.decode("utf-8", "replace")))
-
-
-@a_few_at_once
-async def search_page(request: web.Request) -> web.StreamResponse:
-    """Show where in all of a subscriber's exchanges the words of a form are."""
-    owner = await find_owner(request)
-    if isinstance(owner, web.Response):
-        return owner
-    form = await read_form(request, SEARCH_BYTES)
-    return await find_words(request, owner, form, "")
-
-
-@from_device
-@a_few_at_once
-async def search_own(request: web.Request, device: Device, form: Form) -> web.Response:
-    """Show where in all exchanges of the device's subscriber the words are."""
-    return await find_words(request, device.openid, form, form["token"])
 
 
 async def find_words(
@@ -7510,19 +7497,20 @@ async def find_words(
 
 
 @a_few_at_once
-async def export_history(request: web.Request) -> web.StreamResponse:
-    """Send all of a subscriber's exchanges as a Markdown file."""
+async def search_page(request: web.Request) -> web.StreamResponse:
+    """Show where in all of a subscriber's exchanges the words of a form are."""
     owner = await find_owner(request)
-    return owner if isinstance(owner, web.Response) else await export(request, owner)
+    if isinstance(owner, web.Response):
+        return owner
+    form = await read_form(request, SEARCH_BYTES)
+    return await find_words(request, owner, form, "")
 
 
 @from_device
 @a_few_at_once
-async def export_own(
-    request: web.Request, device: Device, form: Form
-) -> web.StreamResponse:
-    """Send all exchanges of the device's subscriber as a Markdown file."""
-    return await export(request, device.openid)
+async def search_own(request: web.Request, device: Device, form: Form) -> web.Response:
+    """Show where in all exchanges of the device's subscriber the words are."""
+    return await find_words(request, device.openid, form, form["token"])
 
 
 async def export(request: web.Request, openid: str) -> web.StreamResponse:
@@ -7542,6 +7530,22 @@ async def export(request: web.Request, openid: str) -> web.StreamResponse:
             await response.write(text.encode())
             last, session = turn.id, turn.session_id
     return response
+
+
+@a_few_at_once
+async def export_history(request: web.Request) -> web.StreamResponse:
+    """Send all of a subscriber's exchanges as a Markdown file."""
+    owner = await find_owner(request)
+    return owner if isinstance(owner, web.Response) else await export(request, owner)
+
+
+@from_device
+@a_few_at_once
+async def export_own(
+    request: web.Request, device: Device, form: Form
+) -> web.StreamResponse:
+    """Send all exchanges of the device's subscriber as a Markdown file."""
+    return await export(request, device.openid)
 
 
 async def health(request: web.Request) -> web.Response:
