@@ -28,6 +28,7 @@ import container as machine
 import wxgpt
 from child import free_port
 from fake_openai import FakeOpenAI
+from phone import Phone
 from waiting import limit, within
 from wechat import Seen, WeChat
 
@@ -311,6 +312,22 @@ def changes() -> dict[str, Any]:
 async def server(serve: Callable[..., Any], changes: dict[str, Any]) -> Server:
     """wxgpt with an open session of Ann's."""
     return await with_session(serve, **changes)
+
+
+@pytest.fixture
+def gate() -> Iterator[asyncio.Event]:
+    """Hold a model until a test lets it go on, at the latest at its end."""
+    gate = asyncio.Event()
+    yield gate
+    gate.set()
+
+
+@pytest.fixture
+async def phone(server: Server) -> Phone:
+    """Ann's phone, signed in to her own pages."""
+    phone = Phone(server)
+    await phone.sign_in(ANN)
+    return phone
 
 
 async def with_session(serve: Callable[..., Any], **changes: Any) -> Server:

@@ -54,14 +54,6 @@ def changes():
     return {"wechat": {"mute_guard": 0}}
 
 
-@pytest.fixture
-def gate():
-    """Hold a model until a test lets it go on, at the latest at its end."""
-    gate = asyncio.Event()
-    yield gate
-    gate.set()
-
-
 async def stream_of(server, upstream, script, question="给安看的"):
     """Ask; return the address of the answer's events."""
     upstream.will(script)

@@ -34,14 +34,6 @@ def changes():
     return {"public_url": URL, "wechat": {"mute_guard": 0}}
 
 
-@pytest.fixture
-async def phone(server):
-    """Ann's phone, signed in."""
-    phone = Phone(server)
-    await phone.sign_in(ANN)
-    return phone
-
-
 @contextlib.contextmanager
 def locked(settings):
     """Let another process hold the database's lock."""

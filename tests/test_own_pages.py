@@ -21,14 +21,6 @@ def changes():
     return {"public_url": URL, "wechat": {"mute_guard": 0}}
 
 
-@pytest.fixture
-async def phone(server):
-    """Ann's phone, signed in."""
-    phone = Phone(server)
-    await phone.sign_in(ANN)
-    return phone
-
-
 def shown(page):
     """Return the text of a page, question by question."""
     words = re.sub(r"(?s)<(style|script).*?</\1>|<[^>]*>", " ", page.text)
