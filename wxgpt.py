@@ -7313,11 +7313,8 @@ async def sign_in_page(request: web.Request) -> web.Response:
 
 
 async def find_owner(request: web.Request) -> str | web.Response:
-    """Return whose history a link or a device shows, or why it shows none."""
+    """Return whose history a link shows, or the page that says why it shows none."""
     bot = request.app[BOT]
-    if "key" not in request.match_info:
-        device = await find_device(request)
-        return device.openid if device else await sign_in_page(request)
     owner = await bot.store.history_owner(request.match_info["key"])
     if owner is None:
         return error_page(bot, 404)
@@ -7357,18 +7354,26 @@ async def show_history(
 @a_few_at_once
 async def history_page(request: web.Request) -> web.Response:
     """Show a subscriber's history, a page of it or one exchange."""
-    bot, owner = request.app[BOT], await find_owner(request)
+    owner = await find_owner(request)
     if isinstance(owner, web.Response):
         return owner
-    device = None if "key" in request.match_info else await find_device(request)
-    asking = await asking_of(bot, device) if device else None
-    return await show_history(request, owner, asking)
+    return await show_history(request, owner, None)
+
+
+@a_few_at_once
+async def own_page(request: web.Request) -> web.Response:
+    """Show the history of the device's subscriber, with a field to ask."""
+    device = await find_device(request)
+    if device is None:
+        return await sign_in_page(request)
+    asking = await asking_of(request.app[BOT], device)
+    return await show_history(request, device.openid, asking)
 
 
 Form = typing.Mapping[str, str]  # the fields of one that was sent
 
 
-async def read_form(request: web.Request, size: int) -> typing.Mapping[str, str]:
+async def read_form(request: web.Request, size: int) -> Form:
     """Return the fields of a form that is sent as pages here send it."""
     if request.content_type != "application/x-www-form-urlencoded":
         return {}
@@ -7689,7 +7694,7 @@ def make_app(bot: Bot) -> web.Application:
         web.get("/a/{key}", answer_page),
         web.get("/a/{key}/events", answer_events),
         web.get("/h/{key}", history_page),
-        web.get("/me", history_page),
+        web.get("/me", own_page),
         web.post("/me/ask", ask_on_page),
         web.post("/me/stop", stop_answer),
         web.post("/me/new", begin_topic),
