@@ -1199,10 +1199,8 @@ async def test_a_new_topic_begins_a_section(browse, mine, upstream):
         "新的"
     )
     await expect(page.locator("section")).to_have_count(2)
-    asked = [
-        m["content"] for m in upstream.requests[-1].messages if m["role"] == "user"
-    ]
-    assert asked == ["新的"]
+    messages = (await upstream.arrival("新的")).messages
+    assert [m["content"] for m in messages if m["role"] == "user"] == ["新的"]
 
 
 async def test_an_answers_page_leads_on_to_the_own_page(browse, mine, upstream):

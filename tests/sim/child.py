@@ -25,7 +25,7 @@ LOOK_SECONDS = 0.1
 TAIL_LINES = 15
 # The platform makes no known pause after a refused connection. With this one its next
 # attempt meets the process that comes up after a crash.
-REFUSED_PAUSE_SECONDS = 1.0
+REFUSED_PAUSE_SECONDS = 2.5
 OPTIONS = ("app_id", "aes_key", "attempt_timeout", "attempts")
 
 
