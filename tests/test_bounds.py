@@ -13,7 +13,7 @@ import sys
 import pytest
 
 import wxgpt
-from conftest import ANN, PATIENT, ROOT
+from conftest import ANN, PATIENT, ROOT, with_session
 from fake_openai import Script, says
 from test_chat_text import SHAPES
 from test_pictures import HOSTS, PNG, host  # noqa: F401
@@ -138,7 +138,7 @@ async def test_a_live_page_of_it_holds_nobody_up(watch, tmp_path, name):
     pieces = [text[at : at + size] for at in range(0, len(text), size)]
 
     async def bring():
-        steps = itertools.chain(*zip(pieces, itertools.repeat(0.05)))
+        steps = itertools.chain(*zip(pieces, itertools.repeat(0.1)))
         watched.upstream.will(Script(["开头一段。\n\n" * 150, 0.1, *steps]))
         link = (await watched.server.ask("问")).links[0][1]
         streams = (watched.server.get(f"{link}/events") for _ in range(20))
@@ -262,10 +262,9 @@ async def test_who_waits_for_the_same_answer_waits_once(watch, database):
     assert gap <= MOST_UNITS
 
 
-async def test_an_answer_is_read_once_for_all_who_wait(
-    server, upstream, database, monkeypatch
-):
+async def test_an_answer_is_read_once_for_all_who_wait(serve, database, monkeypatch):
     """Ten taps on it at once, and ten readers of its page."""
+    server = await with_session(serve, wechat=PATIENT)
     await server.ask("问")
     database(COPY, 1, 1, "字。" * 5000)
     [(turn, key)] = database("SELECT id, link_key FROM turn ORDER BY id DESC LIMIT 1")
