@@ -2580,13 +2580,15 @@ class WordGuard:
         # Clusters held back, with their lengths as compared; `form` is all of them.
         self.held: collections.deque[tuple[str, int]] = collections.deque()
         self.form = ""
-        self.seen = {"chat": "", "page": ""}  # the ends of what they show, as compared
+        self.seen = ["", ""]  # the ends of what chat and page show, as compared
 
-    def sees(self, where: str, text: str) -> bool:
+    def sees(self, shown: str) -> bool:
         """Say whether a blocked word is in what is shown, of which this is new."""
-        form = compared(self.seen[where] + text)
-        self.seen[where] = form[-self.blocked.longest :]
-        return self.blocked.are_in_form(form)
+        new = zip(self.seen, (shown, CHAT_ONLY.sub("", shown)), strict=True)
+        both = [end + text for end, text in new]  # mostly the same
+        forms = {text: compared(text) for text in both}
+        self.seen = [forms[text][-self.blocked.longest :] for text in both]
+        return any(map(self.blocked.are_in_form, forms.values()))
 
     def feed(self, delta: str, is_end: bool = False) -> tuple[str, bool]:
         """Return what may be shown now, and whether a blocked word came."""
@@ -5155,9 +5157,7 @@ class Bot:
             turn.append(text)
         if has_words and not is_blocked:
             # The end is final now: no sign waits any more for what may follow it.
-            shown = turn.chat.text(is_end)[before:]
-            on_page = CHAT_ONLY.sub("", shown)
-            is_blocked = guard.sees("chat", shown) or guard.sees("page", on_page)
+            is_blocked = guard.sees(turn.chat.text(is_end)[before:])
         if is_blocked:
             turn.answer = answer  # nobody is told before it is rewritten
             raise ChatError("blocked", "a blocked word in the answer")
