@@ -72,7 +72,7 @@ REFUSED = (
 )
 PLACEHOLDER = r"(^|\.)example\.(com|net|org)$|replace-this"
 CONSOLE = """
-Type into 微信开发者平台 (我的业务 → 公众号 → 消息推送):
+Type into 微信开发者平台 (我的业务 → 公众号 → 基础信息 → 域名与消息推送配置):
   URL               {url}
   Token             {token}
   EncodingAESKey    {aes_key}

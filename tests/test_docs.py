@@ -13,9 +13,13 @@ import pytest
 import wxgpt
 from conftest import ROOT
 from owner.check import switch_of
+from owner.stats import print_stats
 
 README, README_ZH = "README.md", "README.zh-CN.md"
 MODELS, MODELS_ZH = "docs/models.md", "docs/models.zh-CN.md"
+EVERY = [README, README_ZH, *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
+CHINESE = [name for name in EVERY if name.endswith(".zh-CN.md")]
+ENGLISH = [name for name in EVERY if name not in CHINESE]
 EXAMPLE = ROOT / "wxgpt.example.toml"
 LINES = tomllib.loads((ROOT / "texts.toml").read_text("utf-8"))
 COMMANDS = [
@@ -27,6 +31,17 @@ COMMANDS = [
 REQUIRED = {README: "required", README_ZH: "必填"}
 TEXTS = {README: "Chinese", README_ZH: "中文"}
 BLOCK = re.compile(r"(?ms)^```\w*\n(.*?)^```$")
+# What the pages on trouble quote of other programs, and of WeChat.
+FOREIGN = (
+    *("token验证失败", "verify token fail, 200302", "请求URL超时", "系统错误"),
+    *("请输入正确的 Token", "MP_verify_", "ensurepip is not available"),
+    *(".venv/bin/pip: cannot execute: required file not found", "bad interpreter"),
+)
+# Figures for the sample of docs/stats.md: one row for each name.
+COUNTED = (
+    *("questions", "failures", "tokens_in", "tokens_out"),
+    *("median_seconds", "p95_seconds", "cost"),
+)
 
 
 def settings_of(kind: type, name: str = "") -> Iterator[tuple[str, object]]:
@@ -77,6 +92,40 @@ def headings(name: str) -> list[int]:
     """Return the levels of a page's headings."""
     prose = BLOCK.sub("", read(name))
     return [len(marks) for marks in re.findall(r"(?m)^(#+) ", prose)]
+
+
+def places(name: str) -> list[str]:
+    """Return what links to a page's headings say, as GitHub makes it."""
+    titles = re.findall(r"(?m)^#+ (.+)$", BLOCK.sub("", read(name)))
+    return [re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles]
+
+
+def sister(name: str) -> str:
+    """Return the Chinese page that belongs to an English one."""
+    return name.removesuffix(".md") + ".zh-CN.md"
+
+
+def commands(name: str) -> list[str]:
+    """Return a page's code blocks, comments aside.
+
+    What `stats` prints is in the page's own language, and has a test of its own.
+    """
+    blocks = [re.sub(r"(?m) *#.*$", "", block) for block in BLOCK.findall(read(name))]
+    return blocks if "stats" not in name else blocks[1:]
+
+
+def tables(name: str) -> list[list[str]]:
+    """Return the rows of a page's tables."""
+    prose = BLOCK.sub("", read(name))
+    return [t.splitlines() for t in re.findall(r"(?m)(?:^\|.*\|\n)+", prose)]
+
+
+def named_settings(name: str) -> set[str]:
+    """Return the settings that a page names, as a group and a name."""
+    groups = "|".join(
+        {setting.partition(".")[0] for setting in SETTINGS if "." in setting}
+    )
+    return set(re.findall(rf"\b(?:{groups})\.[a-z_]+\b", read(name)))
 
 
 def settings_table(name: str) -> list[tuple[str, str]]:
@@ -149,12 +198,29 @@ def test_the_commands_table_has_every_command(name):
     assert sorted({*found} - {"chatgpt", "NAME"}) == sorted({*wxgpt.COMMANDS})
 
 
-@pytest.mark.parametrize("pages", [(README, README_ZH), (MODELS, MODELS_ZH)])
-def test_a_page_has_the_same_shape_in_both_languages(pages):
-    """Headings have the same levels in the same order, code blocks the same text."""
-    english, chinese = pages
+def test_each_page_is_there_in_both_languages():
+    """And each names its sister at its head."""
+    assert sorted(map(sister, ENGLISH)) == sorted(CHINESE)
+    for english in ENGLISH:
+        here, there = (pathlib.Path(name).name for name in (english, sister(english)))
+        assert read(english).splitlines()[2] == f"[中文]({there})"
+        assert read(sister(english)).splitlines()[2] == f"[English]({here})"
+
+
+@pytest.mark.parametrize("english", ENGLISH)
+def test_a_page_has_the_same_shape_in_both_languages(english):
+    """The same headings, commands, tables with their figures, and settings."""
+    chinese = sister(english)
     assert headings(english) == headings(chinese)
-    assert BLOCK.findall(read(english)) == BLOCK.findall(read(chinese))
+    assert commands(english) == commands(chinese)
+    assert named_settings(english) == named_settings(chinese)
+    ours, theirs = tables(english), tables(chinese)
+    assert [len(table) for table in ours] == [len(table) for table in theirs]
+    for row, other in zip(sum(ours, []), sum(theirs, []), strict=True):
+        figures = (
+            sorted(re.findall(r"\d+(?:[.,]\d+)*", line)) for line in (row, other)
+        )
+        assert len({*map(tuple, figures)}) == 1, (row, other)
 
 
 @pytest.mark.parametrize("name", [README, README_ZH])
@@ -213,28 +279,104 @@ def test_check_advises_what_each_recipe_does(tmp_path, name):
 
 @pytest.mark.parametrize("name", [MODELS, MODELS_ZH])
 def test_the_table_of_recipes_leads_to_their_sections(name):
-    """GitHub names a heading's place by its letters, digits and hyphens."""
-    titles = re.findall(r"(?m)^## (.+)$", BLOCK.sub("", read(name)))
-    places = [re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles]
+    """In the order of the sections."""
     links = [row[0].partition("(#")[2].rstrip(")") for row in models_table(name)]
-    assert [place for place in places if place in links] == links
+    assert [place for place in places(name) if place in links] == links
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_what_a_page_links_to_is_there(name):
+    """Links and pictures lead to files of the checkout, and to their headings."""
+    text = BLOCK.sub("", read(name))
+    links = re.findall(r"\]\(([^):]+)\)|src=\"([^\":]+)\"", text)
+    for link in map("".join, links):
+        file, _, place = link.partition("#")
+        path = (ROOT / name).parent / file if file else ROOT / name
+        assert path.exists()
+        assert not place or place in places(str(path.resolve().relative_to(ROOT)))
+
+
+@pytest.mark.parametrize("name", CHINESE)
+def test_a_chinese_page_links_to_chinese_pages(name):
+    """Each page is there in Chinese; the head alone leads to the English one."""
+    links = re.findall(r"\]\(([^):#]+\.md)\b", read(name))
+    own = pathlib.Path(name).name.replace(".zh-CN", "")
+    assert [link for link in links if not link.endswith(".zh-CN.md")] == [own]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_commands_that_a_page_names_are_there(name):
+    """`wxgpt WORD` and `wxgpt.py WORD` are commands of the command line."""
+    named = re.findall(r"`wxgpt(?:\.py)? ([a-z]+)\b[^`\n]*`", read(name))
+    assert {*named} <= {*wxgpt.COMMAND_WORDS, "setup", "demo"}
+    assert named or "docs/benchmark" in name
 
 
 @pytest.mark.parametrize(
-    "name", [README, README_ZH, *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
+    "name", ["docs/troubleshooting.md", sister("docs/troubleshooting.md")]
 )
-def test_what_a_page_links_to_is_there(name):
-    """Links and pictures lead to files of the checkout."""
-    text = BLOCK.sub("", read(name))
-    links = re.findall(r"\]\(([^)#:]+)\)|src=\"([^\":]+)\"", text)
-    for link in map("".join, links):
-        assert ((ROOT / name).parent / link).exists()
+def test_what_a_page_on_trouble_quotes_is_said(name):
+    """Symptoms are quoted as the program, its log or texts.toml say them."""
+    files = [ROOT / "wxgpt.py", ROOT / "texts.toml", *ROOT.glob("owner/*.[pt]*")]
+    said = "\n".join([*(file.read_text("utf-8") for file in files), *FOREIGN])
+    said = re.sub(r"%\S*[sdf]|\{\w+(?::[^}]*)?\}|\d+", "…", said.replace('"\n', ""))
+    lists = [rows for rows in tables(name) if re.match(r"\| (symptom|现象)", rows[0])]
+    for row in sum(lists, []):
+        for quoted in re.findall("`(?!wxgpt [a-z])([^`]+)`", row.split(" | ")[0]):
+            for piece in re.sub(r"\d+", "…", quoted).split("…"):
+                assert piece.strip(": ,") in said, quoted
 
 
-def test_the_chinese_readme_links_to_chinese_pages():
-    """Where a page is there in Chinese, that is the one it leads to."""
-    links = re.findall(r"\]\((docs/\w+)\.md\)", read(README_ZH))
-    assert [link for link in links if (ROOT / f"{link}.zh-CN.md").exists()] == []
+def sample_row(name: str, *figures: float | None, **more: object) -> dict[str, object]:
+    """Return a row of what `stats` gathers."""
+    key = {"2026": "day", "oAnn": "openid", "oBob": "openid"}.get(name[:4], "model")
+    row = {key: name} | dict(zip(COUNTED, figures, strict=True))
+    return row | {"fallback": 0, "delivered": {}} | more
+
+
+SAMPLE = {
+    "days": [
+        sample_row("2026-11-21", 8, 0, 28854, 3204, 2.7, 9.5, 0.083),
+        sample_row("2026-11-22", 21, 2, 64824, 7616, 3.2, 8.1, 0.191),
+    ],
+    "subscribers": [
+        sample_row("oAnn7Zt1…", 20, 2, 66120, 7501, 3.1, 9.5, 0.192),
+        sample_row("oBob2Yq8…", 9, 0, 27558, 3319, 2.4, 8.1, 0.082),
+    ],
+    "models": [
+        sample_row("gpt-6-luna", 25, 0, 87410, 9980, 2.6, 7.4, 0.254),
+        sample_row("deepseek-flash", 2, 0, 6268, 840, 9.1, 9.5, 0.02),
+        sample_row("-", 2, 2, 0, 0, None, None, 0),
+    ],
+    "total": sample_row("", 29, 2, 93678, 10820, 2.9, 8.1, 0.274, fallback=2)
+    | {
+        "delivered": {
+            "1": 13,
+            "2": 5,
+            "3": 3,
+            "part": 4,
+            "page": 1,
+            "none": 3,
+            "lost": 0,
+        }
+    },
+    "reasons": {"busy": 2},
+    "slowest": [
+        {"at": "2026-11-21 20:14", "seconds": 9.5, "model": "deepseek-flash"},
+        {"at": "2026-11-22 09:03", "seconds": 9.1, "model": "deepseek-flash"},
+    ],
+    "reply_margin": 0.8,
+}
+
+
+@pytest.mark.parametrize(
+    ("lang", "name"), [("en", "docs/stats.md"), ("zh", sister("docs/stats.md"))]
+)
+def test_the_sample_of_stats_is_what_it_prints(lang, name, capsys, monkeypatch):
+    """In the language of the page."""
+    monkeypatch.setenv("WXGPT_LANG", lang)
+    print_stats(SAMPLE)
+    assert capsys.readouterr().out == BLOCK.findall(read(name))[0]
 
 
 def test_the_example_settings_of_the_readme_can_be_loaded(tmp_path):

@@ -54,7 +54,8 @@ SHOWN = re.compile(r" (demo|check|stats)\b|journalctl")  # their output is print
 
 OWN = "    (not in the text: the walk's own)"
 SETTINGS = "--config /etc/wxgpt/wxgpt.toml"
-LEFT = "find / -xdev -name '*wxgpt*'; systemctl list-units --all '*wxgpt*'"
+# Not --all: for a while systemd remembers a unit that is neither there nor active.
+LEFT = "find / -xdev -name '*wxgpt*'; systemctl list-units '*wxgpt*'"
 QUESTIONS = (
     "python3 -c \"import sqlite3; db = sqlite3.connect('/var/lib/wxgpt/wxgpt.db');"
     " print(*(q for q, in db.execute('SELECT question FROM turn ORDER BY id')),"
@@ -275,10 +276,13 @@ async def walk_readme(reader: Reader, upstream: FakeOpenAI) -> None:
     values: dict[str, str | int] = {"public_url": url, "token": TOKEN}
     values |= {"base_url": upstream.base_url}
     values |= {"host": "0.0.0.0", "port": 80}  # its way without a proxy
-    fill_in = "# set public_url, wechat.token and assistants.chatgpt.api_key, then"
-    reader.hands[fill_in] = lambda: reader.edit(
-        f"{home}/wxgpt.toml", api_key="sk-reader", **values
-    )
+    for fill_in in (
+        "# set public_url, wechat.token and assistants.chatgpt.api_key, then",
+        "# 填好 public_url、wechat.token 和 assistants.chatgpt.api_key，然后",
+    ):
+        reader.hands[fill_in] = lambda: reader.edit(
+            f"{home}/wxgpt.toml", api_key="sk-reader", **values
+        )
     reader.put_checkout(home)
     reader.folder = f"/{home}"
     await reader.run_inline("apt update && apt install python3-venv ca-certificates")
@@ -319,13 +323,7 @@ async def walk_deploy(reader: Reader, upstream: FakeOpenAI) -> None:
     await keep(reader)
     await reader.follow("Uninstall")
     await reader.run("rm /etc/nginx/conf.d/wxgpt.conf && systemctl disable --now caddy")
-    left = await reader.run(LEFT)
-    for _ in range(5):  # systemd forgets a unit a moment after nothing needs it
-        if "wxgpt" not in left:
-            break
-        await asyncio.sleep(2)
-        left = await reader.run(LEFT)
-    if "wxgpt" in left:
+    if "wxgpt" in (left := await reader.run(LEFT)):
         raise Stuck(f"left behind: {left}")
 
 
