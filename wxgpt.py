@@ -183,7 +183,7 @@ class ConfigError(Exception):
 
 
 FOUND = "{name}: found {found}, expected {expected}"
-FOUND_WITHIN = "{name}: found {found}, expected {expected} from {least:g} to {most:g}"
+FOUND_WITHIN = "{name}: found {found}, expected {expected} from {least} to {most}"
 
 
 class Mistakes:
@@ -443,7 +443,8 @@ def read_value(
         return tuple(value) if isinstance(value, list) else value
     found = "something else" if entry.metadata.get("secret") else repr(value)
     found = "nothing" if value is MISSING else found
-    values = dict(zip(("least", "most"), bounds or (), strict=False))
+    plain = (f"{bound:f}".rstrip("0").rstrip(".") for bound in bounds or ())
+    values = dict(zip(("least", "most"), plain, strict=False))
     words = FOUND_WITHIN if bounds else FOUND
     mistakes.add(name, words, found=found, expected=expected, **values)
     if entry.default_factory is not MISSING:
@@ -7938,6 +7939,8 @@ def serve_command(config: Config, path: str) -> int:
         log.info("%s", line)
     for risk in find_risks(config, path, os.geteuid()):
         log.warning("%s: %s; better: %s", *risk)
+    if config.public_url == EXAMPLE_URL:
+        print_error("public_url is still the example's: no phone can reach it")
     try:
         asyncio.run(run_server(config))
     except (StoreError, OSError) as error:
@@ -8008,7 +8011,10 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-EXAMPLE_TOKEN = "replaceThisToken"  # of wxgpt.example.toml
+# What wxgpt.example.toml and the documents have in place of an owner's own.
+EXAMPLE_URL = "http://wx.example.com"
+EXAMPLE_TOKEN = "replaceThisToken"
+EXAMPLE_KEYS = ("sk-replace-this", "sk-...")
 COMMAND_WORDS = (
     *("serve", "check", "stats", "logs", "update", "backup"),
     *("--version", "-h", "--help"),
@@ -8016,10 +8022,20 @@ COMMAND_WORDS = (
 
 
 def check_placeholders(config: Config, mistakes: Mistakes) -> None:
-    """Note what still is as in the example."""
+    """Note what still is as in the example.
+
+    The address alone is no mistake: in a trial the name may lead here.
+    """
     expected = "one of your own: everybody knows this one"
     is_own = config.wechat.token != EXAMPLE_TOKEN
     mistakes.require(is_own, "wechat.token", EXAMPLE_TOKEN, expected)
+    for name, one in config.assistants.items():
+        is_own, where = one.api_key not in EXAMPLE_KEYS, f"assistants.{name}.api_key"
+        mistakes.require(is_own, where, one.api_key, "the key your provider gave you")
+    if mistakes.lines:
+        is_own = config.public_url != EXAMPLE_URL
+        expected = "the address of this machine"
+        mistakes.require(is_own, "public_url", EXAMPLE_URL, expected)
 
 
 def read_settings(path: str, environ: typing.Mapping[str, str]) -> Config:

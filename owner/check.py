@@ -60,6 +60,7 @@ CLOCK_SECONDS = 60  # a tenth of what a push's timestamp may be off
 CERTIFICATE_DAYS = 14  # automatic renewal takes place long before
 PROBE_SECONDS = 0.3  # PROBE_PATH sends two events half a second apart
 WORDS_CHARS = 100  # of a provider's message are shown
+FINISH = "finish_reason "  # an error's detail, before the provider's word
 ONE_WORD = [{"role": "user", "content": "请只回答一个字：好"}]
 THOUGHT_TOKENS = 30  # more than one word takes, even spelled out with a tag or two
 UNREACHED = "this machine may not reach itself from outside: try a phone"
@@ -70,16 +71,20 @@ REFUSED = (
     "nothing listens on port {port}: is the proxy running (`systemctl status nginx`), "
     "and does it listen there?"
 )
-PLACEHOLDER = r"(^|\.)example\.(com|net|org)$|replace-this"
+EXAMPLE_NAME = r"(^|\.)example\.(com|net|org)$"
 CONSOLE = """
-Type into 微信开发者平台 (我的业务 → 公众号 → 消息推送):
+Type into 微信开发者平台,
+https://developers.weixin.qq.com/console/product/mp/{app_id}
+(我的业务 → 公众号 → 基础信息 → 域名与消息推送配置 → 消息推送):
   URL               {url}
   Token             {token}
   EncodingAESKey    {aes_key}
   消息加解密方式    {mode}
-Then enable it (启用): the console's auto replies and menus stop from then on;
-[replies] can stand in for auto replies. A personal account has no customer
-service messages, menu interface, materials or nicknames: wxgpt needs none."""
+  数据格式          XML
+Submit; when it is verified, press 启用: a step of its own. From then on the
+console's auto replies and menus stop, by WeChat's rule; [replies] can stand in
+for auto replies. A personal account has no customer service messages, menu
+interface, materials or nicknames: wxgpt needs none."""
 # What the running service refused at its door, by words of its log: what that means.
 DOOR = (
     (
@@ -232,7 +237,7 @@ def reason_of(error: BaseException) -> str:
     """Return why a connection failed, in a few words of the owner's language."""
     inner = getattr(error, "certificate_error", getattr(error, "os_error", error))
     if isinstance(inner, ssl.SSLCertVerificationError):
-        return inner.verify_message
+        return tell(inner.verify_message.partition(",")[0])
     if isinstance(inner, ssl.SSLError):
         return tell("it speaks no TLS there ({reason})", reason=inner.reason)
     if isinstance(inner, socket.gaierror):
@@ -347,6 +352,15 @@ class Doctor:
             line = f"\033[{colour}m{mark}\033[0m" + line.removeprefix(mark)
         print(line, flush=True)
 
+    @contextlib.asynccontextmanager
+    async def talking(self) -> typing.AsyncIterator[None]:
+        """Say inside the block what is waited for."""
+        task = asyncio.create_task(self.keep_talking())
+        try:
+            yield
+        finally:
+            task.cancel()
+
     async def keep_talking(self) -> None:
         """Say what is waited for whenever nothing was said for a while."""
         while True:
@@ -368,15 +382,11 @@ class Doctor:
             self.report("warn", place, found, fix, path=path)
 
     def check_settings(self, path: str) -> None:
-        """Report which file counts, what is left to fill in, and what may mislead."""
+        """Report which file counts, and which others may be taken for it."""
         names = ", ".join(self.config.assistants)
         self.report(
             "ok", "settings", "{path}, assistants {names}", path=path, names=names
         )
-        for name in self.config.assistants:
-            if self.has_example_key(name):
-                found, fix = "the key is only an example", "put in the provider's key"
-                self.report("fail", f"assistants.{name}.api_key", found, fix)
         others = find_others(path, self.config.database.path)
         for used, other in others if self.unit else ():
             fix = "delete it, so that you never edit or read the wrong one"
@@ -388,11 +398,6 @@ class Doctor:
                 other=other,
                 used=used,
             )
-
-    def has_example_key(self, name: str) -> bool:
-        """Say whether an assistant has the key of wxgpt.example.toml."""
-        key = self.config.assistants[name].api_key
-        return re.search(PLACEHOLDER, key) is not None
 
     def check_database(self) -> None:
         """Check that the database can be written, and the disk has room."""
@@ -553,6 +558,9 @@ class Doctor:
             detail = tell(error.detail)
             if error.status:
                 detail = tell("status {status}", status=error.status)
+            elif error.detail.startswith(FINISH):
+                word = error.detail.removeprefix(FINISH)
+                detail = tell("it ended with finish_reason {word}", word=word)
             detail += f" “{words}”" if words else ""
         places = {
             key: tell(setting_source(name, key, one, self.environ))
@@ -576,8 +584,6 @@ class Doctor:
     async def check_assistant(self, name: str, client: ChatClient) -> None:
         """Ask an assistant for one word, and check that WeChat would wait for it."""
         what = "assistant {name}"
-        if self.has_example_key(name):
-            return  # check_settings has reported it
         one = self.config.assistants[name]
         self.doing = tell(
             "one word of {name}'s model, {seconds:.0f} s at most",
@@ -632,7 +638,7 @@ class Doctor:
         """Check that WeChat takes the public URL; say whether it can be tried."""
         url = urllib.parse.urlsplit(self.config.public_url)
         wanted = {"http": 80, "https": 443}[url.scheme]
-        is_example = re.search(PLACEHOLDER, url.hostname or "")
+        is_example = re.search(EXAMPLE_NAME, url.hostname or "")
         if is_example and not await resolves(url.hostname or ""):
             found, fix = "{url} is only an example", "put in the name of this machine"
             self.report("fail", "public_url", found, fix, url=self.config.public_url)
@@ -779,6 +785,19 @@ async def is_silent(client: ChatClient) -> bool:
         return isinstance(error, TimeoutError)
 
 
+def console_words(config: Config) -> str:
+    """Return what to type into which field of WeChat's console."""
+    wechat = config.wechat
+    return tell(
+        CONSOLE,
+        url=config.public_url + config.server.path,
+        token=wechat.token,
+        aes_key=wechat.aes_key or tell("any, made by the form"),
+        mode="安全模式" if wechat.aes_key else "明文模式",
+        app_id=wechat.app_id or "<AppID>",
+    )
+
+
 async def run_check(
     config: Config,
     environ: typing.Mapping[str, str],
@@ -791,20 +810,9 @@ async def run_check(
     make_cipher(config)
     make_blocked(config)
     load_pages()
-    talking = asyncio.create_task(doctor.keep_talking())
-    try:
+    async with doctor.talking():
         await check_all(doctor, config, path)
-    finally:
-        talking.cancel()
-    wechat = config.wechat
-    words = tell(
-        CONSOLE,
-        url=config.public_url + config.server.path,
-        token=wechat.token,
-        aes_key=wechat.aes_key or tell("any, made by the form"),
-        mode="安全模式" if wechat.aes_key else "明文模式",
-    )
-    print(words)
+    print(console_words(config))
     counts = (f"{doctor.counts[grade]} {mark}" for grade, (mark, _) in MARKS.items())
     print("\n" + "  ".join(counts))
     return 1 if doctor.counts["fail"] else 0

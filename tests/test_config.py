@@ -14,6 +14,7 @@ import sys
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 
+import aiohttp
 import pytest
 from packaging.requirements import Requirement
 
@@ -80,6 +81,11 @@ REFUSED = {
     "too large": (
         GOOD + "[server]\nport = 65536\n",
         ["server.port", "65536", "65535"],
+    ),
+    "too short": (GOOD + "[session]\nttl = 0.5\n", ["0.5", "1", "31536000"]),
+    "too small to be told shortly": (
+        GOOD + "[history]\nlink_hours = 0\n",
+        ["history.link_hours", "0.000001", "876000"],
     ),
     "not a number": (GOOD + "[session]\nttl = nan\n", ["session.ttl", "nan"]),
     "URL without scheme": (
@@ -378,18 +384,31 @@ def texts_of(path):
     return {node.value for node in tree if isinstance(node, ast.Constant)}
 
 
-SQLITE = {
-    "database or disk is full",
+FOREIGN = {  # what SQLite, OpenSSL and aiohttp say
+    "attempt to write a readonly database",
+    "database disk image is malformed",
     "database is locked",
+    "database or disk is full",
+    "disk I/O error",
     "file is not a database",
     "unable to open database file",
+    "certificate has expired",
+    "certificate is not yet valid",
+    "self-signed certificate",
+    "self-signed certificate in certificate chain",
+    "unable to get issuer certificate",
+    "unable to get local issuer certificate",
+    "unable to verify the first certificate",
+    "Hostname mismatch",
+    "IP address mismatch",
+    *vars(aiohttp),
 }
 
 
 def test_each_chinese_line_has_its_english_in_the_code():
     """What is translated is said somewhere, and fills in nothing else."""
     said = {os.strerror(code) for code in errno.errorcode}
-    said |= texts_of(pathlib.Path(argparse.__file__)) | SQLITE
+    said |= texts_of(pathlib.Path(argparse.__file__)) | FOREIGN
     for path in (ROOT / "wxgpt.py", *ROOT.glob("owner/*.py")):
         said |= texts_of(path)
     said |= {f"'{text}'" for text in said}
@@ -459,11 +478,41 @@ def test_a_file_that_is_not_utf_8_ends_the_start_with_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["serve", "check"])
-def test_the_examples_token_is_refused(command):
-    """Everybody knows it, and could post messages in anybody's name."""
-    ended = run(command, "--config", ROOT / "wxgpt.example.toml")
-    assert ended.returncode == 2 and "wechat.token" in ended.stderr
-    assert len(ended.stderr.splitlines()) == 1
+def test_what_is_still_the_examples_is_refused_at_once(command):
+    """Everybody knows the token, and could post messages in anybody's name."""
+    ended = run(command, "--config", ROOT / "wxgpt.example.toml", "--lang", "zh")
+    assert ended.returncode == 2 and ended.stderr.splitlines() == [
+        "wxgpt: wechat.token：现在是 'replaceThisToken'，应为你自己的：示例里的谁都知道",
+        "wxgpt: assistants.chatgpt.api_key：现在是 'sk-replace-this'，应为服务商给你的密钥",
+        "wxgpt: 公网地址 public_url：现在是 'http://wx.example.com'，应为这台机器自己的网址",
+    ]
+
+
+def test_a_key_of_the_documents_is_refused(tmp_path):
+    """Of whichever assistant."""
+    path = tmp_path / "wxgpt.toml"
+    path.write_text(GOOD + '[assistants.deepseek]\napi_key = "sk-..."\n', "utf-8")
+    ended = run("--config", path)
+    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
+    assert "assistants.deepseek.api_key: found 'sk-...'" in ended.stderr
+
+
+async def test_the_examples_address_alone_is_warned_of(spawn):
+    """It may lead here in a trial; another one is not spoken of."""
+    warned = "public_url is still the example's"
+    _, process = await spawn(public_url=wxgpt.EXAMPLE_URL)
+    await process.says(warned)
+    await process.end()
+    _, process = await spawn(public_url="http://chat.example.com")
+    assert not any(warned in line for line in process.log)
+
+
+def test_the_placeholders_are_the_examples():
+    """What is refused is what stands there."""
+    example = wxgpt.load_config(ROOT / "wxgpt.example.toml")
+    assert example.public_url == wxgpt.EXAMPLE_URL
+    assert example.wechat.token == wxgpt.EXAMPLE_TOKEN
+    assert example.assistants["chatgpt"].api_key in wxgpt.EXAMPLE_KEYS
 
 
 def test_the_version_is_printed():

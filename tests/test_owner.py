@@ -798,9 +798,9 @@ async def test_an_https_address_where_nothing_listens_is_said_once(check):
 # check: what an error means, without a provider
 
 
-def failed(kind="setup", cause=None, **fields):
+def failed(kind="setup", cause=None, detail="some detail", **fields):
     """Make an error of a chat API, raised from a cause."""
-    error = ChatError(kind, "some detail", **fields)
+    error = ChatError(kind, detail, **fields)
     error.__cause__ = cause
     return error
 
@@ -1431,14 +1431,10 @@ async def test_it_says_what_it_waits_for(monkeypatch, capsys):
     talking.cancel()
 
 
-async def test_placeholders_are_failures(check, upstream):
-    """Neither the model nor the address is tried with them."""
-    example = {"chatgpt": {"api_key": "sk-replace-this"}}
-    lines = ["✗ assistants.chatgpt.api_key: the key is only an example"]
-    lines += ["✗ public_url: https://wx.example.com is only an example"]
-    url = "https://wx.example.com"
-    await assert_found(check(public_url=url, assistants=example), *lines)
-    assert len(upstream.requests) == 0
+async def test_an_example_address_is_a_failure(check):
+    """It is not even tried, unless its name leads somewhere."""
+    line = "✗ public_url: https://wx.example.com is only an example"
+    await assert_found(check(public_url="https://wx.example.com"), line)
 
 
 async def test_only_tls_1_3_is_a_failure(check, tmp_path):
@@ -1486,7 +1482,7 @@ async def test_a_full_disk_is_a_failure(check, tmp_path, size, mark):
 def test_all_words_of_the_owner_have_their_chinese():
     """Each text that is given to `tell`, `report`, `say` or `complain` is translated."""
     words, missing = read_words(), []
-    for name in ("check", "service", "update", "stats"):
+    for name in ("check", "service", "setup", "update", "stats"):
         tree = ast.parse((ROOT / f"owner/{name}.py").read_text("utf-8"))
         for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
             known = getattr(call.func, "attr", getattr(call.func, "id", ""))
@@ -1498,6 +1494,54 @@ def test_all_words_of_the_owner_have_their_chinese():
     found = [*TROUBLES.values(), *(text for row in DOOR for text in row[1:]), OTHER]
     found += [fix for _, fix in PROXY_FIXES] + [*CERTIFICATE_FIXES.values(), CONSOLE]
     assert missing + [text for text in found if text not in words] == []
+
+
+def test_our_own_words_about_a_models_failure_have_their_chinese():
+    """What a provider says stays as it says it."""
+    tree = ast.parse((ROOT / "wxgpt.py").read_text("utf-8"))
+    details = [
+        call.args[1].value
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call)
+        and getattr(call.func, "id", "") == "ChatError"
+        and len(call.args) > 1
+        and isinstance(call.args[1], ast.Constant)
+        and call.args[0].value not in ("picture", "blocked")
+    ]
+    assert "time limit" in details
+    assert [text for text in details if text not in read_words()] == []
+
+
+CHINESE = {
+    "an end": (
+        failed("refused", detail="finish_reason content_filter"),
+        "回答以 finish_reason content_filter 结束",
+    ),
+    "no JSON": (
+        failed(BROKEN, NO_JSON, detail="an event is not JSON"),
+        "回答的格式不是 JSON",
+    ),
+    "cut": (
+        failed(BROKEN, aiohttp.ClientPayloadError(), detail="ClientPayloadError"),
+        "回答没传完就断了",
+    ),
+    "a certificate": (
+        failed(AWAY, untrusted(10, "certificate has expired")),
+        "证书过期了",
+    ),
+    "its name": (
+        failed(AWAY, untrusted(62, "Hostname mismatch, certificate is not valid for")),
+        "证书不是给这个域名的",
+    ),
+}
+
+
+@pytest.mark.parametrize("error, words", CHINESE.values(), ids=CHINESE)
+def test_a_models_failure_is_told_in_chinese(monkeypatch, error, words):
+    """Our own words for it, too."""
+    monkeypatch.setenv("WXGPT_LANG", "zh")
+    found = Doctor(CONFIG, {}).diagnose("x", error)
+    assert words in found and not re.search("[a-z]{3,} [a-z]{3,} [a-z]{3,}", found)
 
 
 # check: the things that break most often, each in the words that an owner reads

@@ -14,7 +14,7 @@ import wxgpt
 from child import free_port
 from conftest import ROOT, platform, run_command
 from fake_openai import fails
-from owner.setup import flat, make_aes_key, put_settings, read_providers
+from owner.setup import at_home, flat, make_aes_key, put_settings, read_providers
 from waiting import limit, within
 
 URL = "https://wx.example.com"
@@ -333,6 +333,28 @@ def test_the_menu_is_the_table_of_the_documents():
     assert found["deepseek"].extra == {"thinking": {"type": "disabled"}}
     assert found["chatgpt"].base_url == "https://api.openai.com/v1"
     assert not found["azure"].is_whole and found["ollama"].is_local
+
+
+@pytest.mark.parametrize("name", ["wxgpt.service", "owner/wxgpt"])
+def test_the_services_files_fit_where_the_program_lies(monkeypatch, name):
+    """Also in a folder whose name begins as the usual one's."""
+    home = "/opt/wxgpt-main"
+    monkeypatch.setattr("owner.setup.ROOT", home)
+    monkeypatch.setattr("sys.executable", f"{home}/.venv/bin/python")
+    text = (ROOT / name).read_text("utf-8")
+    assert f"{home}/.venv/bin/python " in at_home(text)
+    assert at_home(text).replace(home, "/opt/wxgpt") == text
+
+
+async def test_the_examples_own_words_are_no_answers(setup, tmp_path):
+    """What nobody has filled in yet is asked for."""
+    example = (ROOT / "wxgpt.example.toml").read_text("utf-8")
+    (tmp_path / "wxgpt.toml").write_text(example, "utf-8")
+    names = ("public_url", "app_id", "provider", "base_url", "model", "key")
+    status, _, err = await setup("--mode=plain", **dict.fromkeys(names))
+    assert status == 2 and err.strip().endswith(" --public-url --key")
+    status, _, err = await setup("--mode=plain", key="sk-replace-this")
+    assert status == 2 and "--key: the key your provider gave you" in err
 
 
 def test_a_made_aes_key_is_one_of_wechats():
