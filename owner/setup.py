@@ -406,7 +406,7 @@ class Setup:
                 wrong_base_url,
             )
         model = self.ask(
-            tell("model"),
+            tell("name of the model"),
             "model",
             model,
             lambda text: "" if text else tell("a name is needed"),
@@ -550,7 +550,7 @@ class Setup:
             steps = [f"apt install {packages}", *([] if is_plain else [certificate])]
             steps += [
                 f"cp {path} /etc/nginx/conf.d/wxgpt.conf",
-                "nginx -t && systemctl reload nginx",
+                "nginx -t && systemctl reload-or-restart nginx",
             ]
         print(*(f"    {step}" for step in steps), sep="\n")
         if self.is_asking:

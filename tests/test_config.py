@@ -412,6 +412,8 @@ def test_each_chinese_line_has_its_english_in_the_code():
     for path in (ROOT / "wxgpt.py", *ROOT.glob("owner/*.py")):
         said |= texts_of(path)
     said |= {f"'{text}'" for text in said}
+    tables = tomllib.loads((ROOT / "owner/words.toml").read_text("utf-8")).values()
+    assert len(read_words()) == sum(map(len, tables))  # one Chinese for each
     for english, chinese in read_words().items():
         assert english in said or english.partition(" → ")[2] in said
         names = [set(re.findall(r"\{\w*", text)) for text in (english, chinese)]

@@ -1,8 +1,7 @@
 """`wxgpt.py setup`: from nothing to settings that serve, by questions or by options."""
 
 import asyncio
-import os
-import pty
+import contextlib
 import re
 import stat
 import sys
@@ -15,6 +14,7 @@ from child import free_port
 from conftest import ROOT, platform, run_command
 from fake_openai import fails
 from owner.setup import at_home, flat, make_aes_key, put_settings, read_providers
+from typist import typing_at
 from waiting import limit, within
 
 URL = "https://wx.example.com"
@@ -230,73 +230,37 @@ async def test_it_waits_for_the_consoles_verification(setup, tmp_path):
     assert status == 0 and "✓ verified" in out
 
 
-class Terminal:
-    """Setup at a terminal of its own, where Ctrl-C is a key."""
-
-    def __init__(self, folder):
-        self.folder, self.shown, self.all_shown = folder, "", ""
-        self.master, self.slave = pty.openpty()
-
-    async def start(self, *words):
-        """Start setup."""
-        self.process = await asyncio.create_subprocess_exec(
-            *("setsid", "--ctty", "--wait", sys.executable, str(ROOT / "wxgpt.py")),
-            *("setup", "--config", str(self.folder / "wxgpt.toml"), *words),
-            stdin=self.slave, stdout=self.slave, stderr=self.slave,
-        )  # fmt: skip
-        os.close(self.slave)
-        self.reader = asyncio.StreamReader()
-        await asyncio.get_running_loop().connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(self.reader),
-            open(self.master, "rb", 0),
-        )
-
-    async def answer(self, question, keys):
-        """Wait for a question, and press keys."""
-        async with limit(30, f"{question!r} in {self.shown!r}"):
-            while question not in self.shown:
-                piece = (await self.reader.read(4096)).decode(errors="replace")
-                self.shown += piece
-                self.all_shown += piece
-        self.shown = self.shown.partition(question)[2]
-        os.write(self.master, keys.encode())
-
-    async def ends(self, pressing=""):
-        """Return the exit status; keys are pressed again, as a person would.
-
-        A Ctrl-C that comes between a prompt and the wait for a key is lost.
-        """
-        ended = asyncio.ensure_future(self.process.wait())
-        for _ in range(30):
-            if (await asyncio.wait({ended}, timeout=1))[0]:
-                break
-            os.write(self.master, pressing.encode())
-        return await within(1, "end of setup", ended)
-
-
 @pytest.fixture
-def terminal(tmp_path):
-    """A terminal for setup."""
-    return Terminal(tmp_path)
+async def terminal(tmp_path):
+    """Run setup at a terminal; gives who types."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start(*words):
+            path = tmp_path / "wxgpt.toml"
+            program = (sys.executable, str(ROOT / "wxgpt.py"), "setup")
+            running = typing_at(*program, "--config", str(path), "--no-service", *words)
+            return await stack.enter_async_context(running)
+
+        yield start
 
 
 async def test_questions_at_a_terminal(terminal, upstream, tmp_path):
     """A wrong answer is asked for again, and so is a key that is refused."""
     upstream.will(fails(401))
-    await terminal.start("--no-service", "--no-check")
-    await terminal.answer("address, as in", "wx.example.com\n")
-    await terminal.answer("it begins with http", f"{URL}/\n")
-    await terminal.answer("AppID (", f"{APP_ID}\n")
-    await terminal.answer("another one", "16\n")
-    await terminal.answer("address of the API", f"{upstream.base_url}\n")
-    await terminal.answer("model: ", "m\n")
-    await terminal.answer("key (", "sk-wrong\n")
-    await terminal.answer("without /chatgpt first", "\n")
-    await terminal.answer("stands before wxgpt", "4\n")
-    await terminal.answer("another key", f"{KEY}\n")
-    await terminal.answer("assistant chatgpt: m, first word", "")
-    await terminal.answer("start wxgpt now", "n\n")
-    assert await terminal.ends() == 0 and KEY not in terminal.all_shown
+    typist = await terminal("--no-check")
+    await typist.answer("address, as in", "wx.example.com\n")
+    await typist.answer("it begins with http", f"{URL}/\n")
+    await typist.answer("AppID (", f"{APP_ID}\n")
+    await typist.answer("another one", "16\n")
+    await typist.answer("address of the API", f"{upstream.base_url}\n")
+    await typist.answer("name of the model: ", "m\n")
+    await typist.answer("key (", "sk-wrong\n")
+    await typist.answer("without /chatgpt first", "\n")
+    await typist.answer("stands before wxgpt", "4\n")
+    await typist.answer("another key", f"{KEY}\n")
+    await typist.answer("assistant chatgpt: m, first word", "")
+    await typist.answer("start wxgpt now", "n\n")
+    assert await typist.ends() == 0 and KEY not in typist.all_shown
     found = written(tmp_path)
     assert found["public_url"] == URL and found["assistants.chatgpt.api_key"] == KEY
     assert found["session.auto_open"] and "server.port" not in found
@@ -315,13 +279,13 @@ async def test_a_provider_of_the_menu_brings_its_switch(setup, tmp_path):
 @pytest.mark.parametrize("question", ["address, as in", "AppID (", "number"])
 async def test_it_can_be_left_in_the_middle(terminal, tmp_path, question):
     """By Ctrl-C; nothing is written, and it may be run again."""
-    await terminal.start("--no-service")
+    typist = await terminal()
     for asked, keys in {"address, as in": f"{URL}\n", "AppID (": "\n"}.items():
         if asked == question:
             break
-        await terminal.answer(asked, keys)
-    await terminal.answer(question, "\x03")
-    assert await terminal.ends("\x03") == 130
+        await typist.answer(asked, keys)
+    await typist.answer(question, "\x03")
+    assert await typist.ends("\x03") == 130
     assert list(tmp_path.iterdir()) == []
 
 
