@@ -55,6 +55,7 @@ from wxgpt import (
 MARKS = {"ok": ("✓", "32"), "warn": ("!", "33"), "fail": ("✗", "31")}
 DISK_BYTES = 200 * 1024 * 1024  # free; below it the owner should make room
 FULL_BYTES = 10 * 1024 * 1024  # below it answers fail now, or within the hour
+REACH_SECONDS = 10.0  # for what answers soon, if at all
 SILENT_SECONDS = 5.0  # then it is said what is waited for, and again as often
 CLOCK_SECONDS = 60  # a tenth of what a push's timestamp may be off
 CERTIFICATE_DAYS = 14  # automatic renewal takes place long before
@@ -224,7 +225,11 @@ PROXY_FIXES = (
     (r"3..", "give public_url as the address that answers by itself"),
     (r"50[234]", "is wxgpt running, on the port that the proxy names?"),
     (r"403", "has the running wxgpt the same token? Restart it after a change"),
-    (r"", "the proxy must pass /a/, /h/, /healthz and server.path to wxgpt unchanged"),
+    (
+        r"",
+        "the proxy must pass /a/, /h/, /healthz and server.path to wxgpt unchanged, "
+        "for this name (server_name)",
+    ),
 )
 
 
@@ -436,8 +441,8 @@ class Doctor:
             grade, "database", found, fix, path=path, size=size / 1e6, free=free / 1e9
         )
 
-    async def check_port(self, http: aiohttp.ClientSession) -> bool:
-        """Check who holds the port; say whether it is free."""
+    async def check_port(self, http: aiohttp.ClientSession) -> bool | None:
+        """Check who holds the port; say whether it is free, None if others have it."""
         host, port = self.config.server.host, self.config.server.port
         near = "127.0.0.1" if host in ("0.0.0.0", "::") else host
         near = f"[{near}]" if ":" in near else near
@@ -470,7 +475,7 @@ class Doctor:
                 found = "cannot listen on port {port}: {why}"
                 why = tell(str(error).rpartition(": ")[2])
                 self.report("fail", "port", found, fix, port=port, why=why)
-        return False
+        return None
 
     def report_stopped(self, port: int) -> None:
         """Report that wxgpt does not run: nobody gets an answer."""
@@ -525,7 +530,7 @@ class Doctor:
             self.doing = tell("the clock of {url}", url=url)
             opening = client.http.get(url, proxy=proxy, allow_redirects=False)
             try:
-                async with asyncio.timeout(15), opening as response:
+                async with asyncio.timeout(REACH_SECONDS), opening as response:
                     date = email.utils.parsedate_to_datetime(response.headers["Date"])
                 break
             except (aiohttp.ClientError, OSError, KeyError, ValueError):
@@ -638,6 +643,7 @@ class Doctor:
         """Check that WeChat takes the public URL; say whether it can be tried."""
         url = urllib.parse.urlsplit(self.config.public_url)
         wanted = {"http": 80, "https": 443}[url.scheme]
+        self.doing = tell("the address of {host}", host=url.hostname)
         is_example = re.search(EXAMPLE_NAME, url.hostname or "")
         if is_example and not await resolves(url.hostname or ""):
             found, fix = "{url} is only an example", "put in the name of this machine"
@@ -696,8 +702,11 @@ class Doctor:
             fix = "WeChat speaks 1.2: in nginx `ssl_protocols TLSv1.2 TLSv1.3;`"
             self.report("fail", "TLS", "only version 1.3 is spoken", fix)
 
-    async def check_verification(self, http: aiohttp.ClientSession) -> None:
-        """Send what WeChat's console sends, through the public URL."""
+    async def check_verification(self, http: aiohttp.ClientSession) -> bool:
+        """Send what WeChat's console sends, through the public URL; say if all is well.
+
+        The first answer that is not wxgpt's is told, as others have the same reason.
+        """
         base = self.config.public_url + self.config.server.path.rstrip("/")
         echo, right = secrets.token_hex(8), self.signed()
         wrong = right | {"signature": "0" * 40}
@@ -722,7 +731,7 @@ class Doctor:
                 grade, fix = reach_fix(error, port)
                 why = reason_of(error)
                 self.report(grade, what, "{why}", "{fix}", path=path, why=why, fix=fix)
-                return
+                return False
             if found == status and (status == 403 or text == echo):
                 self.report("ok", what, "status {status}", path=path, status=found)
                 continue
@@ -735,6 +744,8 @@ class Doctor:
                 path=path,
                 status=found,
             )
+            return False
+        return True
 
     async def check_stream(self, http: aiohttp.ClientSession) -> None:
         """Check that the proxy does not buffer event streams."""
@@ -768,7 +779,7 @@ async def shake_hands(
     host: str | None, port: int, context: ssl.SSLContext
 ) -> dict[str, typing.Any]:
     """Return the certificate that a server shows; raise OSError."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(REACH_SECONDS):
         _, writer = await asyncio.open_connection(host, port, ssl=context)
     certificate = writer.get_extra_info("peercert")
     writer.close()
@@ -779,7 +790,7 @@ async def is_silent(client: ChatClient) -> bool:
     """Say whether a provider's host sends no byte, whatever it is asked."""
     url, proxy = client.settings.base_url.strip(), client.settings.proxy or None
     try:
-        async with asyncio.timeout(10), client.http.get(url, proxy=proxy):
+        async with asyncio.timeout(REACH_SECONDS), client.http.get(url, proxy=proxy):
             return False
     except (aiohttp.ClientError, OSError, ValueError) as error:
         return isinstance(error, TimeoutError)
@@ -822,7 +833,7 @@ async def check_all(doctor: Doctor, config: Config, path: str) -> None:
     """Report every finding, from the settings outwards."""
     doctor.check_settings(path)
     doctor.check_database()
-    timeout = aiohttp.ClientTimeout(total=15)
+    timeout = aiohttp.ClientTimeout(total=REACH_SECONDS)
     async with contextlib.AsyncExitStack() as stack:
         # A bad certificate has a line of its own, and must not hide other findings.
         connector = aiohttp.TCPConnector(ssl=False)
@@ -836,7 +847,8 @@ async def check_all(doctor: Doctor, config: Config, path: str) -> None:
         await doctor.check_clock(clients.values())
         for name, client in clients.items():
             await doctor.check_assistant(name, client)
-        if not await doctor.check_url() or not await doctor.check_certificate():
+        is_well = await doctor.check_url() and await doctor.check_certificate()
+        if not is_well or is_free is None:
             return  # the rest would fail for the same reason
         if is_free:  # serve for the next questions only
             folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -844,5 +856,5 @@ async def check_all(doctor: Doctor, config: Config, path: str) -> None:
             await stack.enter_async_context(
                 open_server(replace(config, database=database))
             )
-        await doctor.check_verification(http)
-        await doctor.check_stream(http)
+        if await doctor.check_verification(http):
+            await doctor.check_stream(http)
