@@ -523,7 +523,7 @@ class Setup:
         say("✓ {path} is written; nobody else can read it", path=self.path)
 
     def write_proxy(self, config: Config) -> None:
-        """Write the proxy's block beside the settings, and say what to do with it."""
+        """Write the proxy's block beside the settings, and put it in place, or say how."""
         if self.way not in ("nginx", "caddy"):
             return
         url = urllib.parse.urlsplit(config.public_url)
@@ -540,21 +540,27 @@ class Setup:
         say("✓ {path} is written, for {way}. Then:", path=path, way=self.way)
         if self.way == "caddy":
             steps = [
-                "apt install caddy",
-                f"cp {path} /etc/caddy/Caddyfile",
-                "systemctl reload caddy",
+                "apt install -y caddy",
+                f"cp -b {path} /etc/caddy/Caddyfile",
+                "systemctl reload-or-restart caddy",
             ]
         else:
             certificate = f"certbot certonly --nginx -d {url.hostname}"
             packages = "nginx" if is_plain else "nginx certbot python3-certbot-nginx"
-            steps = [f"apt install {packages}", *([] if is_plain else [certificate])]
+            steps = [f"apt install -y {packages}", *([] if is_plain else [certificate])]
             steps += [
-                f"cp {path} /etc/nginx/conf.d/wxgpt.conf",
+                f"cp -b {path} /etc/nginx/conf.d/wxgpt.conf",
                 "nginx -t && systemctl reload-or-restart nginx",
             ]
         print(*(f"    {step}" for step in steps), sep="\n")
-        if self.is_asking:
-            input(tell("Enter when that is done, or to go on without: "))
+        if self.way == "nginx" and not is_plain:
+            say("certbot asks in English: your mail address, and Y or N to its terms")
+        if not self.is_asking:
+            return
+        if os.geteuid() == 0 and self.agrees(tell("run these now?")):
+            run_steps(steps)
+        else:
+            input(tell("run them in another window; then Enter, or Enter without: "))
 
     def put_up(self) -> None:
         """Put the unit and the short command up, and start the service anew."""
@@ -608,6 +614,15 @@ class Setup:
             )
         else:
             say("! no verification has come; once more: wxgpt.py setup")
+
+
+def run_steps(steps: list[str]) -> None:
+    """Run commands up to the first that fails."""
+    for step in steps:
+        if subprocess.run(step, shell=True).returncode:
+            return say(
+                "! this failed, the rest of these was left out: {step}", step=step
+            )
 
 
 @contextlib.contextmanager
@@ -692,7 +707,8 @@ def run_setup(setup: Setup) -> int:
     text = setup.settle_key(text, values)
     setup.write(text)
     since = time.time()
-    setup.write_proxy(config)
+    with left_by_ctrl_c():
+        setup.write_proxy(config)
     if setup.is_service:
         setup.put_up()
     print(console_words(config), flush=True)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import re
 import stat
 import sys
@@ -199,7 +200,7 @@ async def test_the_proxys_block_is_written(setup, tmp_path, way, scheme):
     assert "chat.example.org" in text and "127.0.0.1:8123" in text
     assert "wx.example" not in text and ":8080" not in text
     assert ("443" in text or "http://" not in text) is (scheme == "https")
-    assert f"apt install {way}" in out and str(tmp_path / f"wxgpt.{way}") in out
+    assert f"apt install -y {way}" in out and str(tmp_path / f"wxgpt.{way}") in out
 
 
 async def test_without_a_proxy_the_port_is_wechats(setup, tmp_path):
@@ -235,11 +236,11 @@ async def terminal(tmp_path):
     """Run setup at a terminal; gives who types."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def start(*words):
+        async def start(*words, env=None):
             path = tmp_path / "wxgpt.toml"
             program = (sys.executable, str(ROOT / "wxgpt.py"), "setup")
-            running = typing_at(*program, "--config", str(path), "--no-service", *words)
-            return await stack.enter_async_context(running)
+            words = ("--config", str(path), "--no-service", *words)
+            return await stack.enter_async_context(typing_at(*program, *words, env=env))
 
         yield start
 
@@ -264,6 +265,40 @@ async def test_questions_at_a_terminal(terminal, upstream, tmp_path):
     found = written(tmp_path)
     assert found["public_url"] == URL and found["assistants.chatgpt.api_key"] == KEY
     assert found["session.auto_open"] and "server.port" not in found
+
+
+STEPS = [
+    "apt install -y nginx certbot python3-certbot-nginx",
+    "certbot certonly --nginx -d wx.example.com",
+    "cp -b FOLDER/wxgpt.nginx /etc/nginx/conf.d/wxgpt.conf",
+    "nginx -t",
+    "systemctl reload-or-restart nginx",
+]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root is asked: run the tests so")
+@pytest.mark.parametrize("last", [5, 2])
+async def test_the_proxy_is_put_in_place_if_the_owner_agrees(
+    terminal, upstream, tmp_path, last
+):
+    """Command by command, up to one that fails."""
+    (programs := tmp_path / "bin").mkdir()
+    for name in {step.split()[0] for step in STEPS}:
+        fails = STEPS[last - 1].split()[0] == name and last < len(STEPS)
+        text = f'#!/bin/sh\necho "${{0##*/}} $*" >>{tmp_path}/ran\nexit {int(fails)}\n'
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    options = f"--public-url={URL} --mode=plain --provider=other --model=m --key={KEY}"
+    options += f" --base-url={upstream.base_url} --auto-open --proxy=nginx --no-check"
+    path = f"{programs}:{os.environ['PATH']}"
+    typist = await terminal(*options.split(), env=os.environ | {"PATH": path})
+    await typist.answer("certbot asks in English", "")
+    await typist.answer("run these now?", "\n")
+    await typist.answer("start wxgpt now", "n\n")
+    assert await typist.ends() == 0
+    ran = (tmp_path / "ran").read_text("utf-8").replace(str(tmp_path), "FOLDER")
+    assert ran.splitlines() == STEPS[:last]
+    assert ("this failed" in typist.all_shown) is (last < len(STEPS))
 
 
 async def test_a_provider_of_the_menu_brings_its_switch(setup, tmp_path):

@@ -394,6 +394,7 @@ async def walk_setup(reader: Reader, upstream: FakeOpenAI) -> None:
     await reader.container.run(
         "sh", "-c", f"echo 127.0.0.1 {OWN_NAME} localhost >/etc/hosts"
     )
+    await reader.run("apt install nginx")  # with a network, which setup has not here
     async with reader.typing(reader.done[-1].text) as typist:
 
         async def type_in(question: str, answer: str) -> str:
@@ -403,10 +404,7 @@ async def walk_setup(reader: Reader, upstream: FakeOpenAI) -> None:
 
         for question, answer in ANSWERS.items():
             await type_in(question, answer.replace("BASE_URL", upstream.base_url))
-        steps = await typist.answer("弄好了按回车", "", SETUP_SECONDS)
-        for step in re.findall(r"(?m)^    (\S.*)$", steps.partition("接着运行")[2]):
-            await reader.run(step)
-        await type_in("：", "")
+        await type_in("现在就依次运行吗？ [Y/n]：", "")
         shown = await typist.answer("正在等微信来验证", "", SETUP_SECONDS)
         fields = dict(re.findall(r"(?m)^  (URL|Token|EncodingAESKey) +(\S+)$", shown))
         safe = {"app_id": APP_ID, "aes_key": fields["EncodingAESKey"]}
@@ -421,8 +419,9 @@ async def walk_setup(reader: Reader, upstream: FakeOpenAI) -> None:
     await reader.ask(url, "天空为什么是蓝的？", fields["Token"], **safe)
     minutes = (time.monotonic() - began) / 60
     print(f"\nfrom nothing to a served message by setup: {minutes:.1f} min")
-    commands = r"(?m)^    .*$|→ .*$"
-    if english := re.findall(ENGLISH, re.sub(commands, "", typist.all_shown)):
+    # What apt and nginx say is theirs.
+    theirs = r"(?s)(?<=现在就依次运行吗).*?(?=✓ 服务)|(?m:^    .*$|→ .*$)"
+    if english := re.findall(ENGLISH, re.sub(theirs, "", typist.all_shown)):
         raise Stuck(f"setup speaks English: {english}")
     await reader.run("wxgpt check")
 
