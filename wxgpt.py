@@ -6944,6 +6944,9 @@ async def verify_url(request: web.Request) -> web.Response:
     if not (is_right and bot.replays.is_first(request.query["signature"], "GET")):
         return web.Response(status=403)
     log.info("verified by %s", "`check`" if is_check else "WeChat's console")
+    if not is_check:  # the console has our token now
+        for words in [words for words in bot.warned if "wrong signature" in words]:
+            del bot.warned[words]
     return web.Response(text=request.query.get("echostr", ""))
 
 

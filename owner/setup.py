@@ -25,7 +25,7 @@ import tomllib
 import typing
 import urllib.parse
 
-from owner.check import Doctor, console_words, is_private
+from owner.check import DOOR, Doctor, console_words, is_private
 from owner.words import explain, tell
 from wxgpt import (
     EXAMPLE_KEYS,
@@ -635,7 +635,10 @@ def left_by_ctrl_c() -> typing.Iterator[None]:
 
 
 async def find_line(command: list[str], words: str, seconds: float) -> bool:
-    """Run a command until it prints these words; say whether it did in time."""
+    """Run a command until it prints these words; say whether it did in time.
+
+    What the server refuses at its door meanwhile is told, and why it does not start.
+    """
     pipe, out = asyncio.subprocess.PIPE, asyncio.subprocess.STDOUT
     process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=out)
     assert process.stdout
@@ -645,8 +648,11 @@ async def find_line(command: list[str], words: str, seconds: float) -> bool:
                 line = raw.decode("utf-8", "replace").rstrip()
                 if words in line:
                     return True
-                if " warning " in line or line.startswith("wxgpt: "):
+                if line.startswith("wxgpt: "):
                     print("  " + line, flush=True)
+                for sign, found, fix in DOOR:
+                    if sign in line:
+                        say("! {found} → {fix}", found=found, fix=fix)
     except TimeoutError:
         pass
     finally:

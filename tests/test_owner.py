@@ -1330,6 +1330,17 @@ async def test_a_wrong_token_in_the_console_is_told(running):
     assert "✓ 微信的消息：最近一条在 0 分钟前" in await check()
 
 
+async def test_a_token_that_was_mended_in_the_console_is_no_news(running):
+    """What it verified last is what counts; a probe of check's mends nothing."""
+    server, process, check = await running()
+    await server.wechat.verify(token="anotherToken")
+    await process.says("verification with a wrong signature")
+    assert "✗ 微信的消息：" in await check()
+    assert "✗ 微信的消息：" in await check()
+    assert (await server.wechat.verify())[0] == 200
+    assert "! 微信的消息：这次启动以来还没有收到" in await check()
+
+
 async def test_wrong_signatures_are_a_line_a_minute(running):
     """However many a stranger sends; and none for one that has no signature at all."""
     server, process, _ = await running()

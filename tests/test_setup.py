@@ -13,8 +13,16 @@ import pytest
 import wxgpt
 from child import free_port
 from conftest import ROOT, platform, run_command
-from fake_openai import fails
-from owner.setup import at_home, flat, make_aes_key, put_settings, read_providers
+from fake_openai import Script, fails
+from owner.setup import (
+    Setup,
+    at_home,
+    flat,
+    make_aes_key,
+    make_parser,
+    put_settings,
+    read_providers,
+)
 from typist import typing_at
 from waiting import limit, within
 
@@ -213,7 +221,7 @@ async def test_without_a_proxy_the_port_is_wechats(setup, tmp_path):
 
 
 async def test_it_waits_for_the_consoles_verification(setup, tmp_path):
-    """It serves for that long, and says when it has come."""
+    """It serves for that long, and says when it has come, and if the token is wrong."""
     port = free_port()
     options = {"port": port, "token": "tokenOfMine", "wait": 40}
     running = asyncio.create_task(setup("--no-check", **options))
@@ -222,13 +230,15 @@ async def test_it_waits_for_the_consoles_verification(setup, tmp_path):
         async with limit(30, "a verification"):
             while True:
                 try:
+                    refused, _ = await server.wechat.verify(token="anotherToken")
                     status, echo = await server.wechat.verify("echo8765")
                     break
                 except OSError:
                     await asyncio.sleep(0.1)
-    assert (status, echo) == (200, "echo8765")
+    assert (refused, status, echo) == (403, 200, "echo8765")
     status, out, _ = await within(60, "end of setup", running)
     assert status == 0 and "✓ verified" in out
+    assert out.count("came with a wrong signature → the Token in the console must") == 1
 
 
 @pytest.fixture
@@ -265,6 +275,46 @@ async def test_questions_at_a_terminal(terminal, upstream, tmp_path):
     found = written(tmp_path)
     assert found["public_url"] == URL and found["assistants.chatgpt.api_key"] == KEY
     assert found["session.auto_open"] and "server.port" not in found
+
+
+async def test_who_knows_no_english_needs_none(terminal, upstream):
+    """Neither for the questions nor for what check says of a server that is not up."""
+    typist = await terminal(env=os.environ | {"WXGPT_LANG": "zh"})
+    await typist.answer("网址，如 https://wx.example.com：", "wx.invalid\n")
+    await typist.answer("要以 http:// 或 https:// 开头", "https://wx.invalid\n")
+    await typist.answer("AppID（回车：先用明文模式）：", f"{APP_ID}\n")
+    await typist.answer("编号：", "其他\n")
+    await typist.answer("接口的地址，含版本号：", f"{upstream.base_url}\n")
+    await typist.answer("模型名：", "m\n")
+    await typist.answer("密钥（输入时不显示）：", f"{KEY}\n")
+    await typist.answer("关注者直接发消息就能聊，不用先发 /chatgpt，好吗？", "\n")
+    await typist.answer("编号 [nginx]：", "4\n")
+    await typist.answer("现在就启动 wxgpt，等微信来验证吗？", "n\n")
+    assert await typist.ends() == 1 and "这个域名解析不了" in typist.all_shown
+    assert re.findall(r"[A-Za-z']+(?: [a-z']+){2,}", typist.all_shown) == []
+
+
+async def test_a_slow_model_is_waited_for_aloud(monkeypatch, capsys, setup, upstream):
+    """While its key is tried."""
+    monkeypatch.setattr("owner.check.SILENT_SECONDS", 0.05)
+    monkeypatch.chdir("/")
+    options = make_parser().parse_args(["--no-service", "--config=/nowhere"])
+    api = wxgpt.AssistantSettings(base_url=upstream.base_url, api_key=KEY, model="m")
+    config = wxgpt.Config(
+        public_url=URL,
+        wechat=wxgpt.WeChatSettings(token="tokenOfMine"),
+        assistants={"chatgpt": api},
+        texts=wxgpt.read_texts({}),
+    )
+    gate, said = asyncio.Event(), ""
+    upstream.will(Script([gate, "好"]))
+    trying = asyncio.create_task(Setup(options).try_key(config))
+    async with limit(30, "word of what it waits for"):
+        while "… still waiting: one word of chatgpt's model" not in said:
+            await asyncio.sleep(0.05)
+            said += capsys.readouterr().out
+    gate.set()
+    assert await within(30, "end of the trial", trying)
 
 
 STEPS = [

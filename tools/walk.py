@@ -1,7 +1,11 @@
 """Walks the text as a reader who has nothing else, and says how long that takes.
 
-    .venv/bin/python tools/walk.py                # README.zh-CN.md and docs/deploy.md
+    .venv/bin/python tools/walk.py     # README.zh-CN.md, docs/deploy.md and setup alone
     .venv/bin/python tools/walk.py README.md --suite trixie
+    .venv/bin/python tools/walk.py setup --suite noble --with=--components=main,universe
+
+`setup` is the quick start's first way: its questions are answered at a terminal, in
+Chinese, while WeChat's console waits. Ubuntu needs its keyring (mmdebstrap's --keyring).
 
 Every line of the pages' shell blocks is run, in the text's order, or told with the
 reason why not. Each page has a small Debian of its own, fresh, without Python, in which
@@ -410,6 +414,10 @@ async def walk_setup(reader: Reader, upstream: FakeOpenAI) -> None:
         safe = {"app_id": APP_ID, "aes_key": fields["EncodingAESKey"]}
         if fields["URL"] != f"{url}/wechat" or "安全模式" not in shown:
             raise Stuck(f"setup shows something else for the console: {shown}")
+        say("*", "a slip of the pen: WeChat's console has another token")
+        with contextlib.suppress(Stuck):
+            await reader.verify(url, TOKEN)
+        await typist.answer("后台的 Token 要和 wechat.token 一样", "", SETUP_SECONDS)
         await reader.verify(url, fields["Token"])
         await typist.answer("✓ 验证成功", "", SETUP_SECONDS)
         status = await typist.ends()
