@@ -40,6 +40,7 @@ from wxgpt import (
     Config,
     DatabaseSettings,
     Ending,
+    ListenError,
     find_risks,
     listen,
     load_pages,
@@ -467,13 +468,14 @@ class Doctor:
                 listen(host, port).close()
                 self.report_stopped(port)
                 return True
-            except OSError as error:
+            except ListenError as error:
                 fix = (
                     "end what holds it (`ss -ltnp`), "
                     "or change server.host or server.port"
                 )
                 found = "cannot listen on port {port}: {why}"
-                why = tell(str(error).rpartition(": ")[2])
+                [(_, values)] = error.lines
+                why = values["why"]
                 self.report("fail", "port", found, fix, port=port, why=why)
         return None
 

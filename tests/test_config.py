@@ -8,6 +8,7 @@ import operator
 import os
 import pathlib
 import re
+import socket
 import stat
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from packaging.requirements import Requirement
 import wxgpt
 from conftest import ROOT, TOKEN, copy_server
 from owner.words import explain, read_words
+from typist import typing_at
 
 KEY = "sk-verySecret"
 URL = 'public_url = "https://wx.example.com"\n'
@@ -509,6 +511,29 @@ async def test_the_examples_address_alone_is_warned_of(spawn):
     assert not any(warned in line for line in process.log)
 
 
+@pytest.mark.parametrize(
+    "url, words",
+    [
+        (wxgpt.EXAMPLE_URL, "public_url 还是示例里的，手机打不开"),
+        (
+            "http://chat.example.com",
+            "下一步：用手机打开 http://chat.example.com/healthz",
+        ),
+    ],
+)
+async def test_what_to_do_next_is_said_at_a_terminal(tmp_path, url, words):
+    """In the owner's language, as soon as it serves."""
+    path = tmp_path / "wxgpt.toml"
+    text = GOOD.replace("https://wx.example.com", url)
+    text += f'[server]\nport = 0\n[database]\npath = "{tmp_path}/wxgpt.db"\n'
+    path.write_text(text, "utf-8")
+    program = (sys.executable, str(ROOT / "wxgpt.py"), "--config", str(path))
+    async with typing_at(*program, env=os.environ | {"WXGPT_LANG": "zh"}) as typist:
+        await typist.answer("serving on")
+        await typist.answer(words, "\x03")
+        assert await typist.ends("\x03") in (0, 1)  # 1: it was pressed twice
+
+
 def test_the_placeholders_are_the_examples():
     """What is refused is what stands there."""
     example = wxgpt.load_config(ROOT / "wxgpt.example.toml")
@@ -751,3 +776,15 @@ async def test_the_start_warns_of_what_lets_others_in(spawn, tmp_path):
     assert lines[0].strip() == closed
     assert lines[-1].startswith("public_url: http:// in 明文模式: ")
     assert len(lines) == (3 if os.geteuid() == 0 else 2)
+
+
+def test_a_port_that_is_held_is_told_in_chinese(tmp_path):
+    """As all that ends the start; the status is another one than for settings."""
+    path = tmp_path / "wxgpt.toml"
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        path.write_text(f"{GOOD}[server]\nport = {port}\n", "utf-8")
+        ended = run("--config", path, "--lang", "zh", cwd=tmp_path)
+    last = ended.stderr.splitlines()[-1]
+    assert last == f"wxgpt: 127.0.0.1 的 {port} 端口用不了：已被占用"
+    assert ended.returncode == 1
