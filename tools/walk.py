@@ -514,7 +514,7 @@ def bare_debian(suite: str, options: list[str]) -> Iterator[Path]:
     """Give a folder with a Debian as a provider installs it, but smaller."""
     with tempfile.TemporaryDirectory() as folder:
         began, root = time.monotonic(), Path(folder, "root")
-        machine.build_debian(root, machine.BARE, suite, *options)
+        machine.build_debian(root, f"{machine.BARE},apt", suite, *options)
         say(f"{time.monotonic() - began:.1f} s", f"{suite} was installed")
         yield root
 
