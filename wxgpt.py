@@ -171,8 +171,8 @@ ILLEGAL = re.compile(
 # ---------------------------------------------------------------------------
 
 
-class ConfigError(Exception):
-    """Settings that cannot be used: what an owner reads, in lines."""
+class OwnerError(Exception):
+    """What an owner reads when the program cannot go on, in lines."""
 
     def __init__(self, words: str = "", **values: object) -> None:
         # The words of each line, and what is filled in: see `tell`.
@@ -182,8 +182,12 @@ class ConfigError(Exception):
         return "\n".join(words.format(**values) for words, values in self.lines)
 
 
+class ConfigError(OwnerError):
+    """Settings that cannot be used."""
+
+
 FOUND = "{name}: found {found}, expected {expected}"
-FOUND_WITHIN = "{name}: found {found}, expected {expected} from {least:g} to {most:g}"
+FOUND_WITHIN = "{name}: found {found}, expected {expected} from {least} to {most}"
 
 
 class Mistakes:
@@ -443,7 +447,8 @@ def read_value(
         return tuple(value) if isinstance(value, list) else value
     found = "something else" if entry.metadata.get("secret") else repr(value)
     found = "nothing" if value is MISSING else found
-    values = dict(zip(("least", "most"), bounds or (), strict=False))
+    plain = (f"{bound:f}".rstrip("0").rstrip(".") for bound in bounds or ())
+    values = dict(zip(("least", "most"), plain, strict=False))
     words = FOUND_WITHIN if bounds else FOUND
     mistakes.add(name, words, found=found, expected=expected, **values)
     if entry.default_factory is not MISSING:
@@ -2841,8 +2846,8 @@ class Turn:
 SCHEMA = pathlib.Path(__file__).with_name("schema.sql")
 
 
-class StoreError(Exception):
-    """A database that cannot be used; the text is the one line an owner reads."""
+class StoreError(OwnerError):
+    """A database that cannot be used."""
 
 
 Statement = tuple[str, dict[str, object]]  # SQL and its parameters
@@ -3016,8 +3021,8 @@ async def lock_file(file: int, path: str) -> None:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > until:
-                words = "another wxgpt serves it, end that one first"
-                raise StoreError(f"database {path}: {words}") from None
+                words = "database {path}: another wxgpt serves it, end that one first"
+                raise StoreError(words, path=path) from None
         except OSError as error:
             words = "no lock can be had, see that only one wxgpt serves it"
             log.warning("database %s: %s: %s", path, error.strerror, words)
@@ -3096,8 +3101,11 @@ class Store:
         steps = re.split(r"(?m)^-- step \d+$", SCHEMA.read_text("utf-8"))[1:]
         [(version,)] = await self.rows("PRAGMA user_version")
         if version > len(steps):
-            known = f"this wxgpt knows up to {len(steps)}: install a newer one"
-            raise StoreError(f"the database is of version {version}, {known}")
+            words = (
+                "the database is of version {version}, this wxgpt knows up to {known}: "
+                "install a newer one"
+            )
+            raise StoreError(words, version=version, known=len(steps))
         for number, step in enumerate(steps[version:], version + 1):
             statements = [*split_statements(step), f"PRAGMA user_version = {number}"]
             await self.run([(statement, {}) for statement in statements])
@@ -3717,7 +3725,8 @@ async def open_store(path: str) -> Store:
             os.chmod(path, 0o600)  # a restored copy may have come with any mode
         file = os.open(path + "-duty", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
-        raise StoreError(f"database {path}: {error.strerror}") from None
+        words, why = "database {path}: {why}", error.strerror
+        raise StoreError(words, path=path, why=why) from None
     async with contextlib.AsyncExitStack() as undo:
         undo.callback(os.close, file)
         await lock_file(file, path)
@@ -3728,8 +3737,8 @@ async def open_store(path: str) -> Store:
             is_small = os.path.getsize(path) <= CHECK_BYTES
             check = await store.rows("PRAGMA quick_check(1)") if is_small else []
             if check not in ([], [("ok",)]):
-                words = " ".join(check[0][0].split())
-                raise StoreError(f"database {path}: corrupt: {words}")
+                words, why = "database {path}: corrupt: {why}", check[0][0].split()
+                raise StoreError(words, path=path, why=" ".join(why))
             for pragma in PRAGMAS:
                 await store.rows(f"PRAGMA {pragma}")
             await store.migrate()
@@ -3738,7 +3747,8 @@ async def open_store(path: str) -> Store:
                 await store.batch.call(write_due, file, store.due)
             await store.forget_due()
         except sqlite3.Error as error:
-            raise StoreError(f"database {path}: {error}") from None
+            words, why = "database {path}: {why}", str(error)
+            raise StoreError(words, path=path, why=why) from None
         store.close = undo.pop_all().aclose
         return store
 
@@ -6943,6 +6953,9 @@ async def verify_url(request: web.Request) -> web.Response:
     if not (is_right and bot.replays.is_first(request.query["signature"], "GET")):
         return web.Response(status=403)
     log.info("verified by %s", "`check`" if is_check else "WeChat's console")
+    if not is_check:  # the console has our token now
+        for words in [words for words in bot.warned if "wrong signature" in words]:
+            del bot.warned[words]
     return web.Response(text=request.query.get("echostr", ""))
 
 
@@ -7734,8 +7747,12 @@ UNREAD_BYTES = 16 * 1024  # of a connection; 1,000 with long bodies at once take
 SD_FIRST_DESCRIPTOR = 3  # the first one that systemd passes on; sd_listen_fds(3)
 
 
+class ListenError(OwnerError):
+    """An address that cannot be listened on."""
+
+
 def listen(host: str, port: int) -> socket.socket:
-    """Return the listening socket: the one systemd kept, or a new one; raise OSError.
+    """Return the listening socket, kept by systemd or new; raise ListenError.
 
     systemd keeps it during a restart. Without it, a proxy would answer WeChat with 502
     at once, and WeChat would use up its attempts within a second.
@@ -7754,8 +7771,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         new = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else error
-        raise OSError(f"cannot listen on {host} port {port}: {reason}") from None
+        why = os.strerror(error.errno) if error.errno else str(error)
+        words = "cannot listen on {host} port {port}: {why}"
+        raise ListenError(words, host=host, port=port, why=why) from None
     new.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, UNREAD_BYTES)
     sd_notify("FDSTORE=1\nFDNAME=listen", new.fileno())
     return new
@@ -7865,6 +7883,11 @@ def tell(words: object) -> str:
     return explain(words)
 
 
+# What wxgpt.example.toml and the documents have in place of an owner's own.
+EXAMPLE_URL = "http://wx.example.com"
+EXAMPLE_TOKEN = "replaceThisToken"
+EXAMPLE_KEYS = ("sk-replace-this", "sk-...")
+STILL_EXAMPLE = "public_url is still the example's: no phone can reach it"
 NEXT_STEP = (
     "next: open {url}/healthz on a phone, which must show ok; give WeChat's console "
     "the URL {url}{path}; or let `wxgpt.py check` test it all"
@@ -7893,7 +7916,8 @@ async def run_server(config: Config) -> None:
         log.info("serving on %s port %d", config.server.host, port)
         if sys.stderr.isatty():
             url, path = config.public_url, config.server.path
-            print(tell(NEXT_STEP).format(url=url, path=path), file=sys.stderr)
+            words = STILL_EXAMPLE if url == EXAMPLE_URL else NEXT_STEP
+            print(tell(words).format(url=url, path=path), file=sys.stderr)
         sd_notify("READY=1")
         await stop.wait()
         log.info("stopping")
@@ -7938,9 +7962,11 @@ def serve_command(config: Config, path: str) -> int:
         log.info("%s", line)
     for risk in find_risks(config, path, os.geteuid()):
         log.warning("%s: %s; better: %s", *risk)
+    if config.public_url == EXAMPLE_URL:
+        log.warning(STILL_EXAMPLE)
     try:
         asyncio.run(run_server(config))
-    except (StoreError, OSError) as error:
+    except (StoreError, ListenError, OSError) as error:
         print_error(error)
         return 1
     return 0
@@ -8008,7 +8034,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-EXAMPLE_TOKEN = "replaceThisToken"  # of wxgpt.example.toml
 COMMAND_WORDS = (
     *("serve", "check", "stats", "logs", "update", "backup"),
     *("--version", "-h", "--help"),
@@ -8016,10 +8041,20 @@ COMMAND_WORDS = (
 
 
 def check_placeholders(config: Config, mistakes: Mistakes) -> None:
-    """Note what still is as in the example."""
+    """Note what still is as in the example.
+
+    The address alone is no mistake: in a trial the name may lead here.
+    """
     expected = "one of your own: everybody knows this one"
     is_own = config.wechat.token != EXAMPLE_TOKEN
     mistakes.require(is_own, "wechat.token", EXAMPLE_TOKEN, expected)
+    for name, one in config.assistants.items():
+        is_own, where = one.api_key not in EXAMPLE_KEYS, f"assistants.{name}.api_key"
+        mistakes.require(is_own, where, one.api_key, "the key your provider gave you")
+    if mistakes.lines:
+        is_own = config.public_url != EXAMPLE_URL
+        expected = "the address of this machine"
+        mistakes.require(is_own, "public_url", EXAMPLE_URL, expected)
 
 
 def read_settings(path: str, environ: typing.Mapping[str, str]) -> Config:

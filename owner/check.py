@@ -40,6 +40,7 @@ from wxgpt import (
     Config,
     DatabaseSettings,
     Ending,
+    ListenError,
     find_risks,
     listen,
     load_pages,
@@ -55,11 +56,13 @@ from wxgpt import (
 MARKS = {"ok": ("✓", "32"), "warn": ("!", "33"), "fail": ("✗", "31")}
 DISK_BYTES = 200 * 1024 * 1024  # free; below it the owner should make room
 FULL_BYTES = 10 * 1024 * 1024  # below it answers fail now, or within the hour
+REACH_SECONDS = 10.0  # for what answers soon, if at all
 SILENT_SECONDS = 5.0  # then it is said what is waited for, and again as often
 CLOCK_SECONDS = 60  # a tenth of what a push's timestamp may be off
 CERTIFICATE_DAYS = 14  # automatic renewal takes place long before
 PROBE_SECONDS = 0.3  # PROBE_PATH sends two events half a second apart
 WORDS_CHARS = 100  # of a provider's message are shown
+FINISH = "finish_reason "  # an error's detail, before the provider's word
 ONE_WORD = [{"role": "user", "content": "请只回答一个字：好"}]
 THOUGHT_TOKENS = 30  # more than one word takes, even spelled out with a tag or two
 UNREACHED = "this machine may not reach itself from outside: try a phone"
@@ -70,16 +73,20 @@ REFUSED = (
     "nothing listens on port {port}: is the proxy running (`systemctl status nginx`), "
     "and does it listen there?"
 )
-PLACEHOLDER = r"(^|\.)example\.(com|net|org)$|replace-this"
+EXAMPLE_NAME = r"(^|\.)example\.(com|net|org)$"
 CONSOLE = """
-Type into 微信开发者平台 (我的业务 → 公众号 → 基础信息 → 域名与消息推送配置):
+Type into 微信开发者平台,
+https://developers.weixin.qq.com/console/product/mp/{app_id}
+(我的业务 → 公众号 → 基础信息 → 域名与消息推送配置 → 消息推送):
   URL               {url}
   Token             {token}
   EncodingAESKey    {aes_key}
   消息加解密方式    {mode}
-Then enable it (启用): the console's auto replies and menus stop from then on;
-[replies] can stand in for auto replies. A personal account has no customer
-service messages, menu interface, materials or nicknames: wxgpt needs none."""
+  数据格式          XML
+Submit; when it is verified, press 启用: a step of its own. From then on the
+console's auto replies and menus stop, by WeChat's rule; [replies] can stand in
+for auto replies. A personal account has no customer service messages, menu
+interface, materials or nicknames: wxgpt needs none."""
 # What the running service refused at its door, by words of its log: what that means.
 DOOR = (
     (
@@ -219,7 +226,11 @@ PROXY_FIXES = (
     (r"3..", "give public_url as the address that answers by itself"),
     (r"50[234]", "is wxgpt running, on the port that the proxy names?"),
     (r"403", "has the running wxgpt the same token? Restart it after a change"),
-    (r"", "the proxy must pass /a/, /h/, /healthz and server.path to wxgpt unchanged"),
+    (
+        r"",
+        "the proxy must pass /a/, /h/, /healthz and server.path to wxgpt unchanged, "
+        "for this name (server_name)",
+    ),
 )
 
 
@@ -232,7 +243,7 @@ def reason_of(error: BaseException) -> str:
     """Return why a connection failed, in a few words of the owner's language."""
     inner = getattr(error, "certificate_error", getattr(error, "os_error", error))
     if isinstance(inner, ssl.SSLCertVerificationError):
-        return inner.verify_message
+        return tell(inner.verify_message.partition(",")[0])
     if isinstance(inner, ssl.SSLError):
         return tell("it speaks no TLS there ({reason})", reason=inner.reason)
     if isinstance(inner, socket.gaierror):
@@ -347,6 +358,15 @@ class Doctor:
             line = f"\033[{colour}m{mark}\033[0m" + line.removeprefix(mark)
         print(line, flush=True)
 
+    @contextlib.asynccontextmanager
+    async def talking(self) -> typing.AsyncIterator[None]:
+        """Say inside the block what is waited for."""
+        task = asyncio.create_task(self.keep_talking())
+        try:
+            yield
+        finally:
+            task.cancel()
+
     async def keep_talking(self) -> None:
         """Say what is waited for whenever nothing was said for a while."""
         while True:
@@ -368,15 +388,11 @@ class Doctor:
             self.report("warn", place, found, fix, path=path)
 
     def check_settings(self, path: str) -> None:
-        """Report which file counts, what is left to fill in, and what may mislead."""
+        """Report which file counts, and which others may be taken for it."""
         names = ", ".join(self.config.assistants)
         self.report(
             "ok", "settings", "{path}, assistants {names}", path=path, names=names
         )
-        for name in self.config.assistants:
-            if self.has_example_key(name):
-                found, fix = "the key is only an example", "put in the provider's key"
-                self.report("fail", f"assistants.{name}.api_key", found, fix)
         others = find_others(path, self.config.database.path)
         for used, other in others if self.unit else ():
             fix = "delete it, so that you never edit or read the wrong one"
@@ -388,11 +404,6 @@ class Doctor:
                 other=other,
                 used=used,
             )
-
-    def has_example_key(self, name: str) -> bool:
-        """Say whether an assistant has the key of wxgpt.example.toml."""
-        key = self.config.assistants[name].api_key
-        return re.search(PLACEHOLDER, key) is not None
 
     def check_database(self) -> None:
         """Check that the database can be written, and the disk has room."""
@@ -431,8 +442,8 @@ class Doctor:
             grade, "database", found, fix, path=path, size=size / 1e6, free=free / 1e9
         )
 
-    async def check_port(self, http: aiohttp.ClientSession) -> bool:
-        """Check who holds the port; say whether it is free."""
+    async def check_port(self, http: aiohttp.ClientSession) -> bool | None:
+        """Check who holds the port; say whether it is free, None if others have it."""
         host, port = self.config.server.host, self.config.server.port
         near = "127.0.0.1" if host in ("0.0.0.0", "::") else host
         near = f"[{near}]" if ":" in near else near
@@ -457,15 +468,16 @@ class Doctor:
                 listen(host, port).close()
                 self.report_stopped(port)
                 return True
-            except OSError as error:
+            except ListenError as error:
                 fix = (
                     "end what holds it (`ss -ltnp`), "
                     "or change server.host or server.port"
                 )
                 found = "cannot listen on port {port}: {why}"
-                why = tell(str(error).rpartition(": ")[2])
+                [(_, values)] = error.lines
+                why = values["why"]
                 self.report("fail", "port", found, fix, port=port, why=why)
-        return False
+        return None
 
     def report_stopped(self, port: int) -> None:
         """Report that wxgpt does not run: nobody gets an answer."""
@@ -520,7 +532,7 @@ class Doctor:
             self.doing = tell("the clock of {url}", url=url)
             opening = client.http.get(url, proxy=proxy, allow_redirects=False)
             try:
-                async with asyncio.timeout(15), opening as response:
+                async with asyncio.timeout(REACH_SECONDS), opening as response:
                     date = email.utils.parsedate_to_datetime(response.headers["Date"])
                 break
             except (aiohttp.ClientError, OSError, KeyError, ValueError):
@@ -553,6 +565,9 @@ class Doctor:
             detail = tell(error.detail)
             if error.status:
                 detail = tell("status {status}", status=error.status)
+            elif error.detail.startswith(FINISH):
+                word = error.detail.removeprefix(FINISH)
+                detail = tell("it ended with finish_reason {word}", word=word)
             detail += f" “{words}”" if words else ""
         places = {
             key: tell(setting_source(name, key, one, self.environ))
@@ -576,8 +591,6 @@ class Doctor:
     async def check_assistant(self, name: str, client: ChatClient) -> None:
         """Ask an assistant for one word, and check that WeChat would wait for it."""
         what = "assistant {name}"
-        if self.has_example_key(name):
-            return  # check_settings has reported it
         one = self.config.assistants[name]
         self.doing = tell(
             "one word of {name}'s model, {seconds:.0f} s at most",
@@ -632,7 +645,8 @@ class Doctor:
         """Check that WeChat takes the public URL; say whether it can be tried."""
         url = urllib.parse.urlsplit(self.config.public_url)
         wanted = {"http": 80, "https": 443}[url.scheme]
-        is_example = re.search(PLACEHOLDER, url.hostname or "")
+        self.doing = tell("the address of {host}", host=url.hostname)
+        is_example = re.search(EXAMPLE_NAME, url.hostname or "")
         if is_example and not await resolves(url.hostname or ""):
             found, fix = "{url} is only an example", "put in the name of this machine"
             self.report("fail", "public_url", found, fix, url=self.config.public_url)
@@ -690,8 +704,11 @@ class Doctor:
             fix = "WeChat speaks 1.2: in nginx `ssl_protocols TLSv1.2 TLSv1.3;`"
             self.report("fail", "TLS", "only version 1.3 is spoken", fix)
 
-    async def check_verification(self, http: aiohttp.ClientSession) -> None:
-        """Send what WeChat's console sends, through the public URL."""
+    async def check_verification(self, http: aiohttp.ClientSession) -> bool:
+        """Send what WeChat's console sends, through the public URL; say if all is well.
+
+        The first answer that is not wxgpt's is told, as others have the same reason.
+        """
         base = self.config.public_url + self.config.server.path.rstrip("/")
         echo, right = secrets.token_hex(8), self.signed()
         wrong = right | {"signature": "0" * 40}
@@ -716,7 +733,7 @@ class Doctor:
                 grade, fix = reach_fix(error, port)
                 why = reason_of(error)
                 self.report(grade, what, "{why}", "{fix}", path=path, why=why, fix=fix)
-                return
+                return False
             if found == status and (status == 403 or text == echo):
                 self.report("ok", what, "status {status}", path=path, status=found)
                 continue
@@ -729,6 +746,8 @@ class Doctor:
                 path=path,
                 status=found,
             )
+            return False
+        return True
 
     async def check_stream(self, http: aiohttp.ClientSession) -> None:
         """Check that the proxy does not buffer event streams."""
@@ -762,7 +781,7 @@ async def shake_hands(
     host: str | None, port: int, context: ssl.SSLContext
 ) -> dict[str, typing.Any]:
     """Return the certificate that a server shows; raise OSError."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(REACH_SECONDS):
         _, writer = await asyncio.open_connection(host, port, ssl=context)
     certificate = writer.get_extra_info("peercert")
     writer.close()
@@ -773,10 +792,23 @@ async def is_silent(client: ChatClient) -> bool:
     """Say whether a provider's host sends no byte, whatever it is asked."""
     url, proxy = client.settings.base_url.strip(), client.settings.proxy or None
     try:
-        async with asyncio.timeout(10), client.http.get(url, proxy=proxy):
+        async with asyncio.timeout(REACH_SECONDS), client.http.get(url, proxy=proxy):
             return False
     except (aiohttp.ClientError, OSError, ValueError) as error:
         return isinstance(error, TimeoutError)
+
+
+def console_words(config: Config) -> str:
+    """Return what to type into which field of WeChat's console."""
+    wechat = config.wechat
+    return tell(
+        CONSOLE,
+        url=config.public_url + config.server.path,
+        token=wechat.token,
+        aes_key=wechat.aes_key or tell("any, made by the form"),
+        mode="安全模式" if wechat.aes_key else "明文模式",
+        app_id=wechat.app_id or "<AppID>",
+    )
 
 
 async def run_check(
@@ -791,20 +823,9 @@ async def run_check(
     make_cipher(config)
     make_blocked(config)
     load_pages()
-    talking = asyncio.create_task(doctor.keep_talking())
-    try:
+    async with doctor.talking():
         await check_all(doctor, config, path)
-    finally:
-        talking.cancel()
-    wechat = config.wechat
-    words = tell(
-        CONSOLE,
-        url=config.public_url + config.server.path,
-        token=wechat.token,
-        aes_key=wechat.aes_key or tell("any, made by the form"),
-        mode="安全模式" if wechat.aes_key else "明文模式",
-    )
-    print(words)
+    print(console_words(config))
     counts = (f"{doctor.counts[grade]} {mark}" for grade, (mark, _) in MARKS.items())
     print("\n" + "  ".join(counts))
     return 1 if doctor.counts["fail"] else 0
@@ -814,7 +835,7 @@ async def check_all(doctor: Doctor, config: Config, path: str) -> None:
     """Report every finding, from the settings outwards."""
     doctor.check_settings(path)
     doctor.check_database()
-    timeout = aiohttp.ClientTimeout(total=15)
+    timeout = aiohttp.ClientTimeout(total=REACH_SECONDS)
     async with contextlib.AsyncExitStack() as stack:
         # A bad certificate has a line of its own, and must not hide other findings.
         connector = aiohttp.TCPConnector(ssl=False)
@@ -828,7 +849,8 @@ async def check_all(doctor: Doctor, config: Config, path: str) -> None:
         await doctor.check_clock(clients.values())
         for name, client in clients.items():
             await doctor.check_assistant(name, client)
-        if not await doctor.check_url() or not await doctor.check_certificate():
+        is_well = await doctor.check_url() and await doctor.check_certificate()
+        if not is_well or is_free is None:
             return  # the rest would fail for the same reason
         if is_free:  # serve for the next questions only
             folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -836,5 +858,5 @@ async def check_all(doctor: Doctor, config: Config, path: str) -> None:
             await stack.enter_async_context(
                 open_server(replace(config, database=database))
             )
-        await doctor.check_verification(http)
-        await doctor.check_stream(http)
+        if await doctor.check_verification(http):
+            await doctor.check_stream(http)

@@ -39,7 +39,7 @@ def systemctl(*words: str, timeout: float = 30.0) -> subprocess.CompletedProcess
 def show_unit() -> dict[str, str]:
     """Return what systemd says of the service; empty if there is none."""
     try:
-        told = systemctl("show", UNIT, f"--property={SHOWN}").stdout
+        told = systemctl("show", UNIT, f"--property={SHOWN}", timeout=10).stdout
     except (OSError, subprocess.SubprocessError):
         return {}  # no systemd
     unit = dict(line.split("=", 1) for line in told.splitlines() if "=" in line)

@@ -25,9 +25,12 @@ import tomllib
 import typing
 import urllib.parse
 
-from owner.check import Doctor, is_private
+from owner.check import DOOR, Doctor, console_words, is_private
 from owner.words import explain, tell
 from wxgpt import (
+    EXAMPLE_KEYS,
+    EXAMPLE_TOKEN,
+    EXAMPLE_URL,
     Config,
     ConfigError,
     check_commands,
@@ -159,6 +162,12 @@ def merge_settings(text: str, values: dict[str, Value]) -> str:
     return new
 
 
+def at_home(text: str) -> str:
+    """Return a file of the service as it must be where this program lies."""
+    places = {"/opt/wxgpt": str(ROOT), "/opt/wxgpt/.venv/bin/python": sys.executable}
+    return re.sub(r"/opt/wxgpt(/\.venv/bin/python)?", lambda m: places[m[0]], text)
+
+
 def make_aes_key() -> str:
     """Return an EncodingAESKey: 32 random bytes as 43 letters and digits."""
     while True:
@@ -194,6 +203,8 @@ def wrong_base_url(text: str) -> str:
 
 def wrong_key(text: str) -> str:
     """Say what is wrong with a key."""
+    if text in EXAMPLE_KEYS:
+        return tell("the key your provider gave you")
     return (
         "" if re.fullmatch("[!-~]+", text) else tell("it has no blanks and no Chinese")
     )
@@ -201,7 +212,7 @@ def wrong_key(text: str) -> str:
 
 def wrong_token(text: str) -> str:
     """Say what is wrong with a token."""
-    is_right = re.fullmatch("[A-Za-z0-9]{3,32}", text) and text != "replaceThisToken"
+    is_right = re.fullmatch("[A-Za-z0-9]{3,32}", text) and text != EXAMPLE_TOKEN
     return (
         "" if is_right else tell("it has 3 to 32 letters and digits, and is your own")
     )
@@ -237,6 +248,8 @@ class Setup:
         try:
             self.text = self.path.read_text("utf-8-sig")
             self.before = flat(tomllib.loads(self.text))
+            if self.before.get("public_url") == EXAMPLE_URL:
+                del self.before["public_url"]  # nobody's own
         except FileNotFoundError:
             self.text, self.before = "", {}
         except (OSError, ValueError) as error:
@@ -252,6 +265,7 @@ class Setup:
             if wrong := check(given):
                 raise Stop(f"--{option}: {wrong}")
             return given
+        default = "" if default and check(default) else default
         while self.is_asking:
             shown = "***" if default and option == "key" else default
             prompt = question + (f" [{shown}]" if shown else "") + tell(": ")
@@ -260,7 +274,7 @@ class Setup:
             if not (wrong := check(answer)):
                 return answer
             print("  " + wrong)
-        if not default or check(default):
+        if not default:
             self.missing.append(f"--{option}")
         return default
 
@@ -392,7 +406,7 @@ class Setup:
                 wrong_base_url,
             )
         model = self.ask(
-            tell("model"),
+            tell("name of the model"),
             "model",
             model,
             lambda text: "" if text else tell("a name is needed"),
@@ -453,7 +467,7 @@ class Setup:
     async def try_key(self, config: Config) -> bool:
         """Ask the model one word; print how that went, and return whether it did."""
         doctor = Doctor(config, os.environ)
-        async with open_chat(config) as (clients, _):
+        async with open_chat(config) as (clients, _), doctor.talking():
             await doctor.check_assistant("chatgpt", clients["chatgpt"])
         return doctor.counts["fail"] == 0
 
@@ -509,7 +523,7 @@ class Setup:
         say("✓ {path} is written; nobody else can read it", path=self.path)
 
     def write_proxy(self, config: Config) -> None:
-        """Write the proxy's block beside the settings, and say what to do with it."""
+        """Write the proxy's block beside the settings, and put it in place, or say how."""
         if self.way not in ("nginx", "caddy"):
             return
         url = urllib.parse.urlsplit(config.public_url)
@@ -526,21 +540,27 @@ class Setup:
         say("✓ {path} is written, for {way}. Then:", path=path, way=self.way)
         if self.way == "caddy":
             steps = [
-                "apt install caddy",
-                f"cp {path} /etc/caddy/Caddyfile",
-                "systemctl reload caddy",
+                "apt install -y caddy",
+                f"cp -b {path} /etc/caddy/Caddyfile",
+                "systemctl reload-or-restart caddy",
             ]
         else:
             certificate = f"certbot certonly --nginx -d {url.hostname}"
             packages = "nginx" if is_plain else "nginx certbot python3-certbot-nginx"
-            steps = [f"apt install {packages}", *([] if is_plain else [certificate])]
+            steps = [f"apt install -y {packages}", *([] if is_plain else [certificate])]
             steps += [
-                f"cp {path} /etc/nginx/conf.d/wxgpt.conf",
-                "nginx -t && systemctl reload nginx",
+                f"cp -b {path} /etc/nginx/conf.d/wxgpt.conf",
+                "nginx -t && systemctl reload-or-restart nginx",
             ]
         print(*(f"    {step}" for step in steps), sep="\n")
-        if self.is_asking:
-            input(tell("Enter when that is done, or to go on without: "))
+        if self.way == "nginx" and not is_plain:
+            say("certbot asks in English: your mail address, and Y or N to its terms")
+        if not self.is_asking:
+            return
+        if os.geteuid() == 0 and self.agrees(tell("run these now?")):
+            run_steps(steps)
+        else:
+            input(tell("run them in another window; then Enter, or Enter without: "))
 
     def put_up(self) -> None:
         """Put the unit and the short command up, and start the service anew."""
@@ -550,11 +570,8 @@ class Setup:
                 "! the service cannot see {root}: move it to /opt/wxgpt, make .venv anew there, and run setup again",
                 root=ROOT,
             )
-        unit = (ROOT / "wxgpt.service").read_text("utf-8")
-        unit = unit.replace("/opt/wxgpt/.venv/bin/python", sys.executable)
-        command = f'#!/bin/sh\nexec {sys.executable} {ROOT}/wxgpt.py "$@"\n'
-        files = {UNIT: unit.replace("/opt/wxgpt", str(ROOT)), COMMAND: command}
-        for path, text in files.items():
+        for path, name in {UNIT: "wxgpt.service", COMMAND: "owner/wxgpt"}.items():
+            text = at_home((ROOT / name).read_text("utf-8"))
             if not path.exists() or path.read_text("utf-8") != text:
                 path.write_text(text, "utf-8")
         COMMAND.chmod(0o755)
@@ -567,18 +584,6 @@ class Setup:
                 raise Stop(tell("the service does not start; its log is above"))
         say(
             "✓ the service runs, also after a reboot; from any folder: wxgpt check, wxgpt stats"
-        )
-
-    def show_console(self, config: Config) -> None:
-        """Say what to type into which field of WeChat's console."""
-        wechat = config.wechat
-        say(
-            CONSOLE,
-            url=config.public_url + config.server.path,
-            token=wechat.token,
-            aes_key=wechat.aes_key or tell("let the form make one"),
-            mode="安全模式" if wechat.aes_key else "明文模式",
-            app_id=wechat.app_id or "<AppID>",
         )
 
     def wait_for_console(self, since: float) -> None:
@@ -611,16 +616,13 @@ class Setup:
             say("! no verification has come; once more: wxgpt.py setup")
 
 
-CONSOLE = """
-Open https://developers.weixin.qq.com/console/product/mp/{app_id}
-(微信开发者平台 → 我的业务 → 公众号 → 基础信息 → 域名与消息推送配置 → 消息推送) and type:
-  URL               {url}
-  Token             {token}
-  EncodingAESKey    {aes_key}
-  消息加解密方式    {mode}
-  数据格式          XML
-Submit; when it is verified, press 启用: a step of its own.
-Then the console's auto replies and menus stop; that is WeChat's rule."""
+def run_steps(steps: list[str]) -> None:
+    """Run commands up to the first that fails."""
+    for step in steps:
+        if subprocess.run(step, shell=True).returncode:
+            return say(
+                "! this failed, the rest of these was left out: {step}", step=step
+            )
 
 
 @contextlib.contextmanager
@@ -633,7 +635,10 @@ def left_by_ctrl_c() -> typing.Iterator[None]:
 
 
 async def find_line(command: list[str], words: str, seconds: float) -> bool:
-    """Run a command until it prints these words; say whether it did in time."""
+    """Run a command until it prints these words; say whether it did in time.
+
+    What the server refuses at its door meanwhile is told, and why it does not start.
+    """
     pipe, out = asyncio.subprocess.PIPE, asyncio.subprocess.STDOUT
     process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=out)
     assert process.stdout
@@ -643,8 +648,11 @@ async def find_line(command: list[str], words: str, seconds: float) -> bool:
                 line = raw.decode("utf-8", "replace").rstrip()
                 if words in line:
                     return True
-                if " warning " in line or line.startswith("wxgpt: "):
+                if line.startswith("wxgpt: "):
                     print("  " + line, flush=True)
+                for sign, found, fix in DOOR:
+                    if sign in line:
+                        say("! {found} → {fix}", found=found, fix=fix)
     except TimeoutError:
         pass
     finally:
@@ -705,10 +713,11 @@ def run_setup(setup: Setup) -> int:
     text = setup.settle_key(text, values)
     setup.write(text)
     since = time.time()
-    setup.write_proxy(config)
+    with left_by_ctrl_c():
+        setup.write_proxy(config)
     if setup.is_service:
         setup.put_up()
-    setup.show_console(config)
+    print(console_words(config), flush=True)
     with left_by_ctrl_c():
         setup.wait_for_console(since)
     command = "wxgpt"

@@ -8,18 +8,21 @@ import operator
 import os
 import pathlib
 import re
+import socket
 import stat
 import subprocess
 import sys
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 
+import aiohttp
 import pytest
 from packaging.requirements import Requirement
 
 import wxgpt
 from conftest import ROOT, TOKEN, copy_server
 from owner.words import explain, read_words
+from typist import typing_at
 
 KEY = "sk-verySecret"
 URL = 'public_url = "https://wx.example.com"\n'
@@ -80,6 +83,11 @@ REFUSED = {
     "too large": (
         GOOD + "[server]\nport = 65536\n",
         ["server.port", "65536", "65535"],
+    ),
+    "too short": (GOOD + "[session]\nttl = 0.5\n", ["0.5", "1", "31536000"]),
+    "too small to be told shortly": (
+        GOOD + "[history]\nlink_hours = 0\n",
+        ["history.link_hours", "0.000001", "876000"],
     ),
     "not a number": (GOOD + "[session]\nttl = nan\n", ["session.ttl", "nan"]),
     "URL without scheme": (
@@ -378,21 +386,36 @@ def texts_of(path):
     return {node.value for node in tree if isinstance(node, ast.Constant)}
 
 
-SQLITE = {
-    "database or disk is full",
+FOREIGN = {  # what SQLite, OpenSSL and aiohttp say
+    "attempt to write a readonly database",
+    "database disk image is malformed",
     "database is locked",
+    "database or disk is full",
+    "disk I/O error",
     "file is not a database",
     "unable to open database file",
+    "certificate has expired",
+    "certificate is not yet valid",
+    "self-signed certificate",
+    "self-signed certificate in certificate chain",
+    "unable to get issuer certificate",
+    "unable to get local issuer certificate",
+    "unable to verify the first certificate",
+    "Hostname mismatch",
+    "IP address mismatch",
+    *vars(aiohttp),
 }
 
 
 def test_each_chinese_line_has_its_english_in_the_code():
     """What is translated is said somewhere, and fills in nothing else."""
     said = {os.strerror(code) for code in errno.errorcode}
-    said |= texts_of(pathlib.Path(argparse.__file__)) | SQLITE
+    said |= texts_of(pathlib.Path(argparse.__file__)) | FOREIGN
     for path in (ROOT / "wxgpt.py", *ROOT.glob("owner/*.py")):
         said |= texts_of(path)
     said |= {f"'{text}'" for text in said}
+    tables = tomllib.loads((ROOT / "owner/words.toml").read_text("utf-8")).values()
+    assert len(read_words()) == sum(map(len, tables))  # one Chinese for each
     for english, chinese in read_words().items():
         assert english in said or english.partition(" → ")[2] in said
         names = [set(re.findall(r"\{\w*", text)) for text in (english, chinese)]
@@ -459,11 +482,64 @@ def test_a_file_that_is_not_utf_8_ends_the_start_with_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["serve", "check"])
-def test_the_examples_token_is_refused(command):
-    """Everybody knows it, and could post messages in anybody's name."""
-    ended = run(command, "--config", ROOT / "wxgpt.example.toml")
-    assert ended.returncode == 2 and "wechat.token" in ended.stderr
-    assert len(ended.stderr.splitlines()) == 1
+def test_what_is_still_the_examples_is_refused_at_once(command):
+    """Everybody knows the token, and could post messages in anybody's name."""
+    ended = run(command, "--config", ROOT / "wxgpt.example.toml", "--lang", "zh")
+    assert ended.returncode == 2 and ended.stderr.splitlines() == [
+        "wxgpt: wechat.token：现在是 'replaceThisToken'，应为你自己的：示例里的谁都知道",
+        "wxgpt: assistants.chatgpt.api_key：现在是 'sk-replace-this'，应为服务商给你的密钥",
+        "wxgpt: 公网地址 public_url：现在是 'http://wx.example.com'，应为这台机器自己的网址",
+    ]
+
+
+def test_a_key_of_the_documents_is_refused(tmp_path):
+    """Of whichever assistant."""
+    path = tmp_path / "wxgpt.toml"
+    path.write_text(GOOD + '[assistants.deepseek]\napi_key = "sk-..."\n', "utf-8")
+    ended = run("--config", path)
+    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
+    assert "assistants.deepseek.api_key: found 'sk-...'" in ended.stderr
+
+
+async def test_the_examples_address_alone_is_warned_of(spawn):
+    """It may lead here in a trial; another one is not spoken of."""
+    warned = "public_url is still the example's"
+    _, process = await spawn(public_url=wxgpt.EXAMPLE_URL)
+    await process.says(warned)
+    await process.end()
+    _, process = await spawn(public_url="http://chat.example.com")
+    assert not any(warned in line for line in process.log)
+
+
+@pytest.mark.parametrize(
+    "url, words",
+    [
+        (wxgpt.EXAMPLE_URL, "public_url 还是示例里的，手机打不开"),
+        (
+            "http://chat.example.com",
+            "下一步：用手机打开 http://chat.example.com/healthz",
+        ),
+    ],
+)
+async def test_what_to_do_next_is_said_at_a_terminal(tmp_path, url, words):
+    """In the owner's language, as soon as it serves."""
+    path = tmp_path / "wxgpt.toml"
+    text = GOOD.replace("https://wx.example.com", url)
+    text += f'[server]\nport = 0\n[database]\npath = "{tmp_path}/wxgpt.db"\n'
+    path.write_text(text, "utf-8")
+    program = (sys.executable, str(ROOT / "wxgpt.py"), "--config", str(path))
+    async with typing_at(*program, env=os.environ | {"WXGPT_LANG": "zh"}) as typist:
+        await typist.answer("serving on")
+        await typist.answer(words, "\x03")
+        assert await typist.ends("\x03") in (0, 1)  # 1: it was pressed twice
+
+
+def test_the_placeholders_are_the_examples():
+    """What is refused is what stands there."""
+    example = wxgpt.load_config(ROOT / "wxgpt.example.toml")
+    assert example.public_url == wxgpt.EXAMPLE_URL
+    assert example.wechat.token == wxgpt.EXAMPLE_TOKEN
+    assert example.assistants["chatgpt"].api_key in wxgpt.EXAMPLE_KEYS
 
 
 def test_the_version_is_printed():
@@ -700,3 +776,15 @@ async def test_the_start_warns_of_what_lets_others_in(spawn, tmp_path):
     assert lines[0].strip() == closed
     assert lines[-1].startswith("public_url: http:// in 明文模式: ")
     assert len(lines) == (3 if os.geteuid() == 0 else 2)
+
+
+def test_a_port_that_is_held_is_told_in_chinese(tmp_path):
+    """As all that ends the start; the status is another one than for settings."""
+    path = tmp_path / "wxgpt.toml"
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        path.write_text(f"{GOOD}[server]\nport = {port}\n", "utf-8")
+        ended = run("--config", path, "--lang", "zh", cwd=tmp_path)
+    last = ended.stderr.splitlines()[-1]
+    assert last == f"wxgpt: 127.0.0.1 的 {port} 端口用不了：已被占用"
+    assert ended.returncode == 1

@@ -1,8 +1,8 @@
 """`wxgpt.py setup`: from nothing to settings that serve, by questions or by options."""
 
 import asyncio
+import contextlib
 import os
-import pty
 import re
 import stat
 import sys
@@ -13,8 +13,17 @@ import pytest
 import wxgpt
 from child import free_port
 from conftest import ROOT, platform, run_command
-from fake_openai import fails
-from owner.setup import flat, make_aes_key, put_settings, read_providers
+from fake_openai import Script, fails
+from owner.setup import (
+    Setup,
+    at_home,
+    flat,
+    make_aes_key,
+    make_parser,
+    put_settings,
+    read_providers,
+)
+from typist import typing_at
 from waiting import limit, within
 
 URL = "https://wx.example.com"
@@ -199,7 +208,7 @@ async def test_the_proxys_block_is_written(setup, tmp_path, way, scheme):
     assert "chat.example.org" in text and "127.0.0.1:8123" in text
     assert "wx.example" not in text and ":8080" not in text
     assert ("443" in text or "http://" not in text) is (scheme == "https")
-    assert f"apt install {way}" in out and str(tmp_path / f"wxgpt.{way}") in out
+    assert f"apt install -y {way}" in out and str(tmp_path / f"wxgpt.{way}") in out
 
 
 async def test_without_a_proxy_the_port_is_wechats(setup, tmp_path):
@@ -212,7 +221,7 @@ async def test_without_a_proxy_the_port_is_wechats(setup, tmp_path):
 
 
 async def test_it_waits_for_the_consoles_verification(setup, tmp_path):
-    """It serves for that long, and says when it has come."""
+    """It serves for that long, and says when it has come, and if the token is wrong."""
     port = free_port()
     options = {"port": port, "token": "tokenOfMine", "wait": 40}
     running = asyncio.create_task(setup("--no-check", **options))
@@ -221,85 +230,125 @@ async def test_it_waits_for_the_consoles_verification(setup, tmp_path):
         async with limit(30, "a verification"):
             while True:
                 try:
+                    refused, _ = await server.wechat.verify(token="anotherToken")
                     status, echo = await server.wechat.verify("echo8765")
                     break
                 except OSError:
                     await asyncio.sleep(0.1)
-    assert (status, echo) == (200, "echo8765")
+    assert (refused, status, echo) == (403, 200, "echo8765")
     status, out, _ = await within(60, "end of setup", running)
     assert status == 0 and "✓ verified" in out
-
-
-class Terminal:
-    """Setup at a terminal of its own, where Ctrl-C is a key."""
-
-    def __init__(self, folder):
-        self.folder, self.shown, self.all_shown = folder, "", ""
-        self.master, self.slave = pty.openpty()
-
-    async def start(self, *words):
-        """Start setup."""
-        self.process = await asyncio.create_subprocess_exec(
-            *("setsid", "--ctty", "--wait", sys.executable, str(ROOT / "wxgpt.py")),
-            *("setup", "--config", str(self.folder / "wxgpt.toml"), *words),
-            stdin=self.slave, stdout=self.slave, stderr=self.slave,
-        )  # fmt: skip
-        os.close(self.slave)
-        self.reader = asyncio.StreamReader()
-        await asyncio.get_running_loop().connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(self.reader),
-            open(self.master, "rb", 0),
-        )
-
-    async def answer(self, question, keys):
-        """Wait for a question, and press keys."""
-        async with limit(30, f"{question!r} in {self.shown!r}"):
-            while question not in self.shown:
-                piece = (await self.reader.read(4096)).decode(errors="replace")
-                self.shown += piece
-                self.all_shown += piece
-        self.shown = self.shown.partition(question)[2]
-        os.write(self.master, keys.encode())
-
-    async def ends(self, pressing=""):
-        """Return the exit status; keys are pressed again, as a person would.
-
-        A Ctrl-C that comes between a prompt and the wait for a key is lost.
-        """
-        ended = asyncio.ensure_future(self.process.wait())
-        for _ in range(30):
-            if (await asyncio.wait({ended}, timeout=1))[0]:
-                break
-            os.write(self.master, pressing.encode())
-        return await within(1, "end of setup", ended)
+    assert out.count("came with a wrong signature → the Token in the console must") == 1
 
 
 @pytest.fixture
-def terminal(tmp_path):
-    """A terminal for setup."""
-    return Terminal(tmp_path)
+async def terminal(tmp_path):
+    """Run setup at a terminal; gives who types."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start(*words, env=None):
+            path = tmp_path / "wxgpt.toml"
+            program = (sys.executable, str(ROOT / "wxgpt.py"), "setup")
+            words = ("--config", str(path), "--no-service", *words)
+            return await stack.enter_async_context(typing_at(*program, *words, env=env))
+
+        yield start
 
 
 async def test_questions_at_a_terminal(terminal, upstream, tmp_path):
     """A wrong answer is asked for again, and so is a key that is refused."""
     upstream.will(fails(401))
-    await terminal.start("--no-service", "--no-check")
-    await terminal.answer("address, as in", "wx.example.com\n")
-    await terminal.answer("it begins with http", f"{URL}/\n")
-    await terminal.answer("AppID (", f"{APP_ID}\n")
-    await terminal.answer("another one", "16\n")
-    await terminal.answer("address of the API", f"{upstream.base_url}\n")
-    await terminal.answer("model: ", "m\n")
-    await terminal.answer("key (", "sk-wrong\n")
-    await terminal.answer("without /chatgpt first", "\n")
-    await terminal.answer("stands before wxgpt", "4\n")
-    await terminal.answer("another key", f"{KEY}\n")
-    await terminal.answer("assistant chatgpt: m, first word", "")
-    await terminal.answer("start wxgpt now", "n\n")
-    assert await terminal.ends() == 0 and KEY not in terminal.all_shown
+    typist = await terminal("--no-check")
+    await typist.answer("address, as in", "wx.example.com\n")
+    await typist.answer("it begins with http", f"{URL}/\n")
+    await typist.answer("AppID (", f"{APP_ID}\n")
+    await typist.answer("another one", "16\n")
+    await typist.answer("address of the API", f"{upstream.base_url}\n")
+    await typist.answer("name of the model: ", "m\n")
+    await typist.answer("key (", "sk-wrong\n")
+    await typist.answer("without /chatgpt first", "\n")
+    await typist.answer("stands before wxgpt", "4\n")
+    await typist.answer("another key", f"{KEY}\n")
+    await typist.answer("assistant chatgpt: m, first word", "")
+    await typist.answer("start wxgpt now", "n\n")
+    assert await typist.ends() == 0 and KEY not in typist.all_shown
     found = written(tmp_path)
     assert found["public_url"] == URL and found["assistants.chatgpt.api_key"] == KEY
     assert found["session.auto_open"] and "server.port" not in found
+
+
+async def test_who_knows_no_english_needs_none(terminal, upstream):
+    """Neither for the questions nor for what check says of a server that is not up."""
+    typist = await terminal(env=os.environ | {"WXGPT_LANG": "zh"})
+    await typist.answer("网址，如 https://wx.example.com：", "wx.invalid\n")
+    await typist.answer("要以 http:// 或 https:// 开头", "https://wx.invalid\n")
+    await typist.answer("AppID（回车：先用明文模式）：", f"{APP_ID}\n")
+    await typist.answer("编号：", "其他\n")
+    await typist.answer("接口的地址，含版本号：", f"{upstream.base_url}\n")
+    await typist.answer("模型名：", "m\n")
+    await typist.answer("密钥（输入时不显示）：", f"{KEY}\n")
+    await typist.answer("关注者直接发消息就能聊，不用先发 /chatgpt，好吗？", "\n")
+    await typist.answer("编号 [nginx]：", "4\n")
+    await typist.answer("现在就启动 wxgpt，等微信来验证吗？", "n\n")
+    assert await typist.ends() == 1 and "这个域名解析不了" in typist.all_shown
+    assert re.findall(r"[A-Za-z']+(?: [a-z']+){2,}", typist.all_shown) == []
+
+
+async def test_a_slow_model_is_waited_for_aloud(monkeypatch, capsys, setup, upstream):
+    """While its key is tried."""
+    monkeypatch.setattr("owner.check.SILENT_SECONDS", 0.05)
+    monkeypatch.chdir("/")
+    options = make_parser().parse_args(["--no-service", "--config=/nowhere"])
+    api = wxgpt.AssistantSettings(base_url=upstream.base_url, api_key=KEY, model="m")
+    config = wxgpt.Config(
+        public_url=URL,
+        wechat=wxgpt.WeChatSettings(token="tokenOfMine"),
+        assistants={"chatgpt": api},
+        texts=wxgpt.read_texts({}),
+    )
+    gate, said = asyncio.Event(), ""
+    upstream.will(Script([gate, "好"]))
+    trying = asyncio.create_task(Setup(options).try_key(config))
+    async with limit(30, "word of what it waits for"):
+        while "… still waiting: one word of chatgpt's model" not in said:
+            await asyncio.sleep(0.05)
+            said += capsys.readouterr().out
+    gate.set()
+    assert await within(30, "end of the trial", trying)
+
+
+STEPS = [
+    "apt install -y nginx certbot python3-certbot-nginx",
+    "certbot certonly --nginx -d wx.example.com",
+    "cp -b FOLDER/wxgpt.nginx /etc/nginx/conf.d/wxgpt.conf",
+    "nginx -t",
+    "systemctl reload-or-restart nginx",
+]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root is asked: run the tests so")
+@pytest.mark.parametrize("last", [5, 2])
+async def test_the_proxy_is_put_in_place_if_the_owner_agrees(
+    terminal, upstream, tmp_path, last
+):
+    """Command by command, up to one that fails."""
+    (programs := tmp_path / "bin").mkdir()
+    for name in {step.split()[0] for step in STEPS}:
+        fails = STEPS[last - 1].split()[0] == name and last < len(STEPS)
+        text = f'#!/bin/sh\necho "${{0##*/}} $*" >>{tmp_path}/ran\nexit {int(fails)}\n'
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    options = f"--public-url={URL} --mode=plain --provider=other --model=m --key={KEY}"
+    options += f" --base-url={upstream.base_url} --auto-open --proxy=nginx --no-check"
+    path = f"{programs}:{os.environ['PATH']}"
+    typist = await terminal(*options.split(), env=os.environ | {"PATH": path})
+    await typist.answer("certbot asks in English", "")
+    await typist.answer("run these now?", "\n")
+    await typist.answer("start wxgpt now", "n\n")
+    assert await typist.ends() == 0
+    ran = (tmp_path / "ran").read_text("utf-8").replace(str(tmp_path), "FOLDER")
+    assert ran.splitlines() == STEPS[:last]
+    assert ("this failed" in typist.all_shown) is (last < len(STEPS))
 
 
 async def test_a_provider_of_the_menu_brings_its_switch(setup, tmp_path):
@@ -315,13 +364,13 @@ async def test_a_provider_of_the_menu_brings_its_switch(setup, tmp_path):
 @pytest.mark.parametrize("question", ["address, as in", "AppID (", "number"])
 async def test_it_can_be_left_in_the_middle(terminal, tmp_path, question):
     """By Ctrl-C; nothing is written, and it may be run again."""
-    await terminal.start("--no-service")
+    typist = await terminal()
     for asked, keys in {"address, as in": f"{URL}\n", "AppID (": "\n"}.items():
         if asked == question:
             break
-        await terminal.answer(asked, keys)
-    await terminal.answer(question, "\x03")
-    assert await terminal.ends("\x03") == 130
+        await typist.answer(asked, keys)
+    await typist.answer(question, "\x03")
+    assert await typist.ends("\x03") == 130
     assert list(tmp_path.iterdir()) == []
 
 
@@ -333,6 +382,28 @@ def test_the_menu_is_the_table_of_the_documents():
     assert found["deepseek"].extra == {"thinking": {"type": "disabled"}}
     assert found["chatgpt"].base_url == "https://api.openai.com/v1"
     assert not found["azure"].is_whole and found["ollama"].is_local
+
+
+@pytest.mark.parametrize("name", ["wxgpt.service", "owner/wxgpt"])
+def test_the_services_files_fit_where_the_program_lies(monkeypatch, name):
+    """Also in a folder whose name begins as the usual one's."""
+    home = "/opt/wxgpt-main"
+    monkeypatch.setattr("owner.setup.ROOT", home)
+    monkeypatch.setattr("sys.executable", f"{home}/.venv/bin/python")
+    text = (ROOT / name).read_text("utf-8")
+    assert f"{home}/.venv/bin/python " in at_home(text)
+    assert at_home(text).replace(home, "/opt/wxgpt") == text
+
+
+async def test_the_examples_own_words_are_no_answers(setup, tmp_path):
+    """What nobody has filled in yet is asked for."""
+    example = (ROOT / "wxgpt.example.toml").read_text("utf-8")
+    (tmp_path / "wxgpt.toml").write_text(example, "utf-8")
+    names = ("public_url", "app_id", "provider", "base_url", "model", "key")
+    status, _, err = await setup("--mode=plain", **dict.fromkeys(names))
+    assert status == 2 and err.strip().endswith(" --public-url --key")
+    status, _, err = await setup("--mode=plain", key="sk-replace-this")
+    assert status == 2 and "--key: the key your provider gave you" in err
 
 
 def test_a_made_aes_key_is_one_of_wechats():

@@ -132,10 +132,10 @@ def build_root(root: Path) -> None:
         build([*inside, f"{VENV}/bin/pip", "install", "--no-index", *wheels])
 
 
-def build_debian(root: Path, packages: str, suite: str = SUITE) -> None:
+def build_debian(root: Path, packages: str, suite: str = SUITE, *options: str) -> None:
     """Install the smallest Debian and some packages."""
     debian = ["mmdebstrap", "--variant=minbase", f"--include={packages}"]
-    build([*debian, suite, str(root)])
+    build([*debian, *options, suite, str(root)])
 
 
 def download_wheels(root: Path, folder: Path) -> None:

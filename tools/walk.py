@@ -1,7 +1,11 @@
 """Walks the text as a reader who has nothing else, and says how long that takes.
 
-    .venv/bin/python tools/walk.py                # README.zh-CN.md and docs/deploy.md
+    .venv/bin/python tools/walk.py     # README.zh-CN.md, docs/deploy.md and setup alone
     .venv/bin/python tools/walk.py README.md --suite trixie
+    .venv/bin/python tools/walk.py setup --suite noble --with=--components=main,universe
+
+`setup` is the quick start's first way: its questions are answered at a terminal, in
+Chinese, while WeChat's console waits. Ubuntu needs its keyring (mmdebstrap's --keyring).
 
 Every line of the pages' shell blocks is run, in the text's order, or told with the
 reason why not. Each page has a small Debian of its own, fresh, without Python, in which
@@ -25,6 +29,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "sim"))
 
@@ -32,11 +37,14 @@ import container as machine
 from container import NAME, PEM, PROJECT, Container
 from fake_openai import FakeOpenAI
 from recipes import BLOCKS, Block, Line, commands, read
+from typist import Typist, typing_at
 from wechat import WeChat
 
 PAGES = ("README.zh-CN.md", "docs/deploy.md")
+WALKS = (*PAGES, "setup")
 ANN, TOKEN = "oAnn7Zt1BvK9mHdLr3PwYc8SgNf2", "readersToken42"
 COMMAND_SECONDS = 600
+SETUP_SECONDS = 60  # until setup asks the next thing
 NEW = ("*.db*", "wxgpt.toml", ".git", ".venv", "__pycache__", ".*_cache", ".hypothesis")
 MACHINE = re.compile(r"PIP_|(?i:\w+_proxy$)|SSL_CERT_|REQUESTS_CA_BUNDLE$")
 SHELL = (
@@ -51,6 +59,22 @@ NOT_RUN = {
 }
 SHOWN = re.compile(r" (demo|check|stats)\b|journalctl")  # their output is printed
 
+
+REPOSITORY = "srv/wxgpt.git"
+APP_ID = "wx0123456789abcdef"
+OWN_NAME = "wx.reader.test"
+# What setup asks, and what a reader types.
+ANSWERS = {
+    "网址，如 https://wx.example.com：": f"http://{OWN_NAME}",
+    "AppID（回车：先用明文模式）：": APP_ID,
+    "编号：": "其他",
+    "接口的地址，含版本号：": "BASE_URL",
+    "模型名：": "m",
+    "密钥（输入时不显示）：": "sk-reader",
+    "不用先发 /chatgpt，好吗？ [Y/n]：": "",
+    "编号 [none]：": "nginx",
+}
+ENGLISH = r"[A-Za-z']+(?: [a-z']+){3,}"  # a sentence
 
 OWN = "    (not in the text: the walk's own)"
 SETTINGS = "--config /etc/wxgpt/wxgpt.toml"
@@ -101,8 +125,8 @@ class Reader:
             self.done.append(line)
             await self.obey(line.text)
 
-    async def obey(self, text: str) -> None:
-        """Run a line, or do by hand what it asks for."""
+    async def obey(self, text: str, **own: str) -> None:
+        """Run a line, or do by hand what it asks for; some words are the reader's."""
         for pattern, reason in NOT_RUN.items():
             if re.search(pattern, text):
                 return say("not run", f"{text}    ({reason})")
@@ -112,6 +136,8 @@ class Reader:
                 raise Stuck(f"nobody here knows how to: {text}")
             self.hands[text]()
         else:
+            for word, meant in own.items():
+                text = text.replace(word, meant)
             await self.run(text)
 
     async def run(self, text: str) -> str:
@@ -130,18 +156,10 @@ class Reader:
     async def running(self, text: str) -> AsyncIterator[asyncio.subprocess.Process]:
         """Start a command where the one before left the shell; note how it ends."""
         began = time.monotonic()
-        enter, settings = self.container.enter, {}
-        if ONLINE.search(text):
-            enter, settings = self.container.enter_partly, machine_settings()
-        arguments = (self.folder, self.umask, text, f"/{STATE}")
+        command, environ = self.command(text)
         shell = await asyncio.create_subprocess_exec(
-            *(*enter, "bash", "-c", SHELL, "bash", *arguments),
-            env={
-                "PATH": f"/usr/local/bin:{os.defpath}:/usr/sbin:/sbin",
-                "HOME": "/root",
-            }
-            | {"LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"}
-            | settings,
+            *command,
+            env=environ,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
@@ -157,6 +175,31 @@ class Reader:
         spent = time.monotonic() - began
         self.seconds += spent
         say(f"{spent:.1f} s", text + ("" if text in read(self.page) else OWN))
+
+    def command(self, text: str) -> tuple[list[str], dict[str, str]]:
+        """Return how to run a line in the container's shell, and its environment."""
+        enter, settings = self.container.enter, {}
+        if ONLINE.search(text):
+            enter, settings = self.container.enter_partly, machine_settings()
+        arguments = (self.folder, self.umask, text, f"/{STATE}")
+        environ = {
+            "PATH": f"/usr/local/bin:{os.defpath}:/usr/sbin:/sbin",
+            "HOME": "/root",
+            "LC_ALL": "C.UTF-8",
+            "DEBIAN_FRONTEND": "noninteractive",
+        }
+        return [*enter, "bash", "-c", SHELL, "bash", *arguments], environ | settings
+
+    @contextlib.asynccontextmanager
+    async def typing(self, text: str) -> AsyncIterator[Typist]:
+        """Start a command at a terminal; gives who types there."""
+        say("started", text)
+        command, environ = self.command(text)
+        try:
+            async with typing_at(*command, env=environ) as typist:
+                yield typist
+        except AssertionError as error:  # what it waited for
+            raise Stuck(str(error)) from None
 
     @contextlib.asynccontextmanager
     async def watching(self, text: str, words: str) -> AsyncIterator[list[str]]:
@@ -209,19 +252,34 @@ class Reader:
         """Paste a proxy's block."""
         self.container.path(block.place).write_text(block.text(), "utf-8")
 
-    async def be_served(self, url: str, question: str) -> None:
-        """Be WeChat: enter the URL in the console, follow, open a session and ask."""
-        connection = self.container.connection()
-        async with WeChat(f"{url}/wechat", TOKEN, connection=connection) as wechat:
+    def wechat(self, url: str, token: str, **safe: Any) -> WeChat:
+        """Return the platform for the account that is served at an address."""
+        connection: dict[str, Any] = {"resolver": machine.Here()}
+        if url.startswith("https:"):
+            connection = self.container.connection()
+        return WeChat(f"{url}/wechat", token, connection=connection, **safe)
+
+    async def verify(self, url: str, token: str = TOKEN) -> None:
+        """Be WeChat's console, where the URL is entered."""
+        async with self.wechat(url, token) as wechat:
             if await wechat.verify("8765") != (200, "8765"):
                 raise Stuck(f"{url} is not verified")
-            say("*", f"WeChat's console verifies {url}/wechat")
-            for text in ("/chatgpt", question):
-                seen = await wechat.send(ANN, text)
-                if seen.attempt != 1 or seen.faulty or seen.text is None:
-                    raise Stuck(f"{text} is not answered: {seen}")
-                shown = seen.text.partition("\n")[0]
-                say("*", f"pushed in {seen.seconds:.2f} s: {text} → {shown}")
+        say("*", f"WeChat's console verifies {url}/wechat")
+
+    async def ask(self, url: str, text: str, token: str = TOKEN, **safe: Any) -> None:
+        """Be a subscriber who is answered."""
+        async with self.wechat(url, token, **safe) as wechat:
+            seen = await wechat.send(ANN, text)
+        if seen.attempt != 1 or seen.faulty or seen.text is None:
+            raise Stuck(f"{text} is not answered: {seen}")
+        shown = seen.text.partition("\n")[0]
+        say("*", f"pushed in {seen.seconds:.2f} s: {text} → {shown}")
+
+    async def be_served(self, url: str, question: str) -> None:
+        """Enter the URL in the console, follow, open a session and ask."""
+        await self.verify(url)
+        for text in ("/chatgpt", question):
+            await self.ask(url, text)
 
     def finish(self) -> None:
         """Say what was left out; raise if that is a line of the text."""
@@ -269,10 +327,40 @@ def put_machine(container: Container) -> None:
             shutil.copy(ours, theirs)
 
 
+def put_repository(container: Container) -> str:
+    """Put what a reader clones into the container; return its address there."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy, bare = Path(folder, "wxgpt"), Path(folder, "wxgpt.git")
+        shutil.copytree(PROJECT, copy, ignore=shutil.ignore_patterns(*NEW))
+        git = ["git", "-C", str(copy), "-c", "user.name=x", "-c", "user.email=x"]
+        for words in ("init -q", "add -A", "commit -qm x", f"clone -q --bare . {bare}"):
+            machine.build([*git, *words.split()])
+        shutil.copytree(bare, container.path(REPOSITORY))
+    return f"/{REPOSITORY}"
+
+
+async def get_code(reader: Reader) -> None:
+    """Do the first three lines of the quick start; the fourth is setup's."""
+    lines = [line for line in reader.lines if line.section == quick_start(reader)]
+    address = put_repository(reader.container)
+    print(f"\n{reader.page} · {quick_start(reader)}", flush=True)
+    for line in lines[:3]:
+        reader.done.append(line)
+        await reader.obey(line.text, ADDRESS=address)
+    if not lines[3].text.endswith(" setup"):
+        raise Stuck(f"{reader.page} does not say: setup")
+    reader.done.append(lines[3])
+
+
+def quick_start(reader: Reader) -> str:
+    """Return the heading of the section that begins with the code."""
+    return next(line.section for line in reader.lines if "ADDRESS" in line.text)
+
+
 async def walk_readme(reader: Reader, upstream: FakeOpenAI) -> None:
     """The demo, a server started by hand, and the unit, all as the README says."""
     demo, quick, service, tests = dict.fromkeys(line.section for line in reader.lines)
-    url, home = f"http://{NAME}", "root/wxgpt"
+    url, home = f"http://{NAME}", "opt/wxgpt"
     values: dict[str, str | int] = {"public_url": url, "token": TOKEN}
     values |= {"base_url": upstream.base_url}
     values |= {"host": "0.0.0.0", "port": 80}  # its way without a proxy
@@ -283,28 +371,71 @@ async def walk_readme(reader: Reader, upstream: FakeOpenAI) -> None:
         reader.hands[fill_in] = lambda: reader.edit(
             f"{home}/wxgpt.toml", api_key="sk-reader", **values
         )
-    reader.put_checkout(home)
-    reader.folder = f"/{home}"
+    reader.put_checkout("root/wxgpt")
+    reader.folder = "/root/wxgpt"
     await reader.run_inline("apt update && apt install python3-venv ca-certificates")
     await reader.follow(demo)
+    await get_code(reader)
     say("*", f"{NAME} leads here")
     await reader.container.certify()
     by_hand = reader.take(".venv/bin/python wxgpt.py --config wxgpt.toml")
-    await reader.follow(quick, slice(2))
+    await reader.follow(quick, slice(4, 6))
     async with reader.watching(by_hand, "serving on"):
         await reader.be_served(url, "手动启动了吗？")
     await reader.run_inline(".venv/bin/python wxgpt.py check")
-    say("*", "the checkout is moved to /opt/wxgpt")
-    await reader.container.run("mv", f"/{home}", "/opt/wxgpt")
-    reader.folder = "/opt/wxgpt"
-    await reader.follow(service, slice(4))
-    starts = [line.text for line in reader.lines if line.section == service][4]
+    await reader.follow(service, slice(2))
+    starts = [line.text for line in reader.lines if line.section == service][2]
     async with reader.watching(reader.take(starts), "serving on"):
         await reader.be_served(url, "天空为什么是蓝的？")
     for command in ("check", "stats"):
         await reader.run(f".venv/bin/python wxgpt.py {command} {SETTINGS}")
-    await reader.follow(service, slice(5, None))
+    await reader.run_inline("wxgpt backup wxgpt-copy.db")
     await reader.follow(tests)
+
+
+async def walk_setup(reader: Reader, upstream: FakeOpenAI) -> None:
+    """From nothing to a served message by `setup` alone, in Chinese."""
+    url = f"http://{OWN_NAME}"
+    began = time.monotonic()
+    await get_code(reader)
+    say("*", f"{OWN_NAME} leads here")
+    await reader.container.run(
+        "sh", "-c", f"echo 127.0.0.1 {OWN_NAME} localhost >/etc/hosts"
+    )
+    await reader.run("apt install nginx")  # with a network, which setup has not here
+    async with reader.typing(reader.done[-1].text) as typist:
+
+        async def type_in(question: str, answer: str) -> str:
+            before = await typist.answer(question, answer + "\n", SETUP_SECONDS)
+            say("*", f"{question} {answer}")
+            return before
+
+        for question, answer in ANSWERS.items():
+            await type_in(question, answer.replace("BASE_URL", upstream.base_url))
+        await type_in("现在就依次运行吗？ [Y/n]：", "")
+        shown = await typist.answer("正在等微信来验证", "", SETUP_SECONDS)
+        fields = dict(re.findall(r"(?m)^  (URL|Token|EncodingAESKey) +(\S+)$", shown))
+        safe = {"app_id": APP_ID, "aes_key": fields["EncodingAESKey"]}
+        if fields["URL"] != f"{url}/wechat" or "安全模式" not in shown:
+            raise Stuck(f"setup shows something else for the console: {shown}")
+        say("*", "a slip of the pen: WeChat's console has another token")
+        with contextlib.suppress(Stuck):
+            await reader.verify(url, TOKEN)
+        await typist.answer("后台的 Token 要和 wechat.token 一样", "", SETUP_SECONDS)
+        await reader.verify(url, fields["Token"])
+        await typist.answer("✓ 验证成功", "", SETUP_SECONDS)
+        status = await typist.ends()
+        show(typist.all_shown)
+        if status or " 0 ✗" not in typist.all_shown:
+            raise Stuck(f"setup ends with {status}, not in a check that is all well")
+    await reader.ask(url, "天空为什么是蓝的？", fields["Token"], **safe)
+    minutes = (time.monotonic() - began) / 60
+    print(f"\nfrom nothing to a served message by setup: {minutes:.1f} min")
+    # What apt and nginx say is theirs.
+    theirs = r"(?s)(?<=现在就依次运行吗).*?(?=✓ 服务)|(?m:^    .*$|→ .*$)"
+    if english := re.findall(ENGLISH, re.sub(theirs, "", typist.all_shown)):
+        raise Stuck(f"setup speaks English: {english}")
+    await reader.run("wxgpt check")
 
 
 async def walk_deploy(reader: Reader, upstream: FakeOpenAI) -> None:
@@ -365,30 +496,38 @@ async def keep(reader: Reader) -> None:
 
 
 async def walk(container: Container, page: str) -> None:
-    """Follow one page with a fake model behind the server."""
+    """Follow one page, or setup, with a fake model behind the server."""
     put_machine(container)
-    reader = Reader(container, page)
+    reader = Reader(container, PAGES[0] if page == "setup" else page)
     async with FakeOpenAI() as upstream:
+        if page == "setup":
+            return await walk_setup(reader, upstream)
         way = walk_deploy if page == "docs/deploy.md" else walk_readme
         await way(reader, upstream)
     reader.finish()
 
 
 @contextlib.contextmanager
-def bare_debian(suite: str) -> Iterator[Path]:
+def bare_debian(suite: str, options: list[str]) -> Iterator[Path]:
     """Give a folder with a Debian as a provider installs it, but smaller."""
     with tempfile.TemporaryDirectory() as folder:
-        began = time.monotonic()
-        machine.build_debian(root := Path(folder, "root"), machine.BARE, suite)
-        say(f"{time.monotonic() - began:.1f} s", f"Debian {suite} was installed")
+        began, root = time.monotonic(), Path(folder, "root")
+        machine.build_debian(root, f"{machine.BARE},apt", suite, *options)
+        say(f"{time.monotonic() - began:.1f} s", f"{suite} was installed")
         yield root
 
 
 def main() -> int:
     """Walk the pages; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("pages", nargs="*", default=PAGES, metavar="PAGE")
-    parser.add_argument("--suite", default=machine.SUITE, help="Debian's (%(default)s)")
+    words = f"a README, docs/deploy.md, or setup for the walk by it alone ({' '.join(WALKS)})"
+    parser.add_argument("pages", nargs="*", default=WALKS, metavar="PAGE", help=words)
+    words = "Debian's (%(default)s), or Ubuntu's"
+    parser.add_argument("--suite", default=machine.SUITE, help=words)
+    words = "option of mmdebstrap, as --with=--components=main,universe for Ubuntu"
+    parser.add_argument(
+        "--with", action="append", default=[], dest="options", help=words
+    )
     options, began = parser.parse_args(), time.monotonic()
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # As a shell's background job; the reader presses Ctrl-C all the same.
@@ -396,7 +535,7 @@ def main() -> int:
     if reason := machine.obstacle():
         print(f"cannot walk here: {reason}")
         return 1
-    with bare_debian(options.suite) as root:
+    with bare_debian(options.suite, options.options) as root:
         for page in options.pages:
             with machine.boot(root, files={}) as container, container.network():
                 try:
