@@ -22,8 +22,8 @@ GATEWAY = "172.29.0.1"  # how containers reach the engine's network; of no one e
 START_SECONDS = 60
 STOP_SECONDS = 60
 COMMAND_SECONDS = 240
-PROGRAMS = ("dockerd", "docker", "docker-init", "unshare", "ip", "iptables")
-ALONE = ("unshare", "--net", "--mount", "sh", "-ec")
+PROGRAMS = "dockerd docker docker-init setpriv unshare ip iptables".split()
+ALONE = ("setpriv", "--pdeathsig=TERM", "unshare", "--net", "--mount", "sh", "-ec")
 START = (
     'ip link set lo up; mount -t tmpfs none "$0"; exec dockerd --data-root="$0" "$@"'
 )
