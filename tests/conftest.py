@@ -59,9 +59,13 @@ LONG = "".join(f"第{n}句：{SENTENCE}\n\n" for n in range(60))  # some four pa
 
 
 # What needs more than Python: `-m "not system"` leaves it out.
-SYSTEM = "bounds browser clock crash demo disk hostile owner proxies restart".split()
-SYSTEM += ["shutdown", "systemd", "update"]
-DEBIAN = ("proxies", "systemd")  # share one root, and each a container
+SYSTEM = "bounds browser clock crash demo disk docker hostile owner proxies".split()
+SYSTEM += ["restart", "shutdown", "systemd", "update"]
+DEBIAN = {
+    "docker": "docker",
+    "proxies": "debian",
+    "systemd": "debian",
+}  # groups, of one root
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -88,7 +92,7 @@ def pytest_collection_modifyitems(
         if name == "browser":  # one Chromium takes a core to itself
             item.add_marker(pytest.mark.xdist_group(name="browser"))
         if name in DEBIAN:
-            item.add_marker(pytest.mark.xdist_group(name="debian"))
+            item.add_marker(pytest.mark.xdist_group(name=DEBIAN[name]))
             item.add_marker(pytest.mark.timeout(machine.BUILD_SECONDS))
         if item.get_closest_marker("peers"):  # the first of them installs and compiles
             item.add_marker(pytest.mark.xdist_group(name="peers"))

@@ -313,7 +313,13 @@ def friendly(question: str) -> Script:
 class FakeOpenAI:
     """The server: owns its port, the scripts to come and the requests that came."""
 
-    def __init__(self, default: Script | Callable[[str], Script] = friendly) -> None:
+    def __init__(
+        self,
+        default: Script | Callable[[str], Script] = friendly,
+        host: str = "127.0.0.1",
+        port: int = 0,
+    ) -> None:
+        self.host, self.port = host, port
         self.requests: list[Asked] = []
         self.base_url = ""  # known once open
         self._default = default
@@ -330,8 +336,8 @@ class FakeOpenAI:
 
     async def __aenter__(self) -> Self:
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        self.base_url = f"http://127.0.0.1:{self._runner.addresses[0][1]}/v1"
+        await web.TCPSite(self._runner, self.host, self.port).start()
+        self.base_url = f"http://{self.host}:{self._runner.addresses[0][1]}/v1"
         return self
 
     async def __aexit__(self, *_: object) -> None:
