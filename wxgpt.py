@@ -42,9 +42,9 @@ sessions, turns, parts, decided replies; a question is stored before the model i
 a reply before it is sent, and what a killed process left unfinished is asked again by
 the next one.
 
-Beside this file: schema.sql; texts.toml, every line people read; pages/, what a browser
-shows; owner/, the commands that do not serve, which import this file and not the other
-way round.
+Beside this file: schema.sql; texts.toml, every line people read; providers.toml, what
+chat APIs mean by their words; pages/, what a browser shows; owner/, the commands that
+do not serve, which import this file and not the other way round.
 
 Glossary: openid (a subscriber of this account), message (what came; its MsgId is the
 same every time it is sent), request or attempt (one time it is sent), delivery (all
@@ -3945,60 +3945,22 @@ class ThoughtFilter:
         return text if is_shown else ""
 
 
-def read_words(text: str) -> list[tuple[str, re.Pattern[str]]]:
-    """Return a table's rows: what words mean, and a pattern that finds them."""
-    rows = (line.split(maxsplit=1) for line in text.strip().splitlines())
+PROVIDERS = pathlib.Path(__file__).with_name("providers.toml")
+
+
+@functools.cache
+def meanings(table: str) -> list[tuple[str, re.Pattern[str]]]:
+    """Return a table of providers.toml: what words mean, and what finds them."""
+    rows = read_toml(PROVIDERS)[table]
     return [(name, re.compile(words, re.IGNORECASE)) for name, words in rows]
 
 
-def meaning_of(text: str, table: list[tuple[str, re.Pattern[str]]]) -> str:
-    """Return what the first row means that has words of a text, "" if none has."""
-    return next((name for name, words in table if words.search(text)), "")
+def meaning_of(text: str, table: str) -> str:
+    """Return what the first row of a table means that fits a text, "" if none does."""
+    return next((name for name, words in meanings(table) if words.search(text)), "")
 
 
-# What an error's status, codes and message mean: a kind, or the setting that its owner
-# should look at. Providers say the same in many ways.
-KINDS = ("refused", "busy", "long", "blind", "broken")
-MEANINGS = read_words(r"""
-long     ^status 413|request too large|tokens must be reduced|reduce the length
-blind    support image input|at most 0 image
-model    no endpoints|no available c|model_price
-extra    max_\w*tokens\W.{0,40}(must be less|too large)
-api_key  account\b.{0,60}(suspend|deactivat|disabled|banned|locked)|\bpaused\b
-api_key  账[户号].{0,12}[锁封禁停]
-refused  content_?(policy|filter|security)|content management policy|policy_?violation
-refused  (usage|safety) (polic|guideline)|\bflagged\b|invalid_prompt|violat.{0,30}polic
-refused  safety.?(check|system)|(prompt|response|content|put)s?\b.{0,30}\bblocked
-refused  (?<!case.)(?<!in)sensitive|inappropriate|unsafe|\brisk\b|riskdetect|censor
-refused  moderation|data_?inspection|prohibited.content|guardrail|^status 451
-refused  敏感|违[规法反]|涉嫌|不安全|不适当|拦截|(内容|高).{0,6}风险
-refused  审核[不未]通过|code=(1301|102[67]|1001[349])\b
-api_key  insufficient_(user_)?quota|exceeded_current_quota|(spend\w*|usage)[ _]limit
-api_key  balance(?!r)|arrear|overdue|billing_|payment|can only afford|code=1113\b
-api_key  insufficient.{0,9}(credit|fund)|(out of|all available) credit
-api_key  credits?.{0,9}(exhaust|deplet)|(quota|free.?tier).{0,40}(exhaust|enough)
-api_key  pack.?exhaust|(?<!thinking.)budget.{0,12}exceeded
-api_key  余[额量]|欠费|充值|到期|过期|未开[通放]|额度.{0,4}[不用耗]
-busy     rate.?limit|too many requests|overload|throttl|concurren|exhausted
-busy     ^status 429.*limit|code=1039\b|(?<!context.)capacity
-busy     限流|速率|频率|并发|过载|饱和|忙
-long     context.?(length|size|window)|(maximum|available) context|outofcontext
-long     (prompt|input|message|tokens|character)s?(\b.{0,60}|_)(too.l|longer|exceed)
-long     (input|prompt).{0,9}(length|tokens?\b)|token limit|max_seq_len
-long     超长|(输入|上下文|提示|token).{0,12}(超|过长|太长)|code=1261\b
-model    model_?not_?(found|exist|open|avail)|(unknown|valid|such|found the) model
-model    models?\b.{0,80}(not exist|not found|decommission|deprecated)
-model    models? (\S+ )?(is )?((not|only) supported|disabled)|not a chat model
-model    invalid_?endpoint|无可用渠道|模型.{0,20}(不存在|下线|未配置)
-blind    image_url|image input|support.{0,20} images?\b|\b(vision|vlm)\b|text.only
-blind    multi.?modal|不支持.{0,9}[图视]|[图视].{0,9}不支持
-proxy    country|\bregion|user location|just a moment|been blocked|network settings
-api_key  (api|access).?(key|token)|auth|login fail|令牌|密钥|鉴权|认证|^status 40[123]
-busy     ^status (408|409|429|5)|limit.?exceeded
-broken   ^status 2
-base_url ^status (3|40[45])
-extra    ^
-""")
+KINDS = ("refused", "busy", "long", "blind", "broken")  # others are settings
 # A limit that is not over within the minutes that somebody waits for an answer.
 LASTING = re.compile(r"(?i)\b[rt]pd|hour|da[iy]|week|month|[每今当][日天周月]|使用上限")
 ERROR_NAMES = ("code", "status_code", "http_code", "type", "status", "param")
@@ -4045,7 +4007,7 @@ def make_error(
     if code in ("", str(status)):  # which says nothing more
         code = names.get("type", "")
     summary = " ".join(f"{name}={word}" for name, word in names.items())
-    meaning = meaning_of(f"status {status} {summary} {message}", MEANINGS)
+    meaning = meaning_of(f"status {status} {summary} {message}", "errors")
     kind, setting = (meaning, "") if meaning in KINDS else ("setup", meaning)
     retry_in = retry_after(headers)
     is_passing = retry_in is not None or not LASTING.search(message)
@@ -4091,15 +4053,6 @@ def text_of(content: object) -> str:
     return "".join(text for text in texts if isinstance(text, str))
 
 
-# What a finish_reason means; any other: the answer is broken off.
-ENDS = read_words(r"""
-stop     ^(finish_reason_)?(stop\w*|eos\w*|end(_\w*turn)?|completed?|finish(ed)?)$
-stop     ^(done|normal|tool_calls?|tool_use|function_call)$
-refused  filter|sensitiv|refus|safety|prohibit|block|guardrail|moderat|recitation|spii
-refused  censor|violat|policy|risk|toxic
-broken   error|fail|abort|cancel|time_?out|resource|interrupt|overload|rate_?limit
-length   length|max|context|token|limit|truncat
-""")
 MID_SENTENCE = re.compile(r"[\w,，、:：;；(（《“-]\s*$")
 # The fields of a delta that show that the model is at work.
 ALIVE = re.compile("content|refusal|reason|think|thought")
@@ -4178,9 +4131,9 @@ class Completion:
             return
         # OpenRouter says stop for some failures of the providers behind it.
         native = str(choice.get("native_finish_reason") or "")
-        if meaning_of(native, ENDS) in ("refused", "broken", "length"):
+        if meaning_of(native, "ends") in ("refused", "broken", "length"):
             reason = native
-        if not self.reason or meaning_of(reason, ENDS) == "refused":
+        if not self.reason or meaning_of(reason, "ends") == "refused":
             self.reason = reason
 
     def read_delta(self, delta: dict) -> str:
@@ -4204,7 +4157,7 @@ class Completion:
         usage = as_dict(self.usage)
         given = as_count(usage.get("prompt_tokens", usage.get("input_tokens")))
         taken = as_count(usage.get("completion_tokens", usage.get("output_tokens")))
-        kind = meaning_of(self.reason, ENDS) or "broken"
+        kind = meaning_of(self.reason, "ends") or "broken"
         is_full = "context" in self.reason.lower() or not (self.has_begun or taken)
         if kind == "length" and is_full and not self.last:
             kind = "long"  # not a word fitted behind the question
