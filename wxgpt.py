@@ -111,7 +111,7 @@ from collections.abc import (
     Iterator,
     Sequence,
 )
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from xml.etree import ElementTree
 from xml.parsers.expat import ExpatError
 
@@ -2688,9 +2688,12 @@ class Ending:
     """How a streamed answer ended."""
 
     finish_reason: str
-    model: str
+    model: str | None
     tokens_in: int | None
     tokens_out: int | None
+
+
+NO_ENDING = Ending("", None, None, None)
 
 
 SENTENCE_SIGN = re.compile(r"[。！？…!?.\n]")
@@ -3054,7 +3057,12 @@ def like_pattern(word: str) -> str:
 PAGE_CHARS = 100_000  # of questions and answers on a page of the history
 
 
-def noted(openid: str, **values: float | None) -> tuple[str, dict[str, object]]:
+def columns_of(record: typing.Any) -> dict[str, object]:
+    """Return a record's fields by name; a statement takes those that it names."""
+    return {one.name: getattr(record, one.name) for one in fields(record)}
+
+
+def noted(openid: str, **values: float | None) -> Statement:
     """Return the statement that notes what is given about a subscriber."""
     query = """
         INSERT INTO subscriber (openid, told_at, hinted_at, shown_turn)
@@ -3065,6 +3073,23 @@ def noted(openid: str, **values: float | None) -> tuple[str, dict[str, object]]:
     """
     nothing = dict.fromkeys(("told_at", "hinted_at", "shown_turn"))
     return query, {"openid": openid} | nothing | values
+
+
+def kept(openid: str, part: Part, at: float, **values: object) -> Statement:
+    """Return the statement that keeps a part: offered, or sent if `reply` is given.
+
+    What was sent of it before stays.
+    """
+    query = """
+        INSERT INTO part (openid, number, turn_id, start, place, offered_at, to_mention,
+                          reply, stop)
+        VALUES (:openid, :number, :turn_id, :start, :place, :at, :to_mention,
+                :reply, :stop)
+        ON CONFLICT DO UPDATE SET reply = excluded.reply, stop = excluded.stop
+        WHERE part.reply IS NULL AND excluded.reply IS NOT NULL
+    """
+    given = {"openid": openid, "at": at, "to_mention": False, "stop": None} | values
+    return query, columns_of(part) | given
 
 
 class Store:
@@ -3142,47 +3167,28 @@ class Store:
         Triggers note that its question was replied to, and that an answer whose part
         was sent needs no mention.
         """
-        part, offered = reply.part, reply.offered
+        part, at = reply.part, reply.created
         is_own = part is not None and part.number == 0
+        turn_id = part.turn_id if part else None
         query = """
             INSERT OR IGNORE INTO reply (key, openid, content, created, turn_id, stop)
             VALUES (:key, :openid, :content, :created, :turn_id, :stop)
         """
-        values: dict[str, object] = {
-            "key": key,
-            "openid": openid,
-            "content": reply.content,
-            "created": reply.created,
-            "turn_id": part.turn_id if part and is_own else None,
-            "stop": reply.stop if is_own else 0,
-        }
+        values = columns_of(reply) | {"key": key, "openid": openid}
+        values |= {"turn_id": turn_id} if is_own else {"turn_id": None, "stop": 0}
         job: Job = [(query, values)]
-        if offered:
-            query = """
-                INSERT OR IGNORE INTO part
-                    (openid, number, turn_id, start, place, offered_at, to_mention)
-                VALUES (:openid, :number, :turn_id, :start, :place, :created,
-                        :to_mention)
-            """
+        if reply.offered:
             to_mention = is_own and reply.is_early
-            job.append((query, values | asdict(offered) | {"to_mention": to_mention}))
+            job.append(kept(openid, reply.offered, at, to_mention=to_mention))
         if part and not is_own and not reply.is_patience:
-            query = """
-                INSERT INTO part
-                    (openid, number, turn_id, start, place, offered_at, reply, stop)
-                VALUES (:openid, :number, :turn_id, :start, :place, :created, :content,
-                        :stop)
-                ON CONFLICT DO UPDATE SET reply = excluded.reply, stop = excluded.stop
-                WHERE part.reply IS NULL
-            """
-            job.append((query, values | asdict(part) | {"stop": reply.stop}))
+            sent = {"reply": reply.content, "stop": reply.stop}
+            job.append(kept(openid, part, at, **sent))
         if reply.mentions:
             query = "UPDATE part SET to_mention = 0 WHERE turn_id = :id"
             job.append((query, {"id": reply.mentions}))
         if part or reply.introduces:
-            told_at = reply.created if reply.introduces else None
-            shown = part.turn_id if part else None
-            job.append(noted(openid, told_at=told_at, shown_turn=shown))
+            told_at = at if reply.introduces else None
+            job.append(noted(openid, told_at=told_at, shown_turn=turn_id))
         return self.run(job)
 
     def mark_delivered(self, turn_id: int, how: str) -> asyncio.Future:
@@ -3278,22 +3284,14 @@ class Store:
                 AND openid = :openid AND expires_at > :created_at))
             RETURNING id
         """
-        rows = await self.rows(
-            query,
-            session_id=turn.session_id,
-            openid=turn.openid,
-            msg_key=turn.msg_key,
-            link_key=turn.link_key,
-            question=turn.question,
-            pictures=turn.pictures,
-            asked=turn.asked,
-            created_at=turn.created_at,
-            day=beijing_day(turn.created_at),
-            counted_as=self.keyed_hash(turn.openid),
-            most=most,
-            most_of_all=most_of_all,
-            cookie_hash=cookie_hash,
-        )
+        values = {
+            "day": beijing_day(turn.created_at),
+            "counted_as": self.keyed_hash(turn.openid),
+            "most": most,
+            "most_of_all": most_of_all,
+            "cookie_hash": cookie_hash,
+        }
+        rows = await self.rows(query, **columns_of(turn), **values)
         if rows:
             [(turn.id,)] = rows
         return bool(rows)
@@ -3336,20 +3334,9 @@ class Store:
                 pictures = iif(:state IN ('failed', 'broken'), pictures, NULL)
             WHERE id = :id
         """
-        await self.rows(
-            query,
-            id=turn.id,
-            answer=turn.answer,
-            state=turn.state,
-            reason=turn.reason,
-            finished_at=time.time(),
-            model=ending.model if ending else None,
-            tokens_in=ending.tokens_in if ending else None,
-            tokens_out=ending.tokens_out if ending else None,
-            seconds=round(turn.age, 3),
-            calls=turn.calls,
-            first_seconds=turn.first_seconds,
-        )
+        values = columns_of(turn) | columns_of(ending or NO_ENDING)
+        now, seconds = time.time(), round(turn.age, 3)
+        await self.rows(query, finished_at=now, seconds=seconds, **values)
 
     async def history(self, turn: Turn, chars: int) -> list[tuple[str, str]]:
         """Return whole exchanges before a turn, oldest first, within `chars`."""
@@ -3509,14 +3496,8 @@ class Store:
 
         A full disk prevents only that.
         """
-        query = """
-            INSERT OR IGNORE INTO part
-                (openid, number, turn_id, start, offered_at, to_mention)
-            VALUES (:openid, :number, :turn_id, :start, :now, 1)
-        """
-        values = {"number": part.number, "turn_id": part.turn_id, "start": part.start}
         with contextlib.suppress(sqlite3.OperationalError):
-            await self.rows(query, openid=openid, now=now, **values)
+            await self.run([kept(openid, part, now, to_mention=True)])
 
     # Devices
 
