@@ -2891,15 +2891,13 @@ def run_jobs(db: sqlite3.Connection, jobs: list[Job]) -> list:
     If one fails, nothing was done, and each runs by itself. If another process holds
     the lock, those that only read get their rows, and nobody waits for it again.
     """
-    is_locked = False
-    if len(jobs) > 1:
-        try:
-            return run_transaction(db, jobs)
-        except DATABASE_ERRORS as error:
-            name = getattr(error, "sqlite_errorname", "")
-            is_locked = name.startswith("SQLITE_BUSY")
-    with without_waiting(db) if is_locked else contextlib.nullcontext():
-        return [run_alone(db, job) for job in jobs]
+    if len(jobs) == 1:
+        return [run_alone(db, jobs[0])]
+    try:
+        return run_transaction(db, jobs)
+    except DATABASE_ERRORS:
+        with without_waiting(db):
+            return [run_alone(db, job) for job in jobs]
 
 
 def run_at_once(db: sqlite3.Connection, job: Job) -> None:
@@ -2974,18 +2972,6 @@ def beijing_day(now: float) -> str:
     return datetime.datetime.fromtimestamp(now, BEIJING).date().isoformat()
 
 
-def split_statements(script: str) -> Iterator[str]:
-    """Yield the statements of an SQL script, each whole (triggers hold semicolons)."""
-    statement = ""
-    for line in script.splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
-            yield statement
-            statement = ""
-    if statement.strip():
-        yield statement
-
-
 class Recalled(typing.NamedTuple):
     """What is stored about a message and its sender."""
 
@@ -3047,11 +3033,6 @@ def write_due(_: sqlite3.Connection, file: int, due: Due) -> None:
 
 SEARCH_SLICE = 50  # exchanges that are looked through in one go
 SEARCH_SLICES = 40  # of them for one page
-
-
-def like_pattern(word: str) -> str:
-    r"""Return what LIKE finds a word by, with ESCAPE '\', and nothing else."""
-    return "%" + re.sub(r"([\\%_])", r"\\\1", word) + "%"
 
 
 PAGE_CHARS = 100_000  # of questions and answers on a page of the history
@@ -3122,8 +3103,8 @@ class Store:
             known = f"this wxgpt knows up to {len(steps)}: install a newer one"
             raise StoreError(f"the database is of version {version}, {known}")
         for number, step in enumerate(steps[version:], version + 1):
-            statements = [*split_statements(step), f"PRAGMA user_version = {number}"]
-            await self.run([(statement, {}) for statement in statements])
+            script = f"BEGIN IMMEDIATE;{step};PRAGMA user_version = {number};COMMIT"
+            await self.db.executescript(script)
         [(self.secret,)] = await self.rows("SELECT secret FROM platform")
 
     # A message and its reply
@@ -3219,8 +3200,8 @@ class Store:
 
     async def was_told(self, openid: str) -> bool:
         """Say whether the privacy words were said to a subscriber."""
-        query = "SELECT told_at FROM subscriber WHERE openid = :openid"
-        return any(at for (at,) in await self.rows(query, openid=openid))
+        query = "SELECT 1 FROM subscriber WHERE openid = :openid AND told_at > 0"
+        return bool(await self.rows(query, openid=openid))
 
     # Sessions
 
@@ -3352,39 +3333,39 @@ class Store:
             chosen.append(row)
         return chosen[::-1]
 
+    async def turns(self, query: str, **values: object) -> list[Turn]:
+        """Return the turns of a query; none that is about to be deleted."""
+        rows = await self.rows(query, **values)
+        return [turn for row in rows if (turn := Turn(*row)).openid not in self.due]
+
     async def turn(self, turn_id: int) -> Turn | None:
         """Return a turn."""
-        rows = await self.rows("SELECT * FROM exchange WHERE id = :id", id=turn_id)
-        return Turn(*rows[0]) if rows else None
+        query = "SELECT * FROM exchange WHERE id = :id"
+        return next(iter(await self.turns(query, id=turn_id)), None)
 
     async def turn_by_link(self, link_key: str) -> Turn | None:
         """Return the turn that an answer's link shows."""
         query = "SELECT * FROM exchange WHERE link_key = :key"
-        rows = await self.rows(query, key=link_key)
-        turn = Turn(*rows[0]) if rows else None
-        return turn if turn and turn.openid not in self.due else None
+        return next(iter(await self.turns(query, key=link_key)), None)
 
     async def open_turns(self) -> tuple[list[Turn], set[int]]:
         """Return the unfinished turns in order, and their sessions that are open."""
-        query = "SELECT * FROM exchange WHERE state = 'open' ORDER BY id"
-        turns = [Turn(*row) for row in await self.rows(query)]
-        turns = [turn for turn in turns if turn.openid not in self.due]
         query = """
             SELECT session_id FROM turn JOIN session ON session.id = session_id
             WHERE state = 'open' AND ended_at IS NULL
         """
-        return turns, {number for (number,) in await self.rows(query)}
+        open_sessions = {number for (number,) in await self.rows(query)}
+        query = "SELECT * FROM exchange WHERE state = 'open' ORDER BY id"
+        return await self.turns(query), open_sessions
 
     async def newest_failed(self, openid: str, since: float) -> Turn | None:
         """Return the newest question if it failed and is not older than `since`."""
         query = """
-            SELECT * FROM exchange WHERE openid = :openid ORDER BY id DESC LIMIT 1
+            SELECT * FROM exchange WHERE created_at > :since
+            AND state IN ('failed', 'broken')
+            AND id = (SELECT max(id) FROM turn WHERE openid = :openid)
         """
-        rows = await self.rows(query, openid=openid)
-        turn = Turn(*rows[0]) if rows else None
-        if turn and turn.created_at > since and turn.state in ("failed", "broken"):
-            return turn
-        return None
+        return next(iter(await self.turns(query, openid=openid, since=since)), None)
 
     async def turns_of(self, openid: str, before: int, count: int) -> list[Turn]:
         """Return a subscriber's turns below an id, newest first.
@@ -3392,19 +3373,17 @@ class Store:
         The last one is that in which their characters exceed PAGE_CHARS.
         """
         query = """
-            SELECT id, length(question) + length(answer) FROM turn
-            WHERE openid = :openid AND id < :before ORDER BY id DESC LIMIT :count
+            SELECT * FROM exchange WHERE openid = :openid AND id < :before AND id >= (
+                SELECT min(id) FROM (
+                    SELECT id, sum(size) OVER (ORDER BY id DESC) - size AS chars_above
+                    FROM (SELECT id, length(question) + length(answer) AS size
+                          FROM turn WHERE openid = :openid AND id < :before
+                          ORDER BY id DESC LIMIT :count))
+                WHERE chars_above <= :most)
+            ORDER BY id DESC
         """
-        values, first, chars = {"openid": openid, "before": before}, before, 0
-        for turn_id, size in await self.rows(query, count=count, **values):
-            if chars > PAGE_CHARS:
-                break
-            first, chars = turn_id, chars + size
-        query = """
-            SELECT * FROM exchange WHERE openid = :openid AND id < :before
-            AND id >= :first ORDER BY id DESC
-        """
-        return [Turn(*row) for row in await self.rows(query, first=first, **values)]
+        values = {"openid": openid, "before": before, "count": count}
+        return await self.turns(query, most=PAGE_CHARS, **values)
 
     async def turns_after(self, openid: str, after: int) -> list[Turn]:
         """Return a few of a subscriber's turns above an id, oldest first."""
@@ -3412,8 +3391,7 @@ class Store:
             SELECT * FROM exchange WHERE openid = :openid AND id > :after
             ORDER BY id LIMIT 10
         """
-        rows = await self.rows(query, openid=openid, after=after)
-        return [Turn(*row) for row in rows if openid not in self.due]
+        return await self.turns(query, openid=openid, after=after)
 
     async def search(
         self, openid: str, words: list[str], before: int, count: int
@@ -3427,23 +3405,21 @@ class Store:
             SELECT min(id) FROM (SELECT id FROM turn
             WHERE openid = :openid AND id < :before ORDER BY id DESC LIMIT :slice)
         """
-        matching = r"""
+        matching = """
             SELECT * FROM exchange
             WHERE openid = :openid AND id < :before AND id >= :first AND NOT EXISTS (
-                SELECT 1 FROM json_each(:patterns)
-                WHERE question || char(10) || answer NOT LIKE value ESCAPE '\')
+                SELECT 1 FROM json_each(:words)
+                WHERE instr(lower(question || char(10) || answer), lower(value)) = 0)
             ORDER BY id DESC LIMIT :count
         """
-        patterns = json.dumps(list(map(like_pattern, words)))
         found: list[Turn] = []
         for _ in range(SEARCH_SLICES):
             values = {"openid": openid, "before": before}
             [(first,)] = await self.rows(query, slice=SEARCH_SLICE, **values)
             if first is None or openid in self.due:
                 return found, 0
-            values |= {"first": first, "patterns": patterns}
-            rows = await self.rows(matching, count=count - len(found), **values)
-            found += [Turn(*row) for row in rows]
+            values |= {"first": first, "words": json.dumps(words)}
+            found += await self.turns(matching, count=count - len(found), **values)
             before = first
             if len(found) == count:
                 before = found[-1].id
@@ -3611,9 +3587,7 @@ class Store:
         It is written down before, and crossed out before anything new can be stored.
         """
         queries = (
-            "DELETE FROM session WHERE openid = :openid",
-            "DELETE FROM turn WHERE openid = :openid",
-            "DELETE FROM part WHERE openid = :openid",
+            "DELETE FROM session WHERE openid = :openid",  # and its turns, their parts
             "DELETE FROM reply WHERE openid = :openid",
             "DELETE FROM picture WHERE openid = :openid",
             "DELETE FROM history_link WHERE openid = :openid",
@@ -3676,14 +3650,14 @@ class Store:
             log.info("%d exchanges older than keep_days deleted", len(turns))
 
 
-PRAGMAS = (
-    BUSY_PRAGMA,
-    "journal_mode = WAL",
-    "synchronous = FULL",
-    "foreign_keys = ON",
-    "secure_delete = ON",
-    "journal_size_limit = 16777216",
-)
+PRAGMAS = f"""
+    PRAGMA {BUSY_PRAGMA};
+    PRAGMA journal_mode = WAL;
+    PRAGMA synchronous = FULL;
+    PRAGMA foreign_keys = ON;
+    PRAGMA secure_delete = ON;
+    PRAGMA journal_size_limit = 16777216;
+"""
 CHECK_BYTES = 64 * 1024 * 1024  # larger databases are not checked: it takes seconds
 
 
@@ -3709,8 +3683,7 @@ async def open_store(path: str) -> Store:
             if check not in ([], [("ok",)]):
                 words = " ".join(check[0][0].split())
                 raise StoreError(f"database {path}: corrupt: {words}")
-            for pragma in PRAGMAS:
-                await store.rows(f"PRAGMA {pragma}")
+            await store.db.executescript(PRAGMAS)
             await store.migrate()
             await store.truncate_wal()
             with contextlib.suppress(OSError):  # full: it is written again when needed
