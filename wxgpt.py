@@ -3375,10 +3375,11 @@ class Store:
         query = """
             SELECT * FROM exchange WHERE openid = :openid AND id < :before AND id >= (
                 SELECT min(id) FROM (
-                    SELECT id, sum(size) OVER (ORDER BY id DESC) - size AS chars_above
-                    FROM (SELECT id, length(question) + length(answer) AS size
-                          FROM turn WHERE openid = :openid AND id < :before
-                          ORDER BY id DESC LIMIT :count))
+                    SELECT id, sum(length(question) + length(answer))
+                        OVER (ORDER BY id DESC) - length(question) - length(answer)
+                        AS chars_above
+                    FROM turn WHERE openid = :openid AND id < :before
+                    ORDER BY id DESC LIMIT :count)
                 WHERE chars_above <= :most)
             ORDER BY id DESC
         """
