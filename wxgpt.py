@@ -3726,12 +3726,6 @@ class ChatError(Exception):
         notes = getattr(self, "__notes__", ())
         return "; ".join([f"{self.kind}: {self.detail}", *notes])
 
-    def __setattr__(self, name: str, value: object) -> None:
-        # frozen=True would refuse __traceback__, too, which contextlib sets.
-        if name in vars(self):
-            raise AttributeError(f"{name} of an error cannot be changed")
-        super().__setattr__(name, value)
-
 
 EVENT_BYTES = 1 << 20  # more in one event would only fill the memory
 BLANKS = b" \t\r\n\xef\xbb\xbf"  # may stand before a body, the last as byte order mark
@@ -4062,11 +4056,9 @@ class Completion:
         if self.decoder.field is JSON_LINE and "choices" not in event:
             self.stray = event  # it may say why there is no answer
         choices = event.get("choices")
-        choice: dict = {}
-        for item in choices if isinstance(choices, list) else []:
-            if isinstance(item, dict) and not item.get("index"):
-                choice = item
-                break
+        items = choices if isinstance(choices, list) else []
+        dicts = (item for item in items if isinstance(item, dict))
+        choice = next((item for item in dicts if not item.get("index")), {})
         if choice.get("error"):
             raise make_error(200, choice, {})
         self.usage = event.get("usage") or choice.get("usage") or self.usage
@@ -4312,9 +4304,8 @@ class ChatClient:
             is_time_left = loop.time() < end
             raise ChatError("slow", "time limit", is_retryable=is_time_left) from error
         except (aiohttp.ClientError, ConnectionError) as error:
-            # Not its message, which may quote the answer.
-            name = type(error).__name__
-            raise ChatError("broken", name, is_retryable=True) from error
+            words = type(error).__name__  # its message may quote the answer
+            raise ChatError("broken", words, is_retryable=True) from error
 
     async def read(
         self,
@@ -4391,9 +4382,9 @@ class Pictures:
             self.room -= size
         try:
             pictures = await asyncio.gather(*map(self.fetch, urls))
-            spare = size - sum(len(picture.body) for picture in pictures)
-            await self.give_back(spare)
-            size -= spare
+            used = sum(len(picture.body) for picture in pictures)
+            await self.give_back(size - used)
+            size = used
             yield pictures
         finally:
             await self.give_back(size)
@@ -4417,9 +4408,8 @@ class Pictures:
             async with self.slots, asyncio.timeout(PICTURE_TIMEOUT):
                 body = await self.read(url)
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            # Not its message, which may have the URL.
-            name = type(error).__name__
-            raise ChatError("picture", f"not fetched: {name}") from error
+            words = f"not fetched: {type(error).__name__}"  # no message, no URL
+            raise ChatError("picture", words) from error
         for kind, magic in MAGIC.items():
             if re.match(magic, body, re.DOTALL):
                 return Picture(kind, body)
