@@ -2744,11 +2744,6 @@ class Turn:
         return f"turn={self.id} msg={self.msg_key.split()[1]} from={self.openid[:8]}"
 
     @property
-    def chars(self) -> int:
-        """Return how long question and answer are."""
-        return len(self.question) + len(self.answer)
-
-    @property
     def is_open(self) -> bool:
         """Say whether it is still being written, or waits to be."""
         return self.state == "open"
@@ -2848,7 +2843,7 @@ class StoreError(Exception):
 
 Statement = tuple[str, dict[str, object]]  # SQL and its parameters
 Job = list[Statement]  # one transaction, if there are several
-BUSY_PRAGMA = "busy_timeout = 2000"  # milliseconds to wait for another process's lock
+BUSY_MILLISECONDS = 2000  # to wait for another process's lock
 # A full or locked disk; a value that SQLite cannot hold.
 DATABASE_ERRORS = (sqlite3.Error, ValueError, OverflowError)
 
@@ -2860,7 +2855,7 @@ def without_waiting(db: sqlite3.Connection) -> Iterator[None]:
     try:
         yield
     finally:
-        db.execute(f"PRAGMA {BUSY_PRAGMA}")
+        db.execute(f"PRAGMA busy_timeout = {BUSY_MILLISECONDS}")
 
 
 def run_transaction(db: sqlite3.Connection, jobs: list[Job]) -> list[list[list]]:
@@ -2900,17 +2895,13 @@ def run_jobs(db: sqlite3.Connection, jobs: list[Job]) -> list:
             return [run_alone(db, job) for job in jobs]
 
 
-def run_at_once(db: sqlite3.Connection, job: Job) -> None:
-    """Run a job unless another process holds the lock."""
+def run_at_once(db: sqlite3.Connection, job: Job) -> list[list]:
+    """Run one job unless another process holds the lock."""
     with without_waiting(db):
-        run_transaction(db, [job])
-
-
-def truncate_wal(db: sqlite3.Connection) -> bool:
-    """Empty the WAL unless somebody reads it; say whether that was done."""
-    with without_waiting(db):
-        [(is_busy, *_)] = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-    return not is_busy
+        found = run_alone(db, job)
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 class Batch:
@@ -3348,15 +3339,15 @@ class Store:
         query = "SELECT * FROM exchange WHERE link_key = :key"
         return next(iter(await self.turns(query, key=link_key)), None)
 
-    async def open_turns(self) -> tuple[list[Turn], set[int]]:
-        """Return the unfinished turns in order, and their sessions that are open."""
+    async def open_turns(self) -> list[tuple[Turn, bool]]:
+        """Return the unfinished turns in order, each with whether its session is."""
         query = """
-            SELECT session_id FROM turn JOIN session ON session.id = session_id
-            WHERE state = 'open' AND ended_at IS NULL
+            SELECT exchange.*, ended_at IS NULL
+            FROM exchange JOIN session ON session.id = session_id
+            WHERE state = 'open' ORDER BY exchange.id
         """
-        open_sessions = {number for (number,) in await self.rows(query)}
-        query = "SELECT * FROM exchange WHERE state = 'open' ORDER BY id"
-        return await self.turns(query), open_sessions
+        rows = await self.rows(query)
+        return [(Turn(*row), runs) for *row, runs in rows if row[2] not in self.due]
 
     async def newest_failed(self, openid: str, since: float) -> Turn | None:
         """Return the newest question if it failed and is not older than `since`."""
@@ -3614,8 +3605,10 @@ class Store:
         In the database itself secure_delete has overwritten it.
         """
         self.is_wal_behind = True
+        job: Job = [("PRAGMA wal_checkpoint(TRUNCATE)", {})]
         with contextlib.suppress(sqlite3.Error):  # locked or full: it is tried again
-            self.is_wal_behind = not await self.batch.call(truncate_wal)
+            [[(is_busy, *_)]] = await self.batch.call(run_at_once, job)
+            self.is_wal_behind = bool(is_busy)
 
     async def prune(self, now: float, link_seconds: float, keep_days: float) -> None:
         """Delete what has served its time: replies, links, counts, old exchanges."""
@@ -3652,7 +3645,7 @@ class Store:
 
 
 PRAGMAS = f"""
-    PRAGMA {BUSY_PRAGMA};
+    PRAGMA busy_timeout = {BUSY_MILLISECONDS};
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = FULL;
     PRAGMA foreign_keys = ON;
@@ -5304,13 +5297,12 @@ class Bot:
     async def resume_turns(self) -> None:
         """Take up the questions that the process before this one left unfinished."""
         now = time.time()
-        turns, open_sessions = await self.store.open_turns()
-        for turn in turns:
+        for turn, is_session_open in await self.store.open_turns():
             subscriber, earlier = self.subscriber(turn.openid), turn.answer
             if turn.asked >= ASKINGS or now - turn.created_at > RESUME_SECONDS:
                 self.turns[turn.id] = await self.work.run(turn.read)
                 self.end_unwritten(turn, "broken" if earlier else "failed", "given_up")
-            elif not turn.asked and turn.session_id not in open_sessions:
+            elif not turn.asked and not is_session_open:
                 self.turns[turn.id] = turn
                 self.end_unwritten(turn, "ended")
             else:
@@ -7231,7 +7223,7 @@ async def show_history(
     else:
         below = number_in(request, "before", 2**62)
         turns = await bot.store.turns_of(openid, below, HISTORY_COUNT + 1)
-    chars, older = sum(turn.chars for turn in turns), 0
+    chars, older = sum(len(turn.question + turn.answer) for turn in turns), 0
     if len(turns) > HISTORY_COUNT or len(turns) > 1 and chars > PAGE_CHARS:
         turns.pop()
         older = turns[-1].id
