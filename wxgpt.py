@@ -2817,17 +2817,13 @@ class Turn:
 # SQLite behind one connection of aiosqlite. Each method is one question or one change,
 # and all of its SQL stands in it:
 #
-#   a message   what is known of it and of its sender: recall; its reply: save_reply,
-#               mark_delivered, mark_read
-#               a subscriber: note, was_told
-#   a session   start_, end_, touch_session; keep_late_text; add_picture
-#   a turn      add_turn, questions_of_day, count_asking, save_texts, begin_anew,
-#               finish_turn; turn, turn_by_link, open_turns, newest_failed, turns_of,
-#               turns_after, search;
-#               what the model gets of those before it: history
-#   a part      part, unsent_part, next_unsent
-#   the rest    add_history_link, history_owner; ask_forget, forget_asked_at, forget,
-#               forget_due; prune
+#   a message     recall, which knows its sender, too; save_reply, mark_delivered
+#   a subscriber  note, was_told, mark_read; devices; links to the history
+#   a session     start_, end_, touch_session; newest_session, keep_late_text
+#   a turn        add_turn, questions_of_day, count_asking, save_texts, begin_anew,
+#                 finish_turn; what is read of turns; history, which the model gets
+#   a part        part, unsent_part, next_unsent, offer_unread
+#   deletion      ask_forget, forget_asked_at, forget, forget_due; prune
 #
 # Triggers in schema.sql keep what always goes along with a change. Beside the database
 # lies the file NAME-duty, locked by the process that serves: the deletions that are
@@ -3846,16 +3842,14 @@ class ThoughtFilter:
         self.is_answer = self.is_answer or self.has_answer()
         if not self.is_answer:
             return ""
-        found, text = None, "" if self.tail is None else self.tail + self.held
-        if "<" in text or "[" in text or "◁" in text:  # searching is dear
+        text, found = "" if self.tail is None else self.tail + self.held, None
+        if any(sign in text for sign in "<[◁"):  # searching is dear
             found = LATE.search(text)
-            self.tail = None if found else self.tail
+        if found:
+            self.tail = None
         if found and found[1]:
-            self.held, self.opening = (
-                found.string[found.end() :],
-                found[1].replace("/", ""),
-            )
-            self.is_answer = False
+            self.held, self.is_answer = text[found.end() :], False
+            self.opening = found[1].replace("/", "")
             text, self.is_late = self.feed(""), True
             return text
         end = max(0, len(self.held) - 2 * len(ANSWER_END) * self.is_wrapped)
@@ -4109,12 +4103,10 @@ class Completion:
 
 async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
     """Return a body, cut after `limit` bytes."""
-    body = b""
-    async for chunk in response.content.iter_any():
-        body += chunk
-        if len(body) >= limit:
-            break
-    return body[:limit]
+    try:
+        return await response.content.readexactly(limit)
+    except asyncio.IncompleteReadError as whole:
+        return whole.partial
 
 
 ERROR_BYTES = 64 * 1024  # it may be a web page, which says all in its first lines
@@ -4325,12 +4317,12 @@ class ChatClient:
                 raise completion.error
         # The answer is complete, whatever happens while its usage is awaited.
         limit.reschedule(None)
-        text, over = "", loop.time() + USAGE_SECONDS
+        text = ""
         with contextlib.suppress(TimeoutError, aiohttp.ClientError, ConnectionError):
-            while chunk and not completion.is_over and not completion.error:
-                async with asyncio.timeout_at(over):
+            async with asyncio.timeout(USAGE_SECONDS):
+                while chunk and not completion.is_over and not completion.error:
                     chunk = await response.content.readany()
-                text += completion.feed(chunk)
+                    text += completion.feed(chunk)
         ending = completion.ending()
         text += completion.thoughts.flush(ending.finish_reason == "length")
         self.opening = completion.thoughts.opening
