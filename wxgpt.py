@@ -4358,9 +4358,6 @@ class Pictures:
 
         Inside the block they take their room.
         """
-        if not urls:
-            yield []
-            return
         size = len(urls) * PICTURE_BYTES
         async with self.news:
             await self.news.wait_for(lambda: self.room >= size)
