@@ -70,6 +70,7 @@ import argparse
 import asyncio
 import base64
 import bisect
+import codecs
 import collections
 import concurrent.futures
 import contextlib
@@ -3312,12 +3313,9 @@ class Store:
             SELECT question, answer FROM turn WHERE session_id = :session AND id < :id
             AND state IN ('done', 'cut') AND answer <> '' ORDER BY id DESC LIMIT 200
         """
-        chosen: list[tuple[str, str]] = []
-        for row in await self.rows(query, session=turn.session_id, id=turn.id):
-            chars -= len(row[0]) + len(row[1])
-            if chars < 0:
-                break
-            chosen.append(row)
+        rows = await self.rows(query, session=turn.session_id, id=turn.id)
+        sizes = itertools.accumulate(len(row[0]) + len(row[1]) for row in rows)
+        chosen = [row for row, size in zip(rows, sizes, strict=True) if size <= chars]
         return chosen[::-1]
 
     async def turns(self, query: str, **values: object) -> list[Turn]:
@@ -3776,12 +3774,11 @@ class EventDecoder:
             raise page from ValueError("not JSON")
         if self.first in (b"{", b"["):
             self.field = JSON_LINE
-        if self.after_cr and chunk[:1] == b"\n":
-            chunk = chunk[1:]
-        text = self.line + chunk
-        self.after_cr = text.endswith(b"\r")
-        lines = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-        self.line = lines.pop()
+        if self.after_cr:
+            chunk = chunk.removeprefix(b"\n")
+        self.after_cr = chunk.endswith(b"\r")
+        text = (self.line + chunk).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        *lines, self.line = text.split(b"\n")
         return lines
 
     def take(self) -> str:
@@ -4004,7 +4001,8 @@ class Completion:
         self.is_named = False  # there was a finish_reason, if only null
         self.usage: object = {}
         self.model: object = model
-        self.half = ""  # of a character; the next event has the other one
+        # Puts a character together of which the next event has the other half.
+        self.utf16 = codecs.getincrementaldecoder("utf-16-le")("ignore")
         self.last = ""  # the last visible text
         self.stray: object = ""  # the last payload that is no part of an answer
         self.has_progress = False  # the last chunk had text, thoughts or a comment
@@ -4075,10 +4073,8 @@ class Completion:
         text = text_of(delta.get("content")) or text_of(delta.get("refusal"))
         if text or any(delta[name] for name in delta if ALIVE.search(name)):
             self.has_progress = self.has_begun = True
-        text = self.half + text
-        self.half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
-        whole = text.removesuffix(self.half).encode("utf-16-le", "surrogatepass")
-        text = self.thoughts.feed(whole.decode("utf-16-le", "ignore"))
+        text = self.utf16.decode(text.encode("utf-16-le", "surrogatepass"))
+        text = self.thoughts.feed(text)
         self.last = text if text.strip() else self.last
         return text
 
