@@ -3882,15 +3882,21 @@ PROVIDERS = pathlib.Path(__file__).with_name("providers.toml")
 
 
 @functools.cache
-def meanings(table: str) -> list[tuple[str, re.Pattern[str]]]:
-    """Return a table of providers.toml: what words mean, and what finds them."""
-    rows = read_toml(PROVIDERS)[table]
-    return [(name, re.compile(words, re.IGNORECASE)) for name, words in rows]
+def load_meanings() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    """Return the tables of providers.toml: what words mean, and what finds them.
+
+    First called at the start; raise ConfigError if the file cannot be read.
+    """
+    return {
+        table: [(meaning, re.compile(words, re.IGNORECASE)) for meaning, words in rows]
+        for table, rows in read_toml(PROVIDERS).items()
+    }
 
 
 def meaning_of(text: str, table: str) -> str:
     """Return what the first row of a table means that fits a text, "" if none does."""
-    return next((name for name, words in meanings(table) if words.search(text)), "")
+    rows = load_meanings()[table]
+    return next((meaning for meaning, words in rows if words.search(text)), "")
 
 
 KINDS = ("refused", "busy", "long", "blind", "broken")  # others are settings
@@ -7808,6 +7814,7 @@ def find_risks(config: Config, path: str, user: int) -> Iterator[tuple[str, str,
 def serve_command(config: Config, path: str) -> int:
     """Run the server; return the exit status."""
     load_pages()
+    load_meanings()
     set_up_log()
     for line in effective_settings(config):
         log.info("%s", line)
