@@ -3057,8 +3057,8 @@ def kept(openid: str, part: Part, at: float, **values: object) -> Statement:
         ON CONFLICT DO UPDATE SET reply = excluded.reply, stop = excluded.stop
         WHERE part.reply IS NULL AND excluded.reply IS NOT NULL
     """
-    given = {"openid": openid, "at": at, "to_mention": False, "stop": None} | values
-    return query, columns_of(part) | given
+    nothing = {"to_mention": False, "reply": None, "stop": None}
+    return query, columns_of(part) | nothing | {"openid": openid, "at": at} | values
 
 
 class Store:
@@ -3150,8 +3150,7 @@ class Store:
             to_mention = is_own and reply.is_early
             job.append(kept(openid, reply.offered, at, to_mention=to_mention))
         if part and not is_own and not reply.is_patience:
-            sent = {"reply": reply.content, "stop": reply.stop}
-            job.append(kept(openid, part, at, **sent))
+            job.append(kept(openid, part, at, reply=reply.content, stop=reply.stop))
         if reply.mentions:
             query = "UPDATE part SET to_mention = 0 WHERE turn_id = :id"
             job.append((query, {"id": reply.mentions}))
