@@ -3712,6 +3712,12 @@ class ChatError(Exception):
         notes = getattr(self, "__notes__", ())
         return "; ".join([f"{self.kind}: {self.detail}", *notes])
 
+    def __setattr__(self, name: str, value: object) -> None:
+        # frozen=True would refuse __traceback__, too, which contextlib sets.
+        if name in vars(self):
+            raise AttributeError(f"{name} of an error cannot be changed")
+        super().__setattr__(name, value)
+
 
 EVENT_BYTES = 1 << 20  # more in one event would only fill the memory
 BLANKS = b" \t\r\n\xef\xbb\xbf"  # may stand before a body, the last as byte order mark
