@@ -42,9 +42,9 @@ sessions, turns, parts, decided replies; a question is stored before the model i
 a reply before it is sent, and what a killed process left unfinished is asked again by
 the next one.
 
-Beside this file: schema.sql; texts.toml, every line people read; pages/, what a browser
-shows; owner/, the commands that do not serve, which import this file and not the other
-way round.
+Beside this file: schema.sql; texts.toml, every line people read; providers.toml, what
+chat APIs mean by their words; pages/, what a browser shows; owner/, the commands that
+do not serve, which import this file and not the other way round.
 
 Glossary: openid (a subscriber of this account), message (what came; its MsgId is the
 same every time it is sent), request or attempt (one time it is sent), delivery (all
@@ -70,6 +70,7 @@ import argparse
 import asyncio
 import base64
 import bisect
+import codecs
 import collections
 import concurrent.futures
 import contextlib
@@ -111,7 +112,7 @@ from collections.abc import (
     Iterator,
     Sequence,
 )
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from xml.etree import ElementTree
 from xml.parsers.expat import ExpatError
 
@@ -2695,9 +2696,12 @@ class Ending:
     """How a streamed answer ended."""
 
     finish_reason: str
-    model: str
+    model: str | None
     tokens_in: int | None
     tokens_out: int | None
+
+
+NO_ENDING = Ending("", None, None, None)
 
 
 SENTENCE_SIGN = re.compile(r"[。！？…!?.\n]")
@@ -2746,11 +2750,6 @@ class Turn:
     def name(self) -> str:
         """Return how the log names this question."""
         return f"turn={self.id} msg={self.msg_key.split()[1]} from={self.openid[:8]}"
-
-    @property
-    def chars(self) -> int:
-        """Return how long question and answer are."""
-        return len(self.question) + len(self.answer)
 
     @property
     def is_open(self) -> bool:
@@ -2826,17 +2825,13 @@ class Turn:
 # SQLite behind one connection of aiosqlite. Each method is one question or one change,
 # and all of its SQL stands in it:
 #
-#   a message   what is known of it and of its sender: recall; its reply: save_reply,
-#               mark_delivered, mark_read
-#               a subscriber: note, was_told
-#   a session   start_, end_, touch_session; keep_late_text; add_picture
-#   a turn      add_turn, questions_of_day, count_asking, save_texts, begin_anew,
-#               finish_turn; turn, turn_by_link, open_turns, newest_failed, turns_of,
-#               turns_after, search;
-#               what the model gets of those before it: history
-#   a part      part, unsent_part, next_unsent
-#   the rest    add_history_link, history_owner; ask_forget, forget_asked_at, forget,
-#               forget_due; prune
+#   a message     recall, which knows its sender, too; save_reply, mark_delivered
+#   a subscriber  note, was_told, mark_read; devices; links to the history
+#   a session     start_, end_, touch_session; newest_session, keep_late_text
+#   a turn        add_turn, questions_of_day, count_asking, save_texts, begin_anew,
+#                 finish_turn; what is read of turns; history, which the model gets
+#   a part        part, unsent_part, next_unsent, offer_unread
+#   deletion      ask_forget, forget_asked_at, forget, forget_due; prune
 #
 # Triggers in schema.sql keep what always goes along with a change. Beside the database
 # lies the file NAME-duty, locked by the process that serves: the deletions that are
@@ -2852,7 +2847,7 @@ class StoreError(OwnerError):
 
 Statement = tuple[str, dict[str, object]]  # SQL and its parameters
 Job = list[Statement]  # one transaction, if there are several
-BUSY_PRAGMA = "busy_timeout = 2000"  # milliseconds to wait for another process's lock
+BUSY_MILLISECONDS = 2000  # to wait for another process's lock
 # A full or locked disk; a value that SQLite cannot hold.
 DATABASE_ERRORS = (sqlite3.Error, ValueError, OverflowError)
 
@@ -2864,7 +2859,7 @@ def without_waiting(db: sqlite3.Connection) -> Iterator[None]:
     try:
         yield
     finally:
-        db.execute(f"PRAGMA {BUSY_PRAGMA}")
+        db.execute(f"PRAGMA busy_timeout = {BUSY_MILLISECONDS}")
 
 
 def run_transaction(db: sqlite3.Connection, jobs: list[Job]) -> list[list[list]]:
@@ -2895,28 +2890,22 @@ def run_jobs(db: sqlite3.Connection, jobs: list[Job]) -> list:
     If one fails, nothing was done, and each runs by itself. If another process holds
     the lock, those that only read get their rows, and nobody waits for it again.
     """
-    is_locked = False
-    if len(jobs) > 1:
-        try:
-            return run_transaction(db, jobs)
-        except DATABASE_ERRORS as error:
-            name = getattr(error, "sqlite_errorname", "")
-            is_locked = name.startswith("SQLITE_BUSY")
-    with without_waiting(db) if is_locked else contextlib.nullcontext():
-        return [run_alone(db, job) for job in jobs]
+    if len(jobs) == 1:
+        return [run_alone(db, jobs[0])]
+    try:
+        return run_transaction(db, jobs)
+    except DATABASE_ERRORS:
+        with without_waiting(db):
+            return [run_alone(db, job) for job in jobs]
 
 
-def run_at_once(db: sqlite3.Connection, job: Job) -> None:
-    """Run a job unless another process holds the lock."""
+def run_at_once(db: sqlite3.Connection, job: Job) -> list[list]:
+    """Run one job unless another process holds the lock."""
     with without_waiting(db):
-        run_transaction(db, [job])
-
-
-def truncate_wal(db: sqlite3.Connection) -> bool:
-    """Empty the WAL unless somebody reads it; say whether that was done."""
-    with without_waiting(db):
-        [(is_busy, *_)] = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-    return not is_busy
+        found = run_alone(db, job)
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 class Batch:
@@ -2976,18 +2965,6 @@ class Batch:
 def beijing_day(now: float) -> str:
     """Return the Beijing day of a time: quotas begin anew at its midnight."""
     return datetime.datetime.fromtimestamp(now, BEIJING).date().isoformat()
-
-
-def split_statements(script: str) -> Iterator[str]:
-    """Yield the statements of an SQL script, each whole (triggers hold semicolons)."""
-    statement = ""
-    for line in script.splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
-            yield statement
-            statement = ""
-    if statement.strip():
-        yield statement
 
 
 class Recalled(typing.NamedTuple):
@@ -3053,15 +3030,15 @@ SEARCH_SLICE = 50  # exchanges that are looked through in one go
 SEARCH_SLICES = 40  # of them for one page
 
 
-def like_pattern(word: str) -> str:
-    r"""Return what LIKE finds a word by, with ESCAPE '\', and nothing else."""
-    return "%" + re.sub(r"([\\%_])", r"\\\1", word) + "%"
-
-
 PAGE_CHARS = 100_000  # of questions and answers on a page of the history
 
 
-def noted(openid: str, **values: float | None) -> tuple[str, dict[str, object]]:
+def columns_of(record: typing.Any) -> dict[str, object]:
+    """Return a record's fields by name; a statement takes those that it names."""
+    return {one.name: getattr(record, one.name) for one in fields(record)}
+
+
+def noted(openid: str, **values: float | None) -> Statement:
     """Return the statement that notes what is given about a subscriber."""
     query = """
         INSERT INTO subscriber (openid, told_at, hinted_at, shown_turn)
@@ -3072,6 +3049,23 @@ def noted(openid: str, **values: float | None) -> tuple[str, dict[str, object]]:
     """
     nothing = dict.fromkeys(("told_at", "hinted_at", "shown_turn"))
     return query, {"openid": openid} | nothing | values
+
+
+def kept(openid: str, part: Part, at: float, **values: object) -> Statement:
+    """Return the statement that keeps a part: offered, or sent if `reply` is given.
+
+    What was sent of it before stays.
+    """
+    query = """
+        INSERT INTO part (openid, number, turn_id, start, place, offered_at, to_mention,
+                          reply, stop)
+        VALUES (:openid, :number, :turn_id, :start, :place, :at, :to_mention,
+                :reply, :stop)
+        ON CONFLICT DO UPDATE SET reply = excluded.reply, stop = excluded.stop
+        WHERE part.reply IS NULL AND excluded.reply IS NOT NULL
+    """
+    nothing = {"to_mention": False, "reply": None, "stop": None}
+    return query, columns_of(part) | nothing | {"openid": openid, "at": at} | values
 
 
 class Store:
@@ -3107,8 +3101,8 @@ class Store:
             )
             raise StoreError(words, version=version, known=len(steps))
         for number, step in enumerate(steps[version:], version + 1):
-            statements = [*split_statements(step), f"PRAGMA user_version = {number}"]
-            await self.run([(statement, {}) for statement in statements])
+            script = f"BEGIN IMMEDIATE;{step};PRAGMA user_version = {number};COMMIT"
+            await self.db.executescript(script)
         [(self.secret,)] = await self.rows("SELECT secret FROM platform")
 
     # A message and its reply
@@ -3152,47 +3146,27 @@ class Store:
         Triggers note that its question was replied to, and that an answer whose part
         was sent needs no mention.
         """
-        part, offered = reply.part, reply.offered
+        part, at = reply.part, reply.created
         is_own = part is not None and part.number == 0
+        turn_id = part.turn_id if part else None
         query = """
             INSERT OR IGNORE INTO reply (key, openid, content, created, turn_id, stop)
             VALUES (:key, :openid, :content, :created, :turn_id, :stop)
         """
-        values: dict[str, object] = {
-            "key": key,
-            "openid": openid,
-            "content": reply.content,
-            "created": reply.created,
-            "turn_id": part.turn_id if part and is_own else None,
-            "stop": reply.stop if is_own else 0,
-        }
+        values = columns_of(reply) | {"key": key, "openid": openid}
+        values |= {"turn_id": turn_id} if is_own else {"turn_id": None, "stop": 0}
         job: Job = [(query, values)]
-        if offered:
-            query = """
-                INSERT OR IGNORE INTO part
-                    (openid, number, turn_id, start, place, offered_at, to_mention)
-                VALUES (:openid, :number, :turn_id, :start, :place, :created,
-                        :to_mention)
-            """
+        if reply.offered:
             to_mention = is_own and reply.is_early
-            job.append((query, values | asdict(offered) | {"to_mention": to_mention}))
+            job.append(kept(openid, reply.offered, at, to_mention=to_mention))
         if part and not is_own and not reply.is_patience:
-            query = """
-                INSERT INTO part
-                    (openid, number, turn_id, start, place, offered_at, reply, stop)
-                VALUES (:openid, :number, :turn_id, :start, :place, :created, :content,
-                        :stop)
-                ON CONFLICT DO UPDATE SET reply = excluded.reply, stop = excluded.stop
-                WHERE part.reply IS NULL
-            """
-            job.append((query, values | asdict(part) | {"stop": reply.stop}))
+            job.append(kept(openid, part, at, reply=reply.content, stop=reply.stop))
         if reply.mentions:
             query = "UPDATE part SET to_mention = 0 WHERE turn_id = :id"
             job.append((query, {"id": reply.mentions}))
         if part or reply.introduces:
-            told_at = reply.created if reply.introduces else None
-            shown = part.turn_id if part else None
-            job.append(noted(openid, told_at=told_at, shown_turn=shown))
+            told_at = at if reply.introduces else None
+            job.append(noted(openid, told_at=told_at, shown_turn=turn_id))
         return self.run(job)
 
     def mark_delivered(self, turn_id: int, how: str) -> asyncio.Future:
@@ -3223,8 +3197,8 @@ class Store:
 
     async def was_told(self, openid: str) -> bool:
         """Say whether the privacy words were said to a subscriber."""
-        query = "SELECT told_at FROM subscriber WHERE openid = :openid"
-        return any(at for (at,) in await self.rows(query, openid=openid))
+        query = "SELECT 1 FROM subscriber WHERE openid = :openid AND told_at > 0"
+        return bool(await self.rows(query, openid=openid))
 
     # Sessions
 
@@ -3288,22 +3262,14 @@ class Store:
                 AND openid = :openid AND expires_at > :created_at))
             RETURNING id
         """
-        rows = await self.rows(
-            query,
-            session_id=turn.session_id,
-            openid=turn.openid,
-            msg_key=turn.msg_key,
-            link_key=turn.link_key,
-            question=turn.question,
-            pictures=turn.pictures,
-            asked=turn.asked,
-            created_at=turn.created_at,
-            day=beijing_day(turn.created_at),
-            counted_as=self.keyed_hash(turn.openid),
-            most=most,
-            most_of_all=most_of_all,
-            cookie_hash=cookie_hash,
-        )
+        values = {
+            "day": beijing_day(turn.created_at),
+            "counted_as": self.keyed_hash(turn.openid),
+            "most": most,
+            "most_of_all": most_of_all,
+            "cookie_hash": cookie_hash,
+        }
+        rows = await self.rows(query, **columns_of(turn), **values)
         if rows:
             [(turn.id,)] = rows
         return bool(rows)
@@ -3346,20 +3312,9 @@ class Store:
                 pictures = iif(:state IN ('failed', 'broken'), pictures, NULL)
             WHERE id = :id
         """
-        await self.rows(
-            query,
-            id=turn.id,
-            answer=turn.answer,
-            state=turn.state,
-            reason=turn.reason,
-            finished_at=time.time(),
-            model=ending.model if ending else None,
-            tokens_in=ending.tokens_in if ending else None,
-            tokens_out=ending.tokens_out if ending else None,
-            seconds=round(turn.age, 3),
-            calls=turn.calls,
-            first_seconds=turn.first_seconds,
-        )
+        values = columns_of(turn) | columns_of(ending or NO_ENDING)
+        now, seconds = time.time(), round(turn.age, 3)
+        await self.rows(query, finished_at=now, seconds=seconds, **values)
 
     async def history(self, turn: Turn, chars: int) -> list[tuple[str, str]]:
         """Return whole exchanges before a turn, oldest first, within `chars`."""
@@ -3367,47 +3322,44 @@ class Store:
             SELECT question, answer FROM turn WHERE session_id = :session AND id < :id
             AND state IN ('done', 'cut') AND answer <> '' ORDER BY id DESC LIMIT 200
         """
-        chosen: list[tuple[str, str]] = []
-        for row in await self.rows(query, session=turn.session_id, id=turn.id):
-            chars -= len(row[0]) + len(row[1])
-            if chars < 0:
-                break
-            chosen.append(row)
+        rows = await self.rows(query, session=turn.session_id, id=turn.id)
+        sizes = itertools.accumulate(len(row[0]) + len(row[1]) for row in rows)
+        chosen = [row for row, size in zip(rows, sizes, strict=True) if size <= chars]
         return chosen[::-1]
+
+    async def turns(self, query: str, **values: object) -> list[Turn]:
+        """Return the turns of a query; none that is about to be deleted."""
+        rows = await self.rows(query, **values)
+        return [turn for row in rows if (turn := Turn(*row)).openid not in self.due]
 
     async def turn(self, turn_id: int) -> Turn | None:
         """Return a turn."""
-        rows = await self.rows("SELECT * FROM exchange WHERE id = :id", id=turn_id)
-        return Turn(*rows[0]) if rows else None
+        query = "SELECT * FROM exchange WHERE id = :id"
+        return next(iter(await self.turns(query, id=turn_id)), None)
 
     async def turn_by_link(self, link_key: str) -> Turn | None:
         """Return the turn that an answer's link shows."""
         query = "SELECT * FROM exchange WHERE link_key = :key"
-        rows = await self.rows(query, key=link_key)
-        turn = Turn(*rows[0]) if rows else None
-        return turn if turn and turn.openid not in self.due else None
+        return next(iter(await self.turns(query, key=link_key)), None)
 
-    async def open_turns(self) -> tuple[list[Turn], set[int]]:
-        """Return the unfinished turns in order, and their sessions that are open."""
-        query = "SELECT * FROM exchange WHERE state = 'open' ORDER BY id"
-        turns = [Turn(*row) for row in await self.rows(query)]
-        turns = [turn for turn in turns if turn.openid not in self.due]
+    async def open_turns(self) -> list[tuple[Turn, bool]]:
+        """Return the unfinished turns in order, each with whether its session is."""
         query = """
-            SELECT session_id FROM turn JOIN session ON session.id = session_id
-            WHERE state = 'open' AND ended_at IS NULL
+            SELECT exchange.*, ended_at IS NULL
+            FROM exchange JOIN session ON session.id = session_id
+            WHERE state = 'open' ORDER BY exchange.id
         """
-        return turns, {number for (number,) in await self.rows(query)}
+        rows = await self.rows(query)
+        return [(Turn(*row), runs) for *row, runs in rows if row[2] not in self.due]
 
     async def newest_failed(self, openid: str, since: float) -> Turn | None:
         """Return the newest question if it failed and is not older than `since`."""
         query = """
-            SELECT * FROM exchange WHERE openid = :openid ORDER BY id DESC LIMIT 1
+            SELECT * FROM exchange WHERE created_at > :since
+            AND state IN ('failed', 'broken')
+            AND id = (SELECT max(id) FROM turn WHERE openid = :openid)
         """
-        rows = await self.rows(query, openid=openid)
-        turn = Turn(*rows[0]) if rows else None
-        if turn and turn.created_at > since and turn.state in ("failed", "broken"):
-            return turn
-        return None
+        return next(iter(await self.turns(query, openid=openid, since=since)), None)
 
     async def turns_of(self, openid: str, before: int, count: int) -> list[Turn]:
         """Return a subscriber's turns below an id, newest first.
@@ -3415,19 +3367,18 @@ class Store:
         The last one is that in which their characters exceed PAGE_CHARS.
         """
         query = """
-            SELECT id, length(question) + length(answer) FROM turn
-            WHERE openid = :openid AND id < :before ORDER BY id DESC LIMIT :count
+            SELECT * FROM exchange WHERE openid = :openid AND id < :before AND id >= (
+                SELECT min(id) FROM (
+                    SELECT id, sum(length(question) + length(answer))
+                        OVER (ORDER BY id DESC) - length(question) - length(answer)
+                        AS chars_above
+                    FROM turn WHERE openid = :openid AND id < :before
+                    ORDER BY id DESC LIMIT :count)
+                WHERE chars_above <= :most)
+            ORDER BY id DESC
         """
-        values, first, chars = {"openid": openid, "before": before}, before, 0
-        for turn_id, size in await self.rows(query, count=count, **values):
-            if chars > PAGE_CHARS:
-                break
-            first, chars = turn_id, chars + size
-        query = """
-            SELECT * FROM exchange WHERE openid = :openid AND id < :before
-            AND id >= :first ORDER BY id DESC
-        """
-        return [Turn(*row) for row in await self.rows(query, first=first, **values)]
+        values = {"openid": openid, "before": before, "count": count}
+        return await self.turns(query, most=PAGE_CHARS, **values)
 
     async def turns_after(self, openid: str, after: int) -> list[Turn]:
         """Return a few of a subscriber's turns above an id, oldest first."""
@@ -3435,8 +3386,7 @@ class Store:
             SELECT * FROM exchange WHERE openid = :openid AND id > :after
             ORDER BY id LIMIT 10
         """
-        rows = await self.rows(query, openid=openid, after=after)
-        return [Turn(*row) for row in rows if openid not in self.due]
+        return await self.turns(query, openid=openid, after=after)
 
     async def search(
         self, openid: str, words: list[str], before: int, count: int
@@ -3450,23 +3400,21 @@ class Store:
             SELECT min(id) FROM (SELECT id FROM turn
             WHERE openid = :openid AND id < :before ORDER BY id DESC LIMIT :slice)
         """
-        matching = r"""
+        matching = """
             SELECT * FROM exchange
             WHERE openid = :openid AND id < :before AND id >= :first AND NOT EXISTS (
-                SELECT 1 FROM json_each(:patterns)
-                WHERE question || char(10) || answer NOT LIKE value ESCAPE '\')
+                SELECT 1 FROM json_each(:words)
+                WHERE instr(lower(question || char(10) || answer), lower(value)) = 0)
             ORDER BY id DESC LIMIT :count
         """
-        patterns = json.dumps(list(map(like_pattern, words)))
         found: list[Turn] = []
         for _ in range(SEARCH_SLICES):
             values = {"openid": openid, "before": before}
             [(first,)] = await self.rows(query, slice=SEARCH_SLICE, **values)
             if first is None or openid in self.due:
                 return found, 0
-            values |= {"first": first, "patterns": patterns}
-            rows = await self.rows(matching, count=count - len(found), **values)
-            found += [Turn(*row) for row in rows]
+            values |= {"first": first, "words": json.dumps(words)}
+            found += await self.turns(matching, count=count - len(found), **values)
             before = first
             if len(found) == count:
                 before = found[-1].id
@@ -3519,14 +3467,8 @@ class Store:
 
         A full disk prevents only that.
         """
-        query = """
-            INSERT OR IGNORE INTO part
-                (openid, number, turn_id, start, offered_at, to_mention)
-            VALUES (:openid, :number, :turn_id, :start, :now, 1)
-        """
-        values = {"number": part.number, "turn_id": part.turn_id, "start": part.start}
         with contextlib.suppress(sqlite3.OperationalError):
-            await self.rows(query, openid=openid, now=now, **values)
+            await self.run([kept(openid, part, now, to_mention=True)])
 
     # Devices
 
@@ -3640,9 +3582,7 @@ class Store:
         It is written down before, and crossed out before anything new can be stored.
         """
         queries = (
-            "DELETE FROM session WHERE openid = :openid",
-            "DELETE FROM turn WHERE openid = :openid",
-            "DELETE FROM part WHERE openid = :openid",
+            "DELETE FROM session WHERE openid = :openid",  # and its turns, their parts
             "DELETE FROM reply WHERE openid = :openid",
             "DELETE FROM picture WHERE openid = :openid",
             "DELETE FROM history_link WHERE openid = :openid",
@@ -3668,8 +3608,10 @@ class Store:
         In the database itself secure_delete has overwritten it.
         """
         self.is_wal_behind = True
+        job: Job = [("PRAGMA wal_checkpoint(TRUNCATE)", {})]
         with contextlib.suppress(sqlite3.Error):  # locked or full: it is tried again
-            self.is_wal_behind = not await self.batch.call(truncate_wal)
+            [[(is_busy, *_)]] = await self.batch.call(run_at_once, job)
+            self.is_wal_behind = bool(is_busy)
 
     async def prune(self, now: float, link_seconds: float, keep_days: float) -> None:
         """Delete what has served its time: replies, links, counts, old exchanges."""
@@ -3705,14 +3647,14 @@ class Store:
             log.info("%d exchanges older than keep_days deleted", len(turns))
 
 
-PRAGMAS = (
-    BUSY_PRAGMA,
-    "journal_mode = WAL",
-    "synchronous = FULL",
-    "foreign_keys = ON",
-    "secure_delete = ON",
-    "journal_size_limit = 16777216",
-)
+PRAGMAS = f"""
+    PRAGMA busy_timeout = {BUSY_MILLISECONDS};
+    PRAGMA journal_mode = WAL;
+    PRAGMA synchronous = FULL;
+    PRAGMA foreign_keys = ON;
+    PRAGMA secure_delete = ON;
+    PRAGMA journal_size_limit = 16777216;
+"""
 CHECK_BYTES = 64 * 1024 * 1024  # larger databases are not checked: it takes seconds
 
 
@@ -3739,8 +3681,7 @@ async def open_store(path: str) -> Store:
             if check not in ([], [("ok",)]):
                 words, why = "database {path}: corrupt: {why}", check[0][0].split()
                 raise StoreError(words, path=path, why=" ".join(why))
-            for pragma in PRAGMAS:
-                await store.rows(f"PRAGMA {pragma}")
+            await store.db.executescript(PRAGMAS)
             await store.migrate()
             await store.truncate_wal()
             with contextlib.suppress(OSError):  # full: it is written again when needed
@@ -3850,12 +3791,11 @@ class EventDecoder:
             raise page from ValueError("not JSON")
         if self.first in (b"{", b"["):
             self.field = JSON_LINE
-        if self.after_cr and chunk[:1] == b"\n":
-            chunk = chunk[1:]
-        text = self.line + chunk
-        self.after_cr = text.endswith(b"\r")
-        lines = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-        self.line = lines.pop()
+        if self.after_cr:
+            chunk = chunk.removeprefix(b"\n")
+        self.after_cr = chunk.endswith(b"\r")
+        text = (self.line + chunk).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        *lines, self.line = text.split(b"\n")
         return lines
 
     def take(self) -> str:
@@ -3916,16 +3856,14 @@ class ThoughtFilter:
         self.is_answer = self.is_answer or self.has_answer()
         if not self.is_answer:
             return ""
-        found, text = None, "" if self.tail is None else self.tail + self.held
-        if "<" in text or "[" in text or "◁" in text:  # searching is dear
+        text, found = "" if self.tail is None else self.tail + self.held, None
+        if any(sign in text for sign in "<[◁"):  # searching is dear
             found = LATE.search(text)
-            self.tail = None if found else self.tail
+        if found:
+            self.tail = None
         if found and found[1]:
-            self.held, self.opening = (
-                found.string[found.end() :],
-                found[1].replace("/", ""),
-            )
-            self.is_answer = False
+            self.held, self.is_answer = text[found.end() :], False
+            self.opening = found[1].replace("/", "")
             text, self.is_late = self.feed(""), True
             return text
         end = max(0, len(self.held) - 2 * len(ANSWER_END) * self.is_wrapped)
@@ -3957,60 +3895,28 @@ class ThoughtFilter:
         return text if is_shown else ""
 
 
-def read_words(text: str) -> list[tuple[str, re.Pattern[str]]]:
-    """Return a table's rows: what words mean, and a pattern that finds them."""
-    rows = (line.split(maxsplit=1) for line in text.strip().splitlines())
-    return [(name, re.compile(words, re.IGNORECASE)) for name, words in rows]
+PROVIDERS = pathlib.Path(__file__).with_name("providers.toml")
 
 
-def meaning_of(text: str, table: list[tuple[str, re.Pattern[str]]]) -> str:
-    """Return what the first row means that has words of a text, "" if none has."""
-    return next((name for name, words in table if words.search(text)), "")
+@functools.cache
+def load_meanings() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    """Return the tables of providers.toml: what words mean, and what finds them.
+
+    First called at the start; raise ConfigError if the file cannot be read.
+    """
+    return {
+        table: [(meaning, re.compile(words, re.IGNORECASE)) for meaning, words in rows]
+        for table, rows in read_toml(PROVIDERS).items()
+    }
 
 
-# What an error's status, codes and message mean: a kind, or the setting that its owner
-# should look at. Providers say the same in many ways.
-KINDS = ("refused", "busy", "long", "blind", "broken")
-MEANINGS = read_words(r"""
-long     ^status 413|request too large|tokens must be reduced|reduce the length
-blind    support image input|at most 0 image
-model    no endpoints|no available c|model_price
-extra    max_\w*tokens\W.{0,40}(must be less|too large)
-api_key  account\b.{0,60}(suspend|deactivat|disabled|banned|locked)|\bpaused\b
-api_key  账[户号].{0,12}[锁封禁停]
-refused  content_?(policy|filter|security)|content management policy|policy_?violation
-refused  (usage|safety) (polic|guideline)|\bflagged\b|invalid_prompt|violat.{0,30}polic
-refused  safety.?(check|system)|(prompt|response|content|put)s?\b.{0,30}\bblocked
-refused  (?<!case.)(?<!in)sensitive|inappropriate|unsafe|\brisk\b|riskdetect|censor
-refused  moderation|data_?inspection|prohibited.content|guardrail|^status 451
-refused  敏感|违[规法反]|涉嫌|不安全|不适当|拦截|(内容|高).{0,6}风险
-refused  审核[不未]通过|code=(1301|102[67]|1001[349])\b
-api_key  insufficient_(user_)?quota|exceeded_current_quota|(spend\w*|usage)[ _]limit
-api_key  balance(?!r)|arrear|overdue|billing_|payment|can only afford|code=1113\b
-api_key  insufficient.{0,9}(credit|fund)|(out of|all available) credit
-api_key  credits?.{0,9}(exhaust|deplet)|(quota|free.?tier).{0,40}(exhaust|enough)
-api_key  pack.?exhaust|(?<!thinking.)budget.{0,12}exceeded
-api_key  余[额量]|欠费|充值|到期|过期|未开[通放]|额度.{0,4}[不用耗]
-busy     rate.?limit|too many requests|overload|throttl|concurren|exhausted
-busy     ^status 429.*limit|code=1039\b|(?<!context.)capacity
-busy     限流|速率|频率|并发|过载|饱和|忙
-long     context.?(length|size|window)|(maximum|available) context|outofcontext
-long     (prompt|input|message|tokens|character)s?(\b.{0,60}|_)(too.l|longer|exceed)
-long     (input|prompt).{0,9}(length|tokens?\b)|token limit|max_seq_len
-long     超长|(输入|上下文|提示|token).{0,12}(超|过长|太长)|code=1261\b
-model    model_?not_?(found|exist|open|avail)|(unknown|valid|such|found the) model
-model    models?\b.{0,80}(not exist|not found|decommission|deprecated)
-model    models? (\S+ )?(is )?((not|only) supported|disabled)|not a chat model
-model    invalid_?endpoint|无可用渠道|模型.{0,20}(不存在|下线|未配置)
-blind    image_url|image input|support.{0,20} images?\b|\b(vision|vlm)\b|text.only
-blind    multi.?modal|不支持.{0,9}[图视]|[图视].{0,9}不支持
-proxy    country|\bregion|user location|just a moment|been blocked|network settings
-api_key  (api|access).?(key|token)|auth|login fail|令牌|密钥|鉴权|认证|^status 40[123]
-busy     ^status (408|409|429|5)|limit.?exceeded
-broken   ^status 2
-base_url ^status (3|40[45])
-extra    ^
-""")
+def meaning_of(text: str, table: str) -> str:
+    """Return what the first row of a table means that fits a text, "" if none does."""
+    rows = load_meanings()[table]
+    return next((meaning for meaning, words in rows if words.search(text)), "")
+
+
+KINDS = ("refused", "busy", "long", "blind", "broken")  # others are settings
 # A limit that is not over within the minutes that somebody waits for an answer.
 LASTING = re.compile(r"(?i)\b[rt]pd|hour|da[iy]|week|month|[每今当][日天周月]|使用上限")
 ERROR_NAMES = ("code", "status_code", "http_code", "type", "status", "param")
@@ -4057,7 +3963,7 @@ def make_error(
     if code in ("", str(status)):  # which says nothing more
         code = names.get("type", "")
     summary = " ".join(f"{name}={word}" for name, word in names.items())
-    meaning = meaning_of(f"status {status} {summary} {message}", MEANINGS)
+    meaning = meaning_of(f"status {status} {summary} {message}", "errors")
     kind, setting = (meaning, "") if meaning in KINDS else ("setup", meaning)
     retry_in = retry_after(headers)
     is_passing = retry_in is not None or not LASTING.search(message)
@@ -4103,15 +4009,6 @@ def text_of(content: object) -> str:
     return "".join(text for text in texts if isinstance(text, str))
 
 
-# What a finish_reason means; any other: the answer is broken off.
-ENDS = read_words(r"""
-stop     ^(finish_reason_)?(stop\w*|eos\w*|end(_\w*turn)?|completed?|finish(ed)?)$
-stop     ^(done|normal|tool_calls?|tool_use|function_call)$
-refused  filter|sensitiv|refus|safety|prohibit|block|guardrail|moderat|recitation|spii
-refused  censor|violat|policy|risk|toxic
-broken   error|fail|abort|cancel|time_?out|resource|interrupt|overload|rate_?limit
-length   length|max|context|token|limit|truncat
-""")
 MID_SENTENCE = re.compile(r"[\w,，、:：;；(（《“-]\s*$")
 # The fields of a delta that show that the model is at work.
 ALIVE = re.compile("content|refusal|reason|think|thought")
@@ -4127,7 +4024,8 @@ class Completion:
         self.is_named = False  # there was a finish_reason, if only null
         self.usage: object = {}
         self.model: object = model
-        self.half = ""  # of a character; the next event has the other one
+        # Puts a character together of which the next event has the other half.
+        self.utf16 = codecs.getincrementaldecoder("utf-16-le")("ignore")
         self.last = ""  # the last visible text
         self.stray: object = ""  # the last payload that is no part of an answer
         self.has_progress = False  # the last chunk had text, thoughts or a comment
@@ -4166,11 +4064,9 @@ class Completion:
         if self.decoder.field is JSON_LINE and "choices" not in event:
             self.stray = event  # it may say why there is no answer
         choices = event.get("choices")
-        choice: dict = {}
-        for item in choices if isinstance(choices, list) else []:
-            if isinstance(item, dict) and not item.get("index"):
-                choice = item
-                break
+        items = choices if isinstance(choices, list) else []
+        dicts = (item for item in items if isinstance(item, dict))
+        choice = next((item for item in dicts if not item.get("index")), {})
         if choice.get("error"):
             raise make_error(200, choice, {})
         self.usage = event.get("usage") or choice.get("usage") or self.usage
@@ -4190,9 +4086,9 @@ class Completion:
             return
         # OpenRouter says stop for some failures of the providers behind it.
         native = str(choice.get("native_finish_reason") or "")
-        if meaning_of(native, ENDS) in ("refused", "broken", "length"):
+        if meaning_of(native, "ends") in ("refused", "broken", "length"):
             reason = native
-        if not self.reason or meaning_of(reason, ENDS) == "refused":
+        if not self.reason or meaning_of(reason, "ends") == "refused":
             self.reason = reason
 
     def read_delta(self, delta: dict) -> str:
@@ -4200,10 +4096,8 @@ class Completion:
         text = text_of(delta.get("content")) or text_of(delta.get("refusal"))
         if text or any(delta[name] for name in delta if ALIVE.search(name)):
             self.has_progress = self.has_begun = True
-        text = self.half + text
-        self.half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
-        whole = text.removesuffix(self.half).encode("utf-16-le", "surrogatepass")
-        text = self.thoughts.feed(whole.decode("utf-16-le", "ignore"))
+        text = self.utf16.decode(text.encode("utf-16-le", "surrogatepass"))
+        text = self.thoughts.feed(text)
         self.last = text if text.strip() else self.last
         return text
 
@@ -4216,7 +4110,7 @@ class Completion:
         usage = as_dict(self.usage)
         given = as_count(usage.get("prompt_tokens", usage.get("input_tokens")))
         taken = as_count(usage.get("completion_tokens", usage.get("output_tokens")))
-        kind = meaning_of(self.reason, ENDS) or "broken"
+        kind = meaning_of(self.reason, "ends") or "broken"
         is_full = "context" in self.reason.lower() or not (self.has_begun or taken)
         if kind == "length" and is_full and not self.last:
             kind = "long"  # not a word fitted behind the question
@@ -4228,12 +4122,10 @@ class Completion:
 
 async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
     """Return a body, cut after `limit` bytes."""
-    body = b""
-    async for chunk in response.content.iter_any():
-        body += chunk
-        if len(body) >= limit:
-            break
-    return body[:limit]
+    try:
+        return await response.content.readexactly(limit)
+    except asyncio.IncompleteReadError as whole:
+        return whole.partial
 
 
 ERROR_BYTES = 64 * 1024  # it may be a web page, which says all in its first lines
@@ -4416,9 +4308,8 @@ class ChatClient:
             is_time_left = loop.time() < end
             raise ChatError("slow", "time limit", is_retryable=is_time_left) from error
         except (aiohttp.ClientError, ConnectionError) as error:
-            # Not its message, which may quote the answer.
-            name = type(error).__name__
-            raise ChatError("broken", name, is_retryable=True) from error
+            words = type(error).__name__  # its message may quote the answer
+            raise ChatError("broken", words, is_retryable=True) from error
 
     async def read(
         self,
@@ -4445,12 +4336,12 @@ class ChatClient:
                 raise completion.error
         # The answer is complete, whatever happens while its usage is awaited.
         limit.reschedule(None)
-        text, over = "", loop.time() + USAGE_SECONDS
+        text = ""
         with contextlib.suppress(TimeoutError, aiohttp.ClientError, ConnectionError):
-            while chunk and not completion.is_over and not completion.error:
-                async with asyncio.timeout_at(over):
+            async with asyncio.timeout(USAGE_SECONDS):
+                while chunk and not completion.is_over and not completion.error:
                     chunk = await response.content.readany()
-                text += completion.feed(chunk)
+                    text += completion.feed(chunk)
         ending = completion.ending()
         text += completion.thoughts.flush(ending.finish_reason == "length")
         self.opening = completion.thoughts.opening
@@ -4486,18 +4377,15 @@ class Pictures:
 
         Inside the block they take their room.
         """
-        if not urls:
-            yield []
-            return
         size = len(urls) * PICTURE_BYTES
         async with self.news:
             await self.news.wait_for(lambda: self.room >= size)
             self.room -= size
         try:
             pictures = await asyncio.gather(*map(self.fetch, urls))
-            spare = size - sum(len(picture.body) for picture in pictures)
-            await self.give_back(spare)
-            size -= spare
+            used = sum(len(picture.body) for picture in pictures)
+            await self.give_back(size - used)
+            size = used
             yield pictures
         finally:
             await self.give_back(size)
@@ -4521,9 +4409,8 @@ class Pictures:
             async with self.slots, asyncio.timeout(PICTURE_TIMEOUT):
                 body = await self.read(url)
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            # Not its message, which may have the URL.
-            name = type(error).__name__
-            raise ChatError("picture", f"not fetched: {name}") from error
+            words = f"not fetched: {type(error).__name__}"  # no message, no URL
+            raise ChatError("picture", words) from error
         for kind, magic in MAGIC.items():
             if re.match(magic, body, re.DOTALL):
                 return Picture(kind, body)
@@ -5416,13 +5303,12 @@ class Bot:
     async def resume_turns(self) -> None:
         """Take up the questions that the process before this one left unfinished."""
         now = time.time()
-        turns, open_sessions = await self.store.open_turns()
-        for turn in turns:
+        for turn, is_session_open in await self.store.open_turns():
             subscriber, earlier = self.subscriber(turn.openid), turn.answer
             if turn.asked >= ASKINGS or now - turn.created_at > RESUME_SECONDS:
                 self.turns[turn.id] = await self.work.run(turn.read)
                 self.end_unwritten(turn, "broken" if earlier else "failed", "given_up")
-            elif not turn.asked and turn.session_id not in open_sessions:
+            elif not turn.asked and not is_session_open:
                 self.turns[turn.id] = turn
                 self.end_unwritten(turn, "ended")
             else:
@@ -7346,7 +7232,7 @@ async def show_history(
     else:
         below = number_in(request, "before", 2**62)
         turns = await bot.store.turns_of(openid, below, HISTORY_COUNT + 1)
-    chars, older = sum(turn.chars for turn in turns), 0
+    chars, older = sum(len(turn.question + turn.answer) for turn in turns), 0
     if len(turns) > HISTORY_COUNT or len(turns) > 1 and chars > PAGE_CHARS:
         turns.pop()
         older = turns[-1].id
@@ -7957,6 +7843,7 @@ def find_risks(config: Config, path: str, user: int) -> Iterator[tuple[str, str,
 def serve_command(config: Config, path: str) -> int:
     """Run the server; return the exit status."""
     load_pages()
+    load_meanings()
     set_up_log()
     for line in effective_settings(config):
         log.info("%s", line)

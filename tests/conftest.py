@@ -349,7 +349,7 @@ async def with_session(serve: Callable[..., Any], **changes: Any) -> Server:
 def copy_server(folder: pathlib.Path) -> None:
     """Copy what the server needs to a new folder; `check` and `stats` are left out."""
     shutil.copytree(ROOT / "pages", folder / "pages")
-    for name in ("wxgpt.py", "schema.sql", "texts.toml"):
+    for name in ("wxgpt.py", "schema.sql", "texts.toml", "providers.toml"):
         shutil.copy(ROOT / name, folder)
 
 

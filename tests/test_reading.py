@@ -312,21 +312,6 @@ async def test_an_export_stops_when_its_subscriber_is_deleted(server, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "word, pattern",
-    [
-        ("苹果", "%苹果%"),
-        ("100%", r"%100\%%"),
-        ("a_b", r"%a\_b%"),
-        ("a\\b", r"%a\\b%"),
-        (r"\%", r"%\\\%%"),
-    ],
-)
-def test_no_sign_of_a_word_is_a_wildcard(word, pattern):
-    """The signs of LIKE are escaped, and so is the escape itself."""
-    assert wxgpt.like_pattern(word) == pattern
-
-
-@pytest.mark.parametrize(
     "text, words, shown",
     [
         ("甲**乙**丙", ["乙"], "甲<mark>乙</mark>丙"),

@@ -31,7 +31,8 @@ from conftest import (
 from waiting import within
 
 FILES = (
-    *("wxgpt.py", "schema.sql", "texts.toml", "pages", "owner", "wxgpt.service"),
+    *("wxgpt.py", "schema.sql", "texts.toml", "providers.toml", "pages", "owner"),
+    "wxgpt.service",
     "requirements.lock",
 )
 SYSTEMCTL = """#!{python}

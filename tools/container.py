@@ -44,6 +44,7 @@ FILES = {
     "wxgpt.py": f"{HOME}/wxgpt.py",
     "schema.sql": f"{HOME}/schema.sql",
     "texts.toml": f"{HOME}/texts.toml",
+    "providers.toml": f"{HOME}/providers.toml",
     "pages": f"{HOME}/pages",
     "owner": f"{HOME}/owner",
     "wxgpt.service": "etc/systemd/system/wxgpt.service",
