@@ -7932,13 +7932,14 @@ def check_placeholders(config: Config, mistakes: Mistakes) -> None:
 
     The address alone is no mistake: in a trial the name may lead here.
     """
+    others = len(mistakes.lines)
     expected = "one of your own: everybody knows this one"
     is_own = config.wechat.token != EXAMPLE_TOKEN
     mistakes.require(is_own, "wechat.token", EXAMPLE_TOKEN, expected)
     for name, one in config.assistants.items():
         is_own, where = one.api_key not in EXAMPLE_KEYS, f"assistants.{name}.api_key"
         mistakes.require(is_own, where, one.api_key, "the key your provider gave you")
-    if mistakes.lines:
+    if len(mistakes.lines) > others:
         is_own = config.public_url != EXAMPLE_URL
         expected = "the address of this machine"
         mistakes.require(is_own, "public_url", EXAMPLE_URL, expected)

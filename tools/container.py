@@ -179,6 +179,7 @@ def start_nspawn(
     command = [
         *(*MOUNTED, str(root), str(top), "systemd-nspawn", "--boot"),
         *(f"--directory={top}/root", "--private-network", "--notify-ready=yes"),
+        "--timezone=off",  # it is the packages' to set
         *("--register=no", "--keep-unit", "--console=read-only"),
         *(f"--bind-ro={PROJECT / name}:/{place}" for name, place in files.items()),
     ]
