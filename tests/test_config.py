@@ -769,7 +769,7 @@ async def test_the_start_warns_of_what_lets_others_in(spawn, tmp_path):
     """One line each, which says how to close it; a server that is closed has none."""
     path = tmp_path / "wxgpt.toml"
     path.touch(0o644)
-    _, process = await spawn()
+    _, process = await spawn(public_url="http://wx.test")
     lines = [line.split(" warning ")[1] for line in process.log if " warning " in line]
     closed = (
         f"settings: others on this machine can read {path}; better: chmod 600 {path}"
