@@ -4,7 +4,6 @@ import collections
 import contextlib
 import datetime
 import json
-import os
 import pathlib
 import sqlite3
 import statistics
@@ -12,6 +11,7 @@ import sys
 import typing
 
 from owner.layout import pad, width_of, wrap
+from owner.service import missing
 from owner.words import tell
 from wxgpt import BEIJING, Config, beijing_day, print_error
 
@@ -238,8 +238,8 @@ def stats_command(config: Config, days: int, is_full: bool, as_json: bool) -> in
     """Print who asked how much; return the exit status."""
     path = config.database.path
     try:
-        if not os.path.exists(path):
-            print_error(tell("{path}: wxgpt has not run yet", path=path))
+        if why := missing(path):
+            print_error(tell(why, path=path))
             return 1
         stats = gather_stats(config, days, is_full)
     except sqlite3.Error as error:

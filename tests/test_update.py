@@ -5,14 +5,19 @@ That one knows how to restart: it ends the process it started last and starts an
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import pathlib
+import pty
 import re
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import venv
 import zipfile
 
 import pytest
@@ -28,7 +33,7 @@ from conftest import (
     toml,
     write_settings,
 )
-from waiting import within
+from waiting import limit, within
 
 FILES = (
     *("wxgpt.py", "schema.sql", "texts.toml", "pages", "owner", "wxgpt.service"),
@@ -67,13 +72,14 @@ if verb == "show":
 if verb in ("stop", "restart"):
     stop()
 if verb == "restart":
-    command = [sys.executable, str(home / "wxgpt.py"), "--config", "{folder}/wxgpt.toml"]
+    python = str(home / ".venv/bin/python")
+    command = [python, str(home / "wxgpt.py"), "--config", "{folder}/wxgpt.toml"]
     with open("{folder}/log", "a") as log:
         process = subprocess.Popen(
             command, stdout=log, stderr=log, start_new_session=True, cwd="{folder}"
         )
     pid.write_text(str(process.pid))
-    for _ in range(400):
+    while True:
         if process.poll() is not None:
             pid.unlink()
             sys.exit(1)
@@ -95,6 +101,13 @@ class Installation:
         for name in FILES:
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             copy(ROOT / name, self.home / name)
+        # Packages of its own beside those of the tests, which pip leaves alone.
+        venv.create(self.home / ".venv", symlinks=True)
+        paths = {"base": str(self.home / ".venv")}
+        own = pathlib.Path(sysconfig.get_path("purelib", "venv", paths))
+        (own / "tests.pth").write_text(sysconfig.get_path("purelib"))
+        self.python, self.packages = self.home / ".venv/bin/python", own
+        self.kept = folder / "program-kept"
         write_settings(folder / "wxgpt.toml", settings)
         shutil.copy(ROOT / "wxgpt.service", folder)
         values = {"python": sys.executable, "home": self.home}
@@ -105,18 +118,26 @@ class Installation:
 
     async def run(self, *words, lang="en", **env):
         """Run the command line as the owner does; return status and all that it wrote."""
-        path = f"{self.folder}/bin:{os.environ['PATH']}"
-        (self.folder / "elsewhere").mkdir(exist_ok=True)
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, self.home / "wxgpt.py", *words),
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            cwd=self.folder / "elsewhere",
-            env=os.environ | {"PATH": path, "WXGPT_LANG": lang} | env,
-        )
+        process = await self.start(*words, lang=lang, **env)
         out, _ = await within(90, f"end of {words}", process.communicate())
         assert b"Traceback" not in out, out.decode()
         return process.returncode, out.decode()
+
+    async def start(self, *words, prefix=(), lang="en", **options):
+        """Start the command line in a process group of its own."""
+        streams = {
+            key: options.pop(key) for key in ("stdin", "stdout") if key in options
+        }
+        path = f"{self.folder}/bin:{os.environ['PATH']}"
+        (self.folder / "elsewhere").mkdir(exist_ok=True)
+        return await asyncio.create_subprocess_exec(
+            *(*prefix, self.python, self.home / "wxgpt.py", *words),
+            stderr=asyncio.subprocess.STDOUT,
+            cwd=self.folder / "elsewhere",
+            env=os.environ | {"PATH": path, "WXGPT_LANG": lang} | options,
+            start_new_session=True,
+            **{"stdout": asyncio.subprocess.PIPE} | streams,
+        )
 
     def systemctl(self, verb):
         """Give an order to the unit."""
@@ -135,12 +156,13 @@ class Installation:
     def orders(self):
         """Return what was asked of systemd, but for what it shows."""
         lines = (self.folder / "calls").read_text().splitlines()
-        return [line for line in lines if not line.startswith("show")]
+        return [line for line in lines if not line.startswith(("show", "list-units"))]
 
     def release(self, *edits, steps="", suffix=".tar.gz", **files):
         """Pack a version that is edited so, with more steps of the schema; return it."""
         new = self.folder / "wxgpt-99"
-        shutil.copytree(self.home, new, ignore=shutil.ignore_patterns("__pycache__"))
+        ignore = shutil.ignore_patterns("__pycache__", ".venv", ".git")
+        shutil.copytree(self.home, new, ignore=ignore)
         text = (new / "wxgpt.py").read_text()
         for old, other in (('VERSION = "', 'VERSION = "99.'), *edits):
             assert old in text
@@ -164,18 +186,40 @@ class Installation:
     def files(self):
         """Return the program's files with what is in them."""
         paths = [p for p in self.home.rglob("*") if p.is_file()]
-        ours = [
-            p for p in paths if "__pycache__" not in p.parts and ".git" not in p.parts
-        ]
+        ours = [p for p in paths if not {"__pycache__", ".git"} & {*p.parts}]
         return {path.relative_to(self.home): path.read_bytes() for path in ours}
 
+    def wheel(self, version):
+        """Make a package of this version; return what a lock file says of it."""
+        path = self.folder / f"tiny-{version}-py3-none-any.whl"
+        info = f"tiny-{version}.dist-info"
+        with zipfile.ZipFile(path, "w") as packed:
+            packed.writestr("tiny.py", f"VERSION = {version!r}\ndef main(): pass\n")
+            head = f"Metadata-Version: 2.1\nName: tiny\nVersion: {version}\n"
+            packed.writestr(f"{info}/METADATA", head)
+            kind = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+            packed.writestr(f"{info}/WHEEL", kind)
+            packed.writestr(
+                f"{info}/entry_points.txt", "[console_scripts]\ntiny=tiny:main"
+            )
+            packed.writestr(f"{info}/RECORD", "")
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return f"{path} --hash=sha256:{digest}\n"
 
-@pytest.fixture
-async def installation(tmp_path, settings):
-    """An installation that serves, with an answer in its database."""
+    async def is_served(self, version="(?!99)"):
+        """Fail unless this version answers, and an update has left nothing behind."""
+        assert not self.kept.exists()
+        assert re.match(f"wxgpt {version}", (await self.run("--version"))[1])
+        async with platform(self.port) as server:
+            assert not (await server.ask("还在吗")).faulty
+
+
+@contextlib.asynccontextmanager
+async def serving(folder, settings):
+    """Give an installation that serves, with an answer in its database."""
     port = free_port()
     own = {"server": {"port": port}, "wechat": {"attempt_timeout": 5}}
-    one = Installation(tmp_path, merged(settings, own), port)
+    one = Installation(folder, merged(settings, own), port)
     try:
         await asyncio.to_thread(one.systemctl, "restart")
         async with platform(port) as server:
@@ -183,6 +227,13 @@ async def installation(tmp_path, settings):
         yield one
     finally:
         await asyncio.to_thread(one.systemctl, "stop")
+
+
+@pytest.fixture
+async def installation(tmp_path, settings):
+    """An installation that serves."""
+    async with serving(tmp_path, settings) as one:
+        yield one
 
 
 NEXT_STEP = 1 + max(
@@ -207,11 +258,9 @@ async def test_an_update_brings_the_new_version(installation, suffix):
     assert installation.schema() == NEXT_STEP
     assert (await installation.run("--version"))[1].startswith("wxgpt 99.")
     assert (installation.home / "wxgpt.toml").read_text() == "# the owner's"
-    assert not [p for p in installation.folder.iterdir() if "kept" in p.name]
     modes = {p: p.stat().st_mode for p in installation.home.rglob("[!_]*")}
     assert all(mode & 0o004 for mode in modes.values())  # the service's user reads
-    async with platform(installation.port) as server:
-        assert not (await server.ask("还在吗")).faulty
+    await installation.is_served("99")
 
 
 async def test_a_version_that_does_not_start_goes(installation):
@@ -228,8 +277,7 @@ async def test_a_version_that_does_not_start_goes(installation):
     assert installation.files() == files
     assert installation.questions() == before
     assert installation.schema() == NEXT_STEP - 1
-    async with platform(installation.port) as server:
-        assert not (await server.ask("还在吗")).faulty
+    await installation.is_served()
 
 
 async def test_a_database_that_was_not_changed_stays(installation):
@@ -241,14 +289,50 @@ async def test_a_database_that_was_not_changed_stays(installation):
 
 
 async def test_packages_that_cannot_be_had_change_nothing(installation):
-    """The service is not touched, and the old files are back."""
+    """The service is not touched, and the old files are there."""
     files = installation.files()
     lock = "no-such-package==1 --hash=sha256:" + "0" * 64 + "\n"
     archive = installation.release(requirements__lock=lock)
     status, out = await installation.run("update", archive, PIP_NO_INDEX="1")
     assert status == 1 and "no-such-package" in out
     assert "nothing was changed" in out
+    alone = {"PIP_INDEX_URL": "http://127.0.0.1:9", "PIP_RETRIES": "1"}
+    status, out = await installation.run("update", archive, lang="zh", **alone)
+    assert status == 1 and "网络通吗？在国内可以设镜像" in out, out
     assert installation.files() == files
+    assert installation.orders() == ["restart"]
+    await installation.is_served()
+
+
+IMPORTS = ("import argparse\n", "import argparse\nimport tiny\n")
+
+
+async def test_packages_come_and_go_with_their_version(installation):
+    """A new one is installed for a new version; the old one has its own again."""
+    lock = installation.wheel("1.0")
+    archive = installation.release(IMPORTS, requirements__lock=lock)
+    status, out = await installation.run("update", archive, PIP_NO_INDEX="1")
+    assert status == 0 and "installing packages …" in out, out
+    script = installation.python.with_name("tiny").read_text()
+    assert script.startswith(f"#!{installation.python}\n")
+    await installation.is_served("99")
+    files = installation.files()
+    lock = installation.wheel("2.0")
+    archive = installation.release(DIES, requirements__lock=lock)
+    status, out = await installation.run("update", archive, PIP_NO_INDEX="1")
+    assert status == 1 and re.search(r"wxgpt 99\S+ serves again\n$", out), out
+    assert installation.files() == files
+    assert "VERSION = '1.0'" in (installation.packages / "tiny.py").read_text()
+    await installation.is_served("99")
+
+
+async def test_packages_outside_the_program_are_the_owners(installation, tmp_path):
+    """They could not be brought back."""
+    shutil.move(installation.home / ".venv", tmp_path / "venv")
+    installation.python = tmp_path / "venv/bin/python"
+    archive = installation.release(requirements__lock="x\n")
+    status, out = await installation.run("update", archive)
+    assert status == 1 and f"are not in {installation.home}/.venv: by hand" in out
     assert installation.orders() == ["restart"]
 
 
@@ -261,18 +345,26 @@ async def test_a_version_that_cannot_be_loaded_is_not_started(installation):
 
 
 async def test_an_archive_of_something_else_is_refused(installation):
-    """Nothing of it is taken."""
-    files, other = installation.files(), installation.folder / "other.tar.gz"
-    with tarfile.open(other, "w:gz") as packed:
+    """Nothing of it is taken; nor of one that was not got whole."""
+    folder, files = installation.folder, installation.files()
+    with tarfile.open(folder / "other.tar.gz", "w:gz") as packed:
         packed.add(ROOT / "README.md", "README.md")
+    (folder / "page.zip").write_text("<!doctype html>")
+    for suffix in (".tar.gz", ".zip"):
+        whole = pathlib.Path(installation.release(suffix=suffix)).read_bytes()
+        (folder / f"half{suffix}").write_bytes(whole[: len(whole) // 2])
     for archive, words in (
-        (other, "is no archive of wxgpt"),
-        (ROOT / "README.md", "README.md: "),
-        ("none.zip", "No such file"),
+        ("other.tar.gz", "other.tar.gz 不是 wxgpt 的安装包"),
+        ("page.zip", "page.zip 不是安装包，或者没有下载完整：重新下载"),
+        ("half.tar.gz", "没有下载完整"),
+        ("half.zip", "没有下载完整"),
+        ("none.zip", "none.zip：没有这个文件"),
+        ("bin", "bin：是一个文件夹"),
     ):
-        status, out = await installation.run("update", str(archive))
-        assert status == 1 and words in out, out
+        status, out = await installation.run("update", str(folder / archive), lang="zh")
+        assert status == 1 and words in out and "什么也没有改，仍是 wxgpt" in out, out
     assert installation.files() == files
+    await installation.is_served()
 
 
 async def test_an_archive_cannot_write_elsewhere(installation):
@@ -289,7 +381,14 @@ async def test_an_archive_cannot_write_elsewhere(installation):
         packed.addfile(link)
     status, out = await installation.run("update", str(installation.folder / "new.tar"))
     assert status == 0, out
+    archive = installation.release(suffix=".zip")
+    with zipfile.ZipFile(archive, "a") as packed:
+        packed.writestr("wxgpt-99/../../../evil.txt", "")
+        packed.writestr("/evil.txt", "")
+    status, out = await installation.run("update", archive)
+    assert status == 0, out
     assert not list(installation.folder.rglob("evil.txt"))
+    assert not os.path.lexists("/evil.txt")
     assert not (installation.home / "link").exists()
 
 
@@ -314,17 +413,24 @@ def git(folder, *words):
     subprocess.run(command, check=True, capture_output=True)
 
 
-async def test_a_checkout_is_updated_from_its_remote(installation):
-    """By git pull; and when that is already here, nothing is restarted."""
+@pytest.fixture
+def origin(installation):
+    """Make the program a checkout; gives the repository that it was got from."""
     home, origin = installation.home, installation.folder / "origin"
     git(home, "init", "-q", "-b", "main")
-    (home / ".gitignore").write_text("__pycache__/\n")
+    (home / ".gitignore").write_text("__pycache__/\n.venv\n")
     git(home, "add", ".")
     git(home, "commit", "-qm", "one")
     subprocess.run(["git", "clone", "-q", home, origin], check=True)
     git(home, "remote", "add", "origin", str(origin))
     git(home, "fetch", "-q")
     git(home, "branch", "--set-upstream-to=origin/main")
+    return origin
+
+
+async def test_a_checkout_is_updated_from_its_remote(installation, origin):
+    """By git pull; and when that is already here, nothing is restarted."""
+    home = installation.home
     status, out = await installation.run("update")
     assert status == 0 and "this is the newest version already" in out, out
     assert installation.orders() == ["restart"]
@@ -337,6 +443,292 @@ async def test_a_checkout_is_updated_from_its_remote(installation):
     git(home, "checkout", "texts.toml")
     status, out = await installation.run("update")
     assert status == 0 and "99." in out.splitlines()[-1], out
+    await installation.is_served("99")
+
+
+async def test_a_checkout_that_cannot_be_pulled_is_explained(installation, origin):
+    """Commits of the owner's, a remote that is not reached, a tag, and no git."""
+    home = installation.home
+
+    async def said():
+        status, out = await installation.run("update", lang="zh")
+        assert status == 1 and "什么也没有改，仍是 wxgpt" in out, out
+        return out
+
+    for folder in (home, origin):
+        (folder / "texts.toml").open("a").write(f"# {folder}\n")
+        git(folder, "commit", "-qam", "mine")
+    assert "→ 这里有你自己的提交：git pull --rebase" in await said()
+    git(home, "remote", "set-url", "origin", "http://127.0.0.1:9/wxgpt")
+    out = await said()
+    assert "正在从 http://127.0.0.1:9/wxgpt 取新版本" in out
+    assert "→ 网络通吗？也可以在别处下载安装包：wxgpt update 文件.tar.gz" in out
+    git(home, "checkout", "-q", "--detach")
+    assert "没有跟着哪个分支：先 git switch main，或者给出安装包" in await said()
+    os.symlink(sys.executable, installation.folder / "bin/python3")
+    status, out = await installation.run("update", PATH=f"{installation.folder}/bin")
+    assert status == 1 and "git is not here: apt install git" in out
+    await installation.is_served()
+
+
+# An update that is interrupted, and others in the way
+
+
+class Watched:
+    """A command that runs, and what it has said so far."""
+
+    def __init__(self, process, reader):
+        self.process, self.reader, self.out = process, reader, ""
+
+    async def says(self, words):
+        """Wait until it has said this."""
+        async with limit(60, f"{words!r} after {self.out!r}"):
+            while words not in self.out:
+                self.out += (await self.reader.read(4096)).decode()
+                assert not self.reader.at_eof(), self.out
+
+    async def ends(self):
+        """Wait for its end; return its exit status and all that it said."""
+        self.out += (await within(90, "end of output", self.reader.read())).decode()
+        assert "Traceback" not in self.out, self.out
+        return await within(30, "end", self.process.wait()), self.out
+
+    def signal(self, *numbers):
+        """Send signals to the process and its children, as a terminal does."""
+        for number in numbers:
+            os.killpg(self.process.pid, number)
+
+
+@pytest.fixture
+async def silent_server():
+    """The URL of a server that takes a question and says nothing."""
+
+    async def say_nothing(reader, writer):
+        asked.set()
+        await reader.read()
+        writer.close()
+
+    asked = asyncio.Event()
+    async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", asked
+
+
+async def stuck_in_pip(installation, url, **options):
+    """Start an update that waits for packages until it is interrupted."""
+    lock = "no-such-package==1 --hash=sha256:" + "0" * 64 + "\n"
+    archive = installation.release(requirements__lock=lock)
+    return await installation.start("update", archive, PIP_INDEX_URL=url, **options)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("phase", ["git", "pip"])
+async def test_ctrl_c_before_the_restart_changes_nothing(
+    installation, origin, silent_server, phase, number
+):
+    """Whatever it waits for; it says so, and the service runs on."""
+    files, (url, asked) = installation.files(), silent_server
+    if phase == "pip":
+        process = await stuck_in_pip(installation, url)
+    else:
+        git(installation.home, "remote", "set-url", "origin", f"{url}/wxgpt")
+        process = await installation.start("update")
+    update = Watched(process, process.stdout)
+    await within(60, "question", asked.wait())
+    update.signal(number)
+    status, out = await update.ends()
+    assert status == 130 and re.search("nothing was changed; .* runs on\n$", out), out
+    assert installation.files() == files and installation.orders() == ["restart"]
+    await installation.is_served()
+
+
+async def test_ctrl_c_in_the_restart_is_not_heard(installation):
+    """The update goes on to its end."""
+    archive = installation.release(steps=MIGRATES)
+    process = await installation.start("update", archive)
+    update = Watched(process, process.stdout)
+    await update.says("is in place, restarting")
+    update.signal(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    status, out = await update.ends()
+    assert status == 0 and re.search(r"wxgpt 99\S+ serves\n$", out), out
+    await installation.is_served("99")
+
+
+@contextlib.contextmanager
+def terminal():
+    """Give both ends of a terminal; closing the first is the end of an SSH session."""
+    ours, theirs = pty.openpty()
+    try:
+        yield ours, theirs
+    finally:
+        for end in (ours, theirs):
+            with contextlib.suppress(OSError):
+                os.close(end)
+
+
+ON_TERMINAL = ("setsid", "--ctty", "--wait")
+
+
+async def test_a_cut_session_before_the_restart_changes_nothing(
+    installation, silent_server
+):
+    """As Ctrl-C does."""
+    files, (url, asked) = installation.files(), silent_server
+    with terminal() as (ours, theirs):
+        streams = {"stdin": theirs, "stdout": theirs, "prefix": ON_TERMINAL}
+        process = await stuck_in_pip(installation, url, **streams)
+        await within(60, "question", asked.wait())
+        os.close(theirs)
+        os.close(ours)
+        await within(60, "end", process.wait())
+    assert installation.files() == files and installation.orders() == ["restart"]
+    await installation.is_served()
+
+
+@pytest.mark.parametrize("is_good", [True, False])
+async def test_a_cut_session_in_the_restart_is_not_heard(installation, is_good):
+    """The update goes on to its end, forward or back, with nobody to tell."""
+    archive = installation.release(*([] if is_good else [DIES]), steps=MIGRATES)
+    with terminal() as (ours, theirs):
+        streams = {"stdin": theirs, "stdout": theirs, "prefix": ON_TERMINAL}
+        process = await installation.start("update", archive, **streams)
+        out = b""
+        while b"restarting" not in out:
+            out += await within(60, "restart", asyncio.to_thread(os.read, ours, 4096))
+        os.close(theirs)
+        os.close(ours)
+        await within(60, "end", process.wait())
+    await installation.is_served("99" if is_good else "(?!99)")
+    assert installation.schema() == NEXT_STEP - (not is_good)
+
+
+async def test_two_updates_do_not_run_at_once(installation, silent_server):
+    """The second is told to wait; the first is not disturbed."""
+    url, asked = silent_server
+    process = await stuck_in_pip(installation, url)
+    first = Watched(process, process.stdout)
+    await within(60, "question", asked.wait())
+    status, out = await installation.run("update", lang="zh")
+    assert (status, out) == (1, "wxgpt: 另一个更新正在进行：等它结束\n")
+    assert installation.kept.exists()
+    first.signal(signal.SIGINT)
+    assert (await first.ends())[0] == 130
+    await installation.is_served()
+
+
+async def test_what_a_killed_preparation_left_is_no_obstacle(
+    installation, silent_server
+):
+    """The next update begins anew."""
+    url, asked = silent_server
+    process = await stuck_in_pip(installation, url)
+    await within(60, "question", asked.wait())
+    os.killpg(process.pid, signal.SIGKILL)
+    await process.wait()
+    assert installation.kept.exists()
+    status, out = await installation.run("update", installation.release())
+    assert status == 0 and re.search(r"wxgpt 99\S+ serves\n$", out), out
+    await installation.is_served("99")
+
+
+@pytest.mark.parametrize("is_good", [True, False])
+async def test_an_update_that_was_killed_in_the_restart_is_ended(installation, is_good):
+    """By the next one: with the new version if it serves, else with the old one."""
+    archive = installation.release(*([] if is_good else [DIES]), steps=MIGRATES)
+    before = installation.questions()
+    process = await installation.start("update", archive)
+    update = Watched(process, process.stdout)
+    await update.says("is in place, restarting")
+    update.signal(signal.SIGKILL)
+    await update.ends()
+    status, out = await installation.run("update", lang="zh")
+    assert status == (not is_good) and "上次的更新中断了：先把它做完" in out, out
+    end = r"wxgpt 99\S+ 已在运行\n$" if is_good else r"wxgpt (?!99)\S+ 又在运行了\n$"
+    assert re.search(end, out), out
+    assert installation.questions() == before
+    assert installation.schema() == NEXT_STEP - (not is_good)
+    await installation.is_served("99" if is_good else "(?!99)")
+
+
+async def test_half_a_change_of_places_goes_back(installation):
+    """As after a power failure just then."""
+    files, kept = installation.files(), installation.kept
+    for folder in ("new", "program"):
+        (kept / folder).mkdir(parents=True)
+    (kept / "added").write_text("extra.txt")
+    (installation.home / "extra.txt").touch()
+    shutil.move(installation.home / "wxgpt.py", kept / "program")
+    source = (kept / "program/wxgpt.py").read_text()
+    new = source.replace('VERSION = "', 'VERSION = "99.', 1)
+    (installation.home / "wxgpt.py").write_text(new)
+    (kept / "new/schema.sql").write_text("new")
+    status, out = await installation.run("update")
+    assert status == 1 and re.search(r"wxgpt (?!99)\S+ serves again\n$", out), out
+    assert installation.files() == files
+    await installation.is_served()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of its own, of 32 MB."""
+    (folder := tmp_path / "disk").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)]
+    if os.getuid() or subprocess.run(mount, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("no tmpfs can be mounted here: run the tests as root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder, but):
+    """Fill a folder's disk, but for so many bytes."""
+    free = shutil.disk_usage(folder).free
+    (folder / "filler").write_bytes(bytes(free - but))
+
+
+async def test_a_full_disk_changes_nothing(small_disk, settings):
+    """It is said, with what an update needs."""
+    async with serving(small_disk, settings) as one:
+        files, archive = one.files(), one.release()
+        for room in (100_000, 2_500_000):  # in the program's copy; in the archive's
+            fill(small_disk, room)
+            status, out = await one.run("update", archive, lang="zh")
+            assert status == 1 and "：磁盘满了\n" in out, out
+            assert "先腾出空间（df -h 看哪个磁盘满了）" in out
+            assert "什么也没有改，仍是 wxgpt" in out
+        (small_disk / "filler").unlink()
+        assert one.files() == files and one.orders() == ["restart"]
+        await one.is_served()
+
+
+FILLS = (
+    'log.info("serving on',
+    "f = open(config.database.path + '-filler', 'wb', 0)\n"
+    "        while True: f.write(bytes(4096))\n"
+    '        log.info("serving on',
+)
+
+
+async def test_a_database_that_cannot_be_put_back_is_kept(
+    installation, settings, small_disk
+):
+    """For the next try, once there is room."""
+    installation.systemctl("stop")
+    path = small_disk / "wxgpt.db"
+    shutil.copy(installation.database, path)
+    installation.database, before = path, installation.questions()
+    own = {"server": {"port": installation.port}, "database": {"path": str(path)}}
+    write_settings(installation.folder / "wxgpt.toml", merged(settings, own))
+    installation.systemctl("restart")
+    archive = installation.release(FILLS, steps=MIGRATES)
+    status, out = await installation.run("update", archive, lang="zh")
+    assert status == 1 and "：磁盘满了" in out, out
+    words = f"原来的程序和数据库还在 {installation.kept}：排除上面的问题，再运行 wxgpt update"
+    assert words in out
+    (small_disk / "wxgpt.db-filler").unlink()
+    status, out = await installation.run("update", lang="zh")
+    assert status == 1 and "数据库已换回更新前的副本" in out, out
+    assert installation.questions() == before
+    assert installation.schema() == NEXT_STEP - 1
+    await installation.is_served()
 
 
 async def test_without_git_and_archive_it_says_what_to_give(installation):
