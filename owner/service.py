@@ -7,6 +7,7 @@ and the state directory of the unit, as systemd knows them.
 import argparse
 import asyncio
 import contextlib
+import glob
 import os
 import pathlib
 import re
@@ -25,7 +26,7 @@ USUAL = "/etc/wxgpt/wxgpt.toml"  # the settings of a service, as in docs/deploy.
 HOME = pathlib.Path(__file__).resolve().parents[1]  # where the program lies
 SHOWN = (
     "LoadState,ActiveState,MainPID,FragmentPath,StateDirectory,Environment,"
-    "EnvironmentFiles,LoadCredential,ExecStart"
+    "EnvironmentFiles,ExecStart"
 )
 
 
@@ -38,9 +39,10 @@ def systemctl(*words: str, timeout: float = 30.0) -> subprocess.CompletedProcess
 
 
 def show_unit(name: str = UNIT) -> dict[str, str]:
-    """Return what systemd says of a service; empty if there is none."""
+    """Return what systemd says of a service, and its settings; empty without it."""
     try:
         told = systemctl("show", name, f"--property={SHOWN}").stdout
+        written = systemctl("cat", name).stdout
     except (OSError, subprocess.SubprocessError):
         return {}  # no systemd
     unit = {"Id": name}
@@ -48,6 +50,10 @@ def show_unit(name: str = UNIT) -> dict[str, str]:
         key, _, value = line.partition("=")
         # A line for each file of the environment.
         unit[key] = f"{unit[key]}\n{value}" if key in unit else value
+    # `show` has no credentials before systemd 254.
+    lines = re.findall(r"(?m)^LoadCredential=wxgpt\.toml:(\S+)", written)[-1:]
+    lines += re.findall(r"--config[ =](\S+)", unit.get("ExecStart", ""))
+    unit["settings"] = (lines or [USUAL])[0]
     return unit if unit.get("LoadState") == "loaded" else {}
 
 
@@ -62,15 +68,6 @@ def show_units() -> list[dict[str, str]]:
     others = (show_unit(name) for name in names if name != UNIT)
     ours = [unit for unit in others if str(HOME) in unit.get("ExecStart", "")]
     return [unit for unit in (show_unit(), *ours) if unit]
-
-
-def settings_of(unit: typing.Mapping[str, str]) -> str:
-    """Return the file with a service's settings."""
-    credential, _, path = unit.get("LoadCredential", "").partition(":")
-    if credential == "wxgpt.toml" and path:
-        return path.split()[0]
-    named = re.search(r"--config[ =](\S+)", unit.get("ExecStart", ""))
-    return named[1] if named else USUAL
 
 
 def read_environment(path: str) -> dict[str, str]:
@@ -121,12 +118,11 @@ def choose_unit(named: str) -> dict[str, str]:
     """
     units = show_units()
     if named:
-        units = [unit for unit in units if is_same(named, settings_of(unit))]
+        units = [unit for unit in units if is_same(named, unit["settings"])]
     elif len(units) > 1:
-        names = ", ".join(
-            f"{unit['Id']} (--config {settings_of(unit)})" for unit in units
-        )
-        complain("several services: {names}; this is the first", names=names)
+        others = ", ".join(f"--config {unit['settings']}" for unit in units[1:])
+        words = "there are several services; this is {name}, for another: {others}"
+        complain(words, name=units[0]["Id"], others=others)
     return units[0] if units else {}
 
 
@@ -139,14 +135,14 @@ def owner_command(arguments: argparse.Namespace) -> int:
     unit = choose_unit(arguments.config or "")
     if arguments.command == "logs":
         return follow_log(unit, arguments.lines)
-    path = arguments.config or settings_of(unit)
+    path = arguments.config or unit.get("settings", USUAL)
     if not arguments.config and not os.path.exists(path):
         path = "wxgpt.toml"
     if os.path.exists(path) and not os.access(path, os.R_OK):
         complain("{path} is root's: run it as root, with sudo", path=path)
         return 1
     environ = dict(os.environ)
-    if is_same(path, settings_of(unit)):
+    if unit and is_same(path, unit["settings"]):
         # What the owner's shell sets, the service does not see.
         environ = {k: v for k, v in environ.items() if not k.startswith("OPENAI_")}
         environ |= environment_of(unit)
@@ -175,6 +171,10 @@ def follow_log(unit: typing.Mapping[str, str], lines: int) -> int:
             "there is no service wxgpt here; without one the log is where it started"
         )
         complain(words)
+        return 1
+    journals = glob.glob("/*/log/journal/*/system.journal")  # in /var or /run
+    if journals and not any(os.access(path, os.R_OK) for path in journals):
+        complain("{path} is root's: run it as root, with sudo", path="the log")
         return 1
     name = unit["Id"]
     command = ["journalctl", f"--unit={name}", f"--lines={lines}", "--follow"]

@@ -25,6 +25,7 @@ import urllib.request
 import zipfile
 import zlib
 
+from owner.layout import wrap
 from owner.service import (
     HOME,
     UNIT,
@@ -47,7 +48,9 @@ ADDED = KEPT / "added"  # names of what only the new version has
 COPY = KEPT / "copy.db"
 STOP_SECONDS = 12.0  # the old process ends within ten
 START_SECONDS = 10.0  # then the new one has so long until it serves
-LOG_LINES = 5  # of a failed start are shown
+KILL_SECONDS = 4.0  # one that does not serve has no answers to end
+LOG_LINES = 3  # of a failed start are shown
+SETTINGS = ("[", "public_url=", "serving on", "stopping")  # lines that say nothing new
 # What is the owner's stays as it is, whatever becomes of the program.
 OWN = ("wxgpt.toml", "*.db", "*.db-*", "__pycache__")
 NOT_OURS = (".git", ".venv", *OWN)  # is not taken from an archive
@@ -387,20 +390,23 @@ def restart(config: Config, name: str) -> bool:
 def stop(name: str) -> None:
     """Stop the service, by force if it does not listen."""
     try:
-        systemctl("stop", name, timeout=STOP_SECONDS)
+        systemctl("stop", name, timeout=KILL_SECONDS)
     except subprocess.TimeoutExpired:
         systemctl("kill", "--signal=KILL", name)
         systemctl("stop", name)
 
 
 def show_log(name: str, since: float) -> None:
-    """Show the newest lines that the service has written in that time."""
+    """Show the last of what the service has written in that time, but its settings."""
     command = ["journalctl", f"_SYSTEMD_UNIT={name}", "--no-pager", "--output=cat"]
-    command += [f"--since=@{since:.0f}", f"--lines={LOG_LINES}"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
+        subprocess.run(["journalctl", "--sync"], capture_output=True, timeout=20)
+        command.append(f"--since=@{since:.0f}")
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-        for line in done.stdout.splitlines():
-            say("  | {line}", line=line)
+        lines = done.stdout.splitlines()
+        news = [line for line in lines if not line.startswith(SETTINGS)]
+        for line in news[-LOG_LINES:]:
+            say("{line}", line=wrap(line, "    ", "  | "))
 
 
 def switch(config: Config, unit: typing.Mapping[str, str], version: str) -> int:
