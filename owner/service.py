@@ -106,6 +106,15 @@ def find_others(path: str, database: str) -> typing.Iterator[tuple[str, str]]:
                 yield used, other
 
 
+def is_closed(path: str) -> bool:
+    """Say whether a file, or a folder above it, is closed to who asks."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return not os.access(path, os.R_OK)
+
+
 def is_same(path: str, other: str) -> bool:
     """Say whether two names are of one file that is there."""
     return all(map(os.path.exists, (path, other))) and os.path.samefile(path, other)
@@ -136,11 +145,11 @@ def owner_command(arguments: argparse.Namespace) -> int:
     if arguments.command == "logs":
         return follow_log(unit, arguments.lines)
     path = arguments.config or unit.get("settings", USUAL)
-    if not arguments.config and not os.path.exists(path):
-        path = "wxgpt.toml"
-    if os.path.exists(path) and not os.access(path, os.R_OK):
+    if is_closed(path):
         complain("{path} is root's: run it as root, with sudo", path=path)
         return 1
+    if not arguments.config and not os.path.exists(path):
+        path = "wxgpt.toml"
     environ = dict(os.environ)
     if unit and is_same(path, unit["settings"]):
         # What the owner's shell sets, the service does not see.
@@ -192,15 +201,9 @@ def reason(error: Exception) -> str:
 
 def missing(database: str) -> str:
     """Return why a database cannot be read, with {path}; empty if it can."""
-    try:
-        os.stat(database)
-    except PermissionError:
-        pass
-    except OSError:
-        return "{path}: wxgpt has not run yet"
-    if os.access(database, os.R_OK):
-        return ""
-    return "{path} is root's: run it as root, with sudo"
+    if is_closed(database):
+        return "{path} is root's: run it as root, with sudo"
+    return "" if os.path.exists(database) else "{path}: wxgpt has not run yet"
 
 
 def copy_database(source: str, target: str) -> None:

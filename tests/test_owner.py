@@ -1167,7 +1167,7 @@ async def test_stats_of_many_fit_80_columns(stats, lang, monkeypatch, database):
     }
     assert people.endswith(f"\n{others[lang]}")
     if lang == "zh":
-        for words in ("太慢 429", "服务商太忙 429", "密钥、余额或设置 428"):
+        for words in ("太慢 429", "服务商太忙 429", "密钥、余额或设置 429"):
             assert words in out  # none is broken at a line's end
     whole = await stats("--full")
     assert "--full" not in whole and all(f"\no{n:02} " in whole for n in range(100))

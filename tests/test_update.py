@@ -243,6 +243,7 @@ NEXT_STEP = 1 + max(
 )
 MIGRATES = f"\n-- step {NEXT_STEP}\n\nCREATE TABLE fashion (a INTEGER) STRICT;\n"
 # Serves nothing, after the database was brought up to date.
+HANGS = ('log.info("serving on', 'time.sleep(600); log.info("serving on')
 DIES = ('log.info("serving on', 'raise OSError("it broke"); log.info("serving on')
 
 
@@ -779,6 +780,124 @@ async def test_logs_follow_the_journal_of_the_unit(installation):
     assert (status, out) == (0, "--unit=wxgpt.service --lines=7 --follow\n")
 
 
+# the short command finds its service
+
+UNITS = """#!{python}
+import pathlib, sys
+
+verb, *words = sys.argv[1:]
+units = sorted(pathlib.Path("{folder}/units").iterdir())
+if verb == "list-units":
+    for unit in units:
+        print(unit.name, "loaded active running wxgpt")
+for unit in units:
+    if unit.name in words:
+        print(unit.read_text())
+"""
+SHOWN = "LoadState=loaded\nExecStart={{ argv[]={root}/.venv/bin/python -m wxgpt }}\n"
+
+
+@pytest.fixture
+def units(tmp_path, settings, monkeypatch):
+    """Make systemd know the units that a test writes; gives a function to write one."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "units").mkdir()
+    script = tmp_path / "bin/systemctl"
+    script.write_text(UNITS.format(python=sys.executable, folder=tmp_path))
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-ofTheShell")
+
+    def write(name, lines="", **changes):
+        path = tmp_path / f"{name}.toml"
+        own = {"database": {"path": str(tmp_path / f"{name}.db")}}
+        write_settings(path, merged(merged(settings, own), changes))
+        lines += f"\nLoadCredential=wxgpt.toml:{path}"
+        text = SHOWN.format(root=ROOT) + lines
+        (tmp_path / f"units/{name}.service").write_text(text)
+        return path
+
+    return write
+
+
+async def command(*words, **env):
+    """Run the command line in no folder of its own; return status and output."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, ROOT / "wxgpt.py", *map(str, words)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        cwd="/",
+        env=os.environ | env,
+    )
+    out, _ = await within(60, f"end of {words}", process.communicate())
+    assert b"Traceback" not in out, out.decode()
+    return process.returncode, out.decode()
+
+
+async def test_of_several_services_the_usual_one_is_meant(units, tmp_path):
+    """And the others are named; --config chooses one of them."""
+    units("wxgpt")
+    other = units("wxgpt-b")
+    _, out = await command("stats", WXGPT_LANG="zh")
+    assert f"有几个服务，这是 wxgpt.service；看别的：--config {other}\n" in out
+    assert f"{tmp_path}/wxgpt.db：wxgpt 还没有运行过" in out
+    _, out = await command("stats", "--config", other, WXGPT_LANG="zh")
+    assert out == f"wxgpt: {tmp_path}/wxgpt-b.db：wxgpt 还没有运行过\n"
+    journalctl = tmp_path / "bin/journalctl"
+    journalctl.write_text('#!/bin/sh\necho "$@"\n')
+    journalctl.chmod(0o755)
+    _, out = await command("logs", "--config", other)
+    assert out == "--unit=wxgpt-b.service --lines=50 --follow\n"
+
+
+async def test_the_only_service_may_have_another_name(units, tmp_path):
+    """It is the one that is meant."""
+    units("my-wxgpt")
+    _, out = await command("stats", WXGPT_LANG="en")
+    assert out == f"wxgpt: {tmp_path}/my-wxgpt.db: wxgpt has not run yet\n"
+
+
+async def test_the_environment_is_the_services(units, tmp_path, settings):
+    """From its files too, as systemd reads them; what the shell sets does not count."""
+    del settings["assistants"]["chatgpt"]["api_key"]
+    (tmp_path / "one").write_text("; a comment\n# another\nOPENAI_API_KEY=overruled\n")
+    (tmp_path / "two").write_text("X=it's\n OPENAI_API_KEY='sk two' \n")
+    lines = "\n".join(
+        f"EnvironmentFiles={tmp_path / name} (ignore_errors=no)"
+        for name in ("one", "two", "none")
+    )
+    units("wxgpt", lines)
+    _, out = await command("stats", WXGPT_LANG="zh")
+    assert "环境变量 OPENAI_API_KEY ：现在是" in out, out  # a key has no space
+    (tmp_path / "two").write_text("OPENAI_API_KEY=sk-two\n")
+    _, out = await command("stats", WXGPT_LANG="zh")
+    assert "还没有运行过" in out
+    (tmp_path / "two").unlink()
+    (tmp_path / "one").unlink()
+    _, out = await command("stats", WXGPT_LANG="zh")
+    assert "assistants.chatgpt.api_key" in out  # that of the shell is not its
+
+
+async def test_settings_in_the_command_of_a_unit_are_found(units, tmp_path):
+    """Where no credential hands them over."""
+    path = units("wxgpt")
+    unit = tmp_path / "units/wxgpt.service"
+    shown = SHOWN.format(root=ROOT).replace("wxgpt }", f"wxgpt --config {path} ; }}")
+    unit.write_text(shown)
+    _, out = await command("stats", WXGPT_LANG="en")
+    assert out == f"wxgpt: {tmp_path}/wxgpt.db: wxgpt has not run yet\n"
+
+
+async def test_a_folder_that_is_gone_is_no_obstacle(installation):
+    """An update has replaced it while the owner's shell stood there."""
+    elsewhere = installation.folder / "elsewhere"
+    code = "import os, sys; os.rmdir(os.getcwd()); os.execv(sys.argv[1], sys.argv[1:])"
+    elsewhere.mkdir()
+    process = await installation.start("stats", prefix=(sys.executable, "-c", code))
+    out, _ = await within(60, "end", process.communicate())
+    assert process.returncode == 0 and b"1st request 1" in out, out
+
+
 # on a booted systemd
 
 
@@ -818,6 +937,10 @@ async def test_the_short_command_updates_the_service_and_goes_back(
         await server.ask("/chatgpt 你好")
         status, out = await update(archive(DIES, steps=MIGRATES))
         assert status == 1 and "the database is the copy from before" in out, out
+        assert "\n  | wxgpt: it broke\n" in out
+        assert re.search(r"wxgpt (?!99)\S+ serves again\n$", out), out
+        status, out = await update(archive(HANGS, steps=MIGRATES))
+        assert status == 1 and "the database is the copy from before" in out, out
         assert re.search(r"wxgpt (?!99)\S+ serves again\n$", out), out
         status, out = await update(archive(steps=MIGRATES))
         assert status == 0 and re.search(r"wxgpt 99\S+ serves\n$", out), out
@@ -835,3 +958,19 @@ async def test_the_short_command_updates_the_service_and_goes_back(
     await machine.run("systemctl", "stop", "wxgpt")
     _, out = await machine.run("env", "WXGPT_LANG=zh", "wxgpt", "check")
     assert "wxgpt 没有运行" in out and "systemctl start wxgpt" in out
+
+    async def as_nobody(name):
+        nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+        status, out = await machine.run(*nobody, "env", "WXGPT_LANG=zh", "wxgpt", name)
+        assert status == 1
+        return out
+
+    for name in ("check", "stats", "update", "backup"):
+        assert "/etc/wxgpt/wxgpt.toml 只有 root 能读：前面加 sudo" in await as_nobody(
+            name
+        )
+    assert "日志 只有 root 能读：前面加 sudo" in await as_nobody("logs")
+    machine.settings.chmod(0o644)
+    for name in ("stats", "backup"):
+        words = "/var/lib/wxgpt/wxgpt.db 只有 root 能读：前面加 sudo"
+        assert words in await as_nobody(name)
