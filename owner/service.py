@@ -227,7 +227,8 @@ def copy_database(source: str, target: str) -> None:
 def backup_command(config: Config, target: str) -> int:
     """Copy the database in use; return the exit status."""
     source = config.database.path
-    target = target or time.strftime("wxgpt-%Y%m%d-%H%M%S.db")
+    name = time.strftime("wxgpt-%Y%m%d-%H%M%S.db")
+    target = os.path.join(target, name) if os.path.isdir(target) else target or name
     if why := missing(source):
         complain(why, path=source)
         return 1

@@ -7,7 +7,6 @@ import json
 import pathlib
 import sqlite3
 import statistics
-import sys
 import typing
 
 from owner.layout import COLUMNS as SCREEN
@@ -276,7 +275,7 @@ def stats_command(config: Config, days: int, is_full: bool, as_json: bool) -> in
         if "no such table" in str(error):  # an empty file
             print_error(tell("{path}: wxgpt has not run yet", path=path))
             return 1
-        print(f"wxgpt: database {path}: {tell(str(error))}", file=sys.stderr)
+        print_error(tell("{path}: {why}", path=path, why=str(error)))
         return 1
     if as_json:
         print(json.dumps(stats, ensure_ascii=False, indent=2))

@@ -12,6 +12,7 @@ import fnmatch
 import lzma
 import os
 import pathlib
+import re
 import shutil
 import signal
 import sqlite3
@@ -96,7 +97,8 @@ def run(*command: str, cwd: pathlib.Path = NEW) -> str:
         raise UpdateError(words, name=command[0]) from None
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        what = lines[-1] if lines else str(done.returncode)
+        errors = [line for line in lines if re.match("ERROR:|fatal:", line)]
+        what = (errors or lines or [str(done.returncode)])[-1]
         for words, hint in HINTS.items():
             if words in done.stderr:
                 raise UpdateError("{what} → {hint}", what=what, hint=hint)

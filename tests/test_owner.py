@@ -57,6 +57,7 @@ from owner.check import (
 )
 from owner.layout import width_of, wrap
 from owner.stats import summarise
+from owner.update import HINTS
 from owner.words import read_words
 from waiting import within
 from wechat import WeChat
@@ -1531,6 +1532,7 @@ def test_all_words_of_the_owner_have_their_chinese():
                     t for t in texts if t not in words and re.search("[a-z] ", t)
                 ]
     found = [*TROUBLES.values(), *(text for row in DOOR for text in row[1:]), OTHER]
+    found += HINTS.values()
     found += [fix for _, fix in PROXY_FIXES] + [*CERTIFICATE_FIXES.values(), CONSOLE]
     assert missing + [text for text in found if text not in words] == []
 

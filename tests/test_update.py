@@ -737,6 +737,22 @@ async def test_a_database_that_cannot_be_put_back_is_kept(
     await installation.is_served()
 
 
+async def test_without_a_service_the_owner_restarts(installation):
+    """The new version is in place; nothing is asked of systemd."""
+    show = installation.folder / "bin/systemctl"
+    show.rename(hidden := show.with_name("hidden"))
+    own = ("--config", f"{installation.folder}/wxgpt.toml")
+    archive = installation.release()
+    status, out = await installation.run("update", archive, *own, lang="zh")
+    assert status == 0 and re.search(r"wxgpt 99\S+ 已放好：请自己重启它\n$", out), out
+    assert not installation.kept.exists()
+    status, out = await installation.run("update", archive, *own, lang="zh")
+    assert status == 0 and out.endswith("已经是最新版本\n"), out
+    hidden.rename(show)
+    assert installation.orders() == ["restart"]
+    await installation.is_served("99")
+
+
 async def test_without_git_and_archive_it_says_what_to_give(installation):
     """In the owner's language."""
     status, out = await installation.run("update", lang="zh")
@@ -759,6 +775,9 @@ async def test_a_backup_holds_what_the_database_in_use_does(installation):
     assert status == 1 and "copy.db is there already" in out
     status, out = await installation.run("backup")
     named = list((installation.folder / "elsewhere").glob("wxgpt-2*.db"))
+    assert status == 0 and len(named) == 1
+    status, out = await installation.run("backup", str(installation.folder))
+    named = list(installation.folder.glob("wxgpt-2*.db"))
     assert status == 0 and len(named) == 1
 
 
