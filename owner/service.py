@@ -41,7 +41,7 @@ def systemctl(*words: str, timeout: float = 30.0) -> subprocess.CompletedProcess
 def show_unit(name: str = UNIT) -> dict[str, str]:
     """Return what systemd says of a service, and its settings; empty without it."""
     try:
-        told = systemctl("show", name, f"--property={SHOWN}").stdout
+        told = systemctl("show", name, f"--property={SHOWN}", timeout=10).stdout
         written = systemctl("cat", name).stdout
     except (OSError, subprocess.SubprocessError):
         return {}  # no systemd

@@ -226,7 +226,7 @@ def print_counts(title: str, counts: dict[str, int], names: dict[str, str]) -> N
     print(line)
 
 
-def print_stats(stats: dict[str, typing.Any], is_full: bool) -> None:
+def print_stats(stats: dict[str, typing.Any], is_full: bool = False) -> None:
     """Print the figures as tables for people."""
     total = stats["total"]
     questions = total["questions"]

@@ -54,9 +54,6 @@ SHOWN = re.compile(r" (demo|check|stats)\b|journalctl")  # their output is print
 
 OWN = "    (not in the text: the walk's own)"
 SETTINGS = "--config /etc/wxgpt/wxgpt.toml"
-OLD_FILES = (
-    "# put the old files into /opt/wxgpt (a checkout: git reset --hard ORIG_HEAD), then"
-)
 LEFT = "find / -xdev -name '*wxgpt*'; systemctl list-units --all '*wxgpt*'"
 QUESTIONS = (
     "python3 -c \"import sqlite3; db = sqlite3.connect('/var/lib/wxgpt/wxgpt.db');"
@@ -330,6 +327,11 @@ async def walk_deploy(reader: Reader, upstream: FakeOpenAI) -> None:
         left = await reader.run(LEFT)
     if "wxgpt" in left:
         raise Stuck(f"left behind: {left}")
+
+
+OLD_FILES = (
+    "# put the old files into /opt/wxgpt (a checkout: git reset --hard ORIG_HEAD), then"
+)
 
 
 def learn_deploy(reader: Reader, upstream: FakeOpenAI) -> None:
