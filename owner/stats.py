@@ -219,7 +219,7 @@ def print_counts(title: str, counts: dict[str, int], names: dict[str, str]) -> N
     line, comma = tell(title) + tell(": ") + shown[0], tell(", ")
     for item in shown[1:]:
         line += comma
-        if width_of(line + item + comma) > SCREEN:
+        if width_of(line + item + comma.rstrip()) > SCREEN:
             print(line.rstrip())
             line = "  "
         line += item
