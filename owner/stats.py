@@ -4,21 +4,23 @@ import collections
 import contextlib
 import datetime
 import json
-import os
 import pathlib
 import sqlite3
 import statistics
-import sys
 import typing
 
+from owner.layout import COLUMNS as SCREEN
 from owner.layout import pad, width_of, wrap
+from owner.service import missing
 from owner.words import tell
 from wxgpt import BEIJING, Config, beijing_day, print_error
 
 FAILED_STATES = ("failed", "broken", "blocked")
 DELIVERED = ("1", "2", "3", "part", "page", "lost", "none")
 LOST_SHARE = 0.01  # of all replies; a bad connection or a restart may explain fewer
+MOST_DAYS = 36500  # that a date can go back
 SLOWEST = 5  # questions are named
+BUSIEST = 20  # subscribers have a row of their own
 COLUMNS = ("asked", "failed", "in", "out", "median", "95%")
 # How an answer was delivered, as people read it.
 WAYS = {
@@ -63,6 +65,16 @@ def writer_of(config: Config, row: sqlite3.Row) -> str:
     return name if is_own else one.fallback
 
 
+def is_failed(row: sqlite3.Row) -> bool:
+    """Say whether there is no answer, or none that may be shown."""
+    return row["state"] in FAILED_STATES
+
+
+def is_by_fallback(config: Config, row: sqlite3.Row) -> bool:
+    """Say whether there is an answer, written by another model than was asked."""
+    return not is_failed(row) and writer_of(config, row) != row["assistant"]
+
+
 def cost_of(config: Config, row: sqlite3.Row) -> float:
     """Return what an answer cost, by the prices of its assistant; 0 without prices."""
     one = config.assistants.get(writer_of(config, row))
@@ -75,12 +87,12 @@ def summarise(config: Config, rows: list[sqlite3.Row]) -> dict[str, object]:
     """Return the figures of some rows of the table turn."""
     seconds = sorted(row["seconds"] for row in rows if row["seconds"] is not None)
     ways = collections.Counter(row["delivered"] or "none" for row in rows)
-    failures = [row for row in rows if row["state"] in FAILED_STATES]
+    failures = [row for row in rows if is_failed(row)]
     return {
         "questions": len(rows),
         "calls": sum(row["calls"] or 0 for row in rows),
         "failures": len(failures),
-        "fallback": sum(writer_of(config, row) != row["assistant"] for row in rows),
+        "fallback": sum(is_by_fallback(config, row) for row in rows),
         "tokens_in": sum(row["tokens_in"] or 0 for row in rows),
         "tokens_out": sum(row["tokens_out"] or 0 for row in rows),
         "cost": round(sum(cost_of(config, row) for row in rows), 6),
@@ -156,11 +168,6 @@ def gather_stats(config: Config, days: int, is_full: bool) -> dict[str, object]:
     }
 
 
-def is_failed(row: sqlite3.Row) -> bool:
-    """Say whether there is no answer, or none that may be shown."""
-    return row["state"] in FAILED_STATES
-
-
 def short(count: int) -> str:
     """Return a count of tokens in at most five characters."""
     if count < 100_000:
@@ -177,30 +184,49 @@ def table_row(name: str, figures: dict[str, typing.Any], is_priced: bool) -> lis
     return [*cells, f"{figures['cost']:.2f}"] if is_priced else cells
 
 
-def print_table(key: str, rows: list[dict], total: dict) -> None:
-    """Print a table whose columns are as wide as their widest cell."""
+def cut(text: str, columns: int) -> str:
+    """Return a text, or its beginning with … if it takes more columns."""
+    if width_of(text) <= columns:
+        return text
+    while width_of(text) >= columns:
+        text = text[:-1]
+    return f"{text}…"
+
+
+def print_table(key: str, rows: list[dict], total: dict, note: str = "") -> None:
+    """Print a table whose columns are as wide as their widest cell, and a note."""
     is_priced = total["cost"] > 0
     columns = [tell(text) for text in (key, *COLUMNS, *(["cost"] if is_priced else []))]
     table = [columns, *(table_row(row[key], row, is_priced) for row in rows)]
     table.append(table_row(tell("all"), total, is_priced))
     widths = [max(map(width_of, column)) for column in zip(*table, strict=True)]
+    # A long name of a model is cut; whole openids and all figures have room.
+    widths[0] = min(widths[0], SCREEN - sum(widths[1:]) - 2 * len(widths[1:]))
     for name, *cells in table:
         pairs = zip(cells, widths[1:], strict=True)
         right = (pad(cell, width, is_right=True) for cell, width in pairs)
-        print(pad(name, widths[0]), *right, sep="  ")
-    print()
+        print(pad(cut(name, widths[0]), widths[0]), *right, sep="  ")
+    print(f"{note}\n" if note else "")
 
 
 def print_counts(title: str, counts: dict[str, int], names: dict[str, str]) -> None:
-    """Print counts by name on one line; none if there are none."""
-    shown = (
+    """Print counts by name, each on one line with its name; none if there are none."""
+    shown = [
         f"{tell(names.get(key, key))} {count}" for key, count in counts.items() if count
-    )
-    if words := tell(", ").join(shown):
-        print(wrap(tell(title) + tell(": ") + words))
+    ]
+    if not shown:
+        return
+    line, comma = tell(title) + tell(": ") + shown[0], tell(", ")
+    for item in shown[1:]:
+        line += comma
+        if width_of(line + item + comma.rstrip()) > SCREEN:
+            print(line.rstrip())
+            line = "  "
+        line += item
+    print(line)
 
 
-def print_stats(stats: dict[str, typing.Any]) -> None:
+def print_stats(stats: dict[str, typing.Any], is_full: bool = False) -> None:
     """Print the figures as tables for people."""
     total = stats["total"]
     questions = total["questions"]
@@ -208,17 +234,20 @@ def print_stats(stats: dict[str, typing.Any]) -> None:
         print(tell("no questions in that time"))
         return
     print_table("day", stats["days"], total)
-    print_table("openid", stats["subscribers"], total)
+    people = stats["subscribers"] if is_full else stats["subscribers"][:BUSIEST]
+    others = len(stats["subscribers"]) - len(people)
+    note = tell("… and {others} more people: --full", others=others) if others else ""
+    print_table("openid", people, total, note)
     print_table("model", stats["models"], total)
     print_counts("answers delivered", total["delivered"], WAYS)
     print_counts("failures", stats["reasons"], REASONS)
     if total["fallback"]:
-        words = "the fallback wrote {count} of {questions} answers ({share:.0%})"
-        share = total["fallback"] / questions
-        say_wrapped(words, count=total["fallback"], questions=questions, share=share)
+        words = "the fallback wrote {count} of {answers} answers ({share:.1%})"
+        count, answers = total["fallback"], questions - total["failures"]
+        say_wrapped(words, count=count, answers=answers, share=count / answers)
     for one in stats["slowest"]:
         words = "slow: {at}, {seconds:.1f} s, {model}"
-        model = one["model"] or "-"
+        model = cut(one["model"] or "-", SCREEN // 2)
         say_wrapped(words, at=one["at"], seconds=one["seconds"], model=model)
     lost = total["delivered"]["lost"]
     words = "reply_margin {margin:g} s is too small: raise it"
@@ -236,20 +265,20 @@ def say_wrapped(english: str, **values: object) -> None:
 
 def stats_command(config: Config, days: int, is_full: bool, as_json: bool) -> int:
     """Print who asked how much; return the exit status."""
-    path = config.database.path
+    path, days = config.database.path, min(max(days, 0), MOST_DAYS)
     try:
-        if not os.path.exists(path):
-            print_error(tell("{path}: wxgpt has not run yet", path=path))
+        if why := missing(path):
+            print_error(tell(why, path=path))
             return 1
         stats = gather_stats(config, days, is_full)
     except sqlite3.Error as error:
         if "no such table" in str(error):  # an empty file
             print_error(tell("{path}: wxgpt has not run yet", path=path))
             return 1
-        print(f"wxgpt: database {path}: {tell(str(error))}", file=sys.stderr)
+        print_error(tell("{path}: {why}", path=path, why=str(error)))
         return 1
     if as_json:
         print(json.dumps(stats, ensure_ascii=False, indent=2))
     else:
-        print_stats(stats)
+        print_stats(stats, is_full)
     return 0

@@ -58,6 +58,7 @@ from owner.check import (
 )
 from owner.layout import width_of, wrap
 from owner.stats import summarise
+from owner.update import HINTS
 from owner.words import read_words
 from waiting import within
 from wechat import WeChat
@@ -1137,6 +1138,41 @@ async def test_stats_fit_80_columns(stats, lang, monkeypatch, database):
             assert len({width_of(line) for line in table.splitlines()}) == 1
 
 
+@pytest.mark.parametrize("lang", ["zh", "en"])
+async def test_stats_of_many_fit_80_columns(stats, lang, monkeypatch, database):
+    """Long names of models are cut, the busiest subscribers stand alone, all is summed."""
+    names = ["slow", "unreachable", "busy", "setup", "refused", "long", "blind"]
+    with contextlib.closing(sqlite3.connect(database)) as db, db:
+        db.row_factory = sqlite3.Row
+        db.execute("UPDATE turn SET model = 'a-model/' || hex(zeroblob(40))")
+        row = dict(db.execute("SELECT * FROM turn WHERE state = 'failed'").fetchone())
+        query = (
+            f"INSERT INTO turn ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})"
+        )
+        for number in range(3000):
+            row["id"] = row["msg_key"] = row["link_key"] = 1000 + number
+            row |= {"openid": f"o{number % 100:02}", "reason": names[number % 7]}
+            db.execute(query, tuple(row.values()))
+    monkeypatch.setenv("WXGPT_LANG", lang)
+    out = await stats()
+    assert max(map(width_of, out.splitlines())) <= 80
+    assert "\na-model/0000" in out and "00…  " in out
+    people, *_ = [block for block in out.split("\n\n") if block.startswith("openid")]
+    assert len(people.splitlines()) == 1 + 20 + 1 + 1  # head, rows, sum, note
+    others = {
+        "zh": "还有 82 人没有列出，加 --full 看全部",
+        "en": "… and 82 more people: --full",
+    }
+    assert people.endswith(f"\n{others[lang]}")
+    if lang == "zh":
+        for words in ("太慢 429", "服务商太忙 429", "密钥、余额或设置 429"):
+            assert words in out  # none is broken at a line's end
+    whole = await stats("--full")
+    assert "--full" not in whole and all(f"\no{n:02} " in whole for n in range(100))
+    assert len(json.loads(await stats("--json"))["subscribers"]) == 102
+    assert await stats("--days", "999999999", "--full")
+
+
 def row_of(model, tokens=(1_000_000, 500_000), assistant="chatgpt"):
     """Return a row as stats reads it."""
     names = ("tokens_in", "tokens_out", "model", "assistant", "calls", "state")
@@ -1537,6 +1573,7 @@ def test_all_words_of_the_owner_have_their_chinese():
                     t for t in texts if t not in words and re.search("[a-z] ", t)
                 ]
     found = [*TROUBLES.values(), *(text for row in DOOR for text in row[1:]), OTHER]
+    found += HINTS.values()
     found += [fix for _, fix in PROXY_FIXES] + [*CERTIFICATE_FIXES.values(), CONSOLE]
     assert missing + [text for text in found if text not in words] == []
 

@@ -458,6 +458,11 @@ async def walk_deploy(reader: Reader, upstream: FakeOpenAI) -> None:
         raise Stuck(f"left behind: {left}")
 
 
+OLD_FILES = (
+    "# put the old files into /opt/wxgpt (a checkout: git reset --hard ORIG_HEAD), then"
+)
+
+
 def learn_deploy(reader: Reader, upstream: FakeOpenAI) -> None:
     """Tell the reader what the page wants done by hand, and how."""
     place = "etc/wxgpt/wxgpt.toml"
@@ -467,6 +472,7 @@ def learn_deploy(reader: Reader, upstream: FakeOpenAI) -> None:
     reader.hands |= {
         "# put the checkout at /opt/wxgpt, then": reader.put_checkout,
         "# put the new files into /opt/wxgpt, then": reader.put_checkout,
+        OLD_FILES: reader.put_checkout,
         f"editor /{place}": lambda: reader.edit(place, **values),
         paste: by_the_next_line,
         f"{paste}, in place of what is there": by_the_next_line,
@@ -488,6 +494,7 @@ async def keep(reader: Reader) -> None:
     await reader.be_served(f"https://{NAME}", "升级以后的问题")
     if await reader.run(QUESTIONS) != f"{before}复制以后的问题\n升级以后的问题\n":
         raise Stuck("the upgrade lost something")
+    await reader.follow("Back to an older version")
     await reader.follow("Backup and restore", slice(1, None))
     await reader.be_served(f"https://{NAME}", "恢复以后的问题")
     if await reader.run(QUESTIONS) != f"{before}恢复以后的问题\n":
