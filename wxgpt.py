@@ -7066,6 +7066,51 @@ def redirect(location: str) -> web.Response:
     return web.Response(status=303, headers={"Location": location} | PRIVATE)
 
 
+def wants_json(request: web.Request) -> bool:
+    """Say whether the page's script asks; without it the browser does."""
+    return request.headers.get("Accept", "").startswith("application/json")
+
+
+class Refusal(web.HTTPException):
+    """Why nothing is shown or done, in words for a page or for the page's script."""
+
+    def __init__(self, request: web.Request, status: int, words: str) -> None:
+        self.status_code = status
+        if wants_json(request):
+            response = web.json_response({"error": words}, headers=PRIVATE)
+        else:
+            glyph = "…" if status == 410 else "?"
+            response = html_response(
+                render_notice(request.app[BOT].texts, words, glyph)
+            )
+        super().__init__(headers=response.headers, text=response.text)
+
+
+def not_found(request: web.Request, status: int = 404) -> Refusal:
+    """Return the refusal of an unknown (404) or expired (410) link."""
+    texts = request.app[BOT].texts
+    words = texts.page_expired if status == 410 else texts.page_missing
+    return Refusal(request, status, words)
+
+
+@web.middleware
+async def refuse_kindly(
+    request: web.Request,
+    handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
+) -> web.StreamResponse:
+    """Answer what keeps a page from being made; a push is answered all the same."""
+    try:
+        return await handler(request)
+    # Nobody reads it any more, or sends the rest of a form.
+    except (TimeoutError, ConnectionResetError, web.RequestPayloadError):
+        return drop_connection(request)
+    except sqlite3.Error as error:  # a full or locked disk
+        if request.writer.output_size:  # in the midst of a file
+            raise
+        log.error("%s not done: %s", request.path, error)
+        raise Refusal(request, 503, request.app[BOT].texts.page_failed) from None
+
+
 def a_few_at_once(
     make: Callable[..., Awaitable[web.StreamResponse]],
 ) -> Callable[..., Awaitable[web.StreamResponse]]:
@@ -7073,25 +7118,13 @@ def a_few_at_once(
 
     @functools.wraps(make)
     async def write(request: web.Request, *values: object) -> web.StreamResponse:
-        async with request.app[BOT].pages:
-            try:
-                async with asyncio.timeout(PAGE_SECONDS):
-                    response = await make(request, *values)
-                    await response.prepare(request)
-                    await response.write_eof()
-            # Nobody reads it any more, or sends the rest of a form.
-            except (TimeoutError, ConnectionResetError, web.RequestPayloadError):
-                return drop_connection(request)
+        async with request.app[BOT].pages, asyncio.timeout(PAGE_SECONDS):
+            response = await make(request, *values)
+            await response.prepare(request)
+            await response.write_eof()
         return response
 
     return write
-
-
-def error_page(bot: Bot, status: int) -> web.Response:
-    """Return the page of an unknown (404) or expired (410) link."""
-    texts = bot.texts
-    words = (texts.page_expired, "…") if status == 410 else (texts.page_missing, "?")
-    return html_response(render_notice(texts, *words), status)
 
 
 async def front_page(request: web.Request) -> web.Response:
@@ -7102,17 +7135,17 @@ async def front_page(request: web.Request) -> web.Response:
 
 async def missing_page(request: web.Request) -> web.Response:
     """Answer what leads nowhere."""
-    return error_page(request.app[BOT], 404)
+    raise not_found(request)
 
 
-async def find_linked(request: web.Request) -> Turn | web.Response:
-    """Return the turn of a link, or the page that says why there is none."""
+async def find_linked(request: web.Request) -> Turn:
+    """Return the turn of a link; raise Refusal if there is none."""
     bot = request.app[BOT]
     turn = await bot.store.turn_by_link(request.match_info["key"])
     if turn is None:
-        return error_page(bot, 404)
+        raise not_found(request)
     if time.time() - turn.created_at > bot.config.history.link_hours * 3600:
-        return error_page(bot, 410)
+        raise not_found(request, 410)
     return turn
 
 
@@ -7139,15 +7172,15 @@ def set_cookie(response: web.Response, name: str, value: str, seconds: float) ->
     response.set_cookie(name, value, max_age=age, **flags)  # type: ignore[arg-type]
 
 
-class Device(typing.NamedTuple):
-    """A browser that is signed in."""
+class Reader(typing.NamedTuple):
+    """Whose exchanges are shown or added to, and by what right."""
 
     openid: str
-    cookie_hash: str
+    cookie_hash: str = ""  # of the device that is signed in; '': by a link
 
 
-async def find_device(request: web.Request) -> Device | None:
-    """Return the device that asks; None if it is not signed in."""
+async def find_device(request: web.Request) -> Reader | None:
+    """Return the reader whose device asks; None if it is not signed in."""
     bot, cookie = request.app[BOT], request.cookies.get(COOKIE, "")
     if not cookie or not bot.config.is_secure:
         return None
@@ -7155,11 +7188,55 @@ async def find_device(request: web.Request) -> Device | None:
     openid = await bot.store.device_owner(cookie_hash)
     if openid is None or openid in bot.config.limits.deny:
         return None
-    return Device(openid, cookie_hash)
+    return Reader(openid, cookie_hash)
+
+
+async def find_reader(request: web.Request) -> Reader | None:
+    """Return who reads by a history's link, or else by a device, if it is signed in.
+
+    Raise Refusal for a link that does not work.
+    """
+    key = request.match_info.get("key")
+    if key is None:
+        return await find_device(request)
+    owner = await request.app[BOT].store.history_owner(key)
+    if owner is None:
+        raise not_found(request)
+    openid, expires_at = owner
+    if time.time() > expires_at:
+        raise not_found(request, 410)
+    return Reader(openid)
+
+
+def form_token(bot: Bot, reader: Reader) -> str:
+    """Return what proves that a form is ours, and of this device."""
+    return bot.store.keyed_hash(f"form {reader.cookie_hash}")
+
+
+async def read_form(request: web.Request) -> tuple[Reader, dict[str, str]]:
+    """Return who sends a form, and its fields; raise Refusal unless they may.
+
+    A device's cookie alone would not do: a page of somebody else may send it, too.
+    """
+    bot, reader = request.app[BOT], await find_reader(request)
+    if reader is None:
+        raise Refusal(request, 401, bot.texts.page_signed_out)
+    form: dict[str, str] = {}
+    if request.content_type == "application/x-www-form-urlencoded":
+        async with asyncio.timeout(BODY_SECONDS):
+            body = await request.read()
+        form = dict(urllib.parse.parse_qsl(body.decode("utf-8", "replace")))
+    if reader.cookie_hash:
+        token, given = form_token(bot, reader), form.get("token", "")
+        is_ours = hmac.compare_digest(token.encode(), given.encode())
+        origin = str(yarl.URL(bot.config.public_url).origin())
+        if not is_ours or request.headers.get("Origin") != origin:
+            raise Refusal(request, 403, bot.texts.page_failed)
+    return reader, form
 
 
 async def asking_of(
-    bot: Bot, device: Device, typed: str = "", refusal: str = ""
+    bot: Bot, device: Reader, typed: str = "", refusal: str = ""
 ) -> Asking:
     """Return what a page needs to ask for a device's subscriber."""
     assistants = list(bot.config.assistants)
@@ -7167,7 +7244,7 @@ async def asking_of(
     newest = await bot.store.newest_session(device.openid, since)
     number, name, opened_at, runs = newest or (0, "", 0.0, False)
     return Asking(
-        token=bot.store.keyed_hash(f"form {device.cookie_hash}"),
+        token=form_token(bot, device),
         form=secrets.token_urlsafe(12),
         assistants=assistants,
         assistant=name if name in assistants else assistants[0],
@@ -7183,8 +7260,6 @@ async def asking_of(
 async def answer_page(request: web.Request) -> web.Response:
     """Show one question and its answer, live while it is being written."""
     bot, turn = request.app[BOT], await find_linked(request)
-    if isinstance(turn, web.Response):
-        return turn
     turn = bot.turns.get(turn.id, turn)  # newer than what is stored
     device = await find_device(request)
     is_theirs = device is not None and device.openid == turn.openid
@@ -7250,24 +7325,19 @@ async def follow(bot: Bot, turn: Turn, last: str) -> AsyncIterator[bytes]:
 async def answer_events(request: web.Request) -> web.StreamResponse:
     """Stream an answer as it is written; end with its final state."""
     bot, found = request.app[BOT], await find_linked(request)
-    if isinstance(found, web.Response):
-        return found
     turn = bot.turns.get(found.id) or await bot.store.turn(found.id)  # if it has ended
     if turn is None:  # deleted meanwhile
-        return error_page(bot, 404)
+        raise not_found(request)
     response = web.StreamResponse(headers=EVENT_HEADERS)
-    with contextlib.suppress(ConnectionResetError):
-        await response.prepare(request)
-        last = request.headers.get("Last-Event-ID", "")
-        async for event in follow(bot, turn, last):
-            await response.write(event)
-        await response.write_eof()
+    await response.prepare(request)
+    async for event in follow(bot, turn, request.headers.get("Last-Event-ID", "")):
+        await response.write(event)
     return response
 
 
-def number_in(request: web.Request, name: str, missing: int) -> int:
-    """Return a number of the query, or another if it is missing or made up."""
-    value = request.query.get(name, "")
+def number_in(fields: typing.Mapping[str, str], name: str, missing: int) -> int:
+    """Return a number of a query or form, or another if it is missing or made up."""
+    value = fields.get(name, "")
     return int(value) if re.fullmatch(r"[0-9]{1,15}", value) else missing
 
 
@@ -7276,8 +7346,7 @@ async def let_in(request: web.Request, sign_in: SignIn) -> web.Response:
     bot = request.app[BOT]
     cookie = await bot.let_in(sign_in)
     if cookie == "":
-        words = bot.texts.page_devices_full
-        return html_response(render_notice(bot.texts, words, "?"), 403)
+        raise Refusal(request, 403, bot.texts.page_devices_full)
     response = redirect("me")
     if cookie is None:
         return response
@@ -7294,7 +7363,7 @@ async def sign_in_page(request: web.Request) -> web.Response:
     bot, cookie = request.app[BOT], request.cookies.get(WAIT_COOKIE, "")
     texts = bot.texts
     if not bot.config.is_secure:
-        return html_response(render_notice(texts, texts.page_not_secure, "?"), 404)
+        raise Refusal(request, 404, texts.page_not_secure)
     sign_in = bot.sign_ins.find(cookie_hash_of(cookie))
     if sign_in and sign_in.is_confirmed:
         try:
@@ -7312,26 +7381,16 @@ async def sign_in_page(request: web.Request) -> web.Response:
     return response
 
 
-async def find_owner(request: web.Request) -> str | web.Response:
-    """Return whose history a link shows, or the page that says why it shows none."""
-    bot = request.app[BOT]
-    owner = await bot.store.history_owner(request.match_info["key"])
-    if owner is None:
-        return error_page(bot, 404)
-    openid, expires_at = owner
-    return openid if time.time() <= expires_at else error_page(bot, 410)
-
-
 async def show_history(
     request: web.Request, openid: str, asking: Asking | None
 ) -> web.Response:
     """Return a page of a subscriber's history, or one exchange of it."""
-    bot = request.app[BOT]
-    if (only := number_in(request, "only", -1)) >= 0:
+    bot, query = request.app[BOT], request.query
+    if (only := number_in(query, "only", -1)) >= 0:
         turns = await bot.store.turns_of(openid, only + 1, 1)
         turns = [turn for turn in turns if turn.id == only]
     else:
-        below = number_in(request, "before", 2**62)
+        below = number_in(query, "before", 2**62)
         turns = await bot.store.turns_of(openid, below, HISTORY_COUNT + 1)
     chars, older = sum(turn.chars for turn in turns), 0
     if len(turns) > HISTORY_COUNT or len(turns) > 1 and chars > PAGE_CHARS:
@@ -7344,7 +7403,7 @@ async def show_history(
     await note_read(bot, turns if only >= 0 else open_turns(turns))
     home = request.match_info.get("key", "me")
     older = -1 if only >= 0 else older
-    if asking and request.query:  # what has just begun stands on the first page
+    if asking and query:  # what has just begun stands on the first page
         asking = replace(asking, session=0)
     page = (bot.config, home, turns, blocks, older, asking)
     status = 409 if asking and asking.refusal else 200
@@ -7353,78 +7412,12 @@ async def show_history(
 
 @a_few_at_once
 async def history_page(request: web.Request) -> web.Response:
-    """Show a subscriber's history, a page of it or one exchange."""
-    owner = await find_owner(request)
-    if isinstance(owner, web.Response):
-        return owner
-    return await show_history(request, owner, None)
-
-
-@a_few_at_once
-async def own_page(request: web.Request) -> web.Response:
-    """Show the history of the device's subscriber, with a field to ask."""
-    device = await find_device(request)
-    if device is None:
+    """Show a history by its link, or by a device, with a field to ask."""
+    reader = await find_reader(request)
+    if reader is None:
         return await sign_in_page(request)
-    asking = await asking_of(request.app[BOT], device)
-    return await show_history(request, device.openid, asking)
-
-
-Form = typing.Mapping[str, str]  # the fields of one that was sent
-
-
-async def read_form(request: web.Request, size: int) -> Form:
-    """Return the fields of a form that is sent as pages here send it."""
-    if request.content_type != "application/x-www-form-urlencoded":
-        return {}
-    async with asyncio.timeout(BODY_SECONDS):
-        body = (await request.read())[:size]
-    return dict(urllib.parse.parse_qsl(body.decode("utf-8", "replace")))
-
-
-def wants_json(request: web.Request) -> bool:
-    """Say whether the page's script asks; without it the browser does."""
-    return request.headers.get("Accept", "").startswith("application/json")
-
-
-def told(request: web.Request, words: str, status: int) -> web.Response:
-    """Return why nothing was done, for the script or as a page."""
-    if wants_json(request):
-        return web.json_response({"error": words}, status=status, headers=PRIVATE)
-    return html_response(render_notice(request.app[BOT].texts, words, "?"), status)
-
-
-def from_device(
-    act: Callable[[web.Request, Device, Form], Awaitable],
-) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-    """Let only forms of our own pages act, for the subscriber whose device sends them.
-
-    The cookie alone would not do: a page of somebody else may send a form, too.
-    """
-
-    @functools.wraps(act)
-    async def checked(request: web.Request) -> web.StreamResponse:
-        bot, device = request.app[BOT], await find_device(request)
-        if device is None:
-            return told(request, bot.texts.page_signed_out, 401)
-        try:
-            form = await read_form(request, BODY_BYTES)
-        except (TimeoutError, ConnectionResetError, web.RequestPayloadError):
-            return drop_connection(request)
-        token = bot.store.keyed_hash(f"form {device.cookie_hash}")
-        is_ours = hmac.compare_digest(token.encode(), form.get("token", "").encode())
-        origin = str(yarl.URL(bot.config.public_url).origin())
-        if not is_ours or request.headers.get("Origin") != origin:
-            return told(request, bot.texts.page_failed, 403)
-        try:
-            return await act(request, device, form)
-        except sqlite3.Error as error:  # a full or locked disk
-            if request.writer.output_size:  # in the midst of a file
-                raise
-            log.error("%s not done: %s", request.path, error)
-            return told(request, bot.texts.page_failed, 503)
-
-    return checked
+    asking = await asking_of(request.app[BOT], reader) if reader.cookie_hash else None
+    return await show_history(request, reader.openid, asking)
 
 
 def led_back(request: web.Request, **values: str) -> web.Response:
@@ -7434,11 +7427,9 @@ def led_back(request: web.Request, **values: str) -> web.Response:
     return redirect("../me")
 
 
-@from_device
-async def ask_on_page(
-    request: web.Request, device: Device, form: Form
-) -> web.StreamResponse:
+async def ask_on_page(request: web.Request) -> web.StreamResponse:
     """Take up a question; a refused one stays in its field."""
+    device, form = await read_form(request)
     bot, form_id = request.app[BOT], form.get("id", "")
     text = stream_safe(ILLEGAL.sub("", form.get("question", ""))).strip()
     if not text or not re.fullmatch(r"[A-Za-z0-9_-]{8,64}", form_id):
@@ -7448,22 +7439,21 @@ async def ask_on_page(
         turn = source[0]
         return led_back(request, key=turn.link_key, session=str(turn.session_id))
     if wants_json(request):
-        return told(request, source, 409)
+        raise Refusal(request, 409, source)
     asking = await asking_of(bot, device, text, source)
     return await a_few_at_once(show_history)(request, device.openid, asking)
 
 
-@from_device
-async def stop_answer(request: web.Request, device: Device, form: Form) -> web.Response:
-    """End an answer that is being written for this subscriber."""
+async def stop_answer(request: web.Request) -> web.Response:
+    """End an answer that is being written for a device's subscriber."""
+    device, form = await read_form(request)
     request.app[BOT].stop_turn(device.openid, form.get("key", ""))
     return led_back(request)
 
 
-@from_device
-async def begin_topic(request: web.Request, device: Device, form: Form) -> web.Response:
+async def begin_topic(request: web.Request) -> web.Response:
     """Open a new session, with another assistant if one is named."""
-    bot = request.app[BOT]
+    bot, (device, form) = request.app[BOT], await read_form(request)
     asking = await asking_of(bot, device)
     name = form.get("assistant", "")
     name = name if name in asking.assistants else asking.assistant
@@ -7471,56 +7461,36 @@ async def begin_topic(request: web.Request, device: Device, form: Form) -> web.R
     return led_back(request)
 
 
-@from_device
-async def leave(request: web.Request, device: Device, form: Form) -> web.Response:
+async def leave(request: web.Request) -> web.Response:
     """Sign this device out."""
+    device, _ = await read_form(request)
     await request.app[BOT].store.sign_out(*device)
     response = led_back(request)
     set_cookie(response, COOKIE, "", 0)
     return response
 
 
-SEARCH_BYTES = 4096  # read of a form: ten times what its longest field takes
+@a_few_at_once
+async def search_page(request: web.Request) -> web.Response:
+    """Show where in all of a subscriber's exchanges words are.
 
-
-async def find_words(
-    request: web.Request, openid: str, form: Form, token: str
-) -> web.Response:
-    """Return the page of what a search found; without words lead to the history.
-
-    The latter also when a form's address is opened as a page.
+    Without words lead to the history, also when a form's address is opened as a page.
     """
-    bot, home = request.app[BOT], "../" + request.match_info.get("key", "me")
+    bot, (reader, form) = request.app[BOT], await read_form(request)
+    home = "../" + request.match_info.get("key", "me")
     words = form.get("words", "")[:SEARCH_CHARS].replace("\0", "").split()
     if not words:
         return redirect(home)
-    below = form.get("before", "")
-    before = int(below) if re.fullmatch("[0-9]{1,15}", below) else 2**62
-    found, older = await bot.store.search(openid, words, before, FOUND_COUNT)
-    page = (bot.texts, home, token, words, found, older)
+    before = number_in(form, "before", 2**62)
+    found, older = await bot.store.search(reader.openid, words, before, FOUND_COUNT)
+    page = (bot.texts, home, form.get("token", ""), words, found, older)
     return html_response(await bot.work.run(render_found, *page))
 
 
 @a_few_at_once
-async def search_page(request: web.Request) -> web.StreamResponse:
-    """Show where in all of a subscriber's exchanges the words of a form are."""
-    owner = await find_owner(request)
-    if isinstance(owner, web.Response):
-        return owner
-    form = await read_form(request, SEARCH_BYTES)
-    return await find_words(request, owner, form, "")
-
-
-@from_device
-@a_few_at_once
-async def search_own(request: web.Request, device: Device, form: Form) -> web.Response:
-    """Show where in all exchanges of the device's subscriber the words are."""
-    return await find_words(request, device.openid, form, form["token"])
-
-
-async def export(request: web.Request, openid: str) -> web.StreamResponse:
+async def export(request: web.Request) -> web.StreamResponse:
     """Send all of a subscriber's exchanges as a Markdown file, a few at a time."""
-    bot = request.app[BOT]
+    bot, (reader, _) = request.app[BOT], await read_form(request)
     last, session, day = 0, 0, clock(time.time(), "%Y-%m-%d")
     name = urllib.parse.quote(f"{bot.texts.page_history}-{day}.md")
     response = web.StreamResponse(headers=PRIVATE)
@@ -7528,29 +7498,13 @@ async def export(request: web.Request, openid: str) -> web.StreamResponse:
     response.headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{name}"
     await response.prepare(request)
     await response.write(export_text(bot.config, None).encode())
-    while turns := await bot.store.turns_after(openid, last):
+    while turns := await bot.store.turns_after(reader.openid, last):
         for turn in turns:
             is_first = turn.session_id != session
             text = await bot.work.run(export_text, bot.config, turn, is_first)
             await response.write(text.encode())
             last, session = turn.id, turn.session_id
     return response
-
-
-@a_few_at_once
-async def export_history(request: web.Request) -> web.StreamResponse:
-    """Send all of a subscriber's exchanges as a Markdown file."""
-    owner = await find_owner(request)
-    return owner if isinstance(owner, web.Response) else await export(request, owner)
-
-
-@from_device
-@a_few_at_once
-async def export_own(
-    request: web.Request, device: Device, form: Form
-) -> web.StreamResponse:
-    """Send all exchanges of the device's subscriber as a Markdown file."""
-    return await export(request, device.openid)
 
 
 async def health(request: web.Request) -> web.Response:
@@ -7607,7 +7561,7 @@ async def root_file(request: web.Request) -> web.Response:
         if folder and is_file and len(body) <= ROOT_FILE_BYTES:
             kind = "text/plain"
             return web.Response(body=body, content_type=kind, headers=PRIVATE)
-    return await missing_page(request)
+    raise not_found(request)
 
 
 async def hide_server(request: web.Request, response: web.StreamResponse) -> None:
@@ -7685,7 +7639,7 @@ async def open_bot(config: Config) -> AsyncIterator[Bot]:
 
 def make_app(bot: Bot) -> web.Application:
     """Return the application with all its routes."""
-    app = web.Application(client_max_size=BODY_BYTES)
+    app = web.Application(client_max_size=BODY_BYTES, middlewares=[refuse_kindly])
     app[BOT] = bot
     path = bot.config.server.path.rstrip("/")
     routes = [
@@ -7694,15 +7648,15 @@ def make_app(bot: Bot) -> web.Application:
         web.get("/a/{key}", answer_page),
         web.get("/a/{key}/events", answer_events),
         web.get("/h/{key}", history_page),
-        web.get("/me", own_page),
+        web.get("/me", history_page),
         web.post("/me/ask", ask_on_page),
         web.post("/me/stop", stop_answer),
         web.post("/me/new", begin_topic),
         web.post("/me/leave", leave),
-        web.post("/me/search", search_own),
-        web.post("/me/export", export_own),
+        web.post("/me/search", search_page),
+        web.post("/me/export", export),
         web.post("/h/{key}/search", search_page),
-        web.post("/h/{key}/export", export_history),
+        web.post("/h/{key}/export", export),
         web.get("/h/{key}/{form:search|export}", search_page),
         web.get("/healthz", health),
         web.get(PROBE_PATH, probe_stream),
