@@ -4618,9 +4618,10 @@ class LongWork:
         self.threads = concurrent.futures.ThreadPoolExecutor(2)
         self.results: dict[object, asyncio.Future] = {}  # the newest, by their keys
 
-    def run(self, work: Callable, *args: object) -> asyncio.Future:
+    def run(self, work: Callable, *args: object, **named: object) -> asyncio.Future:
         """Run a function in a thread."""
-        return asyncio.get_running_loop().run_in_executor(self.threads, work, *args)
+        call = functools.partial(work, *args, **named)
+        return asyncio.get_running_loop().run_in_executor(self.threads, call)
 
     async def once(self, key: object, work: Callable, *args: object) -> typing.Any:
         """Return what a function gives, or gave for this key a short time ago."""
@@ -6278,8 +6279,8 @@ def check_commands(config: Config, mistakes: Mistakes) -> None:
 # ---------------------------------------------------------------------------
 
 PAGES = pathlib.Path(__file__).with_name("pages")
-TEMPLATES = """page.html parts.html answer.html live.html history.html found.html
-    sign_in.html error.html export.md""".split()
+TEMPLATES = """page.html parts.html answer.html history.html found.html sign_in.html
+    error.html export.md""".split()
 # What a page has of style and script; it takes no more of them than it needs.
 PIECES = {
     "style": "page.css",
@@ -6458,14 +6459,10 @@ class AnswerRenderer(RendererHTML):
 
 
 def piece_end(text: str, begin: int, most: int) -> int:
-    """Return where a piece of a longer text ends, behind a line if it can be."""
+    """Return where a piece of a text ends, behind a line if the rest is too long."""
+    if len(text) - begin <= most:
+        return len(text)
     return text.rfind("\n", begin + most // 2, begin + most) + 1 or begin + most
-
-
-def rendered_chars(markdown: str) -> int:
-    """Return how much of an answer is typeset: whole lines of RENDER_CHARS at most."""
-    chars = len(markdown)
-    return chars if chars <= RENDER_CHARS else piece_end(markdown, 0, RENDER_CHARS)
 
 
 def split_blocks(tokens: list[Token]) -> list[list[Token]]:
@@ -6572,13 +6569,6 @@ def preview(markdown: str) -> str:
     return excerpt(text.replace("】", "】 "), 80)
 
 
-def plain_text(turn: Turn, label: str) -> str:
-    """Return a question and its answer as the chat would show them, with the label."""
-    end = rendered_chars(turn.answer)
-    answer = chat_text(turn.answer[:end]) + turn.answer[end:]
-    return f"{turn.question}\n\n{answer}\n{label}".strip()
-
-
 SEARCH_CHARS = 100  # of words that are looked for
 SNIPPET_CHARS = 80  # shown after the first of them
 
@@ -6631,7 +6621,9 @@ def load_pages() -> jinja2.Environment:
         lstrip_blocks=True,
         auto_reload=False,
     )
-    pages.filters |= dict(clock=clock, day=day_and_time, preview=preview, closed=closed)
+    pages.filters |= {"clock": clock, "day": day_and_time, "excerpt": excerpt}
+    pages.filters |= {"preview": preview, "closed": closed, "snippet": snippet}
+    pages.globals["ending_words"] = ending_words
     try:
         for name, file in PIECES.items():
             pages.globals[name] = minified(PAGES / file)
@@ -6649,28 +6641,33 @@ def load_pages() -> jinja2.Environment:
     return pages
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
-    """A rendered page and the policy its nonce belongs to."""
-
-    html: str
-    policy: str
+def render(config: Config, template: str, **values: object) -> str:
+    """Return what a template makes of these values."""
+    page = load_pages().get_template(template)
+    return page.render(config=config, texts=config.texts, **values)
 
 
-def render_page(
-    name: str, texts: Texts, config: Config | None = None, **values: object
-) -> Page:
-    """Return a page made from a template, with a nonce of its own."""
+PRIVATE = {
+    "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",
+    "X-Robots-Tag": "noindex",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+def page_response(
+    config: Config, name: str, status: int = 200, **values: object
+) -> web.Response:
+    """Return a page made from a template, with the headers that keep it private."""
     nonce = secrets.token_urlsafe(12)
-    template = load_pages().get_template(f"{name}.html")
-    text = template.render(texts=texts, nonce=nonce, config=config, **values)
-    forms = "'self'" if "<form" in text else "'none'"
-    return Page(text, POLICY.format(nonce=nonce, forms=forms))
-
-
-def bad_ending(texts: Texts, turn: Turn) -> str:
-    """Return what a page says below an answer; '' if it ended well."""
-    return ending_words(texts, turn, "\n" + texts.page_retry)
+    text = render(config, f"{name}.html", nonce=nonce, **values)
+    response = web.Response(text=text, status=status, headers=PRIVATE)
+    response.content_type, forms = "text/html", "'none'"
+    if "<form" in text:  # whose Origin would be null without a referrer
+        response.headers["Referrer-Policy"], forms = "same-origin", "'self'"
+    policy = POLICY.format(nonce=nonce, forms=forms)
+    response.headers["Content-Security-Policy"] = policy
+    return response
 
 
 @dataclass(frozen=True, slots=True)
@@ -6693,31 +6690,29 @@ class Shown:
     """An exchange on a page, with what is made for it."""
 
     turn: Turn
-    answer: Markup | None  # None: there is none, or it is folded
-    text: str  # what 复制全文 copies
-    ended: str
+    blocks: list[str]  # of the typeset answer; none if it is folded
+    text: str  # what 复制全文 copies: both as the chat would show them, with the label
     address: str  # of its own page; '': that cannot be opened any more
     is_live: bool  # it was being written when this was made
 
 
 def exchange_of(
-    config: Config, turn: Turn, above: int, blocks: list[str] | None = None
+    config: Config,
+    turn: Turn,
+    live: list[str] | None = None,
+    above: int = 0,
+    is_folded: bool = False,
 ) -> Shown:
-    """Return an exchange for a page; no blocks, and its answer is folded."""
-    is_live = turn.is_open  # it may end meanwhile: pages are made in a thread
-    answer = None if blocks is None else Markup("".join(blocks))
-    text = "" if is_live or not answer else plain_text(turn, config.replies.label)
+    """Return an exchange for a page; `live`: the blocks of an answer being written."""
+    blocks, text = live or [], ""
+    if live is None and not is_folded:
+        blocks = render_blocks(config.texts, turn.answer, above)
+        end = piece_end(turn.answer, 0, RENDER_CHARS)
+        answer = chat_text(turn.answer[:end]) + turn.answer[end:]
+        text = f"{turn.question}\n\n{answer}\n{config.replies.label}".strip()
     is_linked = time.time() - turn.created_at < config.history.link_hours * 3600
     address = f"{config.root}/a/{turn.link_key}" if is_linked else ""
-    ended = "" if is_live else bad_ending(config.texts, turn)
-    return Shown(turn, answer or None, text, ended, address, is_live)
-
-
-def render_answer(config: Config, one: Shown, asking: Asking | None) -> Page:
-    """Return the page of one question and its answer, live while that is written."""
-    title = excerpt(one.turn.question, 30)
-    name = "live" if one.is_live else "answer"
-    return render_page(name, config.texts, config, title=title, one=one, asking=asking)
+    return Shown(turn, blocks, text, address, live is not None)
 
 
 OPEN_CHARS = 20_000  # of the newest session's answers that are not folded
@@ -6737,85 +6732,28 @@ def open_turns(turns: list[Turn]) -> list[Turn]:
     return shown
 
 
-def render_history(
-    config: Config,
-    home: str,
-    turns: list[Turn],
-    blocks: dict[int, list[str]],
-    older: int,
-    asking: Asking | None,
-) -> Page:
-    """Return a page of exchanges: sessions newest first, each oldest first.
+def conversations(
+    config: Config, turns: list[Turn], shown: list[Turn], live: dict[int, list[str]]
+) -> list[list[Shown]]:
+    """Return exchanges by session, newest session first, each oldest exchange first.
 
-    `home` is the relative address of the history; below the id `older` it goes on.
-    `blocks` are those of answers that are shown, as far as they are known.
+    `shown` are those whose answers are not folded, `live` the blocks of open ones.
     """
-    texts, is_whole = config.texts, older >= 0
-    for turn in open_turns(turns) if is_whole else turns:
-        if not turn.is_open and turn.answer:
-            blocks[turn.id] = render_blocks(texts, turn.answer, 3)
     groups = itertools.groupby(turns, lambda turn: turn.session_id)
-    return render_page(
-        "history",
-        texts,
-        config,
-        title=texts.page_mine if asking else texts.page_history,
-        home=home,
-        sessions=[
-            [
-                exchange_of(config, turn, 3, blocks.get(turn.id))
-                for turn in list(group)[::-1]
-            ]
-            for _, group in groups
-        ],
-        older=older,
-        is_whole=is_whole,
-        asking=asking,
-        is_live=any(turn.is_open for turn in turns),
-        has_text=any(turn.answer for turn in turns),
-    )
-
-
-def render_found(
-    texts: Texts,
-    home: str,
-    token: str,
-    words: list[str],
-    turns: list[Turn],
-    older: int,
-) -> Page:
-    """Return a page of what a search found: of each the place, with words marked."""
-    return render_page(
-        "found",
-        texts,
-        title=texts.page_search,
-        home=home,
-        token=token,
-        words=" ".join(words),
-        found=[
-            (t, *(snippet(x, words) for x in (t.question, t.answer))) for t in turns
-        ],
-        older=older,
-        has_text=any(turn.answer for turn in turns),
-    )
-
-
-def render_notice(texts: Texts, words: str, glyph: str) -> Page:
-    """Return a page of a few words: a link that shows nothing, the front page."""
-    title, _, rest = words.partition("。")
-    return render_page("error", texts, title=title, words=rest, glyph=glyph)
+    return [
+        [
+            exchange_of(config, turn, live.get(turn.id), 3, turn not in shown)
+            for turn in [*group][::-1]
+        ]
+        for _, group in groups
+    ]
 
 
 def export_text(config: Config, turn: Turn | None, is_first: bool = False) -> str:
     """Return an exchange for the exported file; the file's head if there is none."""
-    texts, ended = config.texts, ""
-    if turn:
-        ended = texts.page_writing if turn.is_open else bad_ending(texts, turn)
-    values = {"turn": turn, "is_first": is_first, "ended": ended, "now": time.time()}
-    values["label"] = config.replies.label or texts.page_notice
-    values["host"] = urllib.parse.urlsplit(config.public_url).hostname
-    values["number"] = secrets.token_hex(16)
-    return load_pages().get_template("export.md").render(texts=texts, **values)
+    host, now = yarl.URL(config.public_url).host, time.time()
+    values = {"turn": turn, "is_first": is_first, "host": host, "now": now}
+    return render(config, "export.md", number=secrets.token_hex(16), **values)
 
 
 def sse_event(data: dict, event: str = "", number: str = "") -> bytes:
@@ -6832,10 +6770,9 @@ FORMULA_SIGN = re.compile(r"[$\\]")  # a formula takes long, the first one most 
 INLINE_TAG = re.compile(r"</?(?:a|strong|em|s|code|su[bp]|span|m[a-z]+)\b[^>]*>")
 
 
-async def finished_blocks(bot: Bot, turn: Turn) -> list[str]:
-    """Return the blocks of an answer that has ended."""
-    key = "page", turn.id
-    return await bot.work.once(key, render_blocks, bot.texts, turn.answer)
+async def finished(bot: Bot, turn: Turn) -> Shown:
+    """Return an exchange whose answer has ended, made once for all who want it."""
+    return await bot.work.once(("page", turn.id), exchange_of, bot.config, turn)
 
 
 class LivePage:
@@ -6861,7 +6798,7 @@ class LivePage:
         added = text[self.shows[0] :]
         is_quick = self.seconds < QUICK_SECONDS and len(added) < QUICK_CHARS
         if has_ended and not self.shows[0]:
-            blocks = await finished_blocks(bot, turn)
+            blocks = (await finished(bot, turn)).blocks
         elif is_quick and not FORMULA_SIGN.search(added):
             blocks = self.render(text, has_ended, bot.blocked)
         else:
@@ -7043,24 +6980,6 @@ async def receive_message(request: web.Request) -> web.StreamResponse:
         return web.Response(body=b"success")
 
 
-PRIVATE = {
-    "Cache-Control": "no-store",
-    "Referrer-Policy": "no-referrer",
-    "X-Robots-Tag": "noindex",
-    "X-Content-Type-Options": "nosniff",
-}
-
-
-def html_response(page: Page, status: int = 200) -> web.Response:
-    """Return a page with the headers that keep it private."""
-    response = web.Response(text=page.html, status=status, headers=PRIVATE)
-    response.content_type = "text/html"
-    response.headers["Content-Security-Policy"] = page.policy
-    if "form-action 'self'" in page.policy:  # else the Origin of its form is null
-        response.headers["Referrer-Policy"] = "same-origin"
-    return response
-
-
 def redirect(location: str) -> web.Response:
     """Lead a browser to another page of ours."""
     return web.Response(status=303, headers={"Location": location} | PRIVATE)
@@ -7079,10 +6998,8 @@ class Refusal(web.HTTPException):
         if wants_json(request):
             response = web.json_response({"error": words}, headers=PRIVATE)
         else:
-            glyph = "…" if status == 410 else "?"
-            response = html_response(
-                render_notice(request.app[BOT].texts, words, glyph)
-            )
+            config, glyph = request.app[BOT].config, "…" if status == 410 else "?"
+            response = page_response(config, "error", words=words, glyph=glyph)
         super().__init__(headers=response.headers, text=response.text)
 
 
@@ -7129,8 +7046,9 @@ def a_few_at_once(
 
 async def front_page(request: web.Request) -> web.Response:
     """Say that the account works here and how to begin; nothing about anybody."""
-    texts = request.app[BOT].texts
-    return html_response(render_notice(texts, texts.page_front, texts.page_hello))
+    config = request.app[BOT].config
+    words, glyph = config.texts.page_front, config.texts.page_hello
+    return page_response(config, "error", words=words, glyph=glyph)
 
 
 async def missing_page(request: web.Request) -> web.Response:
@@ -7264,15 +7182,14 @@ async def answer_page(request: web.Request) -> web.Response:
     device = await find_device(request)
     is_theirs = device is not None and device.openid == turn.openid
     asking = await asking_of(bot, device) if device and is_theirs else None
-    blocks = (await live_page(bot, turn)).blocks if turn.is_open else []
+    live = (await live_page(bot, turn)).blocks if turn.is_open else None
     if turn.is_open:
-        one = await bot.work.run(exchange_of, bot.config, turn, 0, blocks)
+        one = exchange_of(bot.config, turn, live)
     else:  # by now
         await note_read(bot, [turn])
-        blocks = await finished_blocks(bot, turn)
-        key = "shown", turn.id
-        one = await bot.work.once(key, exchange_of, bot.config, turn, 0, blocks)
-    return html_response(await bot.work.run(render_answer, bot.config, one, asking))
+        one = await finished(bot, turn)
+    values = {"one": one, "asking": asking}
+    return await bot.work.run(page_response, bot.config, "answer", **values)
 
 
 PING_SECONDS = 15.0  # how long a live page's stream may be silent
@@ -7374,8 +7291,7 @@ async def sign_in_page(request: web.Request) -> web.Response:
     if not sign_in and (not cookie or "new" in request.query):
         cookie, is_new = secrets.token_urlsafe(32), True
         number = bot.sign_ins.begin(cookie_hash_of(cookie)).number
-    page = render_page("sign_in", texts, title=texts.page_sign_in, number=number)
-    response = html_response(page)
+    response = page_response(bot.config, "sign_in", number=number)
     if is_new:
         set_cookie(response, WAIT_COOKIE, cookie, SIGN_IN_SECONDS)
     return response
@@ -7396,18 +7312,25 @@ async def show_history(
     if len(turns) > HISTORY_COUNT or len(turns) > 1 and chars > PAGE_CHARS:
         turns.pop()
         older = turns[-1].id
-    turns, blocks = [bot.turns.get(turn.id, turn) for turn in turns], {}
-    for turn in turns:
-        if turn.is_open:
-            blocks[turn.id] = (await live_page(bot, turn)).blocks
-    await note_read(bot, turns if only >= 0 else open_turns(turns))
-    home = request.match_info.get("key", "me")
-    older = -1 if only >= 0 else older
+    turns = [bot.turns.get(turn.id, turn) for turn in turns]
+    live = {t.id: (await live_page(bot, t)).blocks for t in turns if t.is_open}
+    shown = turns if only >= 0 else open_turns(turns)
+    await note_read(bot, shown)
     if asking and query:  # what has just begun stands on the first page
         asking = replace(asking, session=0)
-    page = (bot.config, home, turns, blocks, older, asking)
-    status = 409 if asking and asking.refusal else 200
-    return html_response(await bot.work.run(render_history, *page), status)
+    return await bot.work.run(
+        page_response,
+        bot.config,
+        "history",
+        409 if asking and asking.refusal else 200,
+        home=request.match_info.get("key", "me"),
+        sessions=await bot.work.run(conversations, bot.config, turns, shown, live),
+        older=older,
+        is_whole=only < 0,
+        asking=asking,
+        is_live=bool(live),
+        has_text=any(turn.answer for turn in turns),
+    )
 
 
 @a_few_at_once
@@ -7483,8 +7406,9 @@ async def search_page(request: web.Request) -> web.Response:
         return redirect(home)
     before = number_in(form, "before", 2**62)
     found, older = await bot.store.search(reader.openid, words, before, FOUND_COUNT)
-    page = (bot.texts, home, form.get("token", ""), words, found, older)
-    return html_response(await bot.work.run(render_found, *page))
+    values = {"words": words, "turns": found, "older": older}
+    values |= {"home": home, "token": form.get("token", "")}
+    return await bot.work.run(page_response, bot.config, "found", **values)
 
 
 @a_few_at_once
