@@ -2723,6 +2723,7 @@ class Turn:
     left: dict[int, int] = field(default_factory=dict)  # parts from a start to the end
     # Random, and new when the answer is started over: then live pages start over, too.
     writing: str = field(default_factory=functools.partial(secrets.token_hex, 4))
+    earlier: str | None = None  # asked again after a restart: the text before that
     is_queued: bool = False  # the question before it is not answered yet
     asked_at: float = 0.0  # created_at by the monotonic clock, which does not jump
     first_seconds: float | None = None  # from the question to the first text
@@ -5167,7 +5168,6 @@ class Bot:
         self,
         turn: Turn,
         stream: AsyncGenerator[str | Ending, None],
-        is_resumed: bool,
     ) -> Ending:
         """Append what the model streams; return the Ending, or raise ChatError."""
         guard = WordGuard(self.blocked)
@@ -5177,17 +5177,16 @@ class Bot:
                 if isinstance(item, Ending):
                     ending = item
                     break
-                if is_resumed and not turn.answer:
+                if turn.earlier is not None and not turn.answer:
                     await self.begin_anew(turn)
                 if isinstance(item, ThoughtEnd):
                     await self.rewrite(turn, turn.without_thought)
                     guard = WordGuard(self.blocked)
-                rest = item[: ANSWER_CHARS - len(turn.answer)]
-                while len(rest) > DELTA_CHARS:
-                    self.show(turn, guard, rest[:DELTA_CHARS], False)
-                    rest = rest[DELTA_CHARS:]
-                    await asyncio.sleep(0)
-                self.show(turn, guard, rest, False)
+                item = item[: ANSWER_CHARS - len(turn.answer)]
+                for begin in range(0, len(item), DELTA_CHARS):
+                    self.show(turn, guard, item[begin : begin + DELTA_CHARS], False)
+                    if len(item) > DELTA_CHARS:
+                        await asyncio.sleep(0)
                 if len(turn.answer) >= ANSWER_CHARS:
                     break
         self.show(turn, guard, "", True)
@@ -5226,8 +5225,6 @@ class Bot:
         turn: Turn,
         name: str,
         messages: list[dict],
-        is_resumed: bool,
-        is_only: bool = False,
         begin_within: float | None = None,
     ) -> Ending:
         """Let an assistant's model write the answer; raise ChatError.
@@ -5235,13 +5232,13 @@ class Bot:
         The only model there is gets up to three calls. Others are called again only
         with fewer messages, where the conversation is too long for them.
         """
-        client = self.chat[name]
+        client, settings = self.chat[name], self.config.assistants[turn.assistant]
         end = self.tasks.loop.time() + client.settings.timeout
         for pause in (*RETRY_PAUSES, None):
             turn.calls += 1
             stream = client.stream(messages, end, begin_within)
             try:
-                return await self.write_text(turn, stream, is_resumed)
+                return await self.write_text(turn, stream)
             except ChatError as error:
                 if error.setting:
                     place = f"assistants.{name}.{error.setting}"
@@ -5255,7 +5252,7 @@ class Bot:
                     fewer = shortened(messages, is_last=pause == RETRY_PAUSES[-1])
                 if len(fewer) < len(messages):
                     messages, pause = fewer, 0.0
-                elif not is_only or not error.is_retryable:
+                elif settings.fallback or not error.is_retryable:
                     raise
                 elif error.retry_in is not None:
                     pause = error.retry_in
@@ -5268,39 +5265,33 @@ class Bot:
             await asyncio.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
 
-    async def ask_models(
-        self, turn: Turn, messages: list[dict], is_resumed: bool
-    ) -> Ending:
+    async def ask_models(self, turn: Turn, messages: list[dict]) -> Ending:
         """Let the assistant's model answer, or its fallback's if that fails.
 
         Raise ChatError if both fail, or the first one did when text of it was sent.
         """
-        name = turn.assistant
-        settings = self.config.assistants[name]
-        if not settings.fallback:
-            return await self.ask_model(turn, name, messages, is_resumed, is_only=True)
-        begin_within = settings.fallback_after or None
+        settings = self.config.assistants[turn.assistant]
+        fallback = settings.fallback
+        within = settings.fallback_after or None if fallback else None
         try:
-            return await self.ask_model(
-                turn, name, messages, is_resumed, begin_within=begin_within
-            )
+            return await self.ask_model(turn, turn.assistant, messages, within)
         except ChatError as error:
-            if turn.stops or error.kind == "blocked":
+            if not fallback or turn.stops or error.kind == "blocked":
                 raise
-            log.warning("%s goes to %s after %s", turn.name, settings.fallback, error)
+            log.warning("%s goes to %s after %s", turn.name, fallback, error)
         turn.restart()
-        return await self.ask_model(turn, settings.fallback, messages, is_resumed)
+        return await self.ask_model(turn, fallback, messages)
 
-    async def write(self, turn: Turn, is_resumed: bool, earlier: str) -> None:
+    async def write(self, turn: Turn) -> None:
         """Let the model answer a question, and store how that ended."""
         ending: Ending | None = None
         try:
             urls = json.loads(turn.pictures or "[]")
             async with self.slots, self.pictures.fetch_all(urls) as pictures:
                 messages = await self.messages_for(turn, pictures)
-                if is_resumed or not turn.asked:
+                if turn.earlier is not None or not turn.asked:
                     await self.store.count_asking(turn.id)
-                ending = await self.ask_models(turn, messages, is_resumed)
+                ending = await self.ask_models(turn, messages)
             turn.model = ending.model
             turn.finish("cut" if ending.finish_reason == "length" else "done")
         except ChatError as error:
@@ -5308,8 +5299,8 @@ class Bot:
             log.log(level, "%s failed: %s", turn.name, error)
             if error.kind == "blocked":
                 await self.rewrite(turn, turn.as_sent)
-            elif earlier and not turn.answer:
-                await self.rewrite(turn, lambda _: earlier)
+            elif turn.earlier and not turn.answer:
+                await self.rewrite(turn, lambda _: turn.earlier or "")
             turn.finish(failed_state(turn, error.kind), error.kind)
         finally:
             if turn.is_open:  # cancelled: the next process goes on from the text so far
@@ -5317,23 +5308,17 @@ class Bot:
             else:
                 await self.store_end(turn, ending)
 
-    async def converse(
-        self,
-        turn: Turn,
-        subscriber: Subscriber,  # kept alive until the answer has ended
-        is_resumed: bool,
-        earlier: str,
-    ) -> None:
+    async def converse(self, turn: Turn, subscriber: Subscriber) -> None:
         """Answer a question after those before it, unless its session ends meanwhile.
 
-        `earlier` is what a process before this one had written of the answer.
+        The subscriber's state is kept alive until the answer has ended.
         """
         lock = self.locks.setdefault(turn.session_id, asyncio.Lock())
         async with lock:
             if turn.is_open:
                 turn.is_queued = False
                 turn.deltas.look()
-                await self.write(turn, is_resumed, earlier)
+                await self.write(turn)
 
     async def save_texts(self, turns: list[Turn]) -> bool:
         """Store the text of unfinished answers; say whether that worked."""
@@ -5374,13 +5359,7 @@ class Bot:
         turn.finish(state, reason)
         self.tasks.start(self.store_end(turn), turn.name, lambda: self.drop(turn))
 
-    def start_turn(
-        self,
-        turn: Turn,
-        subscriber: Subscriber,
-        is_resumed: bool = False,
-        earlier: str = "",
-    ) -> None:
+    def start_turn(self, turn: Turn, subscriber: Subscriber) -> None:
         """Start the task that answers a question, after those before it."""
 
         def fail() -> None:
@@ -5392,8 +5371,7 @@ class Bot:
         self.turns[turn.id] = turn
         subscriber.turns.append(turn)
         turn.is_queued = True
-        work = self.converse(turn, subscriber, is_resumed, earlier)
-        turn.task = self.tasks.start(work, turn.name, fail)
+        turn.task = self.tasks.start(self.converse(turn, subscriber), turn.name, fail)
 
     def end_queued(self, subscriber: Subscriber) -> None:
         """End the questions that still wait in a session that has ended.
@@ -5409,16 +5387,15 @@ class Bot:
         now = time.time()
         turns, open_sessions = await self.store.open_turns()
         for turn in turns:
-            subscriber, earlier = self.subscriber(turn.openid), turn.answer
             if turn.asked >= ASKINGS or now - turn.created_at > RESUME_SECONDS:
                 self.turns[turn.id] = await self.work.run(turn.read)
-                self.end_unwritten(turn, "broken" if earlier else "failed", "given_up")
+                self.end_unwritten(turn, failed_state(turn, "given_up"), "given_up")
             elif not turn.asked and turn.session_id not in open_sessions:
                 self.turns[turn.id] = turn
                 self.end_unwritten(turn, "ended")
             else:
-                turn.answer = ""
-                self.start_turn(turn, subscriber, turn.asked > 0, earlier)
+                turn.earlier, turn.answer = turn.answer if turn.asked else None, ""
+                self.start_turn(turn, self.subscriber(turn.openid))
                 log.info("%s resumed, asked %d times before", turn.name, turn.asked)
 
     # What answers a message
