@@ -122,9 +122,9 @@ try:
     import xmltodict
     import yarl
     from aiohttp import web
+    from markdown_it import MarkdownIt
     from markdown_it.renderer import RendererHTML
     from markdown_it.token import Token
-    from markdown_it.utils import OptionsDict
     from markupsafe import Markup
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
@@ -4537,19 +4537,13 @@ class Pictures:
 # ---------------------------------------------------------------------------
 
 
-def end_wait(future: asyncio.Future[bool]) -> None:
-    """Let a wait end without what it waited for."""
-    if not future.done():
-        future.set_result(False)
-
-
 class Tasks:
     """Every task of the process, and every wait, so that a shutdown can end them."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.running: set[asyncio.Task] = set()
-        self.waits: dict[asyncio.Future[bool], asyncio.TimerHandle] = {}
+        self.waits: set[asyncio.Timeout] = set()
         self.closes_at: float | None = None  # loop's clock; set at a shutdown
 
     def start(
@@ -4584,23 +4578,25 @@ class Tasks:
             if self.closes_at is not None:
                 deadline = min(deadline, self.closes_at)
             future: asyncio.Future[bool] = self.loop.create_future()
-            self.waits[future] = self.loop.call_at(deadline, end_wait, future)
+            limit = asyncio.timeout_at(deadline)
+            self.waits.add(limit)
             news.waiting.append((is_wanted, future))
             try:
-                if not await future:
-                    return is_wanted()
+                async with limit:
+                    await future
+            except TimeoutError:
+                return is_wanted()
             finally:
-                self.waits.pop(future).cancel()
+                self.waits.remove(limit)
                 news.waiting.remove((is_wanted, future))
         return True
 
     def end_waits(self, at: float) -> None:
         """End all waits at that time at the latest, those to come as well."""
         self.closes_at = at
-        for future, timer in self.waits.items():
-            if timer.when() > at:
-                timer.cancel()
-                self.waits[future] = self.loop.call_at(at, end_wait, future)
+        for limit in self.waits:
+            if not limit.expired():
+                limit.reschedule(min(at, limit.when() or at))
 
     async def close(self) -> None:
         """Cancel all tasks, and wait until they have ended."""
@@ -5675,22 +5671,28 @@ class Bot:
             return texts.sign_in_wrong
         return texts.sign_in_ask.format(tap=tap_link(texts.word_let_in))
 
+    async def newest_session(self, openid: str) -> tuple[int, str, float]:
+        """Return the session that runs, or 0; the newest one's assistant and start."""
+        since = time.time() - self.config.session.ttl
+        newest = await self.store.newest_session(openid, since)
+        number, name, opened_at, runs = newest or (0, "", 0.0, False)
+        if name not in self.config.assistants:
+            name = next(iter(self.config.assistants))
+        return number if runs else 0, name, opened_at
+
     async def ask_on_page(self, delivery: Delivery) -> Source:
         """Ask what was written on a page, in the session that runs or in a new one."""
         text, openid = delivery.message.content, delivery.message.openid
-        assistants = self.config.assistants
         if await self.store.device_owner(delivery.cookie_hash) != openid:
             return self.texts.page_signed_out
-        if is_command(self.aliases.get(folded(text), text), assistants):
+        if is_command(self.aliases.get(folded(text), text), self.config.assistants):
             return self.texts.page_command.format(text=excerpt(text))
         session = delivery.session
         if session is None:
             if refusal := self.refuse_question(delivery, text, ""):
                 return refusal
-            newest = await self.store.newest_session(openid, 0.0)
-            name = newest[1] if newest else ""
-            name = name if name in assistants else next(iter(assistants))
-            session = await self.open_session(delivery, name)
+            _, assistant, _ = await self.newest_session(openid)
+            session = await self.open_session(delivery, assistant)
         source = await self.accept_question(delivery, session, text)
         if isinstance(source, str) or source[0].msg_key != delivery.message.key:
             return source  # refused, or the chat asks the same and will be answered
@@ -6108,8 +6110,13 @@ class Bot:
                 turn.task.cancel()  # which closes the upstream's call
 
     async def begin_topic(self, openid: str, cookie_hash: str, assistant: str) -> None:
-        """Open a session with an assistant, unless the device was signed out."""
+        """Open a session, if no such assistant is there with the one used last.
+
+        Nothing is done for a device that was signed out.
+        """
         subscriber = self.subscriber(openid)
+        if assistant not in self.config.assistants:
+            _, assistant, _ = await self.newest_session(openid)
         async with subscriber.lock:
             if await self.store.device_owner(cookie_hash) == openid:
                 await self.store.start_session(openid, assistant, time.time())
@@ -6354,19 +6361,7 @@ def coloured(code: str, info: str) -> str:
 
 MAX_FORMULAS = 500  # typeset on a page; each takes a fifth of a millisecond
 DATA_PICTURE_CHARS = 4 * 1024 * 1024 * 4 // 3
-RENDER_OPTIONS = OptionsDict(
-    {
-        "maxNesting": 20,
-        "html": False,
-        "linkify": False,
-        "typographer": False,
-        "quotes": "",
-        "xhtmlOut": False,
-        "breaks": True,
-        "langPrefix": "",
-        "highlight": None,
-    }
-)
+RENDER_OPTIONS = MarkdownIt("zero", {"breaks": True}).options
 
 
 class AnswerRenderer(RendererHTML):
@@ -6600,7 +6595,8 @@ def load_pages() -> jinja2.Environment:
     )
     pages.filters |= {"clock": clock, "day": day_and_time, "excerpt": excerpt}
     pages.filters |= {"preview": preview, "closed": closed, "snippet": snippet}
-    pages.globals["ending_words"] = ending_words
+    pages.globals |= {"ending_words": ending_words, "now": time.time}
+    pages.globals |= {"random_hex": secrets.token_hex}
     try:
         for name, file in PIECES.items():
             pages.globals[name] = minified(PAGES / file)
@@ -6624,22 +6620,14 @@ def render(config: Config, template: str, **values: object) -> str:
     return page.render(config=config, texts=config.texts, **values)
 
 
-PRIVATE = {
-    "Cache-Control": "no-store",
-    "Referrer-Policy": "no-referrer",
-    "X-Robots-Tag": "noindex",
-    "X-Content-Type-Options": "nosniff",
-}
-
-
 def page_response(
     config: Config, name: str, status: int = 200, **values: object
 ) -> web.Response:
     """Return a page made from a template, with the headers that keep it private."""
     nonce = secrets.token_urlsafe(12)
     text = render(config, f"{name}.html", nonce=nonce, **values)
-    response = web.Response(text=text, status=status, headers=PRIVATE)
-    response.content_type, forms = "text/html", "'none'"
+    response = web.Response(text=text, status=status, content_type="text/html")
+    forms = "'none'"
     if "<form" in text:  # whose Origin would be null without a referrer
         response.headers["Referrer-Policy"], forms = "same-origin", "'self'"
     policy = POLICY.format(nonce=nonce, forms=forms)
@@ -6653,7 +6641,6 @@ class Asking:
 
     token: str  # proves that a form is ours, and of this device
     form: str  # a random id: a second sending of the same words joins the first
-    assistants: list[str]
     assistant: str  # of the newest session
     session: int  # that runs, 0: none
     opened_at: float
@@ -6724,13 +6711,6 @@ def conversations(
         ]
         for _, group in groups
     ]
-
-
-def export_text(config: Config, turn: Turn | None, is_first: bool = False) -> str:
-    """Return an exchange for the exported file; the file's head if there is none."""
-    host, now = yarl.URL(config.public_url).host, time.time()
-    values = {"turn": turn, "is_first": is_first, "host": host, "now": now}
-    return render(config, "export.md", number=secrets.token_hex(16), **values)
 
 
 def sse_event(data: dict, event: str = "", number: str = "") -> bytes:
@@ -6959,7 +6939,7 @@ async def receive_message(request: web.Request) -> web.StreamResponse:
 
 def redirect(location: str) -> web.Response:
     """Lead a browser to another page of ours."""
-    return web.Response(status=303, headers={"Location": location} | PRIVATE)
+    return web.Response(status=303, headers={"Location": location})
 
 
 def wants_json(request: web.Request) -> bool:
@@ -6973,7 +6953,7 @@ class Refusal(web.HTTPException):
     def __init__(self, request: web.Request, status: int, words: str) -> None:
         self.status_code = status
         if wants_json(request):
-            response = web.json_response({"error": words}, headers=PRIVATE)
+            response = web.json_response({"error": words})
         else:
             config, glyph = request.app[BOT].config, "…" if status == 410 else "?"
             response = page_response(config, "error", words=words, glyph=glyph)
@@ -7134,16 +7114,12 @@ async def asking_of(
     bot: Bot, device: Reader, typed: str = "", refusal: str = ""
 ) -> Asking:
     """Return what a page needs to ask for a device's subscriber."""
-    assistants = list(bot.config.assistants)
-    since = time.time() - bot.config.session.ttl
-    newest = await bot.store.newest_session(device.openid, since)
-    number, name, opened_at, runs = newest or (0, "", 0.0, False)
+    session, assistant, opened_at = await bot.newest_session(device.openid)
     return Asking(
         token=form_token(bot, device),
         form=secrets.token_urlsafe(12),
-        assistants=assistants,
-        assistant=name if name in assistants else assistants[0],
-        session=number if runs else 0,
+        assistant=assistant,
+        session=session,
         opened_at=opened_at,
         is_told=await bot.store.was_told(device.openid),
         typed=typed,
@@ -7172,7 +7148,6 @@ async def answer_page(request: web.Request) -> web.Response:
 PING_SECONDS = 15.0  # how long a live page's stream may be silent
 EVENT_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-store",
     "X-Accel-Buffering": "no",
 }
 
@@ -7238,39 +7213,33 @@ def number_in(fields: typing.Mapping[str, str], name: str, missing: int) -> int:
 async def let_in(request: web.Request, sign_in: SignIn) -> web.Response:
     """Give a browser whose number was confirmed its cookie."""
     bot = request.app[BOT]
-    cookie = await bot.let_in(sign_in)
+    cookie, response = await bot.let_in(sign_in), redirect("me")
     if cookie == "":
         raise Refusal(request, 403, bot.texts.page_devices_full)
-    response = redirect("me")
-    if cookie is None:
-        return response
-    set_cookie(response, COOKIE, cookie, bot.config.history.device_days * 86400)
-    set_cookie(response, WAIT_COOKIE, "", 0)
+    if cookie:
+        set_cookie(response, COOKIE, cookie, bot.config.history.device_days * 86400)
+        set_cookie(response, WAIT_COOKIE, "", 0)
     return response
 
 
 async def sign_in_page(request: web.Request) -> web.Response:
-    """Show the number that signs a browser in, or let it in.
+    """Show the number that signs a browser in, or let it in once that was confirmed.
 
     Who only opens a link becomes nobody by that: the number is sent to the account.
     """
     bot, cookie = request.app[BOT], request.cookies.get(WAIT_COOKIE, "")
-    texts = bot.texts
     if not bot.config.is_secure:
-        raise Refusal(request, 404, texts.page_not_secure)
-    sign_in = bot.sign_ins.find(cookie_hash_of(cookie))
+        raise Refusal(request, 404, bot.texts.page_not_secure)
+    sign_in, fresh = bot.sign_ins.find(cookie_hash_of(cookie)), ""
     if sign_in and sign_in.is_confirmed:
-        try:
-            return await let_in(request, sign_in)
-        except sqlite3.Error as error:  # it asks again in a moment
-            log.error("a browser was not signed in: %s", error)
-    number, is_new = sign_in.number if sign_in else "", False
+        return await let_in(request, sign_in)
     if not sign_in and (not cookie or "new" in request.query):
-        cookie, is_new = secrets.token_urlsafe(32), True
-        number = bot.sign_ins.begin(cookie_hash_of(cookie)).number
+        fresh = secrets.token_urlsafe(32)
+        sign_in = bot.sign_ins.begin(cookie_hash_of(fresh))
+    number = sign_in.number if sign_in else ""
     response = page_response(bot.config, "sign_in", number=number)
-    if is_new:
-        set_cookie(response, WAIT_COOKIE, cookie, SIGN_IN_SECONDS)
+    if fresh:
+        set_cookie(response, WAIT_COOKIE, fresh, SIGN_IN_SECONDS)
     return response
 
 
@@ -7323,7 +7292,7 @@ async def history_page(request: web.Request) -> web.Response:
 def led_back(request: web.Request, **values: str) -> web.Response:
     """Return what was done to the script, or lead the browser back."""
     if wants_json(request):
-        return web.json_response(values, headers=PRIVATE)
+        return web.json_response(values)
     return redirect("../me")
 
 
@@ -7354,10 +7323,7 @@ async def stop_answer(request: web.Request) -> web.Response:
 async def begin_topic(request: web.Request) -> web.Response:
     """Open a new session, with another assistant if one is named."""
     bot, (device, form) = request.app[BOT], await read_form(request)
-    asking = await asking_of(bot, device)
-    name = form.get("assistant", "")
-    name = name if name in asking.assistants else asking.assistant
-    await bot.begin_topic(*device, name)
+    await bot.begin_topic(*device, form.get("assistant", ""))
     return led_back(request)
 
 
@@ -7394,15 +7360,17 @@ async def export(request: web.Request) -> web.StreamResponse:
     bot, (reader, _) = request.app[BOT], await read_form(request)
     last, session, day = 0, 0, clock(time.time(), "%Y-%m-%d")
     name = urllib.parse.quote(f"{bot.texts.page_history}-{day}.md")
-    response = web.StreamResponse(headers=PRIVATE)
+    response = web.StreamResponse()
     response.content_type, response.charset = "text/markdown", "utf-8"
     response.headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{name}"
     await response.prepare(request)
-    await response.write(export_text(bot.config, None).encode())
+    host = yarl.URL(bot.config.public_url).host
+    head = render(bot.config, "export.md", turn=None, host=host)
+    await response.write(head.encode())
     while turns := await bot.store.turns_after(reader.openid, last):
         for turn in turns:
-            is_first = turn.session_id != session
-            text = await bot.work.run(export_text, bot.config, turn, is_first)
+            values = {"turn": turn, "is_first": turn.session_id != session}
+            text = await bot.work.run(render, bot.config, "export.md", **values)
             await response.write(text.encode())
             last, session = turn.id, turn.session_id
     return response
@@ -7460,14 +7428,23 @@ async def root_file(request: web.Request) -> web.Response:
         is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
         body = file.read(ROOT_FILE_BYTES + 1)
         if folder and is_file and len(body) <= ROOT_FILE_BYTES:
-            kind = "text/plain"
-            return web.Response(body=body, content_type=kind, headers=PRIVATE)
+            return web.Response(body=body, content_type="text/plain")
     raise not_found(request)
 
 
-async def hide_server(request: web.Request, response: web.StreamResponse) -> None:
-    """Hide the versions of Python and aiohttp."""
-    response.headers["Server"] = "wxgpt"
+HEADERS = {
+    "Server": "wxgpt",  # not the versions of Python and aiohttp
+    "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",
+    "X-Robots-Tag": "noindex",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+async def set_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """Keep private what is sent, and who sends it; a page may say otherwise."""
+    for name, value in HEADERS.items():
+        response.headers.setdefault(name, value)
 
 
 # ---------------------------------------------------------------------------
@@ -7566,7 +7543,7 @@ def make_app(bot: Bot) -> web.Application:
         web.get("/{path:.*}", missing_page),
     ]
     app.add_routes(routes)
-    app.on_response_prepare.append(hide_server)
+    app.on_response_prepare.append(set_headers)
     return app
 
 
