@@ -6263,8 +6263,8 @@ def check_commands(config: Config, mistakes: Mistakes) -> None:
 # ---------------------------------------------------------------------------
 
 PAGES = pathlib.Path(__file__).with_name("pages")
-TEMPLATES = """page.html parts.html answer.html history.html found.html sign_in.html
-    error.html export.md""".split()
+TEMPLATES = """page.html parts.html blocks.html answer.html history.html found.html
+    sign_in.html error.html export.md""".split()
 # What a page has of style and script; it takes no more of them than it needs.
 PIECES = {
     "style": "page.css",
@@ -6293,20 +6293,8 @@ def element(tag: str, words: str, kind: str = "") -> str:
     return f"<{tag}{attribute}>{html.escape(words)}</{tag}>"
 
 
-def link_tag(address: object, words: str = "") -> str:
-    """Return a link in an answer; its target learns nothing of our page."""
-    rel = 'rel="noopener noreferrer nofollow" target="_blank"'
-    return f'<a href="{html.escape(str(address or ""))}" {rel}>{html.escape(words)}'
-
-
 LONG_LINE = 30  # characters of code that a phone shows without scrolling
 SHORT_CELL = 8  # characters of a table's cell that are not broken into lines
-
-
-def action(name: str, words: str, more: str = "") -> str:
-    """Return a button; page.js does what its name says."""
-    more = more and " " + more
-    return f'<button type="button" data-do="{name}"{more}>{html.escape(words)}</button>'
 
 
 def fix_headings(tokens: list[Token], above: int, level: int) -> int:
@@ -6369,13 +6357,14 @@ class AnswerRenderer(RendererHTML):
 
     def __init__(self, texts: Texts) -> None:
         super().__init__()
-        self.texts = texts
+        blocks = load_pages().get_template("blocks.html")
+        self.made: typing.Any = blocks.make_module({"texts": texts})  # its macros
         self.formulas = 0  # so far
 
     def link_open(self, tokens: Sequence[Token], index: int, *_: object) -> str:
-        address = tokens[index].attrGet("href")
+        address = tokens[index].attrGet("href") or ""
         is_empty = tokens[index + 1].type == "link_close"
-        return link_tag(address, str(address) if is_empty else "")
+        return str(self.made.link_open(address, address if is_empty else ""))
 
     def image(self, tokens: Sequence[Token], index: int, *_: object) -> str:
         # As a link, unless the answer holds it: loading one tells a stranger who reads.
@@ -6383,7 +6372,7 @@ class AnswerRenderer(RendererHTML):
         source, label = str(token.attrGet("src")), token.content
         if len(source) <= DATA_PICTURE_CHARS and DATA_PICTURE.fullmatch(source):
             return f'<img src="{source}" alt="{html.escape(label)}">'
-        return link_tag(source, label or self.texts.word_picture) + "</a>"
+        return str(self.made.picture_link(source, label))
 
     def math_inline(self, tokens: Sequence[Token], index: int, *_: object) -> str:
         token = tokens[index]
@@ -6400,23 +6389,14 @@ class AnswerRenderer(RendererHTML):
 
     def fence(self, tokens: Sequence[Token], index: int, *_: object) -> str:
         content, info = tokens[index].content, tokens[index].info
-        code, language = coloured(content, info), element("span", info.strip()[:20])
-        name, texts = html.escape(self.texts.page_code), self.texts
-        has_long_line = max(map(len, content.split("\n"))) > LONG_LINE
-        wrap = action("wrap", texts.page_wrap, "aria-pressed=false") * has_long_line
-        return (
-            f'<div class="code"><div class="bar">{language}{wrap}'
-            f'{action("code", texts.page_copy)}</div><pre tabindex="0" '
-            f'role="group" aria-label="{name}"><code>{code}</code></pre></div>\n'
-        )
+        is_wide = max(map(len, content.split("\n"))) > LONG_LINE
+        return str(self.made.code(info.strip()[:20], coloured(content, info), is_wide))
 
     def table_open(self, *_: object) -> str:
-        label = f'role="group" aria-label="{html.escape(self.texts.page_table)}"'
-        return f'<div class="table"><div class="scroll" tabindex="0" {label}><table>\n'
+        return str(self.made.table_open())
 
     def table_close(self, *_: object) -> str:
-        button = action("table", self.texts.page_copy_table)
-        return f"</table></div>{button}</div>\n"
+        return str(self.made.table_close())
 
     def td_open(self, tokens: Sequence[Token], index: int, *_: object) -> str:
         # The library would write a style, which the policy forbids.
