@@ -4661,7 +4661,8 @@ class Subscriber:
         self.to_mention.clear()
 
 
-Source = str | tuple[Turn, Part]  # a fixed text ('' says nothing), or part of an answer
+# A text of ours ('' says nothing), part of an answer, or a reply to be sent as it is.
+Source = str | tuple[Turn, Part] | Reply
 
 
 class Delivery:
@@ -4686,7 +4687,6 @@ class Delivery:
         self.pictures = "[]"  # JSON list of URLs and words that wait for a question
         self.hinted_at = 0.0  # Unix seconds of the newest hint outside a session
         self.source: Source | None = None  # what answers it, once that is known
-        self.is_repeat = False  # its reply was sent before: nothing is added to it
         self.is_kept = True  # False: nothing about this message is to be stored
         self.reply: Reply | None = None  # as decided
         self.stored: asyncio.Future | None = None  # storing the decided reply
@@ -5493,8 +5493,6 @@ class Bot:
         """Return what answers a message that has no reply yet."""
         message, limits = delivery.message, self.config.limits
         if message.openid in limits.deny and message.event != "unsubscribe":
-            if delivery.cookie_hash:
-                return self.texts.not_allowed
             return self.leave_alone(delivery, "the sender is in limits.deny")
         if delivery.cookie_hash:
             return await self.ask_on_page(delivery)
@@ -5572,7 +5570,7 @@ class Bot:
             tap, question = tap_link(texts.word_resume), excerpt(text)
             return texts.session_lapsed.format(tap=tap, question=question)
         if replies.outside == "wechat_ai":
-            return WECHAT_AI
+            return Reply(WECHAT_AI, int(now))
         if not replies.outside:
             return self.leave_alone(delivery, "replies.outside is empty")
         hours = replies.outside_hours
@@ -5626,9 +5624,8 @@ class Bot:
         """Return part N of this subscriber: the same text again if it was sent."""
         part = await self.store.part(delivery.message.openid, number)
         if part and part.reply is not None:
-            delivery.is_repeat = True
             await self.store.note(delivery.message.openid, shown_turn=part.turn_id)
-            return part.reply
+            return Reply(part.reply, int(time.time()))
         source = await self.source_of(part.turn_id, part) if part else None
         return source or self.texts.no_part.format(number=number)
 
@@ -5643,9 +5640,8 @@ class Bot:
         """Ask a failed question of theirs again; None if there is none to be asked."""
         if turn is None or turn.openid != delivery.message.openid:
             return None
-        if turn.state not in ("failed", "broken"):
-            return None
-        if turn.assistant not in self.config.assistants:
+        is_known = turn.assistant in self.config.assistants
+        if not is_known or turn.state not in ("failed", "broken"):
             return None
         session = delivery.session or await self.open_session(delivery, turn.assistant)
         words, pictures = self.question_words(turn), turn.pictures or "[]"
@@ -5694,7 +5690,7 @@ class Bot:
             _, assistant, _ = await self.newest_session(openid)
             session = await self.open_session(delivery, assistant)
         source = await self.accept_question(delivery, session, text)
-        if isinstance(source, str) or source[0].msg_key != delivery.message.key:
+        if not isinstance(source, tuple) or source[0].msg_key != delivery.message.key:
             return source  # refused, or the chat asks the same and will be answered
         turn, subscriber = source[0], delivery.subscriber
         if not subscriber.is_told:  # the words stood above the field
@@ -5945,6 +5941,8 @@ class Bot:
     def compose(self, delivery: Delivery) -> Reply:
         """Return the reply a message gets now: a fixed text, or part of an answer."""
         now, source = int(time.time()), delivery.source
+        if isinstance(source, Reply):
+            return source
         if not isinstance(source, tuple):
             return Reply(self.texts.trouble if source is None else source, now)
         turn, part = source
@@ -5972,8 +5970,6 @@ class Bot:
 
     def mention(self, delivery: Delivery, reply: Reply) -> Reply:
         """Return a reply, if possible with a line about an answer not read yet."""
-        if reply.content in ("", WECHAT_AI) or delivery.is_repeat:
-            return reply
         own_id = reply.part.turn_id if reply.part else None
         for turn_id, (number, question) in delivery.subscriber.to_mention.items():
             if turn_id == own_id or turn_id in self.turns:
@@ -5992,14 +5988,13 @@ class Bot:
         """
         source = delivery.source
         talk = source[0] if isinstance(source, tuple) else delivery.session
-        if talk is None or delivery.subscriber.is_told or not reply.content:
+        if talk is None or delivery.subscriber.is_told or not delivery.is_kept:
             return reply
         texts = self.texts
         one, two = tap_link(texts.word_example_1), tap_link(texts.word_example_2)
         words = texts.introduction.format(assistant=talk.assistant, one=one, two=two)
         content = f"{reply.content}\n\n{words}\n{self.tappable(texts.privacy)}"
-        is_free = delivery.is_kept and not delivery.is_repeat
-        if not is_free or sent_size(content) > REPLY_BYTES:
+        if sent_size(content) > REPLY_BYTES:
             return reply
         return replace(reply, content=content, introduces=True)
 
@@ -6010,11 +6005,11 @@ class Bot:
 
     def decide(self, delivery: Delivery) -> None:
         """Fix the reply of a message for all its requests, and start to store it."""
-        reply = self.introduce(delivery, self.compose(delivery))
-        reply = self.mention(delivery, reply)
-        delivery.subscriber.is_told |= reply.introduces
-        if not delivery.is_repeat and reply.content != WECHAT_AI:
+        reply = self.compose(delivery)
+        if reply.content and reply is not delivery.source:
+            reply = self.mention(delivery, self.introduce(delivery, reply))
             reply = replace(reply, content=outgoing(reply.content))
+        delivery.subscriber.is_told |= reply.introduces
         to_mention = delivery.subscriber.to_mention
         if reply.mentions:
             del to_mention[reply.mentions]
@@ -6078,7 +6073,7 @@ class Bot:
 
     async def ask_here(
         self, openid: str, cookie_hash: str, form: str, text: str
-    ) -> Source:
+    ) -> tuple[Turn, Part] | str:
         """Take up a question from a device as if it were a message of the chat.
 
         `form` is the random id of the form: a second sending of its words joins the
@@ -6093,9 +6088,10 @@ class Bot:
             self.take_in(delivery)
         until = self.tasks.loop.time() + PAGE_SECONDS
         await self.tasks.until(delivery.news, delivery.is_answered, until)
-        if not isinstance(delivery.source, tuple):  # another try may be accepted
-            self.deliveries.pop(message.key, None)
-        return delivery.source or self.texts.trouble
+        if isinstance(delivery.source, tuple):
+            return delivery.source
+        self.deliveries.pop(message.key, None)  # another try may be accepted
+        return str(delivery.source or self.texts.trouble)
 
     def stop_turn(self, openid: str, link_key: str) -> None:
         """End an answer that is being written: what is there of it stays, as cut."""
