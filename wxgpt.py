@@ -6044,30 +6044,29 @@ class Bot:
         is_last = number + delivery.seen_before >= wechat.attempts
         return is_last or arrived - delivery.first > late
 
-    def deliver(self, message: Message, arrived: float) -> tuple[Delivery, int]:
-        """Return a request's delivery, made by the first, and which attempt it is."""
-        timeout = self.config.wechat.attempt_timeout
-        delivery = self.deliveries.get(message.key)
+    def deliver(
+        self, message: Message, arrived: float, cookie_hash: str = ""
+    ) -> tuple[Delivery, int]:
+        """Return a request's delivery, made by the first, and which attempt it is.
+
+        The first one also starts the task that finds out what answers the message.
+        """
+        wechat, delivery = self.config.wechat, self.deliveries.get(message.key)
         if delivery is None:
             first = arrived
-            if arrived - self.opened_at < 2 * timeout:
+            if arrived - self.opened_at < 2 * wechat.attempt_timeout:
                 # Attempts before this one may have found no server: estimate the first
                 # from CreateTime, which is rounded down to a second.
                 first -= max(0, time.time() - message.created - 1)
-            delivery = Delivery(message, self.subscriber(message.openid), first)
-            self.wechat_ahead = max(self.wechat_ahead, message.created - arrived)
-            self.take_in(delivery)
-        return delivery, delivery.arrive(arrived, timeout / 2)
-
-    def take_in(self, delivery: Delivery) -> None:
-        """Start the task that finds out what answers a new message."""
-        message, wechat = delivery.message, self.config.wechat
-        self.deliveries[message.key] = delivery
-        # Long after the last attempt a copy is answered from the store.
-        seconds = 4 * wechat.attempts * wechat.attempt_timeout
-        self.tasks.loop.call_later(seconds, self.deliveries.pop, message.key, None)
-        trouble = functools.partial(delivery.answer_with, self.texts.trouble)
-        self.tasks.start(self.find_source(delivery), message.name, trouble)
+            subscriber = self.subscriber(message.openid)
+            delivery = Delivery(message, subscriber, first, cookie_hash)
+            self.deliveries[message.key] = delivery
+            # Long after the last attempt a copy is answered from the store.
+            seconds = 4 * wechat.attempts * wechat.attempt_timeout
+            self.tasks.loop.call_later(seconds, self.deliveries.pop, message.key, None)
+            trouble = functools.partial(delivery.answer_with, self.texts.trouble)
+            self.tasks.start(self.find_source(delivery), message.name, trouble)
+        return delivery, delivery.arrive(arrived, wechat.attempt_timeout / 2)
 
     # What a page does
 
@@ -6081,12 +6080,9 @@ class Bot:
         """
         now, name = int(time.time()), f"page-{form}-{self.store.keyed_hash(text)[:8]}"
         message = Message(openid, "", "text", now, msg_id=name, content=text)
-        delivery = self.deliveries.get(message.key)
-        if delivery is None:
-            subscriber, arrived = self.subscriber(openid), self.tasks.loop.time()
-            delivery = Delivery(message, subscriber, arrived, cookie_hash)
-            self.take_in(delivery)
-        until = self.tasks.loop.time() + PAGE_SECONDS
+        arrived = self.tasks.loop.time()
+        delivery, _ = self.deliver(message, arrived, cookie_hash)
+        until = arrived + PAGE_SECONDS
         await self.tasks.until(delivery.news, delivery.is_answered, until)
         if isinstance(delivery.source, tuple):
             return delivery.source
@@ -6095,9 +6091,8 @@ class Bot:
 
     def stop_turn(self, openid: str, link_key: str) -> None:
         """End an answer that is being written: what is there of it stays, as cut."""
-        subscriber = self.subscribers.get(openid)
-        for turn in list(subscriber.turns) if subscriber else []:
-            if turn.link_key != link_key or not turn.is_open:
+        for turn in list(self.turns.values()):
+            if turn.link_key != link_key or turn.openid != openid or not turn.is_open:
                 continue
             if turn.is_queued:
                 self.end_unwritten(turn, "cut", "stopped")
@@ -6893,7 +6888,8 @@ async def read_push(request: web.Request) -> Message | web.Response:
     same = message.key, message.msg_type, message.content  # on every attempt
     if not bot.replays.is_first(request.query["signature"], same):
         return refusal
-    bot.heard_at = asyncio.get_running_loop().time()
+    bot.heard_at = bot.tasks.loop.time()
+    bot.wechat_ahead = max(bot.wechat_ahead, message.created - bot.heard_at)
     return message
 
 
