@@ -4629,21 +4629,22 @@ class LongWork:
         return await asyncio.shield(self.results[key])
 
 
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Subscriber:
     """What memory holds of a subscriber with a message or a question in progress.
 
     Lives in a weak dictionary: deliveries and the tasks of questions keep it alive.
     """
 
-    def __init__(self) -> None:
-        self.lock = asyncio.Lock()  # messages are taken up in the order they came
-        self.turns: list[Turn] = []  # unfinished, the oldest first
-        self.last_part: int | None = None  # the highest number; None: not read yet
-        self.is_told = True  # the privacy words were said; the store may know better
-        # Numbers of the parts offered lately, by turn and start.
-        self.offered: dict[tuple[int, int], int] = {}
-        # By turn, answers of which only an early reply was read: next part, question.
-        self.to_mention: dict[int, tuple[int, str]] = {}
+    # Messages are taken up in the order they came.
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    turns: list[Turn] = field(default_factory=list)  # unfinished, the oldest first
+    last_part: int | None = None  # the highest number; None: not read yet
+    is_told: bool = True  # the privacy words were said; the store may know better
+    # Numbers of the parts offered lately, by turn and start.
+    offered: dict[tuple[int, int], int] = field(default_factory=dict)
+    # By turn, answers of which only an early reply was read: next part, question.
+    to_mention: dict[int, tuple[int, str]] = field(default_factory=dict)
 
     def offer(self, turn_id: int, start: int, place: int = 1) -> Part:
         """Return the part of a turn from `start` on, each time with the same number."""
@@ -4665,32 +4666,26 @@ class Subscriber:
 Source = str | tuple[Turn, Part] | Reply
 
 
+@dataclass(slots=True, eq=False)
 class Delivery:
     """The requests of one message, what answers it, and the one reply they all get."""
 
-    def __init__(
-        self,
-        message: Message,
-        subscriber: Subscriber,
-        first: float,
-        cookie_hash: str = "",
-    ) -> None:
-        self.message = message
-        self.subscriber = subscriber
-        self.cookie_hash = cookie_hash  # of the device it comes from; '': from WeChat
-        self.first = first  # loop's clock at the first request, or an estimate
-        self.newest = float("-inf")  # loop's clock at the newest request
-        self.seen = 0  # requests that count as attempts
-        self.seen_before = 0  # attempts that an earlier process saw, at least: 0 or 1
-        self.session: Session | None = None  # open, and not idle for too long
-        self.lapsed: Session | None = None  # open in the store, but it ran out lately
-        self.pictures = "[]"  # JSON list of URLs and words that wait for a question
-        self.hinted_at = 0.0  # Unix seconds of the newest hint outside a session
-        self.source: Source | None = None  # what answers it, once that is known
-        self.is_kept = True  # False: nothing about this message is to be stored
-        self.reply: Reply | None = None  # as decided
-        self.stored: asyncio.Future | None = None  # storing the decided reply
-        self.news = Signal()  # `source` or `reply` is there
+    message: Message
+    subscriber: Subscriber
+    first: float  # loop's clock at the first request, or an estimate
+    cookie_hash: str = ""  # of the device it comes from; '': from WeChat
+    newest: float = -math.inf  # loop's clock at the newest request
+    seen: int = 0  # requests that count as attempts
+    seen_before: int = 0  # attempts that an earlier process saw, at least: 0 or 1
+    session: Session | None = None  # open, and not idle for too long
+    lapsed: Session | None = None  # open in the store, but it ran out lately
+    pictures: str = "[]"  # JSON list of URLs and words that wait for a question
+    hinted_at: float = 0.0  # Unix seconds of the newest hint outside a session
+    source: Source | None = None  # what answers it, once that is known
+    is_kept: bool = True  # False: nothing about this message is to be stored
+    reply: Reply | None = None  # as decided
+    stored: asyncio.Future | None = None  # storing the decided reply
+    news: Signal = field(default_factory=Signal)  # `source` or `reply` is there
 
     def arrive(self, now: float, half_attempt: float) -> int:
         """Count a request; return which attempt it is in this process.
@@ -6531,17 +6526,14 @@ def snippet(text: str, words: list[str]) -> Markup:
 
 
 COMMENT = r"(?ms)^\s*(//[^\n]*|/\*((?!\*/).)*\*/)\s*$|  // [^\n]*"
-NEEDLESS = {  # in a style and in a script, whose strings and patterns are kept
-    "css": r";?\s*(?=})|(?<=[{},;>:])\s+|\s+(?=[{,;>])",
-    "js": r"('[^'\n]*'|`[^`]*`|/\\\S*/g)|(?<=[{;,])\n|(?<=\W) +| +(?=\W)",
-}
 
 
 def minified(path: pathlib.Path) -> Markup:
-    """Return a style or script without comments and white space that does nothing."""
+    """Return a style or script without comments and indents."""
     text = re.sub(r"(?m)^\s+", "", re.sub(COMMENT, "", path.read_text("utf-8")))
-    pattern = NEEDLESS[path.suffix[1:]]
-    return Markup(re.sub(pattern, lambda found: "".join(found.groups("")), text))
+    if path.suffix == ".css":
+        text = re.sub(r"\s*([{},;>]|:(?= ))\s*", r"\1", text)
+    return Markup(text)
 
 
 def closed(markdown: str) -> str:
@@ -6922,21 +6914,15 @@ def wants_json(request: web.Request) -> bool:
 class Refusal(web.HTTPException):
     """Why nothing is shown or done, in words for a page or for the page's script."""
 
-    def __init__(self, request: web.Request, status: int, words: str) -> None:
-        self.status_code = status
+    def __init__(self, request: web.Request, status: int, words: str = "") -> None:
+        self.status_code, config = status, request.app[BOT].config
+        usual = {404: config.texts.page_missing, 410: config.texts.page_expired}
+        words, glyph = words or usual[status], "…" if status == 410 else "?"
         if wants_json(request):
             response = web.json_response({"error": words})
         else:
-            config, glyph = request.app[BOT].config, "…" if status == 410 else "?"
             response = page_response(config, "error", words=words, glyph=glyph)
         super().__init__(headers=response.headers, text=response.text)
-
-
-def not_found(request: web.Request, status: int = 404) -> Refusal:
-    """Return the refusal of an unknown (404) or expired (410) link."""
-    texts = request.app[BOT].texts
-    words = texts.page_expired if status == 410 else texts.page_missing
-    return Refusal(request, status, words)
 
 
 @web.middleware
@@ -6982,7 +6968,7 @@ async def front_page(request: web.Request) -> web.Response:
 
 async def missing_page(request: web.Request) -> web.Response:
     """Answer what leads nowhere."""
-    raise not_found(request)
+    raise Refusal(request, 404)
 
 
 async def find_linked(request: web.Request) -> Turn:
@@ -6990,9 +6976,9 @@ async def find_linked(request: web.Request) -> Turn:
     bot = request.app[BOT]
     turn = await bot.store.turn_by_link(request.match_info["key"])
     if turn is None:
-        raise not_found(request)
+        raise Refusal(request, 404)
     if time.time() - turn.created_at > bot.config.history.link_hours * 3600:
-        raise not_found(request, 410)
+        raise Refusal(request, 410)
     return turn
 
 
@@ -7048,10 +7034,10 @@ async def find_reader(request: web.Request) -> Reader | None:
         return await find_device(request)
     owner = await request.app[BOT].store.history_owner(key)
     if owner is None:
-        raise not_found(request)
+        raise Refusal(request, 404)
     openid, expires_at = owner
     if time.time() > expires_at:
-        raise not_found(request, 410)
+        raise Refusal(request, 410)
     return Reader(openid)
 
 
@@ -7168,7 +7154,7 @@ async def answer_events(request: web.Request) -> web.StreamResponse:
     bot, found = request.app[BOT], await find_linked(request)
     turn = bot.turns.get(found.id) or await bot.store.turn(found.id)  # if it has ended
     if turn is None:  # deleted meanwhile
-        raise not_found(request)
+        raise Refusal(request, 404)
     response = web.StreamResponse(headers=EVENT_HEADERS)
     await response.prepare(request)
     async for event in follow(bot, turn, request.headers.get("Last-Event-ID", "")):
@@ -7216,10 +7202,13 @@ async def sign_in_page(request: web.Request) -> web.Response:
 
 
 async def show_history(
-    request: web.Request, openid: str, asking: Asking | None
+    request: web.Request, reader: Reader, typed: str = "", refusal: str = ""
 ) -> web.Response:
-    """Return a page of a subscriber's history, or one exchange of it."""
-    bot, query = request.app[BOT], request.query
+    """Return a page of a reader's history, or one exchange of it.
+
+    On a device there is a field to ask, with what was `typed` there and refused.
+    """
+    bot, query, openid = request.app[BOT], request.query, reader.openid
     if (only := number_in(query, "only", -1)) >= 0:
         turns = await bot.store.turns_of(openid, only + 1, 1)
         turns = [turn for turn in turns if turn.id == only]
@@ -7234,13 +7223,16 @@ async def show_history(
     live = {t.id: (await live_page(bot, t)).blocks for t in turns if t.is_open}
     shown = turns if only >= 0 else open_turns(turns)
     await note_read(bot, shown)
-    if asking and query:  # what has just begun stands on the first page
-        asking = replace(asking, session=0)
+    asking = None
+    if reader.cookie_hash:
+        asking = await asking_of(bot, reader, typed, refusal)
+        if query:  # what has just begun stands on the first page
+            asking = replace(asking, session=0)
     return await bot.work.run(
         page_response,
         bot.config,
         "history",
-        409 if asking and asking.refusal else 200,
+        409 if refusal else 200,
         home=request.match_info.get("key", "me"),
         sessions=await bot.work.run(conversations, bot.config, turns, shown, live),
         older=older,
@@ -7257,8 +7249,7 @@ async def history_page(request: web.Request) -> web.Response:
     reader = await find_reader(request)
     if reader is None:
         return await sign_in_page(request)
-    asking = await asking_of(request.app[BOT], reader) if reader.cookie_hash else None
-    return await show_history(request, reader.openid, asking)
+    return await show_history(request, reader)
 
 
 def led_back(request: web.Request, **values: str) -> web.Response:
@@ -7281,8 +7272,7 @@ async def ask_on_page(request: web.Request) -> web.StreamResponse:
         return led_back(request, key=turn.link_key, session=str(turn.session_id))
     if wants_json(request):
         raise Refusal(request, 409, source)
-    asking = await asking_of(bot, device, text, source)
-    return await a_few_at_once(show_history)(request, device.openid, asking)
+    return await a_few_at_once(show_history)(request, device, text, source)
 
 
 async def stop_answer(request: web.Request) -> web.Response:
@@ -7401,11 +7391,10 @@ async def root_file(request: web.Request) -> web.Response:
         body = file.read(ROOT_FILE_BYTES + 1)
         if folder and is_file and len(body) <= ROOT_FILE_BYTES:
             return web.Response(body=body, content_type="text/plain")
-    raise not_found(request)
+    raise Refusal(request, 404)
 
 
-HEADERS = {
-    "Server": "wxgpt",  # not the versions of Python and aiohttp
+PRIVATE = {
     "Cache-Control": "no-store",
     "Referrer-Policy": "no-referrer",
     "X-Robots-Tag": "noindex",
@@ -7414,9 +7403,10 @@ HEADERS = {
 
 
 async def set_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """Keep private what is sent, and who sends it; a page may say otherwise."""
-    for name, value in HEADERS.items():
-        response.headers.setdefault(name, value)
+    """Keep private what is sent, and hide the versions of Python and aiohttp."""
+    for name, value in PRIVATE.items():
+        response.headers.setdefault(name, value)  # a page with a form has its own
+    response.headers["Server"] = "wxgpt"
 
 
 # ---------------------------------------------------------------------------
