@@ -7190,7 +7190,10 @@ async def sign_in_page(request: web.Request) -> web.Response:
         raise Refusal(request, 404, bot.texts.page_not_secure)
     sign_in, fresh = bot.sign_ins.find(cookie_hash_of(cookie)), ""
     if sign_in and sign_in.is_confirmed:
-        return await let_in(request, sign_in)
+        try:
+            return await let_in(request, sign_in)
+        except sqlite3.Error as error:  # it asks again in a moment
+            log.error("a browser was not signed in: %s", error)
     if not sign_in and (not cookie or "new" in request.query):
         fresh = secrets.token_urlsafe(32)
         sign_in = bot.sign_ins.begin(cookie_hash_of(fresh))
