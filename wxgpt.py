@@ -4783,18 +4783,22 @@ class SignIns:
         one = self.waiting.get(cookie_hash)
         return one if one and one.until > self.loop_time() else None
 
-    def claim(self, openid: str, number: str) -> SignIn | None:
-        """Note who sent a number; None if no browser shows it."""
+    def sent_by(self, openid: str) -> list[SignIn]:
+        """Return the sign-ins whose numbers a subscriber has sent."""
+        return [one for one in self.waiting.values() if one.openid == openid]
+
+    def claim(self, openid: str, number: str) -> bool:
+        """Note who sent a number; False if no browser shows it."""
         now = self.loop_time()
-        for one in self.waiting.values():
-            if one.openid == openid and not one.is_confirmed:
-                one.openid = ""  # a number that they sent before
-        for one in self.waiting.values():
-            if one.number == number and one.until > now and not one.openid:
+        for one in self.sent_by(openid):
+            if not one.is_confirmed:
+                one.openid = ""  # only the newest number counts
+        for one in self.sent_by(""):
+            if one.number == number and one.until > now:
                 one.openid = openid
-                return one
+                return True
         self.wrong.append((now, openid))
-        return None
+        return False
 
     def is_tried_too_often(self, openid: str) -> bool:
         """Say whether a subscriber has sent too many wrong numbers."""
@@ -4806,16 +4810,14 @@ class SignIns:
     def confirm(self, openid: str) -> bool:
         """Let the browser in whose number a subscriber sent; False if there is none."""
         now = self.loop_time()
-        sent = [
-            w for w in self.waiting.values() if w.openid == openid and w.until > now
-        ]
+        sent = [one for one in self.sent_by(openid) if one.until > now]
         for one in sent:
             one.is_confirmed = True
         return bool(sent)
 
     def end(self, openid: str) -> int:
         """Let no browser in for a subscriber; return how many were confirmed."""
-        sent = [one for one in self.waiting.values() if one.openid == openid]
+        sent = self.sent_by(openid)
         for one in sent:
             del self.waiting[one.cookie_hash]
         return sum(one.is_confirmed for one in sent)
@@ -5531,7 +5533,7 @@ class Bot:
         config, is_words = self.config, bool(text) and text not in STICKER_TEXTS
         meant = self.aliases.get(folded(text), text)
         keyword = "" if session else config.replies.keywords.get(text, "")
-        if is_command(keyword, config.assistants):
+        if keyword and is_command(keyword, config.assistants):
             meant = keyword
         if method := find_command(meant):
             log.info("%s command %s", delivery.message.name, method.__name__)
@@ -6252,13 +6254,7 @@ PAGES = pathlib.Path(__file__).with_name("pages")
 TEMPLATES = """page.html parts.html blocks.html answer.html history.html found.html
     sign_in.html error.html export.md""".split()
 # What a page has of style and script; it takes no more of them than it needs.
-PIECES = {
-    "style": "page.css",
-    "script": "page.js",
-    "live_script": "live.js",
-    "ask_style": "ask.css",
-    "ask_script": "ask.js",
-}
+PIECES = "page.css page.js live.js ask.css ask.js".split()
 POLICY = (
     "default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action {forms}; "
@@ -6561,8 +6557,8 @@ def load_pages() -> jinja2.Environment:
     pages.globals |= {"ending_words": ending_words, "now": time.time}
     pages.globals |= {"random_hex": secrets.token_hex}
     try:
-        for name, file in PIECES.items():
-            pages.globals[name] = minified(PAGES / file)
+        for name in PIECES:
+            pages.globals[name.replace(".", "_")] = minified(PAGES / name)
         code_rules()
         for name in TEMPLATES:
             pages.get_template(name)
@@ -7128,13 +7124,12 @@ async def follow(bot: Bot, turn: Turn, last: str) -> AsyncIterator[bytes]:
 
     while bot.tasks.closes_at is None:
         page = await live_page(bot, turn)
-        is_anew = False
+        is_behind = bool(page.shows[0]) and seen != page.shows
         if writing != page.writing or done > page.done:
-            is_anew = bool(writing)  # what the viewer has is taken back
+            is_behind = is_behind or bool(writing)  # what the viewer has is taken back
             writing, done = page.writing, 0
-        is_new = seen != page.shows and page.shows[0]
         seen = page.shows
-        if is_anew or is_new:
+        if is_behind:
             begin, done = done, page.done
             for event in page.events(begin):
                 yield event
