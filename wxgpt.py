@@ -6351,9 +6351,9 @@ class AnswerRenderer(RendererHTML):
     def image(self, tokens: Sequence[Token], index: int, *_: object) -> str:
         # As a link, unless the answer holds it: loading one tells a stranger who reads.
         token = tokens[index]
-        source, label = str(token.attrGet("src")), token.content
+        source, label = str(token.attrGet("src")), Markup(html.escape(token.content))
         if len(source) <= DATA_PICTURE_CHARS and DATA_PICTURE.fullmatch(source):
-            return f'<img src="{source}" alt="{html.escape(label)}">'
+            return f'<img src="{source}" alt="{label}">'
         return str(self.made.picture_link(source, label))
 
     def math_inline(self, tokens: Sequence[Token], index: int, *_: object) -> str:
