@@ -6655,20 +6655,13 @@ def open_turns(turns: list[Turn]) -> list[Turn]:
     return shown
 
 
-def conversations(
+def exchanges_of(
     config: Config, turns: list[Turn], shown: list[Turn], live: dict[int, list[str]]
-) -> list[list[Shown]]:
-    """Return exchanges by session, newest session first, each oldest exchange first.
-
-    `shown` are those whose answers are not folded, `live` the blocks of open ones.
-    """
-    groups = itertools.groupby(turns, lambda turn: turn.session_id)
+) -> list[Shown]:
+    """Return exchanges for a history; the answers that are not `shown` are folded."""
     return [
-        [
-            exchange_of(config, turn, live.get(turn.id), 3, turn not in shown)
-            for turn in [*group][::-1]
-        ]
-        for _, group in groups
+        exchange_of(config, turn, live.get(turn.id), 3, turn not in shown)
+        for turn in turns
     ]
 
 
@@ -7232,12 +7225,10 @@ async def show_history(
         "history",
         409 if refusal else 200,
         home=request.match_info.get("key", "me"),
-        sessions=await bot.work.run(conversations, bot.config, turns, shown, live),
+        exchanges=await bot.work.run(exchanges_of, bot.config, turns, shown, live),
         older=older,
         is_whole=only < 0,
         asking=asking,
-        is_live=bool(live),
-        has_text=any(turn.answer for turn in turns),
     )
 
 
