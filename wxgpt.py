@@ -5175,11 +5175,12 @@ class Bot:
                 if isinstance(item, ThoughtEnd):
                     await self.rewrite(turn, turn.without_thought)
                     guard = WordGuard(self.blocked)
-                item = item[: ANSWER_CHARS - len(turn.answer)]
-                for begin in range(0, len(item), DELTA_CHARS):
-                    self.show(turn, guard, item[begin : begin + DELTA_CHARS], False)
-                    if len(item) > DELTA_CHARS:
-                        await asyncio.sleep(0)
+                rest = item[: ANSWER_CHARS - len(turn.answer)]
+                while len(rest) > DELTA_CHARS:
+                    self.show(turn, guard, rest[:DELTA_CHARS], False)
+                    rest = rest[DELTA_CHARS:]
+                    await asyncio.sleep(0)
+                self.show(turn, guard, rest, False)
                 if len(turn.answer) >= ANSWER_CHARS:
                     break
         self.show(turn, guard, "", True)
@@ -6329,6 +6330,99 @@ def coloured(code: str, info: str) -> str:
     return "".join(out) + html.escape(code[end:])
 
 
+def clock(seconds: float, form: str = "%Y-%m-%d %H:%M") -> str:
+    """Return a time as people in China read it."""
+    return datetime.datetime.fromtimestamp(seconds, BEIJING).strftime(form)
+
+
+def day_and_time(seconds: float) -> str:
+    """Return 今天 14:48, 昨天 09:05, 11月22日 周日 20:10 or 2025年3月1日 08:00."""
+    at = datetime.datetime.fromtimestamp(seconds, BEIJING)
+    now = datetime.datetime.now(BEIJING)
+    day = f"{at.month}月{at.day}日 周{'一二三四五六日'[at.weekday()]}"
+    if at.year != now.year:
+        day = f"{at.year}年{at.month}月{at.day}日"
+    day = {0: "今天", 1: "昨天"}.get((now.date() - at.date()).days, day)
+    return f"{day} {at:%H:%M}"
+
+
+def preview(markdown: str) -> str:
+    """Return the beginning of a long answer in one line, up to its code or table."""
+    begin = re.split(r"\n(?:```|~~~|\|)", markdown[:FOLD_CHARS].strip())[0]
+    text = re.sub(r"（https?://[^）]*）|(?<=]) https?://[!-~]*", "", chat_text(begin))
+    return excerpt(text.replace("】", "】 "), 80)
+
+
+SEARCH_CHARS = 100  # of words that are looked for
+SNIPPET_CHARS = 80  # shown after the first of them
+
+
+def snippet(text: str, words: list[str]) -> Markup:
+    """Return the place in a text where the words begin, as a line with them marked."""
+    longest_first = sorted(words, key=len, reverse=True)
+    pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})", re.IGNORECASE)
+    found = pattern.search(text)
+    begin = max(0, found.start() - SNIPPET_CHARS // 4) if found else 0
+    part = text[begin : begin + SNIPPET_CHARS + SEARCH_CHARS]
+    bare = re.sub(r"\*\*|`+|(?m:^\s*(?:[#>*+-]+ |\|))", "", part)
+    line = excerpt(bare if pattern.search(bare) else part, len(part))
+    pieces = enumerate(pattern.split("…" * (begin > 0) + line))
+    marked = [element("mark", p) if i % 2 else html.escape(p) for i, p in pieces]
+    return Markup("".join(marked))
+
+
+COMMENT = r"(?ms)^\s*(//[^\n]*|/\*((?!\*/).)*\*/)\s*$|  // [^\n]*"
+
+
+def minified(path: pathlib.Path) -> Markup:
+    """Return a style or script without comments and indents."""
+    text = re.sub(r"(?m)^\s+", "", re.sub(COMMENT, "", path.read_text("utf-8")))
+    if path.suffix == ".css":
+        text = re.sub(r"\s*([{},;>]|:(?= ))\s*", r"\1", text)
+    return Markup(text)
+
+
+def closed(markdown: str) -> str:
+    """Return an answer with its code closed: it may have broken off in it."""
+    fences = re.findall(r"(?m)^[ \t]*(`{3,}|~{3,})", markdown)
+    return markdown + "\n" + fences[-1] if len(fences) % 2 else markdown
+
+
+@functools.cache
+def load_pages() -> jinja2.Environment:
+    """Return the templates, compiled; raise ConfigError if one is missing or broken.
+
+    First called at the start; files changed later wait for the next start.
+    """
+    pages = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PAGES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        auto_reload=False,
+    )
+    pages.filters |= {"clock": clock, "day": day_and_time, "excerpt": excerpt}
+    pages.filters |= {"preview": preview, "closed": closed, "snippet": snippet}
+    pages.globals |= {"ending_words": ending_words, "now": time.time}
+    pages.globals |= {"random_hex": secrets.token_hex}
+    try:
+        for name in PIECES:
+            pages.globals[name.replace(".", "_")] = minified(PAGES / name)
+        code_rules()
+        for name in TEMPLATES:
+            pages.get_template(name)
+    except jinja2.TemplateNotFound as error:
+        raise ConfigError("{path}: not found", path=PAGES / str(error.name)) from None
+    except jinja2.TemplateSyntaxError as error:
+        place = f"{PAGES / str(error.name)}, line {error.lineno}"
+        raise ConfigError("{path}: {why}", path=place, why=error.message) from None
+    except OSError as error:
+        words, why = "{path}: {why}", error.strerror
+        raise ConfigError(words, path=error.filename, why=why) from None
+    return pages
+
+
 MAX_FORMULAS = 500  # typeset on a page; each takes a fifth of a millisecond
 DATA_PICTURE_CHARS = 4 * 1024 * 1024 * 4 // 3
 RENDER_OPTIONS = MarkdownIt("zero", {"breaks": True}).options
@@ -6478,99 +6572,6 @@ class BlockRenderer:
 def render_blocks(texts: Texts, markdown: str, above: int = 0) -> list[str]:
     """Return the blocks of a whole answer as HTML; see BlockRenderer."""
     return BlockRenderer(texts, above).render(markdown, has_ended=True)
-
-
-def clock(seconds: float, form: str = "%Y-%m-%d %H:%M") -> str:
-    """Return a time as people in China read it."""
-    return datetime.datetime.fromtimestamp(seconds, BEIJING).strftime(form)
-
-
-def day_and_time(seconds: float) -> str:
-    """Return 今天 14:48, 昨天 09:05, 11月22日 周日 20:10 or 2025年3月1日 08:00."""
-    at = datetime.datetime.fromtimestamp(seconds, BEIJING)
-    now = datetime.datetime.now(BEIJING)
-    day = f"{at.month}月{at.day}日 周{'一二三四五六日'[at.weekday()]}"
-    if at.year != now.year:
-        day = f"{at.year}年{at.month}月{at.day}日"
-    day = {0: "今天", 1: "昨天"}.get((now.date() - at.date()).days, day)
-    return f"{day} {at:%H:%M}"
-
-
-def preview(markdown: str) -> str:
-    """Return the beginning of a long answer in one line, up to its code or table."""
-    begin = re.split(r"\n(?:```|~~~|\|)", markdown[:FOLD_CHARS].strip())[0]
-    text = re.sub(r"（https?://[^）]*）|(?<=]) https?://[!-~]*", "", chat_text(begin))
-    return excerpt(text.replace("】", "】 "), 80)
-
-
-SEARCH_CHARS = 100  # of words that are looked for
-SNIPPET_CHARS = 80  # shown after the first of them
-
-
-def snippet(text: str, words: list[str]) -> Markup:
-    """Return the place in a text where the words begin, as a line with them marked."""
-    longest_first = sorted(words, key=len, reverse=True)
-    pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})", re.IGNORECASE)
-    found = pattern.search(text)
-    begin = max(0, found.start() - SNIPPET_CHARS // 4) if found else 0
-    part = text[begin : begin + SNIPPET_CHARS + SEARCH_CHARS]
-    bare = re.sub(r"\*\*|`+|(?m:^\s*(?:[#>*+-]+ |\|))", "", part)
-    line = excerpt(bare if pattern.search(bare) else part, len(part))
-    pieces = enumerate(pattern.split("…" * (begin > 0) + line))
-    marked = [element("mark", p) if i % 2 else html.escape(p) for i, p in pieces]
-    return Markup("".join(marked))
-
-
-COMMENT = r"(?ms)^\s*(//[^\n]*|/\*((?!\*/).)*\*/)\s*$|  // [^\n]*"
-
-
-def minified(path: pathlib.Path) -> Markup:
-    """Return a style or script without comments and indents."""
-    text = re.sub(r"(?m)^\s+", "", re.sub(COMMENT, "", path.read_text("utf-8")))
-    if path.suffix == ".css":
-        text = re.sub(r"\s*([{},;>]|:(?= ))\s*", r"\1", text)
-    return Markup(text)
-
-
-def closed(markdown: str) -> str:
-    """Return an answer with its code closed: it may have broken off in it."""
-    fences = re.findall(r"(?m)^[ \t]*(`{3,}|~{3,})", markdown)
-    return markdown + "\n" + fences[-1] if len(fences) % 2 else markdown
-
-
-@functools.cache
-def load_pages() -> jinja2.Environment:
-    """Return the templates, compiled; raise ConfigError if one is missing or broken.
-
-    First called at the start; files changed later wait for the next start.
-    """
-    pages = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(PAGES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        auto_reload=False,
-    )
-    pages.filters |= {"clock": clock, "day": day_and_time, "excerpt": excerpt}
-    pages.filters |= {"preview": preview, "closed": closed, "snippet": snippet}
-    pages.globals |= {"ending_words": ending_words, "now": time.time}
-    pages.globals |= {"random_hex": secrets.token_hex}
-    try:
-        for name in PIECES:
-            pages.globals[name.replace(".", "_")] = minified(PAGES / name)
-        code_rules()
-        for name in TEMPLATES:
-            pages.get_template(name)
-    except jinja2.TemplateNotFound as error:
-        raise ConfigError("{path}: not found", path=PAGES / str(error.name)) from None
-    except jinja2.TemplateSyntaxError as error:
-        place = f"{PAGES / str(error.name)}, line {error.lineno}"
-        raise ConfigError("{path}: {why}", path=place, why=error.message) from None
-    except OSError as error:
-        words, why = "{path}: {why}", error.strerror
-        raise ConfigError(words, path=error.filename, why=why) from None
-    return pages
 
 
 def render(config: Config, template: str, **values: object) -> str:
