@@ -5431,14 +5431,6 @@ class Bot:
         is_blocked = self.blocked.are_in_question(question + said)
         return texts.blocked_question if is_blocked else ""
 
-    async def refuse_for_today(self, openid: str) -> str:
-        """Return the text about the day's limit that is used up."""
-        most = self.config.limits.questions_per_day
-        asked = await self.store.questions_of_day(openid, time.time())
-        if most and asked >= most:
-            return self.texts.day_over.format(count=most)
-        return self.texts.all_over
-
     async def accept_question(
         self,
         delivery: Delivery,
@@ -5452,10 +5444,9 @@ class Bot:
         """
         subscriber, limits = delivery.subscriber, self.config.limits
         before = [t for t in subscriber.turns if t.session_id == session.id]
-        for turn in before:
-            # With a picture that came since, the same words are a new question.
-            is_same = self.question_words(turn) == question
-            if is_same and delivery.pictures == "[]" and turn.age < REPEAT_SECONDS:
+        # With a picture that came since, the same words are a new question.
+        for turn in before if delivery.pictures == "[]" else []:
+            if self.question_words(turn) == question and turn.age < REPEAT_SECONDS:
                 if source := await self.unsent_source(delivery, turn.id):
                     return source
         kept = json.loads(delivery.pictures if pictures is None else pictures)
@@ -5482,7 +5473,9 @@ class Bot:
         if not await self.store.add_turn(turn, most, most_of_all, cookie_hash):
             if cookie_hash and not await self.store.device_owner(cookie_hash):
                 return self.texts.page_signed_out
-            return await self.refuse_for_today(turn.openid)
+            asked = await self.store.questions_of_day(turn.openid, turn.created_at)
+            day_over = self.texts.day_over.format(count=most)
+            return day_over if most and asked >= most else self.texts.all_over
         self.start_turn(turn, subscriber)
         log.info("%s accepted, %d waiting", turn.name, len(subscriber.turns))
         return turn, Part(0, turn.id)
