@@ -5837,7 +5837,8 @@ class Bot:
                     subscriber.to_mention[missed_id] = (number, question)
             if recalled.reply:  # a copy of a message that was answered before
                 delivery.seen_before = 1
-                self.hand_out(delivery, recalled.reply)
+                delivery.reply = recalled.reply
+                delivery.news.look()
                 return
             if recalled.turn_id is not None:  # asked by a process before this one
                 delivery.seen_before = 1
@@ -6018,13 +6019,9 @@ class Bot:
             delivery.stored.add_done_callback(
                 functools.partial(log_failure, f"{message.name} reply")
             )
-        self.hand_out(delivery, reply)
-
-    def hand_out(self, delivery: Delivery, reply: Reply) -> None:
-        """Give every request of a message its reply."""
         delivery.reply = reply
         delivery.news.look()
-        if isinstance(delivery.source, tuple):
+        if isinstance(delivery.source, tuple):  # others wait for more of the answer
             delivery.source[0].news.look()
 
     def is_last_chance(self, delivery: Delivery, number: int, arrived: float) -> bool:
