@@ -7026,6 +7026,9 @@ def form_token(bot: Bot, reader: Reader) -> str:
     return bot.store.keyed_hash(f"form {reader.cookie_hash}")
 
 
+FORM_FIELDS = 9
+
+
 async def read_form(request: web.Request) -> tuple[Reader, dict[str, str]]:
     """Return who sends a form, and its fields; raise Refusal unless they may.
 
@@ -7037,8 +7040,9 @@ async def read_form(request: web.Request) -> tuple[Reader, dict[str, str]]:
     form: dict[str, str] = {}
     if request.content_type == "application/x-www-form-urlencoded":
         async with asyncio.timeout(BODY_SECONDS):
-            body = await request.read()
-        form = dict(urllib.parse.parse_qsl(body.decode("utf-8", "replace")))
+            text = (await request.read()).decode("utf-8", "replace")
+        with contextlib.suppress(ValueError):  # more fields than any form of ours has
+            form = dict(urllib.parse.parse_qsl(text, max_num_fields=FORM_FIELDS))
     if reader.cookie_hash:
         token, given = form_token(bot, reader), form.get("token", "")
         is_ours = hmac.compare_digest(token.encode(), given.encode())
