@@ -5158,9 +5158,7 @@ class Bot:
             raise ChatError("blocked", "a blocked word in the answer")
 
     async def write_text(
-        self,
-        turn: Turn,
-        stream: AsyncGenerator[str | Ending, None],
+        self, turn: Turn, stream: AsyncGenerator[str | Ending, None]
     ) -> Ending:
         """Append what the model streams; return the Ending, or raise ChatError."""
         guard = WordGuard(self.blocked)
@@ -5215,11 +5213,7 @@ class Bot:
                 delivery.source = turn, replace(part, start=0, is_anew=is_anew)
 
     async def ask_model(
-        self,
-        turn: Turn,
-        name: str,
-        messages: list[dict],
-        begin_within: float | None = None,
+        self, turn: Turn, name: str, messages: list[dict], begin_within: float | None
     ) -> Ending:
         """Let an assistant's model write the answer; raise ChatError.
 
@@ -5274,7 +5268,7 @@ class Bot:
                 raise
             log.warning("%s goes to %s after %s", turn.name, fallback, error)
         turn.restart()
-        return await self.ask_model(turn, fallback, messages)
+        return await self.ask_model(turn, fallback, messages, None)
 
     async def write(self, turn: Turn) -> None:
         """Let the model answer a question, and store how that ended."""
@@ -6905,11 +6899,11 @@ class Refusal(web.HTTPException):
         super().__init__(headers=response.headers, text=response.text)
 
 
+Handler = Callable[..., Awaitable[web.StreamResponse]]
+
+
 @web.middleware
-async def refuse_kindly(
-    request: web.Request,
-    handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
-) -> web.StreamResponse:
+async def refuse_kindly(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Answer what keeps a page from being made; a push is answered all the same."""
     try:
         return await handler(request)
@@ -6923,9 +6917,7 @@ async def refuse_kindly(
         raise Refusal(request, 503, request.app[BOT].texts.page_failed) from None
 
 
-def a_few_at_once(
-    make: Callable[..., Awaitable[web.StreamResponse]],
-) -> Callable[..., Awaitable[web.StreamResponse]]:
+def a_few_at_once(make: Handler) -> Handler:
     """Let a handler's pages be loaded, rendered and written a few at a time."""
 
     @functools.wraps(make)
