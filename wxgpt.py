@@ -123,9 +123,9 @@ try:
     import xmltodict
     import yarl
     from aiohttp import web
+    from markdown_it import MarkdownIt
     from markdown_it.renderer import RendererHTML
     from markdown_it.token import Token
-    from markdown_it.utils import OptionsDict
     from markupsafe import Markup
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
@@ -2734,6 +2734,7 @@ class Turn:
     left: dict[int, int] = field(default_factory=dict)  # parts from a start to the end
     # Random, and new when the answer is started over: then live pages start over, too.
     writing: str = field(default_factory=functools.partial(secrets.token_hex, 4))
+    earlier: str | None = None  # asked again after a restart: the text before that
     is_queued: bool = False  # the question before it is not answered yet
     asked_at: float = 0.0  # created_at by the monotonic clock, which does not jump
     first_seconds: float | None = None  # from the question to the first text
@@ -4435,19 +4436,13 @@ class Pictures:
 # ---------------------------------------------------------------------------
 
 
-def end_wait(future: asyncio.Future[bool]) -> None:
-    """Let a wait end without what it waited for."""
-    if not future.done():
-        future.set_result(False)
-
-
 class Tasks:
     """Every task of the process, and every wait, so that a shutdown can end them."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.running: set[asyncio.Task] = set()
-        self.waits: dict[asyncio.Future[bool], asyncio.TimerHandle] = {}
+        self.waits: set[asyncio.Timeout] = set()
         self.closes_at: float | None = None  # loop's clock; set at a shutdown
 
     def start(
@@ -4482,23 +4477,25 @@ class Tasks:
             if self.closes_at is not None:
                 deadline = min(deadline, self.closes_at)
             future: asyncio.Future[bool] = self.loop.create_future()
-            self.waits[future] = self.loop.call_at(deadline, end_wait, future)
+            limit = asyncio.timeout_at(deadline)
+            self.waits.add(limit)
             news.waiting.append((is_wanted, future))
             try:
-                if not await future:
-                    return is_wanted()
+                async with limit:
+                    await future
+            except TimeoutError:
+                return is_wanted()
             finally:
-                self.waits.pop(future).cancel()
+                self.waits.remove(limit)
                 news.waiting.remove((is_wanted, future))
         return True
 
     def end_waits(self, at: float) -> None:
         """End all waits at that time at the latest, those to come as well."""
         self.closes_at = at
-        for future, timer in self.waits.items():
-            if timer.when() > at:
-                timer.cancel()
-                self.waits[future] = self.loop.call_at(at, end_wait, future)
+        for limit in self.waits:
+            if not limit.expired():
+                limit.reschedule(min(at, limit.when() or at))
 
     async def close(self) -> None:
         """Cancel all tasks, and wait until they have ended."""
@@ -4517,9 +4514,10 @@ class LongWork:
         self.threads = concurrent.futures.ThreadPoolExecutor(2)
         self.results: dict[object, asyncio.Future] = {}  # the newest, by their keys
 
-    def run(self, work: Callable, *args: object) -> asyncio.Future:
+    def run(self, work: Callable, *args: object, **named: object) -> asyncio.Future:
         """Run a function in a thread."""
-        return asyncio.get_running_loop().run_in_executor(self.threads, work, *args)
+        call = functools.partial(work, *args, **named)
+        return asyncio.get_running_loop().run_in_executor(self.threads, call)
 
     async def once(self, key: object, work: Callable, *args: object) -> typing.Any:
         """Return what a function gives, or gave for this key a short time ago."""
@@ -4530,21 +4528,22 @@ class LongWork:
         return await asyncio.shield(self.results[key])
 
 
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Subscriber:
     """What memory holds of a subscriber with a message or a question in progress.
 
     Lives in a weak dictionary: deliveries and the tasks of questions keep it alive.
     """
 
-    def __init__(self) -> None:
-        self.lock = asyncio.Lock()  # messages are taken up in the order they came
-        self.turns: list[Turn] = []  # unfinished, the oldest first
-        self.last_part: int | None = None  # the highest number; None: not read yet
-        self.is_told = True  # the privacy words were said; the store may know better
-        # Numbers of the parts offered lately, by turn and start.
-        self.offered: dict[tuple[int, int], int] = {}
-        # By turn, answers of which only an early reply was read: next part, question.
-        self.to_mention: dict[int, tuple[int, str]] = {}
+    # Messages are taken up in the order they came.
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    turns: list[Turn] = field(default_factory=list)  # unfinished, the oldest first
+    last_part: int | None = None  # the highest number; None: not read yet
+    is_told: bool = True  # the privacy words were said; the store may know better
+    # Numbers of the parts offered lately, by turn and start.
+    offered: dict[tuple[int, int], int] = field(default_factory=dict)
+    # By turn, answers of which only an early reply was read: next part, question.
+    to_mention: dict[int, tuple[int, str]] = field(default_factory=dict)
 
     def offer(self, turn_id: int, start: int, place: int = 1) -> Part:
         """Return the part of a turn from `start` on, each time with the same number."""
@@ -4562,36 +4561,30 @@ class Subscriber:
         self.to_mention.clear()
 
 
-Source = str | tuple[Turn, Part]  # a fixed text ('' says nothing), or part of an answer
+# A text of ours ('' says nothing), part of an answer, or a reply to be sent as it is.
+Source = str | tuple[Turn, Part] | Reply
 
 
+@dataclass(slots=True, eq=False)
 class Delivery:
     """The requests of one message, what answers it, and the one reply they all get."""
 
-    def __init__(
-        self,
-        message: Message,
-        subscriber: Subscriber,
-        first: float,
-        cookie_hash: str = "",
-    ) -> None:
-        self.message = message
-        self.subscriber = subscriber
-        self.cookie_hash = cookie_hash  # of the device it comes from; '': from WeChat
-        self.first = first  # loop's clock at the first request, or an estimate
-        self.newest = float("-inf")  # loop's clock at the newest request
-        self.seen = 0  # requests that count as attempts
-        self.seen_before = 0  # attempts that an earlier process saw, at least: 0 or 1
-        self.session: Session | None = None  # open, and not idle for too long
-        self.lapsed: Session | None = None  # open in the store, but it ran out lately
-        self.pictures = "[]"  # JSON list of URLs and words that wait for a question
-        self.hinted_at = 0.0  # Unix seconds of the newest hint outside a session
-        self.source: Source | None = None  # what answers it, once that is known
-        self.is_repeat = False  # its reply was sent before: nothing is added to it
-        self.is_kept = True  # False: nothing about this message is to be stored
-        self.reply: Reply | None = None  # as decided
-        self.stored: asyncio.Future | None = None  # storing the decided reply
-        self.news = Signal()  # `source` or `reply` is there
+    message: Message
+    subscriber: Subscriber
+    first: float  # loop's clock at the first request, or an estimate
+    cookie_hash: str = ""  # of the device it comes from; '': from WeChat
+    newest: float = -math.inf  # loop's clock at the newest request
+    seen: int = 0  # requests that count as attempts
+    seen_before: int = 0  # attempts that an earlier process saw, at least: 0 or 1
+    session: Session | None = None  # open, and not idle for too long
+    lapsed: Session | None = None  # open in the store, but it ran out lately
+    pictures: str = "[]"  # JSON list of URLs and words that wait for a question
+    hinted_at: float = 0.0  # Unix seconds of the newest hint outside a session
+    source: Source | None = None  # what answers it, once that is known
+    is_kept: bool = True  # False: nothing about this message is to be stored
+    reply: Reply | None = None  # as decided
+    stored: asyncio.Future | None = None  # storing the decided reply
+    news: Signal = field(default_factory=Signal)  # `source` or `reply` is there
 
     def arrive(self, now: float, half_attempt: float) -> int:
         """Count a request; return which attempt it is in this process.
@@ -4689,18 +4682,22 @@ class SignIns:
         one = self.waiting.get(cookie_hash)
         return one if one and one.until > self.loop_time() else None
 
-    def claim(self, openid: str, number: str) -> SignIn | None:
-        """Note who sent a number; None if no browser shows it."""
+    def sent_by(self, openid: str) -> list[SignIn]:
+        """Return the sign-ins whose numbers a subscriber has sent."""
+        return [one for one in self.waiting.values() if one.openid == openid]
+
+    def claim(self, openid: str, number: str) -> bool:
+        """Note who sent a number; False if no browser shows it."""
         now = self.loop_time()
-        for one in self.waiting.values():
-            if one.openid == openid and not one.is_confirmed:
-                one.openid = ""  # a number that they sent before
-        for one in self.waiting.values():
-            if one.number == number and one.until > now and not one.openid:
+        for one in self.sent_by(openid):
+            if not one.is_confirmed:
+                one.openid = ""  # only the newest number counts
+        for one in self.sent_by(""):
+            if one.number == number and one.until > now:
                 one.openid = openid
-                return one
+                return True
         self.wrong.append((now, openid))
-        return None
+        return False
 
     def is_tried_too_often(self, openid: str) -> bool:
         """Say whether a subscriber has sent too many wrong numbers."""
@@ -4712,16 +4709,14 @@ class SignIns:
     def confirm(self, openid: str) -> bool:
         """Let the browser in whose number a subscriber sent; False if there is none."""
         now = self.loop_time()
-        sent = [
-            w for w in self.waiting.values() if w.openid == openid and w.until > now
-        ]
+        sent = [one for one in self.sent_by(openid) if one.until > now]
         for one in sent:
             one.is_confirmed = True
         return bool(sent)
 
     def end(self, openid: str) -> int:
         """Let no browser in for a subscriber; return how many were confirmed."""
-        sent = [one for one in self.waiting.values() if one.openid == openid]
+        sent = self.sent_by(openid)
         for one in sent:
             del self.waiting[one.cookie_hash]
         return sum(one.is_confirmed for one in sent)
@@ -5060,10 +5055,7 @@ class Bot:
             raise ChatError("blocked", "a blocked word in the answer")
 
     async def write_text(
-        self,
-        turn: Turn,
-        stream: AsyncGenerator[str | Ending, None],
-        is_resumed: bool,
+        self, turn: Turn, stream: AsyncGenerator[str | Ending, None]
     ) -> Ending:
         """Append what the model streams; return the Ending, or raise ChatError."""
         guard = WordGuard(self.blocked)
@@ -5073,7 +5065,7 @@ class Bot:
                 if isinstance(item, Ending):
                     ending = item
                     break
-                if is_resumed and not turn.answer:
+                if turn.earlier is not None and not turn.answer:
                     await self.begin_anew(turn)
                 if isinstance(item, ThoughtEnd):
                     await self.rewrite(turn, turn.without_thought)
@@ -5118,26 +5110,20 @@ class Bot:
                 delivery.source = turn, replace(part, start=0, is_anew=is_anew)
 
     async def ask_model(
-        self,
-        turn: Turn,
-        name: str,
-        messages: list[dict],
-        is_resumed: bool,
-        is_only: bool = False,
-        begin_within: float | None = None,
+        self, turn: Turn, name: str, messages: list[dict], begin_within: float | None
     ) -> Ending:
         """Let an assistant's model write the answer; raise ChatError.
 
         The only model there is gets up to three calls. Others are called again only
         with fewer messages, where the conversation is too long for them.
         """
-        client = self.chat[name]
+        client, settings = self.chat[name], self.config.assistants[turn.assistant]
         end = self.tasks.loop.time() + client.settings.timeout
         for pause in (*RETRY_PAUSES, None):
             turn.calls += 1
             stream = client.stream(messages, end, begin_within)
             try:
-                return await self.write_text(turn, stream, is_resumed)
+                return await self.write_text(turn, stream)
             except ChatError as error:
                 if error.setting:
                     place = f"assistants.{name}.{error.setting}"
@@ -5151,7 +5137,7 @@ class Bot:
                     fewer = shortened(messages, is_last=pause == RETRY_PAUSES[-1])
                 if len(fewer) < len(messages):
                     messages, pause = fewer, 0.0
-                elif not is_only or not error.is_retryable:
+                elif settings.fallback or not error.is_retryable:
                     raise
                 elif error.retry_in is not None:
                     pause = error.retry_in
@@ -5164,39 +5150,33 @@ class Bot:
             await asyncio.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
 
-    async def ask_models(
-        self, turn: Turn, messages: list[dict], is_resumed: bool
-    ) -> Ending:
+    async def ask_models(self, turn: Turn, messages: list[dict]) -> Ending:
         """Let the assistant's model answer, or its fallback's if that fails.
 
         Raise ChatError if both fail, or the first one did when text of it was sent.
         """
-        name = turn.assistant
-        settings = self.config.assistants[name]
-        if not settings.fallback:
-            return await self.ask_model(turn, name, messages, is_resumed, is_only=True)
-        begin_within = settings.fallback_after or None
+        settings = self.config.assistants[turn.assistant]
+        fallback = settings.fallback
+        within = settings.fallback_after or None if fallback else None
         try:
-            return await self.ask_model(
-                turn, name, messages, is_resumed, begin_within=begin_within
-            )
+            return await self.ask_model(turn, turn.assistant, messages, within)
         except ChatError as error:
-            if turn.stops or error.kind == "blocked":
+            if not fallback or turn.stops or error.kind == "blocked":
                 raise
-            log.warning("%s goes to %s after %s", turn.name, settings.fallback, error)
+            log.warning("%s goes to %s after %s", turn.name, fallback, error)
         turn.restart()
-        return await self.ask_model(turn, settings.fallback, messages, is_resumed)
+        return await self.ask_model(turn, fallback, messages, None)
 
-    async def write(self, turn: Turn, is_resumed: bool, earlier: str) -> None:
+    async def write(self, turn: Turn) -> None:
         """Let the model answer a question, and store how that ended."""
         ending: Ending | None = None
         try:
             urls = json.loads(turn.pictures or "[]")
             async with self.slots, self.pictures.fetch_all(urls) as pictures:
                 messages = await self.messages_for(turn, pictures)
-                if is_resumed or not turn.asked:
+                if turn.earlier is not None or not turn.asked:
                     await self.store.count_asking(turn.id)
-                ending = await self.ask_models(turn, messages, is_resumed)
+                ending = await self.ask_models(turn, messages)
             turn.model = ending.model
             turn.finish("cut" if ending.finish_reason == "length" else "done")
         except ChatError as error:
@@ -5204,8 +5184,8 @@ class Bot:
             log.log(level, "%s failed: %s", turn.name, error)
             if error.kind == "blocked":
                 await self.rewrite(turn, turn.as_sent)
-            elif earlier and not turn.answer:
-                await self.rewrite(turn, lambda _: earlier)
+            elif turn.earlier and not turn.answer:
+                await self.rewrite(turn, lambda _: turn.earlier or "")
             turn.finish(failed_state(turn, error.kind), error.kind)
         finally:
             if turn.is_open:  # cancelled: the next process goes on from the text so far
@@ -5213,23 +5193,17 @@ class Bot:
             else:
                 await self.store_end(turn, ending)
 
-    async def converse(
-        self,
-        turn: Turn,
-        subscriber: Subscriber,  # kept alive until the answer has ended
-        is_resumed: bool,
-        earlier: str,
-    ) -> None:
+    async def converse(self, turn: Turn, subscriber: Subscriber) -> None:
         """Answer a question after those before it, unless its session ends meanwhile.
 
-        `earlier` is what a process before this one had written of the answer.
+        The subscriber's state is kept alive until the answer has ended.
         """
         lock = self.locks.setdefault(turn.session_id, asyncio.Lock())
         async with lock:
             if turn.is_open:
                 turn.is_queued = False
                 turn.deltas.look()
-                await self.write(turn, is_resumed, earlier)
+                await self.write(turn)
 
     async def save_texts(self, turns: list[Turn]) -> bool:
         """Store the text of unfinished answers; say whether that worked."""
@@ -5270,13 +5244,7 @@ class Bot:
         turn.finish(state, reason)
         self.tasks.start(self.store_end(turn), turn.name, lambda: self.drop(turn))
 
-    def start_turn(
-        self,
-        turn: Turn,
-        subscriber: Subscriber,
-        is_resumed: bool = False,
-        earlier: str = "",
-    ) -> None:
+    def start_turn(self, turn: Turn, subscriber: Subscriber) -> None:
         """Start the task that answers a question, after those before it."""
 
         def fail() -> None:
@@ -5288,8 +5256,7 @@ class Bot:
         self.turns[turn.id] = turn
         subscriber.turns.append(turn)
         turn.is_queued = True
-        work = self.converse(turn, subscriber, is_resumed, earlier)
-        turn.task = self.tasks.start(work, turn.name, fail)
+        turn.task = self.tasks.start(self.converse(turn, subscriber), turn.name, fail)
 
     def end_queued(self, subscriber: Subscriber) -> None:
         """End the questions that still wait in a session that has ended.
@@ -5304,16 +5271,15 @@ class Bot:
         """Take up the questions that the process before this one left unfinished."""
         now = time.time()
         for turn, is_session_open in await self.store.open_turns():
-            subscriber, earlier = self.subscriber(turn.openid), turn.answer
             if turn.asked >= ASKINGS or now - turn.created_at > RESUME_SECONDS:
                 self.turns[turn.id] = await self.work.run(turn.read)
-                self.end_unwritten(turn, "broken" if earlier else "failed", "given_up")
+                self.end_unwritten(turn, failed_state(turn, "given_up"), "given_up")
             elif not turn.asked and not is_session_open:
                 self.turns[turn.id] = turn
                 self.end_unwritten(turn, "ended")
             else:
-                turn.answer = ""
-                self.start_turn(turn, subscriber, turn.asked > 0, earlier)
+                turn.earlier, turn.answer = turn.answer if turn.asked else None, ""
+                self.start_turn(turn, self.subscriber(turn.openid))
                 log.info("%s resumed, asked %d times before", turn.name, turn.asked)
 
     # What answers a message
@@ -5355,14 +5321,6 @@ class Bot:
         is_blocked = self.blocked.are_in_question(question + said)
         return texts.blocked_question if is_blocked else ""
 
-    async def refuse_for_today(self, openid: str) -> str:
-        """Return the text about the day's limit that is used up."""
-        most = self.config.limits.questions_per_day
-        asked = await self.store.questions_of_day(openid, time.time())
-        if most and asked >= most:
-            return self.texts.day_over.format(count=most)
-        return self.texts.all_over
-
     async def accept_question(
         self,
         delivery: Delivery,
@@ -5376,10 +5334,9 @@ class Bot:
         """
         subscriber, limits = delivery.subscriber, self.config.limits
         before = [t for t in subscriber.turns if t.session_id == session.id]
-        for turn in before:
-            # With a picture that came since, the same words are a new question.
-            is_same = self.question_words(turn) == question
-            if is_same and delivery.pictures == "[]" and turn.age < REPEAT_SECONDS:
+        # With a picture that came since, the same words are a new question.
+        for turn in before if delivery.pictures == "[]" else []:
+            if self.question_words(turn) == question and turn.age < REPEAT_SECONDS:
                 if source := await self.unsent_source(delivery, turn.id):
                     return source
         kept = json.loads(delivery.pictures if pictures is None else pictures)
@@ -5406,7 +5363,9 @@ class Bot:
         if not await self.store.add_turn(turn, most, most_of_all, cookie_hash):
             if cookie_hash and not await self.store.device_owner(cookie_hash):
                 return self.texts.page_signed_out
-            return await self.refuse_for_today(turn.openid)
+            asked = await self.store.questions_of_day(turn.openid, turn.created_at)
+            day_over = self.texts.day_over.format(count=most)
+            return day_over if most and asked >= most else self.texts.all_over
         self.start_turn(turn, subscriber)
         log.info("%s accepted, %d waiting", turn.name, len(subscriber.turns))
         return turn, Part(0, turn.id)
@@ -5415,8 +5374,6 @@ class Bot:
         """Return what answers a message that has no reply yet."""
         message, limits = delivery.message, self.config.limits
         if message.openid in limits.deny and message.event != "unsubscribe":
-            if delivery.cookie_hash:
-                return self.texts.not_allowed
             return self.leave_alone(delivery, "the sender is in limits.deny")
         if delivery.cookie_hash:
             return await self.ask_on_page(delivery)
@@ -5460,7 +5417,7 @@ class Bot:
         config, is_words = self.config, bool(text) and text not in STICKER_TEXTS
         meant = self.aliases.get(folded(text), text)
         keyword = "" if session else config.replies.keywords.get(text, "")
-        if is_command(keyword, config.assistants):
+        if keyword and is_command(keyword, config.assistants):
             meant = keyword
         if method := find_command(meant):
             log.info("%s command %s", delivery.message.name, method.__name__)
@@ -5494,7 +5451,7 @@ class Bot:
             tap, question = tap_link(texts.word_resume), excerpt(text)
             return texts.session_lapsed.format(tap=tap, question=question)
         if replies.outside == "wechat_ai":
-            return WECHAT_AI
+            return Reply(WECHAT_AI, int(now))
         if not replies.outside:
             return self.leave_alone(delivery, "replies.outside is empty")
         hours = replies.outside_hours
@@ -5548,9 +5505,8 @@ class Bot:
         """Return part N of this subscriber: the same text again if it was sent."""
         part = await self.store.part(delivery.message.openid, number)
         if part and part.reply is not None:
-            delivery.is_repeat = True
             await self.store.note(delivery.message.openid, shown_turn=part.turn_id)
-            return part.reply
+            return Reply(part.reply, int(time.time()))
         source = await self.source_of(part.turn_id, part) if part else None
         return source or self.texts.no_part.format(number=number)
 
@@ -5565,9 +5521,8 @@ class Bot:
         """Ask a failed question of theirs again; None if there is none to be asked."""
         if turn is None or turn.openid != delivery.message.openid:
             return None
-        if turn.state not in ("failed", "broken"):
-            return None
-        if turn.assistant not in self.config.assistants:
+        is_known = turn.assistant in self.config.assistants
+        if not is_known or turn.state not in ("failed", "broken"):
             return None
         session = delivery.session or await self.open_session(delivery, turn.assistant)
         words, pictures = self.question_words(turn), turn.pictures or "[]"
@@ -5593,24 +5548,30 @@ class Bot:
             return texts.sign_in_wrong
         return texts.sign_in_ask.format(tap=tap_link(texts.word_let_in))
 
+    async def newest_session(self, openid: str) -> tuple[int, str, float]:
+        """Return the session that runs, or 0; the newest one's assistant and start."""
+        since = time.time() - self.config.session.ttl
+        newest = await self.store.newest_session(openid, since)
+        number, name, opened_at, runs = newest or (0, "", 0.0, False)
+        if name not in self.config.assistants:
+            name = next(iter(self.config.assistants))
+        return number if runs else 0, name, opened_at
+
     async def ask_on_page(self, delivery: Delivery) -> Source:
         """Ask what was written on a page, in the session that runs or in a new one."""
         text, openid = delivery.message.content, delivery.message.openid
-        assistants = self.config.assistants
         if await self.store.device_owner(delivery.cookie_hash) != openid:
             return self.texts.page_signed_out
-        if is_command(self.aliases.get(folded(text), text), assistants):
+        if is_command(self.aliases.get(folded(text), text), self.config.assistants):
             return self.texts.page_command.format(text=excerpt(text))
         session = delivery.session
         if session is None:
             if refusal := self.refuse_question(delivery, text, ""):
                 return refusal
-            newest = await self.store.newest_session(openid, 0.0)
-            name = newest[1] if newest else ""
-            name = name if name in assistants else next(iter(assistants))
-            session = await self.open_session(delivery, name)
+            _, assistant, _ = await self.newest_session(openid)
+            session = await self.open_session(delivery, assistant)
         source = await self.accept_question(delivery, session, text)
-        if isinstance(source, str) or source[0].msg_key != delivery.message.key:
+        if not isinstance(source, tuple) or source[0].msg_key != delivery.message.key:
             return source  # refused, or the chat asks the same and will be answered
         turn, subscriber = source[0], delivery.subscriber
         if not subscriber.is_told:  # the words stood above the field
@@ -5766,7 +5727,8 @@ class Bot:
                     subscriber.to_mention[missed_id] = (number, question)
             if recalled.reply:  # a copy of a message that was answered before
                 delivery.seen_before = 1
-                self.hand_out(delivery, recalled.reply)
+                delivery.reply = recalled.reply
+                delivery.news.look()
                 return
             if recalled.turn_id is not None:  # asked by a process before this one
                 delivery.seen_before = 1
@@ -5861,6 +5823,8 @@ class Bot:
     def compose(self, delivery: Delivery) -> Reply:
         """Return the reply a message gets now: a fixed text, or part of an answer."""
         now, source = int(time.time()), delivery.source
+        if isinstance(source, Reply):
+            return source
         if not isinstance(source, tuple):
             return Reply(self.texts.trouble if source is None else source, now)
         turn, part = source
@@ -5888,8 +5852,6 @@ class Bot:
 
     def mention(self, delivery: Delivery, reply: Reply) -> Reply:
         """Return a reply, if possible with a line about an answer not read yet."""
-        if reply.content in ("", WECHAT_AI) or delivery.is_repeat:
-            return reply
         own_id = reply.part.turn_id if reply.part else None
         for turn_id, (number, question) in delivery.subscriber.to_mention.items():
             if turn_id == own_id or turn_id in self.turns:
@@ -5908,14 +5870,13 @@ class Bot:
         """
         source = delivery.source
         talk = source[0] if isinstance(source, tuple) else delivery.session
-        if talk is None or delivery.subscriber.is_told or not reply.content:
+        if talk is None or delivery.subscriber.is_told or not delivery.is_kept:
             return reply
         texts = self.texts
         one, two = tap_link(texts.word_example_1), tap_link(texts.word_example_2)
         words = texts.introduction.format(assistant=talk.assistant, one=one, two=two)
         content = f"{reply.content}\n\n{words}\n{self.tappable(texts.privacy)}"
-        is_free = delivery.is_kept and not delivery.is_repeat
-        if not is_free or sent_size(content) > REPLY_BYTES:
+        if sent_size(content) > REPLY_BYTES:
             return reply
         return replace(reply, content=content, introduces=True)
 
@@ -5926,11 +5887,11 @@ class Bot:
 
     def decide(self, delivery: Delivery) -> None:
         """Fix the reply of a message for all its requests, and start to store it."""
-        reply = self.introduce(delivery, self.compose(delivery))
-        reply = self.mention(delivery, reply)
-        delivery.subscriber.is_told |= reply.introduces
-        if not delivery.is_repeat and reply.content != WECHAT_AI:
+        reply = self.compose(delivery)
+        if reply.content and reply is not delivery.source:
+            reply = self.mention(delivery, self.introduce(delivery, reply))
             reply = replace(reply, content=outgoing(reply.content))
+        delivery.subscriber.is_told |= reply.introduces
         to_mention = delivery.subscriber.to_mention
         if reply.mentions:
             del to_mention[reply.mentions]
@@ -5948,13 +5909,9 @@ class Bot:
             delivery.stored.add_done_callback(
                 functools.partial(log_failure, f"{message.name} reply")
             )
-        self.hand_out(delivery, reply)
-
-    def hand_out(self, delivery: Delivery, reply: Reply) -> None:
-        """Give every request of a message its reply."""
         delivery.reply = reply
         delivery.news.look()
-        if isinstance(delivery.source, tuple):
+        if isinstance(delivery.source, tuple):  # others wait for more of the answer
             delivery.source[0].news.look()
 
     def is_last_chance(self, delivery: Delivery, number: int, arrived: float) -> bool:
@@ -5965,36 +5922,35 @@ class Bot:
         is_last = number + delivery.seen_before >= wechat.attempts
         return is_last or arrived - delivery.first > late
 
-    def deliver(self, message: Message, arrived: float) -> tuple[Delivery, int]:
-        """Return a request's delivery, made by the first, and which attempt it is."""
-        timeout = self.config.wechat.attempt_timeout
-        delivery = self.deliveries.get(message.key)
+    def deliver(
+        self, message: Message, arrived: float, cookie_hash: str = ""
+    ) -> tuple[Delivery, int]:
+        """Return a request's delivery, made by the first, and which attempt it is.
+
+        The first one also starts the task that finds out what answers the message.
+        """
+        wechat, delivery = self.config.wechat, self.deliveries.get(message.key)
         if delivery is None:
             first = arrived
-            if arrived - self.opened_at < 2 * timeout:
+            if arrived - self.opened_at < 2 * wechat.attempt_timeout:
                 # Attempts before this one may have found no server: estimate the first
                 # from CreateTime, which is rounded down to a second.
                 first -= max(0, time.time() - message.created - 1)
-            delivery = Delivery(message, self.subscriber(message.openid), first)
-            self.wechat_ahead = max(self.wechat_ahead, message.created - arrived)
-            self.take_in(delivery)
-        return delivery, delivery.arrive(arrived, timeout / 2)
-
-    def take_in(self, delivery: Delivery) -> None:
-        """Start the task that finds out what answers a new message."""
-        message, wechat = delivery.message, self.config.wechat
-        self.deliveries[message.key] = delivery
-        # Long after the last attempt a copy is answered from the store.
-        seconds = 4 * wechat.attempts * wechat.attempt_timeout
-        self.tasks.loop.call_later(seconds, self.deliveries.pop, message.key, None)
-        trouble = functools.partial(delivery.answer_with, self.texts.trouble)
-        self.tasks.start(self.find_source(delivery), message.name, trouble)
+            subscriber = self.subscriber(message.openid)
+            delivery = Delivery(message, subscriber, first, cookie_hash)
+            self.deliveries[message.key] = delivery
+            # Long after the last attempt a copy is answered from the store.
+            seconds = 4 * wechat.attempts * wechat.attempt_timeout
+            self.tasks.loop.call_later(seconds, self.deliveries.pop, message.key, None)
+            trouble = functools.partial(delivery.answer_with, self.texts.trouble)
+            self.tasks.start(self.find_source(delivery), message.name, trouble)
+        return delivery, delivery.arrive(arrived, wechat.attempt_timeout / 2)
 
     # What a page does
 
     async def ask_here(
         self, openid: str, cookie_hash: str, form: str, text: str
-    ) -> Source:
+    ) -> tuple[Turn, Part] | str:
         """Take up a question from a device as if it were a message of the chat.
 
         `form` is the random id of the form: a second sending of its words joins the
@@ -6002,22 +5958,19 @@ class Bot:
         """
         now, name = int(time.time()), f"page-{form}-{self.store.keyed_hash(text)[:8]}"
         message = Message(openid, "", "text", now, msg_id=name, content=text)
-        delivery = self.deliveries.get(message.key)
-        if delivery is None:
-            subscriber, arrived = self.subscriber(openid), self.tasks.loop.time()
-            delivery = Delivery(message, subscriber, arrived, cookie_hash)
-            self.take_in(delivery)
-        until = self.tasks.loop.time() + PAGE_SECONDS
+        arrived = self.tasks.loop.time()
+        delivery, _ = self.deliver(message, arrived, cookie_hash)
+        until = arrived + PAGE_SECONDS
         await self.tasks.until(delivery.news, delivery.is_answered, until)
-        if not isinstance(delivery.source, tuple):  # another try may be accepted
-            self.deliveries.pop(message.key, None)
-        return delivery.source or self.texts.trouble
+        if isinstance(delivery.source, tuple):
+            return delivery.source
+        self.deliveries.pop(message.key, None)  # another try may be accepted
+        return str(delivery.source or self.texts.trouble)
 
     def stop_turn(self, openid: str, link_key: str) -> None:
         """End an answer that is being written: what is there of it stays, as cut."""
-        subscriber = self.subscribers.get(openid)
-        for turn in list(subscriber.turns) if subscriber else []:
-            if turn.link_key != link_key or not turn.is_open:
+        for turn in list(self.turns.values()):
+            if turn.link_key != link_key or turn.openid != openid or not turn.is_open:
                 continue
             if turn.is_queued:
                 self.end_unwritten(turn, "cut", "stopped")
@@ -6026,8 +5979,13 @@ class Bot:
                 turn.task.cancel()  # which closes the upstream's call
 
     async def begin_topic(self, openid: str, cookie_hash: str, assistant: str) -> None:
-        """Open a session with an assistant, unless the device was signed out."""
+        """Open a session, if no such assistant is there with the one used last.
+
+        Nothing is done for a device that was signed out.
+        """
         subscriber = self.subscriber(openid)
+        if assistant not in self.config.assistants:
+            _, assistant, _ = await self.newest_session(openid)
         async with subscriber.lock:
             if await self.store.device_owner(cookie_hash) == openid:
                 await self.store.start_session(openid, assistant, time.time())
@@ -6174,16 +6132,10 @@ def check_commands(config: Config, mistakes: Mistakes) -> None:
 # ---------------------------------------------------------------------------
 
 PAGES = pathlib.Path(__file__).with_name("pages")
-TEMPLATES = """page.html parts.html answer.html live.html history.html found.html
+TEMPLATES = """page.html parts.html blocks.html answer.html history.html found.html
     sign_in.html error.html export.md""".split()
 # What a page has of style and script; it takes no more of them than it needs.
-PIECES = {
-    "style": "page.css",
-    "script": "page.js",
-    "live_script": "live.js",
-    "ask_style": "ask.css",
-    "ask_script": "ask.js",
-}
+PIECES = "page.css page.js live.js ask.css ask.js".split()
 POLICY = (
     "default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action {forms}; "
@@ -6204,20 +6156,8 @@ def element(tag: str, words: str, kind: str = "") -> str:
     return f"<{tag}{attribute}>{html.escape(words)}</{tag}>"
 
 
-def link_tag(address: object, words: str = "") -> str:
-    """Return a link in an answer; its target learns nothing of our page."""
-    rel = 'rel="noopener noreferrer nofollow" target="_blank"'
-    return f'<a href="{html.escape(str(address or ""))}" {rel}>{html.escape(words)}'
-
-
 LONG_LINE = 30  # characters of code that a phone shows without scrolling
 SHORT_CELL = 8  # characters of a table's cell that are not broken into lines
-
-
-def action(name: str, words: str, more: str = "") -> str:
-    """Return a button; page.js does what its name says."""
-    more = more and " " + more
-    return f'<button type="button" data-do="{name}"{more}>{html.escape(words)}</button>'
 
 
 def fix_headings(tokens: list[Token], above: int, level: int) -> int:
@@ -6270,21 +6210,102 @@ def coloured(code: str, info: str) -> str:
     return "".join(out) + html.escape(code[end:])
 
 
+def clock(seconds: float, form: str = "%Y-%m-%d %H:%M") -> str:
+    """Return a time as people in China read it."""
+    return datetime.datetime.fromtimestamp(seconds, BEIJING).strftime(form)
+
+
+def day_and_time(seconds: float) -> str:
+    """Return 今天 14:48, 昨天 09:05, 11月22日 周日 20:10 or 2025年3月1日 08:00."""
+    at = datetime.datetime.fromtimestamp(seconds, BEIJING)
+    now = datetime.datetime.now(BEIJING)
+    day = f"{at.month}月{at.day}日 周{'一二三四五六日'[at.weekday()]}"
+    if at.year != now.year:
+        day = f"{at.year}年{at.month}月{at.day}日"
+    day = {0: "今天", 1: "昨天"}.get((now.date() - at.date()).days, day)
+    return f"{day} {at:%H:%M}"
+
+
+def preview(markdown: str) -> str:
+    """Return the beginning of a long answer in one line, up to its code or table."""
+    begin = re.split(r"\n(?:```|~~~|\|)", markdown[:FOLD_CHARS].strip())[0]
+    text = re.sub(r"（https?://[^）]*）|(?<=]) https?://[!-~]*", "", chat_text(begin))
+    return excerpt(text.replace("】", "】 "), 80)
+
+
+SEARCH_CHARS = 100  # of words that are looked for
+SNIPPET_CHARS = 80  # shown after the first of them
+
+
+def snippet(text: str, words: list[str]) -> Markup:
+    """Return the place in a text where the words begin, as a line with them marked."""
+    longest_first = sorted(words, key=len, reverse=True)
+    pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})", re.IGNORECASE)
+    found = pattern.search(text)
+    begin = max(0, found.start() - SNIPPET_CHARS // 4) if found else 0
+    part = text[begin : begin + SNIPPET_CHARS + SEARCH_CHARS]
+    bare = re.sub(r"\*\*|`+|(?m:^\s*(?:[#>*+-]+ |\|))", "", part)
+    line = excerpt(bare if pattern.search(bare) else part, len(part))
+    pieces = enumerate(pattern.split("…" * (begin > 0) + line))
+    marked = [element("mark", p) if i % 2 else html.escape(p) for i, p in pieces]
+    return Markup("".join(marked))
+
+
+COMMENT = r"(?ms)^\s*(//[^\n]*|/\*((?!\*/).)*\*/)\s*$|  // [^\n]*"
+
+
+def minified(path: pathlib.Path) -> Markup:
+    """Return a style or script without comments and indents."""
+    text = re.sub(r"(?m)^\s+", "", re.sub(COMMENT, "", path.read_text("utf-8")))
+    if path.suffix == ".css":
+        text = re.sub(r"\s*([{},;>]|:(?= ))\s*", r"\1", text)
+    return Markup(text)
+
+
+def closed(markdown: str) -> str:
+    """Return an answer with its code closed: it may have broken off in it."""
+    fences = re.findall(r"(?m)^[ \t]*(`{3,}|~{3,})", markdown)
+    return markdown + "\n" + fences[-1] if len(fences) % 2 else markdown
+
+
+@functools.cache
+def load_pages() -> jinja2.Environment:
+    """Return the templates, compiled; raise ConfigError if one is missing or broken.
+
+    First called at the start; files changed later wait for the next start.
+    """
+    pages = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PAGES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        auto_reload=False,
+    )
+    pages.filters |= {"clock": clock, "day": day_and_time, "excerpt": excerpt}
+    pages.filters |= {"preview": preview, "closed": closed, "snippet": snippet}
+    pages.globals |= {"ending_words": ending_words, "now": time.time}
+    pages.globals |= {"random_hex": secrets.token_hex}
+    try:
+        for name in PIECES:
+            pages.globals[name.replace(".", "_")] = minified(PAGES / name)
+        code_rules()
+        for name in TEMPLATES:
+            pages.get_template(name)
+    except jinja2.TemplateNotFound as error:
+        raise ConfigError("{path}: not found", path=PAGES / str(error.name)) from None
+    except jinja2.TemplateSyntaxError as error:
+        place = f"{PAGES / str(error.name)}, line {error.lineno}"
+        raise ConfigError("{path}: {why}", path=place, why=error.message) from None
+    except OSError as error:
+        words, why = "{path}: {why}", error.strerror
+        raise ConfigError(words, path=error.filename, why=why) from None
+    return pages
+
+
 MAX_FORMULAS = 500  # typeset on a page; each takes a fifth of a millisecond
 DATA_PICTURE_CHARS = 4 * 1024 * 1024 * 4 // 3
-RENDER_OPTIONS = OptionsDict(
-    {
-        "maxNesting": 20,
-        "html": False,
-        "linkify": False,
-        "typographer": False,
-        "quotes": "",
-        "xhtmlOut": False,
-        "breaks": True,
-        "langPrefix": "",
-        "highlight": None,
-    }
-)
+RENDER_OPTIONS = MarkdownIt("zero", {"breaks": True}).options
 
 
 class AnswerRenderer(RendererHTML):
@@ -6292,21 +6313,22 @@ class AnswerRenderer(RendererHTML):
 
     def __init__(self, texts: Texts) -> None:
         super().__init__()
-        self.texts = texts
+        blocks = load_pages().get_template("blocks.html")
+        self.made: typing.Any = blocks.make_module({"texts": texts})  # its macros
         self.formulas = 0  # so far
 
     def link_open(self, tokens: Sequence[Token], index: int, *_: object) -> str:
-        address = tokens[index].attrGet("href")
+        address = tokens[index].attrGet("href") or ""
         is_empty = tokens[index + 1].type == "link_close"
-        return link_tag(address, str(address) if is_empty else "")
+        return str(self.made.link_open(address, address if is_empty else ""))
 
     def image(self, tokens: Sequence[Token], index: int, *_: object) -> str:
         # As a link, unless the answer holds it: loading one tells a stranger who reads.
         token = tokens[index]
-        source, label = str(token.attrGet("src")), token.content
+        source, label = str(token.attrGet("src")), Markup(html.escape(token.content))
         if len(source) <= DATA_PICTURE_CHARS and DATA_PICTURE.fullmatch(source):
-            return f'<img src="{source}" alt="{html.escape(label)}">'
-        return link_tag(source, label or self.texts.word_picture) + "</a>"
+            return f'<img src="{source}" alt="{label}">'
+        return str(self.made.picture_link(source, label))
 
     def math_inline(self, tokens: Sequence[Token], index: int, *_: object) -> str:
         token = tokens[index]
@@ -6323,23 +6345,14 @@ class AnswerRenderer(RendererHTML):
 
     def fence(self, tokens: Sequence[Token], index: int, *_: object) -> str:
         content, info = tokens[index].content, tokens[index].info
-        code, language = coloured(content, info), element("span", info.strip()[:20])
-        name, texts = html.escape(self.texts.page_code), self.texts
-        has_long_line = max(map(len, content.split("\n"))) > LONG_LINE
-        wrap = action("wrap", texts.page_wrap, "aria-pressed=false") * has_long_line
-        return (
-            f'<div class="code"><div class="bar">{language}{wrap}'
-            f'{action("code", texts.page_copy)}</div><pre tabindex="0" '
-            f'role="group" aria-label="{name}"><code>{code}</code></pre></div>\n'
-        )
+        is_wide = max(map(len, content.split("\n"))) > LONG_LINE
+        return str(self.made.code(info.strip()[:20], coloured(content, info), is_wide))
 
     def table_open(self, *_: object) -> str:
-        label = f'role="group" aria-label="{html.escape(self.texts.page_table)}"'
-        return f'<div class="table"><div class="scroll" tabindex="0" {label}><table>\n'
+        return str(self.made.table_open())
 
     def table_close(self, *_: object) -> str:
-        button = action("table", self.texts.page_copy_table)
-        return f"</table></div>{button}</div>\n"
+        return str(self.made.table_close())
 
     def td_open(self, tokens: Sequence[Token], index: int, *_: object) -> str:
         # The library would write a style, which the policy forbids.
@@ -6354,14 +6367,10 @@ class AnswerRenderer(RendererHTML):
 
 
 def piece_end(text: str, begin: int, most: int) -> int:
-    """Return where a piece of a longer text ends, behind a line if it can be."""
+    """Return where a piece of a text ends, behind a line if the rest is too long."""
+    if len(text) - begin <= most:
+        return len(text)
     return text.rfind("\n", begin + most // 2, begin + most) + 1 or begin + most
-
-
-def rendered_chars(markdown: str) -> int:
-    """Return how much of an answer is typeset: whole lines of RENDER_CHARS at most."""
-    chars = len(markdown)
-    return chars if chars <= RENDER_CHARS else piece_end(markdown, 0, RENDER_CHARS)
 
 
 def split_blocks(tokens: list[Token]) -> list[list[Token]]:
@@ -6445,128 +6454,25 @@ def render_blocks(texts: Texts, markdown: str, above: int = 0) -> list[str]:
     return BlockRenderer(texts, above).render(markdown, has_ended=True)
 
 
-def clock(seconds: float, form: str = "%Y-%m-%d %H:%M") -> str:
-    """Return a time as people in China read it."""
-    return datetime.datetime.fromtimestamp(seconds, BEIJING).strftime(form)
+def render(config: Config, template: str, **values: object) -> str:
+    """Return what a template makes of these values."""
+    page = load_pages().get_template(template)
+    return page.render(config=config, texts=config.texts, **values)
 
 
-def day_and_time(seconds: float) -> str:
-    """Return 今天 14:48, 昨天 09:05, 11月22日 周日 20:10 or 2025年3月1日 08:00."""
-    at = datetime.datetime.fromtimestamp(seconds, BEIJING)
-    now = datetime.datetime.now(BEIJING)
-    day = f"{at.month}月{at.day}日 周{'一二三四五六日'[at.weekday()]}"
-    if at.year != now.year:
-        day = f"{at.year}年{at.month}月{at.day}日"
-    day = {0: "今天", 1: "昨天"}.get((now.date() - at.date()).days, day)
-    return f"{day} {at:%H:%M}"
-
-
-def preview(markdown: str) -> str:
-    """Return the beginning of a long answer in one line, up to its code or table."""
-    begin = re.split(r"\n(?:```|~~~|\|)", markdown[:FOLD_CHARS].strip())[0]
-    text = re.sub(r"（https?://[^）]*）|(?<=]) https?://[!-~]*", "", chat_text(begin))
-    return excerpt(text.replace("】", "】 "), 80)
-
-
-def plain_text(turn: Turn, label: str) -> str:
-    """Return a question and its answer as the chat would show them, with the label."""
-    end = rendered_chars(turn.answer)
-    answer = chat_text(turn.answer[:end]) + turn.answer[end:]
-    return f"{turn.question}\n\n{answer}\n{label}".strip()
-
-
-SEARCH_CHARS = 100  # of words that are looked for
-SNIPPET_CHARS = 80  # shown after the first of them
-
-
-def snippet(text: str, words: list[str]) -> Markup:
-    """Return the place in a text where the words begin, as a line with them marked."""
-    longest_first = sorted(words, key=len, reverse=True)
-    pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})", re.IGNORECASE)
-    found = pattern.search(text)
-    begin = max(0, found.start() - SNIPPET_CHARS // 4) if found else 0
-    part = text[begin : begin + SNIPPET_CHARS + SEARCH_CHARS]
-    bare = re.sub(r"\*\*|`+|(?m:^\s*(?:[#>*+-]+ |\|))", "", part)
-    line = excerpt(bare if pattern.search(bare) else part, len(part))
-    pieces = enumerate(pattern.split("…" * (begin > 0) + line))
-    marked = [element("mark", p) if i % 2 else html.escape(p) for i, p in pieces]
-    return Markup("".join(marked))
-
-
-COMMENT = r"(?ms)^\s*(//[^\n]*|/\*((?!\*/).)*\*/)\s*$|  // [^\n]*"
-NEEDLESS = {  # in a style and in a script, whose strings and patterns are kept
-    "css": r";?\s*(?=})|(?<=[{},;>:])\s+|\s+(?=[{,;>])",
-    "js": r"('[^'\n]*'|`[^`]*`|/\\\S*/g)|(?<=[{;,])\n|(?<=\W) +| +(?=\W)",
-}
-
-
-def minified(path: pathlib.Path) -> Markup:
-    """Return a style or script without comments and white space that does nothing."""
-    text = re.sub(r"(?m)^\s+", "", re.sub(COMMENT, "", path.read_text("utf-8")))
-    pattern = NEEDLESS[path.suffix[1:]]
-    return Markup(re.sub(pattern, lambda found: "".join(found.groups("")), text))
-
-
-def closed(markdown: str) -> str:
-    """Return an answer with its code closed: it may have broken off in it."""
-    fences = re.findall(r"(?m)^[ \t]*(`{3,}|~{3,})", markdown)
-    return markdown + "\n" + fences[-1] if len(fences) % 2 else markdown
-
-
-@functools.cache
-def load_pages() -> jinja2.Environment:
-    """Return the templates, compiled; raise ConfigError if one is missing or broken.
-
-    First called at the start; files changed later wait for the next start.
-    """
-    pages = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(PAGES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        auto_reload=False,
-    )
-    pages.filters |= dict(clock=clock, day=day_and_time, preview=preview, closed=closed)
-    try:
-        for name, file in PIECES.items():
-            pages.globals[name] = minified(PAGES / file)
-        code_rules()
-        for name in TEMPLATES:
-            pages.get_template(name)
-    except jinja2.TemplateNotFound as error:
-        raise ConfigError("{path}: not found", path=PAGES / str(error.name)) from None
-    except jinja2.TemplateSyntaxError as error:
-        place = f"{PAGES / str(error.name)}, line {error.lineno}"
-        raise ConfigError("{path}: {why}", path=place, why=error.message) from None
-    except OSError as error:
-        words, why = "{path}: {why}", error.strerror
-        raise ConfigError(words, path=error.filename, why=why) from None
-    return pages
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """A rendered page and the policy its nonce belongs to."""
-
-    html: str
-    policy: str
-
-
-def render_page(
-    name: str, texts: Texts, config: Config | None = None, **values: object
-) -> Page:
-    """Return a page made from a template, with a nonce of its own."""
+def page_response(
+    config: Config, name: str, status: int = 200, **values: object
+) -> web.Response:
+    """Return a page made from a template, with the headers that keep it private."""
     nonce = secrets.token_urlsafe(12)
-    template = load_pages().get_template(f"{name}.html")
-    text = template.render(texts=texts, nonce=nonce, config=config, **values)
-    forms = "'self'" if "<form" in text else "'none'"
-    return Page(text, POLICY.format(nonce=nonce, forms=forms))
-
-
-def bad_ending(texts: Texts, turn: Turn) -> str:
-    """Return what a page says below an answer; '' if it ended well."""
-    return ending_words(texts, turn, "\n" + texts.page_retry)
+    text = render(config, f"{name}.html", nonce=nonce, **values)
+    response = web.Response(text=text, status=status, content_type="text/html")
+    forms = "'none'"
+    if "<form" in text:  # whose Origin would be null without a referrer
+        response.headers["Referrer-Policy"], forms = "same-origin", "'self'"
+    policy = POLICY.format(nonce=nonce, forms=forms)
+    response.headers["Content-Security-Policy"] = policy
+    return response
 
 
 @dataclass(frozen=True, slots=True)
@@ -6575,7 +6481,6 @@ class Asking:
 
     token: str  # proves that a form is ours, and of this device
     form: str  # a random id: a second sending of the same words joins the first
-    assistants: list[str]
     assistant: str  # of the newest session
     session: int  # that runs, 0: none
     opened_at: float
@@ -6589,31 +6494,29 @@ class Shown:
     """An exchange on a page, with what is made for it."""
 
     turn: Turn
-    answer: Markup | None  # None: there is none, or it is folded
-    text: str  # what 复制全文 copies
-    ended: str
+    blocks: list[str]  # of the typeset answer; none if it is folded
+    text: str  # what 复制全文 copies: both as the chat would show them, with the label
     address: str  # of its own page; '': that cannot be opened any more
     is_live: bool  # it was being written when this was made
 
 
 def exchange_of(
-    config: Config, turn: Turn, above: int, blocks: list[str] | None = None
+    config: Config,
+    turn: Turn,
+    live: list[str] | None = None,
+    above: int = 0,
+    is_folded: bool = False,
 ) -> Shown:
-    """Return an exchange for a page; no blocks, and its answer is folded."""
-    is_live = turn.is_open  # it may end meanwhile: pages are made in a thread
-    answer = None if blocks is None else Markup("".join(blocks))
-    text = "" if is_live or not answer else plain_text(turn, config.replies.label)
+    """Return an exchange for a page; `live`: the blocks of an answer being written."""
+    blocks, text = live or [], ""
+    if live is None and not is_folded:
+        blocks = render_blocks(config.texts, turn.answer, above)
+        end = piece_end(turn.answer, 0, RENDER_CHARS)
+        answer = chat_text(turn.answer[:end]) + turn.answer[end:]
+        text = f"{turn.question}\n\n{answer}\n{config.replies.label}".strip()
     is_linked = time.time() - turn.created_at < config.history.link_hours * 3600
     address = f"{config.root}/a/{turn.link_key}" if is_linked else ""
-    ended = "" if is_live else bad_ending(config.texts, turn)
-    return Shown(turn, answer or None, text, ended, address, is_live)
-
-
-def render_answer(config: Config, one: Shown, asking: Asking | None) -> Page:
-    """Return the page of one question and its answer, live while that is written."""
-    title = excerpt(one.turn.question, 30)
-    name = "live" if one.is_live else "answer"
-    return render_page(name, config.texts, config, title=title, one=one, asking=asking)
+    return Shown(turn, blocks, text, address, live is not None)
 
 
 OPEN_CHARS = 20_000  # of the newest session's answers that are not folded
@@ -6633,85 +6536,14 @@ def open_turns(turns: list[Turn]) -> list[Turn]:
     return shown
 
 
-def render_history(
-    config: Config,
-    home: str,
-    turns: list[Turn],
-    blocks: dict[int, list[str]],
-    older: int,
-    asking: Asking | None,
-) -> Page:
-    """Return a page of exchanges: sessions newest first, each oldest first.
-
-    `home` is the relative address of the history; below the id `older` it goes on.
-    `blocks` are those of answers that are shown, as far as they are known.
-    """
-    texts, is_whole = config.texts, older >= 0
-    for turn in open_turns(turns) if is_whole else turns:
-        if not turn.is_open and turn.answer:
-            blocks[turn.id] = render_blocks(texts, turn.answer, 3)
-    groups = itertools.groupby(turns, lambda turn: turn.session_id)
-    return render_page(
-        "history",
-        texts,
-        config,
-        title=texts.page_mine if asking else texts.page_history,
-        home=home,
-        sessions=[
-            [
-                exchange_of(config, turn, 3, blocks.get(turn.id))
-                for turn in list(group)[::-1]
-            ]
-            for _, group in groups
-        ],
-        older=older,
-        is_whole=is_whole,
-        asking=asking,
-        is_live=any(turn.is_open for turn in turns),
-        has_text=any(turn.answer for turn in turns),
-    )
-
-
-def render_found(
-    texts: Texts,
-    home: str,
-    token: str,
-    words: list[str],
-    turns: list[Turn],
-    older: int,
-) -> Page:
-    """Return a page of what a search found: of each the place, with words marked."""
-    return render_page(
-        "found",
-        texts,
-        title=texts.page_search,
-        home=home,
-        token=token,
-        words=" ".join(words),
-        found=[
-            (t, *(snippet(x, words) for x in (t.question, t.answer))) for t in turns
-        ],
-        older=older,
-        has_text=any(turn.answer for turn in turns),
-    )
-
-
-def render_notice(texts: Texts, words: str, glyph: str) -> Page:
-    """Return a page of a few words: a link that shows nothing, the front page."""
-    title, _, rest = words.partition("。")
-    return render_page("error", texts, title=title, words=rest, glyph=glyph)
-
-
-def export_text(config: Config, turn: Turn | None, is_first: bool = False) -> str:
-    """Return an exchange for the exported file; the file's head if there is none."""
-    texts, ended = config.texts, ""
-    if turn:
-        ended = texts.page_writing if turn.is_open else bad_ending(texts, turn)
-    values = {"turn": turn, "is_first": is_first, "ended": ended, "now": time.time()}
-    values["label"] = config.replies.label or texts.page_notice
-    values["host"] = urllib.parse.urlsplit(config.public_url).hostname
-    values["number"] = secrets.token_hex(16)
-    return load_pages().get_template("export.md").render(texts=texts, **values)
+def exchanges_of(
+    config: Config, turns: list[Turn], shown: list[Turn], live: dict[int, list[str]]
+) -> list[Shown]:
+    """Return exchanges for a history; the answers that are not `shown` are folded."""
+    return [
+        exchange_of(config, turn, live.get(turn.id), 3, turn not in shown)
+        for turn in turns
+    ]
 
 
 def sse_event(data: dict, event: str = "", number: str = "") -> bytes:
@@ -6728,10 +6560,9 @@ FORMULA_SIGN = re.compile(r"[$\\]")  # a formula takes long, the first one most 
 INLINE_TAG = re.compile(r"</?(?:a|strong|em|s|code|su[bp]|span|m[a-z]+)\b[^>]*>")
 
 
-async def finished_blocks(bot: Bot, turn: Turn) -> list[str]:
-    """Return the blocks of an answer that has ended."""
-    key = "page", turn.id
-    return await bot.work.once(key, render_blocks, bot.texts, turn.answer)
+async def finished(bot: Bot, turn: Turn) -> Shown:
+    """Return an exchange whose answer has ended, made once for all who want it."""
+    return await bot.work.once(("page", turn.id), exchange_of, bot.config, turn)
 
 
 class LivePage:
@@ -6757,7 +6588,7 @@ class LivePage:
         added = text[self.shows[0] :]
         is_quick = self.seconds < QUICK_SECONDS and len(added) < QUICK_CHARS
         if has_ended and not self.shows[0]:
-            blocks = await finished_blocks(bot, turn)
+            blocks = (await finished(bot, turn)).blocks
         elif is_quick and not FORMULA_SIGN.search(added):
             blocks = self.render(text, has_ended, bot.blocked)
         else:
@@ -6922,7 +6753,8 @@ async def read_push(request: web.Request) -> Message | web.Response:
     same = message.key, message.msg_type, message.content  # on every attempt
     if not bot.replays.is_first(request.query["signature"], same):
         return refusal
-    bot.heard_at = asyncio.get_running_loop().time()
+    bot.heard_at = bot.tasks.loop.time()
+    bot.wechat_ahead = max(bot.wechat_ahead, message.created - bot.heard_at)
     return message
 
 
@@ -6942,76 +6774,82 @@ async def receive_message(request: web.Request) -> web.StreamResponse:
         return web.Response(body=b"success")
 
 
-PRIVATE = {
-    "Cache-Control": "no-store",
-    "Referrer-Policy": "no-referrer",
-    "X-Robots-Tag": "noindex",
-    "X-Content-Type-Options": "nosniff",
-}
-
-
-def html_response(page: Page, status: int = 200) -> web.Response:
-    """Return a page with the headers that keep it private."""
-    response = web.Response(text=page.html, status=status, headers=PRIVATE)
-    response.content_type = "text/html"
-    response.headers["Content-Security-Policy"] = page.policy
-    if "form-action 'self'" in page.policy:  # else the Origin of its form is null
-        response.headers["Referrer-Policy"] = "same-origin"
-    return response
-
-
 def redirect(location: str) -> web.Response:
     """Lead a browser to another page of ours."""
-    return web.Response(status=303, headers={"Location": location} | PRIVATE)
+    return web.Response(status=303, headers={"Location": location})
 
 
-def a_few_at_once(
-    make: Callable[..., Awaitable[web.StreamResponse]],
-) -> Callable[..., Awaitable[web.StreamResponse]]:
+def wants_json(request: web.Request) -> bool:
+    """Say whether the page's script asks; without it the browser does."""
+    return request.headers.get("Accept", "").startswith("application/json")
+
+
+class Refusal(web.HTTPException):
+    """Why nothing is shown or done, in words for a page or for the page's script."""
+
+    def __init__(self, request: web.Request, status: int, words: str = "") -> None:
+        self.status_code, config = status, request.app[BOT].config
+        usual = {404: config.texts.page_missing, 410: config.texts.page_expired}
+        words, glyph = words or usual[status], "…" if status == 410 else "?"
+        if wants_json(request):
+            response = web.json_response({"error": words})
+        else:
+            response = page_response(config, "error", words=words, glyph=glyph)
+        super().__init__(headers=response.headers, text=response.text)
+
+
+Handler = Callable[..., Awaitable[web.StreamResponse]]
+
+
+@web.middleware
+async def refuse_kindly(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer what keeps a page from being made; a push is answered all the same."""
+    try:
+        return await handler(request)
+    # Nobody reads it any more, or sends the rest of a form.
+    except (TimeoutError, ConnectionResetError, web.RequestPayloadError):
+        return drop_connection(request)
+    except sqlite3.Error as error:  # a full or locked disk
+        if request.writer.output_size:  # in the midst of a file
+            raise
+        log.error("%s not done: %s", request.path, error)
+        raise Refusal(request, 503, request.app[BOT].texts.page_failed) from None
+
+
+def a_few_at_once(make: Handler) -> Handler:
     """Let a handler's pages be loaded, rendered and written a few at a time."""
 
     @functools.wraps(make)
     async def write(request: web.Request, *values: object) -> web.StreamResponse:
-        async with request.app[BOT].pages:
-            try:
-                async with asyncio.timeout(PAGE_SECONDS):
-                    response = await make(request, *values)
-                    await response.prepare(request)
-                    await response.write_eof()
-            # Nobody reads it any more, or sends the rest of a form.
-            except (TimeoutError, ConnectionResetError, web.RequestPayloadError):
-                return drop_connection(request)
+        async with request.app[BOT].pages, asyncio.timeout(PAGE_SECONDS):
+            response = await make(request, *values)
+            await response.prepare(request)
+            await response.write_eof()
         return response
 
     return write
 
 
-def error_page(bot: Bot, status: int) -> web.Response:
-    """Return the page of an unknown (404) or expired (410) link."""
-    texts = bot.texts
-    words = (texts.page_expired, "…") if status == 410 else (texts.page_missing, "?")
-    return html_response(render_notice(texts, *words), status)
-
-
 async def front_page(request: web.Request) -> web.Response:
     """Say that the account works here and how to begin; nothing about anybody."""
-    texts = request.app[BOT].texts
-    return html_response(render_notice(texts, texts.page_front, texts.page_hello))
+    config = request.app[BOT].config
+    words, glyph = config.texts.page_front, config.texts.page_hello
+    return page_response(config, "error", words=words, glyph=glyph)
 
 
 async def missing_page(request: web.Request) -> web.Response:
     """Answer what leads nowhere."""
-    return error_page(request.app[BOT], 404)
+    raise Refusal(request, 404)
 
 
-async def find_linked(request: web.Request) -> Turn | web.Response:
-    """Return the turn of a link, or the page that says why there is none."""
+async def find_linked(request: web.Request) -> Turn:
+    """Return the turn of a link; raise Refusal if there is none."""
     bot = request.app[BOT]
     turn = await bot.store.turn_by_link(request.match_info["key"])
     if turn is None:
-        return error_page(bot, 404)
+        raise Refusal(request, 404)
     if time.time() - turn.created_at > bot.config.history.link_hours * 3600:
-        return error_page(bot, 410)
+        raise Refusal(request, 410)
     return turn
 
 
@@ -7038,15 +6876,15 @@ def set_cookie(response: web.Response, name: str, value: str, seconds: float) ->
     response.set_cookie(name, value, max_age=age, **flags)  # type: ignore[arg-type]
 
 
-class Device(typing.NamedTuple):
-    """A browser that is signed in."""
+class Reader(typing.NamedTuple):
+    """Whose exchanges are shown or added to, and by what right."""
 
     openid: str
-    cookie_hash: str
+    cookie_hash: str = ""  # of the device that is signed in; '': by a link
 
 
-async def find_device(request: web.Request) -> Device | None:
-    """Return the device that asks; None if it is not signed in."""
+async def find_device(request: web.Request) -> Reader | None:
+    """Return the reader whose device asks; None if it is not signed in."""
     bot, cookie = request.app[BOT], request.cookies.get(COOKIE, "")
     if not cookie or not bot.config.is_secure:
         return None
@@ -7054,23 +6892,67 @@ async def find_device(request: web.Request) -> Device | None:
     openid = await bot.store.device_owner(cookie_hash)
     if openid is None or openid in bot.config.limits.deny:
         return None
-    return Device(openid, cookie_hash)
+    return Reader(openid, cookie_hash)
+
+
+async def find_reader(request: web.Request) -> Reader | None:
+    """Return who reads by a history's link, or else by a device, if it is signed in.
+
+    Raise Refusal for a link that does not work.
+    """
+    key = request.match_info.get("key")
+    if key is None:
+        return await find_device(request)
+    owner = await request.app[BOT].store.history_owner(key)
+    if owner is None:
+        raise Refusal(request, 404)
+    openid, expires_at = owner
+    if time.time() > expires_at:
+        raise Refusal(request, 410)
+    return Reader(openid)
+
+
+def form_token(bot: Bot, reader: Reader) -> str:
+    """Return what proves that a form is ours, and of this device."""
+    return bot.store.keyed_hash(f"form {reader.cookie_hash}")
+
+
+FORM_FIELDS = 9
+
+
+async def read_form(request: web.Request) -> tuple[Reader, dict[str, str]]:
+    """Return who sends a form, and its fields; raise Refusal unless they may.
+
+    A device's cookie alone would not do: a page of somebody else may send it, too.
+    """
+    bot, reader = request.app[BOT], await find_reader(request)
+    if reader is None:
+        raise Refusal(request, 401, bot.texts.page_signed_out)
+    form: dict[str, str] = {}
+    if request.content_type == "application/x-www-form-urlencoded":
+        async with asyncio.timeout(BODY_SECONDS):
+            text = (await request.read()).decode("utf-8", "replace")
+        with contextlib.suppress(ValueError):  # more fields than any form of ours has
+            form = dict(urllib.parse.parse_qsl(text, max_num_fields=FORM_FIELDS))
+    if reader.cookie_hash:
+        token, given = form_token(bot, reader), form.get("token", "")
+        is_ours = hmac.compare_digest(token.encode(), given.encode())
+        origin = str(yarl.URL(bot.config.public_url).origin())
+        if not is_ours or request.headers.get("Origin") != origin:
+            raise Refusal(request, 403, bot.texts.page_failed)
+    return reader, form
 
 
 async def asking_of(
-    bot: Bot, device: Device, typed: str = "", refusal: str = ""
+    bot: Bot, device: Reader, typed: str = "", refusal: str = ""
 ) -> Asking:
     """Return what a page needs to ask for a device's subscriber."""
-    assistants = list(bot.config.assistants)
-    since = time.time() - bot.config.session.ttl
-    newest = await bot.store.newest_session(device.openid, since)
-    number, name, opened_at, runs = newest or (0, "", 0.0, False)
+    session, assistant, opened_at = await bot.newest_session(device.openid)
     return Asking(
-        token=bot.store.keyed_hash(f"form {device.cookie_hash}"),
+        token=form_token(bot, device),
         form=secrets.token_urlsafe(12),
-        assistants=assistants,
-        assistant=name if name in assistants else assistants[0],
-        session=number if runs else 0,
+        assistant=assistant,
+        session=session,
         opened_at=opened_at,
         is_told=await bot.store.was_told(device.openid),
         typed=typed,
@@ -7082,27 +6964,23 @@ async def asking_of(
 async def answer_page(request: web.Request) -> web.Response:
     """Show one question and its answer, live while it is being written."""
     bot, turn = request.app[BOT], await find_linked(request)
-    if isinstance(turn, web.Response):
-        return turn
     turn = bot.turns.get(turn.id, turn)  # newer than what is stored
     device = await find_device(request)
     is_theirs = device is not None and device.openid == turn.openid
     asking = await asking_of(bot, device) if device and is_theirs else None
-    blocks = (await live_page(bot, turn)).blocks if turn.is_open else []
+    live = (await live_page(bot, turn)).blocks if turn.is_open else None
     if turn.is_open:
-        one = await bot.work.run(exchange_of, bot.config, turn, 0, blocks)
+        one = exchange_of(bot.config, turn, live)
     else:  # by now
         await note_read(bot, [turn])
-        blocks = await finished_blocks(bot, turn)
-        key = "shown", turn.id
-        one = await bot.work.once(key, exchange_of, bot.config, turn, 0, blocks)
-    return html_response(await bot.work.run(render_answer, bot.config, one, asking))
+        one = await finished(bot, turn)
+    values = {"one": one, "asking": asking}
+    return await bot.work.run(page_response, bot.config, "answer", **values)
 
 
 PING_SECONDS = 15.0  # how long a live page's stream may be silent
 EVENT_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-store",
     "X-Accel-Buffering": "no",
 }
 
@@ -7125,13 +7003,12 @@ async def follow(bot: Bot, turn: Turn, last: str) -> AsyncIterator[bytes]:
 
     while bot.tasks.closes_at is None:
         page = await live_page(bot, turn)
-        is_anew = False
+        is_behind = bool(page.shows[0]) and seen != page.shows
         if writing != page.writing or done > page.done:
-            is_anew = bool(writing)  # what the viewer has is taken back
+            is_behind = is_behind or bool(writing)  # what the viewer has is taken back
             writing, done = page.writing, 0
-        is_new = seen != page.shows and page.shows[0]
         seen = page.shows
-        if is_anew or is_new:
+        if is_behind:
             begin, done = done, page.done
             for event in page.events(begin):
                 yield event
@@ -7149,195 +7026,117 @@ async def follow(bot: Bot, turn: Turn, last: str) -> AsyncIterator[bytes]:
 async def answer_events(request: web.Request) -> web.StreamResponse:
     """Stream an answer as it is written; end with its final state."""
     bot, found = request.app[BOT], await find_linked(request)
-    if isinstance(found, web.Response):
-        return found
     turn = bot.turns.get(found.id) or await bot.store.turn(found.id)  # if it has ended
     if turn is None:  # deleted meanwhile
-        return error_page(bot, 404)
+        raise Refusal(request, 404)
     response = web.StreamResponse(headers=EVENT_HEADERS)
-    with contextlib.suppress(ConnectionResetError):
-        await response.prepare(request)
-        last = request.headers.get("Last-Event-ID", "")
-        async for event in follow(bot, turn, last):
-            await response.write(event)
-        await response.write_eof()
+    await response.prepare(request)
+    async for event in follow(bot, turn, request.headers.get("Last-Event-ID", "")):
+        await response.write(event)
     return response
 
 
-def number_in(request: web.Request, name: str, missing: int) -> int:
-    """Return a number of the query, or another if it is missing or made up."""
-    value = request.query.get(name, "")
+def number_in(fields: typing.Mapping[str, str], name: str, missing: int) -> int:
+    """Return a number of a query or form, or another if it is missing or made up."""
+    value = fields.get(name, "")
     return int(value) if re.fullmatch(r"[0-9]{1,15}", value) else missing
 
 
 async def let_in(request: web.Request, sign_in: SignIn) -> web.Response:
     """Give a browser whose number was confirmed its cookie."""
     bot = request.app[BOT]
-    cookie = await bot.let_in(sign_in)
+    cookie, response = await bot.let_in(sign_in), redirect("me")
     if cookie == "":
-        words = bot.texts.page_devices_full
-        return html_response(render_notice(bot.texts, words, "?"), 403)
-    response = redirect("me")
-    if cookie is None:
-        return response
-    set_cookie(response, COOKIE, cookie, bot.config.history.device_days * 86400)
-    set_cookie(response, WAIT_COOKIE, "", 0)
+        raise Refusal(request, 403, bot.texts.page_devices_full)
+    if cookie:
+        set_cookie(response, COOKIE, cookie, bot.config.history.device_days * 86400)
+        set_cookie(response, WAIT_COOKIE, "", 0)
     return response
 
 
 async def sign_in_page(request: web.Request) -> web.Response:
-    """Show the number that signs a browser in, or let it in.
+    """Show the number that signs a browser in, or let it in once that was confirmed.
 
     Who only opens a link becomes nobody by that: the number is sent to the account.
     """
     bot, cookie = request.app[BOT], request.cookies.get(WAIT_COOKIE, "")
-    texts = bot.texts
     if not bot.config.is_secure:
-        return html_response(render_notice(texts, texts.page_not_secure, "?"), 404)
-    sign_in = bot.sign_ins.find(cookie_hash_of(cookie))
+        raise Refusal(request, 404, bot.texts.page_not_secure)
+    sign_in, fresh = bot.sign_ins.find(cookie_hash_of(cookie)), ""
     if sign_in and sign_in.is_confirmed:
         try:
             return await let_in(request, sign_in)
         except sqlite3.Error as error:  # it asks again in a moment
             log.error("a browser was not signed in: %s", error)
-    number, is_new = sign_in.number if sign_in else "", False
     if not sign_in and (not cookie or "new" in request.query):
-        cookie, is_new = secrets.token_urlsafe(32), True
-        number = bot.sign_ins.begin(cookie_hash_of(cookie)).number
-    page = render_page("sign_in", texts, title=texts.page_sign_in, number=number)
-    response = html_response(page)
-    if is_new:
-        set_cookie(response, WAIT_COOKIE, cookie, SIGN_IN_SECONDS)
+        fresh = secrets.token_urlsafe(32)
+        sign_in = bot.sign_ins.begin(cookie_hash_of(fresh))
+    number = sign_in.number if sign_in else ""
+    response = page_response(bot.config, "sign_in", number=number)
+    if fresh:
+        set_cookie(response, WAIT_COOKIE, fresh, SIGN_IN_SECONDS)
     return response
 
 
-async def find_owner(request: web.Request) -> str | web.Response:
-    """Return whose history a link shows, or the page that says why it shows none."""
-    bot = request.app[BOT]
-    owner = await bot.store.history_owner(request.match_info["key"])
-    if owner is None:
-        return error_page(bot, 404)
-    openid, expires_at = owner
-    return openid if time.time() <= expires_at else error_page(bot, 410)
-
-
 async def show_history(
-    request: web.Request, openid: str, asking: Asking | None
+    request: web.Request, reader: Reader, typed: str = "", refusal: str = ""
 ) -> web.Response:
-    """Return a page of a subscriber's history, or one exchange of it."""
-    bot = request.app[BOT]
-    if (only := number_in(request, "only", -1)) >= 0:
+    """Return a page of a reader's history, or one exchange of it.
+
+    On a device there is a field to ask, with what was `typed` there and refused.
+    """
+    bot, query, openid = request.app[BOT], request.query, reader.openid
+    if (only := number_in(query, "only", -1)) >= 0:
         turns = await bot.store.turns_of(openid, only + 1, 1)
         turns = [turn for turn in turns if turn.id == only]
     else:
-        below = number_in(request, "before", 2**62)
+        below = number_in(query, "before", 2**62)
         turns = await bot.store.turns_of(openid, below, HISTORY_COUNT + 1)
     chars, older = sum(len(turn.question + turn.answer) for turn in turns), 0
     if len(turns) > HISTORY_COUNT or len(turns) > 1 and chars > PAGE_CHARS:
         turns.pop()
         older = turns[-1].id
-    turns, blocks = [bot.turns.get(turn.id, turn) for turn in turns], {}
-    for turn in turns:
-        if turn.is_open:
-            blocks[turn.id] = (await live_page(bot, turn)).blocks
-    await note_read(bot, turns if only >= 0 else open_turns(turns))
-    home = request.match_info.get("key", "me")
-    older = -1 if only >= 0 else older
-    if asking and request.query:  # what has just begun stands on the first page
-        asking = replace(asking, session=0)
-    page = (bot.config, home, turns, blocks, older, asking)
-    status = 409 if asking and asking.refusal else 200
-    return html_response(await bot.work.run(render_history, *page), status)
+    turns = [bot.turns.get(turn.id, turn) for turn in turns]
+    live = {t.id: (await live_page(bot, t)).blocks for t in turns if t.is_open}
+    shown = turns if only >= 0 else open_turns(turns)
+    await note_read(bot, shown)
+    asking = None
+    if reader.cookie_hash:
+        asking = await asking_of(bot, reader, typed, refusal)
+        if query:  # what has just begun stands on the first page
+            asking = replace(asking, session=0)
+    return await bot.work.run(
+        page_response,
+        bot.config,
+        "history",
+        409 if refusal else 200,
+        home=request.match_info.get("key", "me"),
+        exchanges=await bot.work.run(exchanges_of, bot.config, turns, shown, live),
+        older=older,
+        is_whole=only < 0,
+        asking=asking,
+    )
 
 
 @a_few_at_once
 async def history_page(request: web.Request) -> web.Response:
-    """Show a subscriber's history, a page of it or one exchange."""
-    owner = await find_owner(request)
-    if isinstance(owner, web.Response):
-        return owner
-    return await show_history(request, owner, None)
-
-
-@a_few_at_once
-async def own_page(request: web.Request) -> web.Response:
-    """Show the history of the device's subscriber, with a field to ask."""
-    device = await find_device(request)
-    if device is None:
+    """Show a history by its link, or by a device, with a field to ask."""
+    reader = await find_reader(request)
+    if reader is None:
         return await sign_in_page(request)
-    asking = await asking_of(request.app[BOT], device)
-    return await show_history(request, device.openid, asking)
-
-
-Form = typing.Mapping[str, str]  # the fields of one that was sent
-
-
-async def read_form(request: web.Request, size: int) -> Form:
-    """Return the fields of a form that is sent as pages here send it."""
-    if request.content_type != "application/x-www-form-urlencoded":
-        return {}
-    async with asyncio.timeout(BODY_SECONDS):
-        body = (await request.read())[:size]
-    return dict(urllib.parse.parse_qsl(body.decode("utf-8", "replace")))
-
-
-def wants_json(request: web.Request) -> bool:
-    """Say whether the page's script asks; without it the browser does."""
-    return request.headers.get("Accept", "").startswith("application/json")
-
-
-def told(request: web.Request, words: str, status: int) -> web.Response:
-    """Return why nothing was done, for the script or as a page."""
-    if wants_json(request):
-        return web.json_response({"error": words}, status=status, headers=PRIVATE)
-    return html_response(render_notice(request.app[BOT].texts, words, "?"), status)
-
-
-def from_device(
-    act: Callable[[web.Request, Device, Form], Awaitable],
-) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-    """Let only forms of our own pages act, for the subscriber whose device sends them.
-
-    The cookie alone would not do: a page of somebody else may send a form, too.
-    """
-
-    @functools.wraps(act)
-    async def checked(request: web.Request) -> web.StreamResponse:
-        bot, device = request.app[BOT], await find_device(request)
-        if device is None:
-            return told(request, bot.texts.page_signed_out, 401)
-        try:
-            form = await read_form(request, BODY_BYTES)
-        except (TimeoutError, ConnectionResetError, web.RequestPayloadError):
-            return drop_connection(request)
-        token = bot.store.keyed_hash(f"form {device.cookie_hash}")
-        is_ours = hmac.compare_digest(token.encode(), form.get("token", "").encode())
-        origin = str(yarl.URL(bot.config.public_url).origin())
-        if not is_ours or request.headers.get("Origin") != origin:
-            return told(request, bot.texts.page_failed, 403)
-        try:
-            return await act(request, device, form)
-        except sqlite3.Error as error:  # a full or locked disk
-            if request.writer.output_size:  # in the midst of a file
-                raise
-            log.error("%s not done: %s", request.path, error)
-            return told(request, bot.texts.page_failed, 503)
-
-    return checked
+    return await show_history(request, reader)
 
 
 def led_back(request: web.Request, **values: str) -> web.Response:
     """Return what was done to the script, or lead the browser back."""
     if wants_json(request):
-        return web.json_response(values, headers=PRIVATE)
+        return web.json_response(values)
     return redirect("../me")
 
 
-@from_device
-async def ask_on_page(
-    request: web.Request, device: Device, form: Form
-) -> web.StreamResponse:
+async def ask_on_page(request: web.Request) -> web.StreamResponse:
     """Take up a question; a refused one stays in its field."""
+    device, form = await read_form(request)
     bot, form_id = request.app[BOT], form.get("id", "")
     text = stream_safe(ILLEGAL.sub("", form.get("question", ""))).strip()
     if not text or not re.fullmatch(r"[A-Za-z0-9_-]{8,64}", form_id):
@@ -7347,109 +7146,71 @@ async def ask_on_page(
         turn = source[0]
         return led_back(request, key=turn.link_key, session=str(turn.session_id))
     if wants_json(request):
-        return told(request, source, 409)
-    asking = await asking_of(bot, device, text, source)
-    return await a_few_at_once(show_history)(request, device.openid, asking)
+        raise Refusal(request, 409, source)
+    return await a_few_at_once(show_history)(request, device, text, source)
 
 
-@from_device
-async def stop_answer(request: web.Request, device: Device, form: Form) -> web.Response:
-    """End an answer that is being written for this subscriber."""
+async def stop_answer(request: web.Request) -> web.Response:
+    """End an answer that is being written for a device's subscriber."""
+    device, form = await read_form(request)
     request.app[BOT].stop_turn(device.openid, form.get("key", ""))
     return led_back(request)
 
 
-@from_device
-async def begin_topic(request: web.Request, device: Device, form: Form) -> web.Response:
+async def begin_topic(request: web.Request) -> web.Response:
     """Open a new session, with another assistant if one is named."""
-    bot = request.app[BOT]
-    asking = await asking_of(bot, device)
-    name = form.get("assistant", "")
-    name = name if name in asking.assistants else asking.assistant
-    await bot.begin_topic(*device, name)
+    bot, (device, form) = request.app[BOT], await read_form(request)
+    await bot.begin_topic(*device, form.get("assistant", ""))
     return led_back(request)
 
 
-@from_device
-async def leave(request: web.Request, device: Device, form: Form) -> web.Response:
+async def leave(request: web.Request) -> web.Response:
     """Sign this device out."""
+    device, _ = await read_form(request)
     await request.app[BOT].store.sign_out(*device)
     response = led_back(request)
     set_cookie(response, COOKIE, "", 0)
     return response
 
 
-SEARCH_BYTES = 4096  # read of a form: ten times what its longest field takes
+@a_few_at_once
+async def search_page(request: web.Request) -> web.Response:
+    """Show where in all of a subscriber's exchanges words are.
 
-
-async def find_words(
-    request: web.Request, openid: str, form: Form, token: str
-) -> web.Response:
-    """Return the page of what a search found; without words lead to the history.
-
-    The latter also when a form's address is opened as a page.
+    Without words lead to the history, also when a form's address is opened as a page.
     """
-    bot, home = request.app[BOT], "../" + request.match_info.get("key", "me")
+    bot, (reader, form) = request.app[BOT], await read_form(request)
+    home = "../" + request.match_info.get("key", "me")
     words = form.get("words", "")[:SEARCH_CHARS].replace("\0", "").split()
     if not words:
         return redirect(home)
-    below = form.get("before", "")
-    before = int(below) if re.fullmatch("[0-9]{1,15}", below) else 2**62
-    found, older = await bot.store.search(openid, words, before, FOUND_COUNT)
-    page = (bot.texts, home, token, words, found, older)
-    return html_response(await bot.work.run(render_found, *page))
+    before = number_in(form, "before", 2**62)
+    found, older = await bot.store.search(reader.openid, words, before, FOUND_COUNT)
+    values = {"words": words, "turns": found, "older": older}
+    values |= {"home": home, "token": form.get("token", "")}
+    return await bot.work.run(page_response, bot.config, "found", **values)
 
 
 @a_few_at_once
-async def search_page(request: web.Request) -> web.StreamResponse:
-    """Show where in all of a subscriber's exchanges the words of a form are."""
-    owner = await find_owner(request)
-    if isinstance(owner, web.Response):
-        return owner
-    form = await read_form(request, SEARCH_BYTES)
-    return await find_words(request, owner, form, "")
-
-
-@from_device
-@a_few_at_once
-async def search_own(request: web.Request, device: Device, form: Form) -> web.Response:
-    """Show where in all exchanges of the device's subscriber the words are."""
-    return await find_words(request, device.openid, form, form["token"])
-
-
-async def export(request: web.Request, openid: str) -> web.StreamResponse:
+async def export(request: web.Request) -> web.StreamResponse:
     """Send all of a subscriber's exchanges as a Markdown file, a few at a time."""
-    bot = request.app[BOT]
+    bot, (reader, _) = request.app[BOT], await read_form(request)
     last, session, day = 0, 0, clock(time.time(), "%Y-%m-%d")
     name = urllib.parse.quote(f"{bot.texts.page_history}-{day}.md")
-    response = web.StreamResponse(headers=PRIVATE)
+    response = web.StreamResponse()
     response.content_type, response.charset = "text/markdown", "utf-8"
     response.headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{name}"
     await response.prepare(request)
-    await response.write(export_text(bot.config, None).encode())
-    while turns := await bot.store.turns_after(openid, last):
+    host = yarl.URL(bot.config.public_url).host
+    head = render(bot.config, "export.md", turn=None, host=host)
+    await response.write(head.encode())
+    while turns := await bot.store.turns_after(reader.openid, last):
         for turn in turns:
-            is_first = turn.session_id != session
-            text = await bot.work.run(export_text, bot.config, turn, is_first)
+            values = {"turn": turn, "is_first": turn.session_id != session}
+            text = await bot.work.run(render, bot.config, "export.md", **values)
             await response.write(text.encode())
             last, session = turn.id, turn.session_id
     return response
-
-
-@a_few_at_once
-async def export_history(request: web.Request) -> web.StreamResponse:
-    """Send all of a subscriber's exchanges as a Markdown file."""
-    owner = await find_owner(request)
-    return owner if isinstance(owner, web.Response) else await export(request, owner)
-
-
-@from_device
-@a_few_at_once
-async def export_own(
-    request: web.Request, device: Device, form: Form
-) -> web.StreamResponse:
-    """Send all exchanges of the device's subscriber as a Markdown file."""
-    return await export(request, device.openid)
 
 
 async def health(request: web.Request) -> web.Response:
@@ -7504,13 +7265,22 @@ async def root_file(request: web.Request) -> web.Response:
         is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
         body = file.read(ROOT_FILE_BYTES + 1)
         if folder and is_file and len(body) <= ROOT_FILE_BYTES:
-            kind = "text/plain"
-            return web.Response(body=body, content_type=kind, headers=PRIVATE)
-    return await missing_page(request)
+            return web.Response(body=body, content_type="text/plain")
+    raise Refusal(request, 404)
 
 
-async def hide_server(request: web.Request, response: web.StreamResponse) -> None:
-    """Hide the versions of Python and aiohttp."""
+PRIVATE = {
+    "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",
+    "X-Robots-Tag": "noindex",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+async def set_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """Keep private what is sent, and hide the versions of Python and aiohttp."""
+    for name, value in PRIVATE.items():
+        response.headers.setdefault(name, value)  # a page with a form has its own
     response.headers["Server"] = "wxgpt"
 
 
@@ -7584,7 +7354,7 @@ async def open_bot(config: Config) -> AsyncIterator[Bot]:
 
 def make_app(bot: Bot) -> web.Application:
     """Return the application with all its routes."""
-    app = web.Application(client_max_size=BODY_BYTES)
+    app = web.Application(client_max_size=BODY_BYTES, middlewares=[refuse_kindly])
     app[BOT] = bot
     path = bot.config.server.path.rstrip("/")
     routes = [
@@ -7593,15 +7363,15 @@ def make_app(bot: Bot) -> web.Application:
         web.get("/a/{key}", answer_page),
         web.get("/a/{key}/events", answer_events),
         web.get("/h/{key}", history_page),
-        web.get("/me", own_page),
+        web.get("/me", history_page),
         web.post("/me/ask", ask_on_page),
         web.post("/me/stop", stop_answer),
         web.post("/me/new", begin_topic),
         web.post("/me/leave", leave),
-        web.post("/me/search", search_own),
-        web.post("/me/export", export_own),
+        web.post("/me/search", search_page),
+        web.post("/me/export", export),
         web.post("/h/{key}/search", search_page),
-        web.post("/h/{key}/export", export_history),
+        web.post("/h/{key}/export", export),
         web.get("/h/{key}/{form:search|export}", search_page),
         web.get("/healthz", health),
         web.get(PROBE_PATH, probe_stream),
@@ -7610,7 +7380,7 @@ def make_app(bot: Bot) -> web.Application:
         web.get("/{path:.*}", missing_page),
     ]
     app.add_routes(routes)
-    app.on_response_prepare.append(hide_server)
+    app.on_response_prepare.append(set_headers)
     return app
 
 

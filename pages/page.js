@@ -2,9 +2,8 @@
 // answers that are typeset when they are opened; live.js is for an answer that is being
 // written. Without script all can be read, too: a live page then reloads itself.
 //
-// When the server loads this file it leaves out comments (those behind code follow two
-// spaces) and white space, but for strings and patterns; no text goes over a line's end,
-// and no name has a dollar sign.
+// When the server loads this file it leaves out indents and comments, of which those
+// behind code follow two spaces.
 
 const words = document.body.dataset;
 const toast = document.querySelector('.toast');

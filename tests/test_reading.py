@@ -165,8 +165,11 @@ async def test_odd_words_do_no_harm(server, talk, words):
 
 
 async def test_a_form_of_another_kind_finds_nothing(server, talk):
-    """Multipart, JSON, one that is too long."""
+    """Multipart, JSON, one that is too long or has no end of fields."""
     url = await history_of(server) + "/search"
+    fields = [("words", "苹果"), *[("a", "1")] * 9000]
+    async with server.open(url, "POST", data=fields) as page:
+        assert str(page.url) == url.removesuffix("/search")
     async with server.open(url, "POST", json={"words": "苹果"}) as page:
         assert str(page.url) == url.removesuffix("/search")
     await post(server, url, status=413, words="a" * 70_000)
