@@ -3052,7 +3052,7 @@ def noted(openid: str, **values: float | None) -> Statement:
     return query, {"openid": openid} | nothing | values
 
 
-def kept(openid: str, part: Part, at: float, **values: object) -> Statement:
+def keep_part(openid: str, part: Part, at: float, **values: object) -> Statement:
     """Return the statement that keeps a part: offered, or sent if `reply` is given.
 
     What was sent of it before stays.
@@ -3159,9 +3159,11 @@ class Store:
         job: Job = [(query, values)]
         if reply.offered:
             to_mention = is_own and reply.is_early
-            job.append(kept(openid, reply.offered, at, to_mention=to_mention))
+            job.append(keep_part(openid, reply.offered, at, to_mention=to_mention))
         if part and not is_own and not reply.is_patience:
-            job.append(kept(openid, part, at, reply=reply.content, stop=reply.stop))
+            job.append(
+                keep_part(openid, part, at, reply=reply.content, stop=reply.stop)
+            )
         if reply.mentions:
             query = "UPDATE part SET to_mention = 0 WHERE turn_id = :id"
             job.append((query, {"id": reply.mentions}))
@@ -3469,7 +3471,7 @@ class Store:
         A full disk prevents only that.
         """
         with contextlib.suppress(sqlite3.OperationalError):
-            await self.run([kept(openid, part, now, to_mention=True)])
+            await self.run([keep_part(openid, part, now, to_mention=True)])
 
     # Devices
 
