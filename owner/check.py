@@ -318,6 +318,9 @@ def serving_user(port: int) -> int:
     return -1
 
 
+UNSTEADY = "failed", "activating", "reloading"  # states of a unit that does not start
+
+
 class Doctor:
     """Prints one finding after the other, and counts them by grade."""
 
@@ -469,6 +472,9 @@ class Doctor:
                 self.report_stopped(port)
                 return True
             except ListenError as error:
+                if self.unit.get("ActiveState") in UNSTEADY:  # systemd holds the socket
+                    self.report_stopped(port)
+                    return None
                 fix = (
                     "end what holds it (`ss -ltnp`), "
                     "or change server.host or server.port"
@@ -486,8 +492,8 @@ class Doctor:
         state = self.unit.get("ActiveState", "")
         if not state:
             grade, fix = "warn", "start it; until then check answers in its place"
-        elif state in ("failed", "activating", "reloading"):
-            found = "{port} is free: the service does not start"
+        elif state in UNSTEADY:
+            found = "nobody answers at {port}: the service does not start"
             fix = "journalctl -u wxgpt -n 20 says why; then systemctl restart wxgpt"
         self.report(grade, "port", found, fix, port=port)
 

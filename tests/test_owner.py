@@ -1316,6 +1316,15 @@ async def test_a_stopped_service_is_a_failure(installed, state, line):
     assert status == 1 and re.search(f"✗ 端口：\\d+ {line}", out)
 
 
+async def test_a_socket_that_systemd_keeps_hides_no_failing_service(installed):
+    """Nobody else holds the port: the service does not start."""
+    with socket.create_server(("127.0.0.1", free_port())) as kept:
+        kept.listen(0)
+        server = {"port": kept.getsockname()[1]}
+        _, out, _ = await installed("check", state="activating", server=server)
+    assert re.search(r"✗ 端口：\d+ 没有人应答：服务启动不了 → journalctl", out)
+
+
 async def test_without_a_service_a_free_port_is_a_warning(check):
     """Before the first start nothing is broken."""
     _, out = await check(env={"WXGPT_LANG": "zh"})
