@@ -57,7 +57,8 @@ wxgpt.keep_watchdog = Watch().run
 
 if __name__ == "__main__":
     # On a busy machine the loop's thread would wait its turn while the other threads
-    # compute: a gap that is not the server's. Only root may go first.
+    # compute: a gap that is not the server's. It goes first, and it alone, if we may.
     with contextlib.suppress(PermissionError):
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+        alone = os.SCHED_RR | os.SCHED_RESET_ON_FORK
+        os.sched_setscheduler(0, alone, os.sched_param(1))
     sys.exit(wxgpt.main())
