@@ -949,10 +949,11 @@ def with_taps(text: str, names: typing.Iterable[str]) -> str:
 # Rewriting rules reduce LaTeX to a smaller LaTeX. One pass over its tokens turns that
 # into pieces of text, which are joined with the brackets and spaces that keep the
 # meaning. Anything unknown raises ValueError, and the formula is shown as written.
-# latex2mathml names the symbols and writes the pages' MathML; it is never given what
-# was refused here.
+# pages/formulas.toml has the rules and the commands. latex2mathml names the symbols and
+# writes the pages' MathML; it is never given what was refused here.
 # ---------------------------------------------------------------------------
 
+FORMULAS = pathlib.Path(__file__).parent / "pages" / "formulas.toml"
 SUPERSCRIPTS = str.maketrans(
     "0123456789+−=()abcdefghijklmnoprstuvwxyzABDEGHIJKLMNOPRTUVW′∘",
     "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖʳˢᵗᵘᵛʷˣʸᶻᴬᴮᴰᴱᴳᴴᴵᴶᴷᴸᴹᴺᴼᴾᴿᵀᵁⱽᵂ′°",
@@ -1014,20 +1015,12 @@ def accented_text(accent: str, text: str) -> str:
     return re.sub("(.)", rf"\1{accent}", text) if is_vector else f"({text}){accent}"
 
 
-PREFERRED_SIGNS = dict(  # where the table's sign is rare on phones, or another letter
-    pair.split("=")
-    for pair in "leqslant=≤ geqslant=≥ implies=⇒ Longrightarrow=⇒ impliedby=⇐ iff=⇔"
-    " Longleftrightarrow=⇔ longrightarrow=→ dotsb=⋯ epsilon=ε phi=φ perp=⊥ sim=∼ mid=|"
-    " setminus=∖ square=□".split()
-)
-
-
 def symbol_text(name: str) -> str:
     """Return the character that a command stands for; raise ValueError if none."""
     from latex2mathml.symbols_parser import convert_symbol  # slow, so not at start
 
     code = convert_symbol("\\" + name) or ""
-    char = PREFERRED_SIGNS.get(name) or chr(int(code, 16) if code.isalnum() else 0)
+    char = chr(int(code, 16) if code.isalnum() else 0)
     if unicodedata.category(char)[0] in "MCZ" or char in "√\\":
         raise ValueError(f"unknown command {name}")
     return char
@@ -1039,46 +1032,33 @@ def alphabet_text(alphabet: str, text: str) -> str:
     return symbol_text(f"{alphabet}{{{text}}}") if is_letter else bracketed(text)
 
 
-# A command's arguments, the kind of piece it makes, and the function that writes it.
-# Arguments: m is mathematics on one line, M on any number of lines; o is optional, in
-# square brackets; t is words.
-FORMULA_COMMANDS: dict[str, tuple[str, str, Callable[..., str]]] = {
-    name: (arguments, kind, write)
-    for names, arguments, kind, write in (
-        ("frac dfrac tfrac cfrac", "mm", "fraction", fraction_text),
-        ("sqrt", "om", "root", root_text),
-        ("binom dbinom tbinom", "mm", "", "C({}, {})".format),
-        ("boxed", "M", "box", str),
-        ("operatorname", "m", "name", str),
-        ("text textrm textit textbf texttt mbox hbox", "t", "", str),
-        ("tag", "t", "", "  ({})".format),
-        ("quad qquad", "", "", "  ".format),
-        ("bmod mod", "", "", " mod ".format),
-        ("pmod", "m", "", " (mod {})".format),
-        ("xrightarrow", "om", "", " —{}{}→ ".format),
-        ("hline", "", "", "———\n".format),
-        ("\\", "", "", "\n".format),
-        ("overset stackrel", "mm", "", functools.partial(script_text, "^")),
-        ("underset", "mm", "", functools.partial(script_text, "_")),
-        ("overbrace underbrace", "m", "", bracketed),
-        ("mathbf boldsymbol bm", "m", "", functools.partial(alphabet_text, "mathbf")),
-        ("mathcal mathscr", "m", "", functools.partial(alphabet_text, "mathcal")),
-        ("mathbb", "m", "", functools.partial(alphabet_text, "mathbb")),
-        ("not", "m", "symbol", lambda s: unicodedata.normalize("NFC", s + "\u0338")),
-        ("vec overrightarrow", "m", "", functools.partial(accented_text, "\u20d7")),
-        ("hat widehat", "m", "", functools.partial(accented_text, "\u0302")),
-        ("tilde widetilde", "m", "", functools.partial(accented_text, "\u0303")),
-        ("bar overline", "m", "", functools.partial(accented_text, "\u0304")),
-        ("dot", "m", "", functools.partial(accented_text, "\u0307")),
-        ("ddot", "m", "", functools.partial(accented_text, "\u0308")),
-    )
-    for name in names.split()
-}
-FORMULA_NAMES = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh coth ln lg log exp max"
-    " min sup inf lim limsup liminf det dim ker deg gcd Pr argmax argmin".split()
-)
-LARGE_SIGNS = "∑∏∐∫∬∭∮∯⋃⋂⨁⨂"
+@functools.cache
+def formula_rules() -> dict[str, typing.Any]:
+    """Return the tables of formulas.toml, which explains them; raise ConfigError."""
+    return read_toml(FORMULAS)
+
+
+@functools.cache
+def formula_commands() -> dict[str, tuple[str, Callable[..., str], str]]:
+    """Return the arguments of each command, what writes it, and its kind of piece."""
+    rules = formula_rules()
+    commands: dict[str, tuple[str, Callable[..., str], str]] = {
+        "frac": ("mm", fraction_text, "fraction"),
+        "sqrt": ("om", root_text, "root"),
+        "overset": ("mm", functools.partial(script_text, "^"), ""),
+        "underset": ("mm", functools.partial(script_text, "_"), ""),
+        "overbrace": ("m", bracketed, ""),
+        "not": ("m", lambda s: unicodedata.normalize("NFC", s + "\u0338"), "symbol"),
+    }
+    for name, (arguments, text, kind) in rules["commands"].items():
+        commands[name] = arguments, text.format, kind
+    for name in rules["names"].split():
+        commands[name] = "", name.format, "name"
+    for name in rules["alphabets"].split():
+        commands[name] = "m", functools.partial(alphabet_text, name), ""
+    for name, accent in rules["accents"].items():
+        commands[name] = "m", functools.partial(accented_text, accent), ""
+    return commands
 
 
 @dataclass(frozen=True, slots=True)
@@ -1142,10 +1122,6 @@ def render_pieces(pieces: list[Piece]) -> str:
 
 
 MAX_FORMULA_NESTING = 30  # a fraction in a fraction takes two; real ones stay under 12
-# What stands before an environment, after it, and between its rows.
-ENVIRONMENTS = dict.fromkeys(("align*", "cases", "array"), ("", "", "\n"))
-ENVIRONMENTS |= dict.fromkeys(("matrix", "pmatrix", "bmatrix"), ("[", "]", "; "))
-ENVIRONMENTS |= {"vmatrix": ("|", "|", "; "), "Vmatrix": ("‖", "‖", "; ")}
 LATEX_TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\s+|.", re.S)
 LATEX_SPACES = ("~", "\\ ", "\\,", "\\:", "\\;", "\\>")
 
@@ -1239,7 +1215,7 @@ class FormulaReader:
         if self.depth > MAX_FORMULA_NESTING:
             raise ValueError("nested too deep")
         token = self.take_sign()
-        name = token[1:]
+        name = formula_rules()["same"].get(token[1:], token[1:])
         if token in ("{", "$"):  # a bare tabular holds words and $
             pieces = self.row("}" if token == "{" else "$")
         elif token in tuple("}&^_#\\"):
@@ -1247,10 +1223,8 @@ class FormulaReader:
         elif token[0] != "\\":
             is_minus = token == "-" and self.tokens[-1] != ">"  # "->" is an arrow
             pieces = [Piece("−" if is_minus else token)]
-        elif name in FORMULA_NAMES:
-            pieces = [Piece(name, "name")]
-        elif name in FORMULA_COMMANDS:
-            arguments, kind, write = FORMULA_COMMANDS[name]
+        elif name in formula_commands():
+            arguments, write, kind = formula_commands()[name]
             pieces = [Piece(write(*map(self.argument, arguments)), kind)]
         elif name == "mathrm":
             pieces = self.pieces()
@@ -1258,7 +1232,8 @@ class FormulaReader:
             pieces = [Piece(self.environment())]
         else:
             char = symbol_text(name)
-            pieces = [Piece(char, "large" if char in LARGE_SIGNS else "symbol")]
+            is_large = char in formula_rules()["large_signs"]
+            pieces = [Piece(char, "large" if is_large else "symbol")]
         self.depth -= 1
         return pieces
 
@@ -1290,58 +1265,24 @@ class FormulaReader:
                 line = re.sub(r"(?<![,，])\t(?![=<>≤≥≠+−])", ",\t", line)
                 row[:] = [line.replace("\t", " ")]
         lines = [gap.join(row).rstrip() for row in rows]
-        opening, closing, end = ENVIRONMENTS[name]
+        opening, closing, end = formula_rules()["environments"][name]
         return opening + re.sub("———,? ", "———\n", end.join(lines)) + closing
 
 
-LATEX_ARRAY = (
-    r"\\begin\{(?:array\}\s*\{[^{}]*|aligned)\}([\s\S]*?)\\end\{(?:array|aligned)\}"
-)
-LATEX_LOOKS = (  # they change how the same signs look, or number them
-    r"\\(?:displaystyle|textstyle|limits|nolimits|nonumber|notag|middle|[bB]igg?[lrm]?"
-    r"|mathop|rm|bf|underline|!)(?![A-Za-z])|\\(?:label|[hv]space|(?:text)?color)\*?\s*\{[^{}]*\}"
-)
-LATEX_REWRITES = (
-    (rf"\\left *\\\{{\s*{LATEX_ARRAY}\s*\\right *\.", r"\\begin{cases}\1\\end{cases}"),
-    (rf"\\left *\|\s*{LATEX_ARRAY}\s*\\right *\|", r"\\begin{vmatrix}\1\\end{vmatrix}"),
-    (
-        rf"\\left *[(\[]\s*{LATEX_ARRAY}\s*\\right *[)\]]",
-        r"\\begin{bmatrix}\1\\end{bmatrix}",
-    ),
-    (r"\\left *([(\[|])\s*", r"\1"),
-    (r"(?<!\\)\s*\\right(?![A-Za-z]) *\.?|\\left(?![A-Za-z]) *\.?", ""),
-    (r"(\\\\)(?:\[-?[\d.]* ?[a-z]{2}\])?|" + LATEX_LOOKS, r"\1"),
-    (r"\\cline\s*\{[^{}]*\}", r"\\hline "),
-    (r"\\(operatorname|tag)\*", r"\\\1"),
-    (r"\\arg(?![A-Za-z])", r"\\operatorname{arg}"),
-    (r"\\mathrm\s*(?=\{[A-Za-z]{2,}\})", r"\\text"),
-    (r"\{(?:align(?:ed)?|gather(?:ed)?|split|eqnarray|equation)\*?\}", "{align*}"),
-    (r"\{[dr]cases\}", "{cases}"),
-    (r"\{tabular\}", "{array}"),
-    (r"&\s*(?=\\end\b)", "&{}"),  # or latex2mathml drops the last row
-    (r"(?<!\\)\s+(?=[_^])", ""),
-    (r"([_^])(\d\d+)", r"\1{\2}"),  # TeX takes the first digit; the author meant all
-    (r"(?<!\\)%", r"\\%"),  # no comments in an answer
-    (r"(\\text\s*\{[^{}$]*)\$([^$]*)\$", r"\1}\2\\text{"),  # $ opens mathematics
-)
-
-
-def reaction_source(match: re.Match[str]) -> str:
-    """Write chemistry as mathematics: 2H2 + O2 -> 2H2O, SO4^2-."""
-    charge = r"\^\{?(\d*[+-])\}?|(?<=[A-Za-z\d)\]])([+-])(?=\s|$)"
-    source = re.sub(charge, r"^{\1\2}", match[1])
-    source = re.sub(r"(?<=[A-Za-z)\]])(\d+)", r"_{\1}", source)
-    source = re.sub(r"->\[([^][]*)\]", r"\\xrightarrow{\1}", source)
-    source = re.sub(r" v(?=\s|$)", "↓", source)
-    return rf"\mathrm{{{source}}}".replace("<=>", "⇌").replace("->", "→")
+def rewritten(latex: str, rules: str) -> str:
+    for pattern, replacement in formula_rules()["rewrites"][rules]:
+        latex = re.sub(pattern, replacement, latex, flags=re.A)
+    return latex
 
 
 def simpler_latex(latex: str) -> str:
     """Rewrite LaTeX with fewer commands, in a form that latex2mathml reads."""
-    latex = re.sub(r"\\ce\s*\{((?:[^{}]|\{[^{}]*\})*)\}", reaction_source, latex)
-    for pattern, replacement in LATEX_REWRITES:
-        latex = re.sub(pattern, replacement, latex, flags=re.A)
-    return latex.strip()
+    latex = re.sub(
+        r"\\ce\s*\{((?:[^{}]|\{[^{}]*\})*)\}",
+        lambda reaction: rf"\mathrm{{{rewritten(reaction[1], 'chemistry')}}}",
+        latex,
+    )
+    return rewritten(latex, "latex").strip()
 
 
 MAX_FORMULA_CHARS = 1500  # fifteen full lines of an aligned block; longest seen: 679
@@ -1359,16 +1300,6 @@ def formula_text(latex: str) -> str | None:
     return text.strip() or None
 
 
-MATHML_TAGS = (
-    "math mrow mi mn mo mtext mspace mfrac msqrt mroot msub msup msubsup munder mover"
-    " munderover mtable mtr mtd mstyle mpadded menclose"
-).split()
-MATHML_ATTRIBUTES = set(  # no style, class, href, events; colours are the page's
-    "display xmlns stretchy fence form accent linethickness width height depth lspace"
-    " voffset columnalign columnlines rowlines notation mathvariant".split()
-)
-
-
 def formula_mathml(latex: str, is_block: bool) -> str | None:
     """Return a formula as one <math> element, or None if its meaning would change."""
     text = formula_text(latex)
@@ -1381,13 +1312,14 @@ def formula_mathml(latex: str, is_block: bool) -> str | None:
         tree = converter.convert_to_element(simpler_latex(latex))
     except Exception:  # it breaks in many ways, some of them its own
         return None
+    allowed = formula_rules()["mathml"]
     for node in tree.iter():
         reference = r"&#x([0-9A-F]{2,6});"
         node.text = re.sub(reference, lambda m: chr(int(m[1], 16)), node.text or "")
         is_strange = "\\" in node.text or ILLEGAL.search(node.text)
-        if is_strange or node.tag not in MATHML_TAGS:
+        if is_strange or node.tag not in allowed["tags"]:
             return None
-        for name in node.attrib.keys() - MATHML_ATTRIBUTES:
+        for name in node.attrib.keys() - allowed["attributes"]:
             del node.attrib[name]
     written = "".join(tree.itertext()), text.replace("∛", "3").replace("∜", "4")
     forms = (unicodedata.normalize("NFKC", form) for form in written)
@@ -6636,6 +6568,7 @@ def load_pages() -> jinja2.Environment:
         for name, file in PIECES.items():
             pages.globals[name] = minified(PAGES / file)
         code_rules()
+        formula_rules()
         for name in TEMPLATES:
             pages.get_template(name)
     except jinja2.TemplateNotFound as error:
