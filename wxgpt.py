@@ -2245,16 +2245,13 @@ LEADING = re.compile(r"[ │•]*(?:【[^\n【】]*】|\d{1,4}[.)、）]|[•☐
 
 def end_before_leading(text: str) -> int:
     """Return where a text ends without the headings and list marks at its end."""
-    before = max(0, len(text) - 2 * MAX_LEADING)
-    end_of = text[before:]
-    end = len(end_of)
-    while end > len(end_of) - MAX_LEADING:
-        last = len(end_of[:end].rstrip())
-        begin = end_of.rfind("\n", 0, last) + 1
-        if not LEADING.fullmatch(end_of, begin, last):
-            return before + end
-        end = begin
-    return before + end if before + end <= 0 else len(text)
+    kept = tail = text[-2 * MAX_LEADING :]
+    while len(tail) - len(kept) < MAX_LEADING:
+        above, newline, last = kept.rstrip().rpartition("\n")
+        if not LEADING.fullmatch(last):
+            return len(text) - len(tail) + len(kept)
+        kept = above + newline
+    return len(text)
 
 
 class ChatText:
@@ -2342,9 +2339,12 @@ def markdown_length(markdown: str, chat_length: int) -> int:
 
 # A line that ends with an abbreviation or a number, not with a sentence.
 UNFINISHED = re.compile(r"(?:.*\W)?(?:No|Dr|Mr|Mrs|Ms|St|Prof|Fig|vs|第 ?\d{1,4})\.")
-RECORD = re.compile(r"【[^\n]*】(?:\n[^\n：]*+：[^\n]*+)*+")
-TABLE_ROW = re.compile(r"[^\n]*｜[^\n]*")
-SHOWN_URL = re.compile(r"https?://[^\s（），。；：！？、】》」”’]+")
+# What a cut does not tear: an address; a record, or a row of a table, that fits.
+SHOWN_URL = re.compile(r"https?://[^\s（），。；：！？、】》」』”’]+")
+RECORD_OR_ROW = re.compile(
+    r"(?:\A|(?<=\n\n))【[^\n]*】(?:\n[^\n：]*+：[^\n]*+)++(?=\n\n|\Z)"
+    r"|(?m:^(?!【)[^\n｜]*+｜[^\n]*+$)"
+)
 FLAG = "".join(map(chr, range(0x1F1E6, 0x1F200)))  # two of these letters are one
 # Joiners and what they bind, colours of skin, the flags of regions.
 EMOJI_TAIL = re.compile("(?<=\u200d)|[\u200d🏻-🏿\U000e0020-\U000e007f]")
@@ -2353,13 +2353,19 @@ PAUSE = (  # not where a formula may be
     rf"|(?<={CJK.pattern})(?={CJK.pattern})"
 )
 # Where a part may end, best first, each with how much of the room must be filled.
-BLOCK_END = r"\n\n+", 1 / 2
-OTHER_ENDS = [
+PART_ENDS = [
+    (r"\n\n+", 1 / 2),
     (r"\n+", 1 / 3),
     (rf"(?:{SENTENCE_END.pattern}) *", 1 / 4),
     (PAUSE, 1 / 4),
-    (r"(?s).(?<!\0(?=\0))", 0.0),  # any character outside an address
+    (r"(?s).(?<!\0(?=\0))", 0.0),  # any character outside what is not torn
 ]
+
+
+def joins_last(char: str) -> bool:
+    """Say whether a character may merge into the one before: accents, Hangul, kana."""
+    first = unicodedata.normalize("NFKD", char)[0]
+    return unicodedata.category(first)[0] == "M" or "\u1160" <= first <= "\u11ff"
 
 
 def tears_character(text: str, at: int) -> bool:
@@ -2367,8 +2373,7 @@ def tears_character(text: str, at: int) -> bool:
     after = text[at : at + 1] or "\n"
     flags = at - len(text[:at].rstrip(FLAG))
     is_in_flag = after in FLAG and flags % 2 == 1
-    is_accent = unicodedata.category(after)[0] == "M"
-    return is_in_flag or is_accent or EMOJI_TAIL.match(text, at) is not None
+    return is_in_flag or joins_last(after) or EMOJI_TAIL.match(text, at) is not None
 
 
 def last_end(pattern: str, least: float, text: str, most: int) -> int:
@@ -2383,18 +2388,6 @@ def last_end(pattern: str, least: float, text: str, most: int) -> int:
     return 0
 
 
-def torn_begin(text: str, at: int, room: int) -> int:
-    """Return where the record or table row begins that a cut would tear, or 0."""
-    for blank, kind in (("\n\n", RECORD), ("\n", TABLE_ROW)):
-        begin = text.rfind(blank, 0, at) + len(blank)
-        piece = text[begin : begin + room + len(blank)].partition(blank)[0]
-        is_known = begin >= len(blank) and kind.fullmatch(piece)
-        if is_known and size_of(piece) <= room:
-            if end := end_before_leading(text[:begin]):
-                return end
-    return 0
-
-
 def cut_text(text: str, room: int) -> int:
     """Return where the part that begins a text ends, at most `room` bytes of UTF-8."""
     most = len(text[:room].encode()[:room].decode(errors="ignore"))
@@ -2402,10 +2395,12 @@ def cut_text(text: str, room: int) -> int:
         return most
     text = text[: most + room]
     masked = SHOWN_URL.sub(lambda url: "\0" * len(url[0]), text)
-    end = last_end(*BLOCK_END, masked, most) or torn_begin(text, most, room)
-    for pattern, least in OTHER_ENDS:
-        end = end or last_end(pattern, least, masked, most)
-    return end or most
+    masked = RECORD_OR_ROW.sub(
+        lambda kept: "\0" * len(kept[0]) if size_of(kept[0]) <= room else kept[0],
+        masked,
+    )
+    ends = (last_end(pattern, least, masked, most) for pattern, least in PART_ENDS)
+    return next(filter(None, ends), most)
 
 
 # --- Blocked words
@@ -2437,21 +2432,11 @@ CHAT_ONLY = re.compile(
 )
 
 
-def combines(before: str, after: str) -> bool:
-    """Say whether a character merges into the one before: accents, Hangul, kana."""
-    if after < "\u0300" or "\u3400" <= after <= "\u9fff":
-        return False
-    alone = [unicodedata.normalize("NFKC", text) for text in (before, after)]
-    together = unicodedata.normalize("NFKC", before + after)
-    first = unicodedata.normalize("NFKD", after)[0]
-    return unicodedata.combining(first) > 0 or together != "".join(alone)
-
-
 def clusters(text: str) -> Iterator[str]:
     """Yield each character, or entity, with the marks that change it."""
     cluster = ""
     for sign in ENTITY_OR_CHARACTER.findall(text):
-        if len(cluster) > MARKS_IN_A_ROW or cluster and not combines(cluster, sign):
+        if len(cluster) > MARKS_IN_A_ROW or cluster and not joins_last(sign):
             yield cluster
             cluster = ""
         cluster += sign
