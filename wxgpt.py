@@ -1389,6 +1389,8 @@ TAGS = {"link": "a", "paragraph": "p", "list_item": "li"}
 TAGS |= {"ordered_list": "ol", "bullet_list": "ul"}
 EMPHASIS = {"*": ("em",), "**": ("strong",), "***": ("strong", "em"), "~~": ("s",)}
 ENTITY = r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z][a-z0-9]{1,31});"
+# Of a link: words, maybe with brackets or a picture in them.
+LABEL = r"(?:!\[[^\[\]\n]*\]\([^()\n]*\)|[^\[\]\n]|\[[^\[\]\n]*\](?!\())*+"
 # The first that matches counts; it is read by the method of its name: `read_code`.
 INLINE_MARKS = {
     "newline": r"\n",
@@ -1398,9 +1400,12 @@ INLINE_MARKS = {
     "stars": r"\*+|＊+|~~+",
     "dollars": r"(?<![0-9A-Za-z])\$(?![\s$])"  # in a line, but not `从 $5 涨到 $10`
     r"(?P<latex>[^$\n。！？]{0,299}?[^\s$\\。！？])\$(?![0-9A-Za-z_${])",
-    "open": r"`+|(?<![0-9A-Za-z])\$(?!\s)",
-    "label": r"!?\[",
-    "link": r"\]",
+    "link": rf"(?P<picture>!?)\[(?P<label>{LABEL})\]"
+    r"(?u:\([ \t]*(?:<(?P<whole>[^<>\n]*)>|(?P<plain>(?:[^\s()<>]++|\([^\s()]*+\))*+))"
+    r"(?:[ \t]+(?P<title>\"[^\"\n]*\"|'[^'\n]*'|\([^()\n]*\)))?[ \t]*\))",
+    # Nothing comes behind it yet but what may become code, a link or a formula.
+    "open": r"`++(?=.{0,999}+\Z)|(?<![0-9A-Za-z])\$(?!\s)(?=[^\n。！？]{0,999}+\Z)"
+    rf"|!?\[(?={LABEL}(?:!?\[[^\[\]\n]*+)?(?:\](?:\(.*+)?)?\Z)",
     "url": r"<(?:https?://|mailto:)[^\s<>]+>|<[\w.+-]+@[\w-]+(?:\.[\w-]+)+>"
     r"|https?://[\w./?#%&=+~:;@!$',*()-]+",
     "tag": r"<(?P<closes>/?)(?P<name>br|b|i|u|em|strong|span|div|p|center|font|mark"
@@ -1411,10 +1416,6 @@ INLINE_MARKS = {
 MARK = re.compile(
     "|".join(f"(?P<{name}>{pattern})" for name, pattern in INLINE_MARKS.items()),
     re.IGNORECASE | re.ASCII,
-)
-LINK = re.compile(  # after a label: an address in round brackets, maybe with a title
-    r"\([ \t]*(?:<(?P<whole>[^<>\n]*)>|(?P<plain>(?:[^\s()<>]++|\([^\s()]*+\))*+))"
-    r"(?:[ \t]+(?P<title>\"[^\"\n]*\"|'[^'\n]*'|\([^()\n]*\)))?[ \t]*\)"
 )
 ADDRESS = re.compile(r"https?://|ftp://|mailto:|tel:|#", re.IGNORECASE)
 CLOSERS = {"$": "$", "$$": "$$", "\\(": "\\)", "\\[": "\\]"}
@@ -1504,8 +1505,8 @@ class InlineReader:
             self.openers.append(Opener(mark, len(self.tokens), end, is_doubtful))
         self.add_text(text)
 
-    def find(self, *marks: str) -> Opener | None:
-        return next((o for o in reversed(self.openers) if o.mark in marks), None)
+    def find(self, mark: str) -> Opener | None:
+        return next((o for o in reversed(self.openers) if o.mark == mark), None)
 
     def close(self, opener: Opener, *names: str) -> None:
         """Pair an open mark with the one just read; marks open in between are text."""
@@ -1566,11 +1567,7 @@ class InlineReader:
         return mark.start() + 1
 
     def read_open(self, mark: re.Match[str]) -> int:
-        """Wait for the other end of code or a formula, if it may come in this line."""
-        rest = self.text[mark.end() : mark.end() + 1000]
-        ends = "[\n。！？]" if mark[0] == "$" else "\n"
-        if len(rest) < 1000 and not re.search(ends, rest):
-            self.hold()
+        self.hold()
         return 0
 
     def read_formula(self, mark: re.Match[str]) -> int:
@@ -1601,37 +1598,27 @@ class InlineReader:
         self.add_text(self.text[mark.end()])
         return mark.end() + 1
 
-    def read_label(self, mark: re.Match[str]) -> int:
-        self.open(mark[0], mark[0], mark.end())
-        return mark.end()
-
     def read_link(self, mark: re.Match[str]) -> int:
-        """Read a link or picture at the end of its label."""
-        opener = self.find("[", "![")
-        if opener is None:
-            return 0
-        end = mark.end()
-        found = LINK.match(self.text, end)
-        if not found and self.text.startswith("(", end) and "\n" not in self.text[end:]:
-            self.hold()
-        url = (found["whole"] or found["plain"] or "") if found else ""
-        before = self.text[opener.end - len(opener.mark) - 1]
+        """Read a link or a picture."""
+        url = mark["whole"] or mark["plain"] or ""
+        before, is_picture = self.text[mark.start() - 1], mark["picture"] == "!"
         is_path = ":" not in url and re.search("[./]", url)  # not so `arr[0](x.y)`
-        is_data = opener.mark == "![" and url.lower().startswith("data:image/")
-        is_link = ADDRESS.match(url) or is_path and shape(before) not in "x_" or is_data
-        if not found or not is_link:
-            self.openers.remove(opener)
-            return 0
-        self.close(opener, "link")
-        opening, *label, _ = self.tokens[opener.index :]
-        opening.attrs = {"href": url}
-        if found["title"]:
-            opening.attrs["title"] = found["title"][1:-1]
-        if opener.mark == "![":
-            del self.tokens[opener.index :]
-            attrs, source = {"src": url, "alt": ""}, self.text[opener.end : end - 1]
-            self.add("image", "img", attrs=attrs, children=label, content=source)
-        return found.end()
+        is_data = is_picture and url.lower().startswith("data:image/")
+        if not (ADDRESS.match(url) or is_path and shape(before) not in "x_" or is_data):
+            self.add_text(mark["picture"] + "[")
+            return mark.start("label")
+        inside = InlineReader(mark["label"], "[", is_whole=True)
+        inside.read()  # but no link is inside a link
+        label = [token for token in inside.tokens if token.tag != "a"]
+        if is_picture:
+            attrs = {"src": url, "alt": ""}
+            self.add("image", "img", attrs=attrs, children=label, content=mark["label"])
+            return mark.end()
+        title = {"title": mark["title"][1:-1]} if mark["title"] else {}
+        self.add("link_open", "a", 1, attrs={"href": url} | title)
+        self.tokens += label
+        self.add("link_close", "a", -1)
+        return mark.end()
 
     def read_url(self, mark: re.Match[str]) -> int:
         """Read an address, bare or in angle brackets."""
@@ -1640,9 +1627,6 @@ class InlineReader:
             url = url[:-1].rstrip("*.,;:!?'~")
         end = mark.start() + len(url)
         label = re.sub("(?i)^<(?:mailto:)?|>$", "", url)
-        if self.find("["):  # no link inside a link
-            self.add_text(label)
-            return end
         href = label if "://" in label else f"mailto:{label}"
         self.add("link_open", "a", 1, attrs={"href": href}, markup="autolink")
         self.add_text(label)
