@@ -1333,11 +1333,10 @@ def formula_mathml(latex: str, is_block: bool) -> str | None:
 # ---------------------------------------------------------------------------
 # 5. Chat text
 #
-# A model writes Markdown; WeChat shows plain text. Only what is certain to be markup is
-# changed: a mark that may be text is text, in the chat and on the page, which are both
-# written from the same markdown-it tokens. General Markdown parsers need a whole
-# document. Here a line's kind is decided once, when the line is complete, so the chat
-# text of a growing answer only gets longer, and a part of the answer is a slice of it.
+# Only what is certain to be markup is changed: a mark that may be text is text, in the
+# chat and on the page, which are written from the same markdown-it tokens. What a line
+# is, is decided once, when it is complete: so the chat text of a growing answer only
+# gets longer, and a part of the answer is a slice of it.
 # ---------------------------------------------------------------------------
 
 CJK = re.compile(
@@ -1354,10 +1353,9 @@ SENTENCE_END = re.compile(
 
 # --- When stars are emphasis
 #
-# CommonMark looks at white space and punctuation around a run of stars. Here a run must
-# also not be an operator, a wildcard, or part of a name: `2**3`, `(a+b)**2`,
-# `单价*数量`, `*.log`, `**kwargs`, `/*…*/`. The patterns match the two characters
-# around the stars, where 字 stands for any CJK letter, x for any other letter or digit.
+# Unlike in CommonMark, they must be no operator, no wildcard and no part of a name:
+# `2**3`, `单价*数量`, `*.log`, `**kwargs`, `/*…*/`. The patterns match the signs before
+# and after them; 字 stands for any CJK letter, x for any other letter or digit.
 
 DOUBLE_OPENS = re.compile(
     r"(?![x_)\]}][x_([{+.=-]).[^ ，。：；！？、）】》」』”’,;:!?)\]}/]"
@@ -1780,9 +1778,6 @@ class MarkdownReader:
     def feed(self, text: str) -> None:
         """Read what has been added to the text."""
         text = ILLEGAL.sub("", text)
-        if not text.strip(" \t-*") and not self.is_in_line:
-            self.rest += text  # blanks and rules: nothing can be told by them
-            return
         *lines, self.rest = (self.rest + text).split("\n")
         for line in lines:
             self.read_line(line.removesuffix("\r"))
@@ -2117,9 +2112,7 @@ class ChatWriter:
         self.is_empty = True  # nothing has been written
         self.newlines = 0  # before the next text
         self.spaces = ""  # before the next text, if it is on the same line
-        self.prefixes: list[
-            str
-        ] = []  # of open quotes and items; marks are written once
+        self.prefixes: list[str] = []  # of open quotes and items, marks only once
         self.captured: list[str] | None = None  # of a heading, or a row's cells
         self.columns: list[str] = []  # of the table's header
         self.is_wide = False  # the table is written as records
@@ -2360,16 +2353,12 @@ def tears_character(text: str, at: int) -> bool:
     return is_in_flag or joins_last(after) or EMOJI_TAIL.match(text, at) is not None
 
 
-def last_end(pattern: str, least: float, text: str, most: int) -> int:
-    """Return the last end between least * most and most where a part may end, or 0."""
-    ends = [match.end() for match in re.finditer(pattern, text[: most + 1])]
-    for end in reversed(ends):
-        line = text[:end].rstrip().rpartition("\n")[2]
-        if not least * most <= end <= most or not line or UNFINISHED.fullmatch(line):
-            continue
-        if end_before_leading(text[:end]) == end and not tears_character(text, end):
-            return end
-    return 0
+def may_end(text: str, end: int) -> bool:
+    """Say whether a part may end here, behind a sentence or a line that is whole."""
+    line = text[:end].rstrip().rpartition("\n")[2]
+    is_sentence = line != "" and not UNFINISHED.fullmatch(line)
+    is_last = is_sentence and end_before_leading(text[:end]) == end
+    return is_last and not tears_character(text, end)
 
 
 def cut_text(text: str, room: int) -> int:
@@ -2377,14 +2366,17 @@ def cut_text(text: str, room: int) -> int:
     most = len(text[:room].encode()[:room].decode(errors="ignore"))
     if most == len(text):
         return most
-    text = text[: most + room]
-    masked = SHOWN_URL.sub(lambda url: "\0" * len(url[0]), text)
+    masked = SHOWN_URL.sub(lambda url: "\0" * len(url[0]), text[: most + room])
     masked = RECORD_OR_ROW.sub(
         lambda kept: "\0" * len(kept[0]) if size_of(kept[0]) <= room else kept[0],
         masked,
     )
-    ends = (last_end(pattern, least, masked, most) for pattern, least in PART_ENDS)
-    return next(filter(None, ends), most)
+    for pattern, least in PART_ENDS:
+        ends = [found.end() for found in re.finditer(pattern, masked[: most + 1])]
+        for end in reversed(ends):
+            if least * most <= end <= most and may_end(masked, end):
+                return end
+    return most
 
 
 # --- Blocked words
