@@ -2239,7 +2239,6 @@ class ChatText:
         self.kinds: collections.Counter[str] = collections.Counter()  # of its tokens
         self.unread = markdown  # read in bulk: the text is rarely asked for
         self.shown = ""
-        self.stable: str | None = ""  # what of that is final; None: not known
 
     def feed(self, delta: str) -> None:
         """Add what the model has written."""
@@ -2260,9 +2259,7 @@ class ChatText:
             self.writer.write(token)
             self.kinds.update([token.type, *(t.type for t in token.children or [])])
         self.reader.tokens.clear()
-        if self.writer.out:
-            self.shown += "".join(self.writer.out)
-            self.stable = None
+        self.shown += "".join(self.writer.out)
         self.writer.out.clear()
 
     def text(self, has_ended: bool) -> str:
@@ -2272,9 +2269,7 @@ class ChatText:
             self.reader.finish()
             self.write()
             return self.shown
-        if self.stable is None:
-            self.stable = self.shown[: end_before_leading(self.shown)]
-        return self.stable
+        return self.shown[: end_before_leading(self.shown)]
 
     def has_more_on_page(self) -> bool:
         """Say whether the page shows more: code, a table, formulas, pictures, links."""
