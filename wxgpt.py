@@ -2334,7 +2334,7 @@ PART_ENDS = [
 ]
 
 
-def joins_last(char: str) -> bool:
+def is_combining(char: str) -> bool:
     """Say whether a character may merge into the one before: accents, Hangul, kana."""
     first = unicodedata.normalize("NFKD", char)[0]
     return unicodedata.category(first)[0] == "M" or "\u1160" <= first <= "\u11ff"
@@ -2345,7 +2345,7 @@ def tears_character(text: str, at: int) -> bool:
     after = text[at : at + 1] or "\n"
     flags = at - len(text[:at].rstrip(FLAG))
     is_in_flag = after in FLAG and flags % 2 == 1
-    return is_in_flag or joins_last(after) or EMOJI_TAIL.match(text, at) is not None
+    return is_in_flag or is_combining(after) or EMOJI_TAIL.match(text, at) is not None
 
 
 def may_end(text: str, end: int) -> bool:
@@ -2407,7 +2407,7 @@ def clusters(text: str) -> Iterator[str]:
     """Yield each character, or entity, with the marks that change it."""
     cluster = ""
     for sign in ENTITY_OR_CHARACTER.findall(text):
-        if len(cluster) > MARKS_IN_A_ROW or cluster and not joins_last(sign):
+        if len(cluster) > MARKS_IN_A_ROW or cluster and not is_combining(sign):
             yield cluster
             cluster = ""
         cluster += sign
