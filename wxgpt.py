@@ -955,10 +955,11 @@ def with_taps(text: str, names: typing.Iterable[str]) -> str:
 # Rewriting rules reduce LaTeX to a smaller LaTeX. One pass over its tokens turns that
 # into pieces of text, which are joined with the brackets and spaces that keep the
 # meaning. Anything unknown raises ValueError, and the formula is shown as written.
-# latex2mathml names the symbols and writes the pages' MathML; it is never given what
-# was refused here.
+# pages/formulas.toml has the rules and the commands. latex2mathml names the symbols and
+# writes the pages' MathML; it is never given what was refused here.
 # ---------------------------------------------------------------------------
 
+FORMULAS = pathlib.Path(__file__).parent / "pages" / "formulas.toml"
 SUPERSCRIPTS = str.maketrans(
     "0123456789+−=()abcdefghijklmnoprstuvwxyzABDEGHIJKLMNOPRTUVW′∘",
     "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖʳˢᵗᵘᵛʷˣʸᶻᴬᴮᴰᴱᴳᴴᴵᴶᴷᴸᴹᴺᴼᴾᴿᵀᵁⱽᵂ′°",
@@ -1020,20 +1021,12 @@ def accented_text(accent: str, text: str) -> str:
     return re.sub("(.)", rf"\1{accent}", text) if is_vector else f"({text}){accent}"
 
 
-PREFERRED_SIGNS = dict(  # where the table's sign is rare on phones, or another letter
-    pair.split("=")
-    for pair in "leqslant=≤ geqslant=≥ implies=⇒ Longrightarrow=⇒ impliedby=⇐ iff=⇔"
-    " Longleftrightarrow=⇔ longrightarrow=→ dotsb=⋯ epsilon=ε phi=φ perp=⊥ sim=∼ mid=|"
-    " setminus=∖ square=□".split()
-)
-
-
 def symbol_text(name: str) -> str:
     """Return the character that a command stands for; raise ValueError if none."""
     from latex2mathml.symbols_parser import convert_symbol  # slow, so not at start
 
     code = convert_symbol("\\" + name) or ""
-    char = PREFERRED_SIGNS.get(name) or chr(int(code, 16) if code.isalnum() else 0)
+    char = chr(int(code, 16) if code.isalnum() else 0)
     if unicodedata.category(char)[0] in "MCZ" or char in "√\\":
         raise ValueError(f"unknown command {name}")
     return char
@@ -1045,46 +1038,33 @@ def alphabet_text(alphabet: str, text: str) -> str:
     return symbol_text(f"{alphabet}{{{text}}}") if is_letter else bracketed(text)
 
 
-# A command's arguments, the kind of piece it makes, and the function that writes it.
-# Arguments: m is mathematics on one line, M on any number of lines; o is optional, in
-# square brackets; t is words.
-FORMULA_COMMANDS: dict[str, tuple[str, str, Callable[..., str]]] = {
-    name: (arguments, kind, write)
-    for names, arguments, kind, write in (
-        ("frac dfrac tfrac cfrac", "mm", "fraction", fraction_text),
-        ("sqrt", "om", "root", root_text),
-        ("binom dbinom tbinom", "mm", "", "C({}, {})".format),
-        ("boxed", "M", "box", str),
-        ("operatorname", "m", "name", str),
-        ("text textrm textit textbf texttt mbox hbox", "t", "", str),
-        ("tag", "t", "", "  ({})".format),
-        ("quad qquad", "", "", "  ".format),
-        ("bmod mod", "", "", " mod ".format),
-        ("pmod", "m", "", " (mod {})".format),
-        ("xrightarrow", "om", "", " —{}{}→ ".format),
-        ("hline", "", "", "———\n".format),
-        ("\\", "", "", "\n".format),
-        ("overset stackrel", "mm", "", functools.partial(script_text, "^")),
-        ("underset", "mm", "", functools.partial(script_text, "_")),
-        ("overbrace underbrace", "m", "", bracketed),
-        ("mathbf boldsymbol bm", "m", "", functools.partial(alphabet_text, "mathbf")),
-        ("mathcal mathscr", "m", "", functools.partial(alphabet_text, "mathcal")),
-        ("mathbb", "m", "", functools.partial(alphabet_text, "mathbb")),
-        ("not", "m", "symbol", lambda s: unicodedata.normalize("NFC", s + "\u0338")),
-        ("vec overrightarrow", "m", "", functools.partial(accented_text, "\u20d7")),
-        ("hat widehat", "m", "", functools.partial(accented_text, "\u0302")),
-        ("tilde widetilde", "m", "", functools.partial(accented_text, "\u0303")),
-        ("bar overline", "m", "", functools.partial(accented_text, "\u0304")),
-        ("dot", "m", "", functools.partial(accented_text, "\u0307")),
-        ("ddot", "m", "", functools.partial(accented_text, "\u0308")),
-    )
-    for name in names.split()
-}
-FORMULA_NAMES = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh coth ln lg log exp max"
-    " min sup inf lim limsup liminf det dim ker deg gcd Pr argmax argmin".split()
-)
-LARGE_SIGNS = "∑∏∐∫∬∭∮∯⋃⋂⨁⨂"
+@functools.cache
+def formula_rules() -> dict[str, typing.Any]:
+    """Return the tables of formulas.toml, which explains them; raise ConfigError."""
+    return read_toml(FORMULAS)
+
+
+@functools.cache
+def formula_commands() -> dict[str, tuple[str, Callable[..., str], str]]:
+    """Return the arguments of each command, what writes it, and its kind of piece."""
+    rules = formula_rules()
+    commands: dict[str, tuple[str, Callable[..., str], str]] = {
+        "frac": ("mm", fraction_text, "fraction"),
+        "sqrt": ("om", root_text, "root"),
+        "overset": ("mm", functools.partial(script_text, "^"), ""),
+        "underset": ("mm", functools.partial(script_text, "_"), ""),
+        "overbrace": ("m", bracketed, ""),
+        "not": ("m", lambda s: unicodedata.normalize("NFC", s + "\u0338"), "symbol"),
+    }
+    for name, (arguments, text, kind) in rules["commands"].items():
+        commands[name] = arguments, text.format, kind
+    for name in rules["names"].split():
+        commands[name] = "", name.format, "name"
+    for name in rules["alphabets"].split():
+        commands[name] = "m", functools.partial(alphabet_text, name), ""
+    for name, accent in rules["accents"].items():
+        commands[name] = "m", functools.partial(accented_text, accent), ""
+    return commands
 
 
 @dataclass(frozen=True, slots=True)
@@ -1148,10 +1128,6 @@ def render_pieces(pieces: list[Piece]) -> str:
 
 
 MAX_FORMULA_NESTING = 30  # a fraction in a fraction takes two; real ones stay under 12
-# What stands before an environment, after it, and between its rows.
-ENVIRONMENTS = dict.fromkeys(("align*", "cases", "array"), ("", "", "\n"))
-ENVIRONMENTS |= dict.fromkeys(("matrix", "pmatrix", "bmatrix"), ("[", "]", "; "))
-ENVIRONMENTS |= {"vmatrix": ("|", "|", "; "), "Vmatrix": ("‖", "‖", "; ")}
 LATEX_TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\s+|.", re.S)
 LATEX_SPACES = ("~", "\\ ", "\\,", "\\:", "\\;", "\\>")
 
@@ -1245,7 +1221,7 @@ class FormulaReader:
         if self.depth > MAX_FORMULA_NESTING:
             raise ValueError("nested too deep")
         token = self.take_sign()
-        name = token[1:]
+        name = formula_rules()["same"].get(token[1:], token[1:])
         if token in ("{", "$"):  # a bare tabular holds words and $
             pieces = self.row("}" if token == "{" else "$")
         elif token in tuple("}&^_#\\"):
@@ -1253,10 +1229,8 @@ class FormulaReader:
         elif token[0] != "\\":
             is_minus = token == "-" and self.tokens[-1] != ">"  # "->" is an arrow
             pieces = [Piece("−" if is_minus else token)]
-        elif name in FORMULA_NAMES:
-            pieces = [Piece(name, "name")]
-        elif name in FORMULA_COMMANDS:
-            arguments, kind, write = FORMULA_COMMANDS[name]
+        elif name in formula_commands():
+            arguments, write, kind = formula_commands()[name]
             pieces = [Piece(write(*map(self.argument, arguments)), kind)]
         elif name == "mathrm":
             pieces = self.pieces()
@@ -1264,7 +1238,8 @@ class FormulaReader:
             pieces = [Piece(self.environment())]
         else:
             char = symbol_text(name)
-            pieces = [Piece(char, "large" if char in LARGE_SIGNS else "symbol")]
+            is_large = char in formula_rules()["large_signs"]
+            pieces = [Piece(char, "large" if is_large else "symbol")]
         self.depth -= 1
         return pieces
 
@@ -1296,58 +1271,24 @@ class FormulaReader:
                 line = re.sub(r"(?<![,，])\t(?![=<>≤≥≠+−])", ",\t", line)
                 row[:] = [line.replace("\t", " ")]
         lines = [gap.join(row).rstrip() for row in rows]
-        opening, closing, end = ENVIRONMENTS[name]
+        opening, closing, end = formula_rules()["environments"][name]
         return opening + re.sub("———,? ", "———\n", end.join(lines)) + closing
 
 
-LATEX_ARRAY = (
-    r"\\begin\{(?:array\}\s*\{[^{}]*|aligned)\}([\s\S]*?)\\end\{(?:array|aligned)\}"
-)
-LATEX_LOOKS = (  # they change how the same signs look, or number them
-    r"\\(?:displaystyle|textstyle|limits|nolimits|nonumber|notag|middle|[bB]igg?[lrm]?"
-    r"|mathop|rm|bf|underline|!)(?![A-Za-z])|\\(?:label|[hv]space|(?:text)?color)\*?\s*\{[^{}]*\}"
-)
-LATEX_REWRITES = (
-    (rf"\\left *\\\{{\s*{LATEX_ARRAY}\s*\\right *\.", r"\\begin{cases}\1\\end{cases}"),
-    (rf"\\left *\|\s*{LATEX_ARRAY}\s*\\right *\|", r"\\begin{vmatrix}\1\\end{vmatrix}"),
-    (
-        rf"\\left *[(\[]\s*{LATEX_ARRAY}\s*\\right *[)\]]",
-        r"\\begin{bmatrix}\1\\end{bmatrix}",
-    ),
-    (r"\\left *([(\[|])\s*", r"\1"),
-    (r"(?<!\\)\s*\\right(?![A-Za-z]) *\.?|\\left(?![A-Za-z]) *\.?", ""),
-    (r"(\\\\)(?:\[-?[\d.]* ?[a-z]{2}\])?|" + LATEX_LOOKS, r"\1"),
-    (r"\\cline\s*\{[^{}]*\}", r"\\hline "),
-    (r"\\(operatorname|tag)\*", r"\\\1"),
-    (r"\\arg(?![A-Za-z])", r"\\operatorname{arg}"),
-    (r"\\mathrm\s*(?=\{[A-Za-z]{2,}\})", r"\\text"),
-    (r"\{(?:align(?:ed)?|gather(?:ed)?|split|eqnarray|equation)\*?\}", "{align*}"),
-    (r"\{[dr]cases\}", "{cases}"),
-    (r"\{tabular\}", "{array}"),
-    (r"&\s*(?=\\end\b)", "&{}"),  # or latex2mathml drops the last row
-    (r"(?<!\\)\s+(?=[_^])", ""),
-    (r"([_^])(\d\d+)", r"\1{\2}"),  # TeX takes the first digit; the author meant all
-    (r"(?<!\\)%", r"\\%"),  # no comments in an answer
-    (r"(\\text\s*\{[^{}$]*)\$([^$]*)\$", r"\1}\2\\text{"),  # $ opens mathematics
-)
-
-
-def reaction_source(match: re.Match[str]) -> str:
-    """Write chemistry as mathematics: 2H2 + O2 -> 2H2O, SO4^2-."""
-    charge = r"\^\{?(\d*[+-])\}?|(?<=[A-Za-z\d)\]])([+-])(?=\s|$)"
-    source = re.sub(charge, r"^{\1\2}", match[1])
-    source = re.sub(r"(?<=[A-Za-z)\]])(\d+)", r"_{\1}", source)
-    source = re.sub(r"->\[([^][]*)\]", r"\\xrightarrow{\1}", source)
-    source = re.sub(r" v(?=\s|$)", "↓", source)
-    return rf"\mathrm{{{source}}}".replace("<=>", "⇌").replace("->", "→")
+def rewritten(latex: str, rules: str) -> str:
+    for pattern, replacement in formula_rules()["rewrites"][rules]:
+        latex = re.sub(pattern, replacement, latex, flags=re.A)
+    return latex
 
 
 def simpler_latex(latex: str) -> str:
     """Rewrite LaTeX with fewer commands, in a form that latex2mathml reads."""
-    latex = re.sub(r"\\ce\s*\{((?:[^{}]|\{[^{}]*\})*)\}", reaction_source, latex)
-    for pattern, replacement in LATEX_REWRITES:
-        latex = re.sub(pattern, replacement, latex, flags=re.A)
-    return latex.strip()
+    latex = re.sub(
+        r"\\ce\s*\{((?:[^{}]|\{[^{}]*\})*)\}",
+        lambda reaction: rf"\mathrm{{{rewritten(reaction[1], 'chemistry')}}}",
+        latex,
+    )
+    return rewritten(latex, "latex").strip()
 
 
 MAX_FORMULA_CHARS = 1500  # fifteen full lines of an aligned block; longest seen: 679
@@ -1365,16 +1306,6 @@ def formula_text(latex: str) -> str | None:
     return text.strip() or None
 
 
-MATHML_TAGS = (
-    "math mrow mi mn mo mtext mspace mfrac msqrt mroot msub msup msubsup munder mover"
-    " munderover mtable mtr mtd mstyle mpadded menclose"
-).split()
-MATHML_ATTRIBUTES = set(  # no style, class, href, events; colours are the page's
-    "display xmlns stretchy fence form accent linethickness width height depth lspace"
-    " voffset columnalign columnlines rowlines notation mathvariant".split()
-)
-
-
 def formula_mathml(latex: str, is_block: bool) -> str | None:
     """Return a formula as one <math> element, or None if its meaning would change."""
     text = formula_text(latex)
@@ -1387,13 +1318,14 @@ def formula_mathml(latex: str, is_block: bool) -> str | None:
         tree = converter.convert_to_element(simpler_latex(latex))
     except Exception:  # it breaks in many ways, some of them its own
         return None
+    allowed = formula_rules()["mathml"]
     for node in tree.iter():
         reference = r"&#x([0-9A-F]{2,6});"
         node.text = re.sub(reference, lambda m: chr(int(m[1], 16)), node.text or "")
         is_strange = "\\" in node.text or ILLEGAL.search(node.text)
-        if is_strange or node.tag not in MATHML_TAGS:
+        if is_strange or node.tag not in allowed["tags"]:
             return None
-        for name in node.attrib.keys() - MATHML_ATTRIBUTES:
+        for name in node.attrib.keys() - allowed["attributes"]:
             del node.attrib[name]
     written = "".join(tree.itertext()), text.replace("∛", "3").replace("∜", "4")
     forms = (unicodedata.normalize("NFKC", form) for form in written)
@@ -1407,11 +1339,10 @@ def formula_mathml(latex: str, is_block: bool) -> str | None:
 # ---------------------------------------------------------------------------
 # 5. Chat text
 #
-# A model writes Markdown; WeChat shows plain text. Only what is certain to be markup is
-# changed: a mark that may be text is text, in the chat and on the page, which are both
-# written from the same markdown-it tokens. General Markdown parsers need a whole
-# document. Here a line's kind is decided once, when the line is complete, so the chat
-# text of a growing answer only gets longer, and a part of the answer is a slice of it.
+# Only what is certain to be markup is changed: a mark that may be text is text, in the
+# chat and on the page, which are written from the same markdown-it tokens. What a line
+# is, is decided once, when it is complete: so the chat text of a growing answer only
+# gets longer, and a part of the answer is a slice of it.
 # ---------------------------------------------------------------------------
 
 CJK = re.compile(
@@ -1428,10 +1359,9 @@ SENTENCE_END = re.compile(
 
 # --- When stars are emphasis
 #
-# CommonMark looks at white space and punctuation around a run of stars. Here a run must
-# also not be an operator, a wildcard, or part of a name: `2**3`, `(a+b)**2`,
-# `单价*数量`, `*.log`, `**kwargs`, `/*…*/`. The patterns match the two characters
-# around the stars, where 字 stands for any CJK letter, x for any other letter or digit.
+# Unlike in CommonMark, they must be no operator, no wildcard and no part of a name:
+# `2**3`, `单价*数量`, `*.log`, `**kwargs`, `/*…*/`. The patterns match the signs before
+# and after them; 字 stands for any CJK letter, x for any other letter or digit.
 
 DOUBLE_OPENS = re.compile(
     r"(?![x_)\]}][x_([{+.=-]).[^ ，。：；！？、）】》」』”’,;:!?)\]}/]"
@@ -1463,6 +1393,8 @@ TAGS = {"link": "a", "paragraph": "p", "list_item": "li"}
 TAGS |= {"ordered_list": "ol", "bullet_list": "ul"}
 EMPHASIS = {"*": ("em",), "**": ("strong",), "***": ("strong", "em"), "~~": ("s",)}
 ENTITY = r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z][a-z0-9]{1,31});"
+# Of a link: words, maybe with brackets or a picture in them.
+LABEL = r"(?:!\[[^\[\]\n]*\]\([^()\n]*\)|[^\[\]\n]|\[[^\[\]\n]*\](?!\())*+"
 # The first that matches counts; it is read by the method of its name: `read_code`.
 INLINE_MARKS = {
     "newline": r"\n",
@@ -1472,9 +1404,12 @@ INLINE_MARKS = {
     "stars": r"\*+|＊+|~~+",
     "dollars": r"(?<![0-9A-Za-z])\$(?![\s$])"  # in a line, but not `从 $5 涨到 $10`
     r"(?P<latex>[^$\n。！？]{0,299}?[^\s$\\。！？])\$(?![0-9A-Za-z_${])",
-    "open": r"`+|(?<![0-9A-Za-z])\$(?!\s)",
-    "label": r"!?\[",
-    "link": r"\]",
+    "link": rf"(?P<picture>!?)\[(?P<label>{LABEL})\]"
+    r"(?u:\([ \t]*(?:<(?P<whole>[^<>\n]*)>|(?P<plain>(?:[^\s()<>]++|\([^\s()]*+\))*+))"
+    r"(?:[ \t]+(?P<title>\"[^\"\n]*\"|'[^'\n]*'|\([^()\n]*\)))?[ \t]*\))",
+    # Nothing comes behind it yet but what may become code, a link or a formula.
+    "open": r"`++(?=.{0,999}+\Z)|(?<![0-9A-Za-z])\$(?!\s)(?=[^\n。！？]{0,999}+\Z)"
+    rf"|!?\[(?={LABEL}(?:!?\[[^\[\]\n]*+)?(?:\](?:\(.*+)?)?\Z)",
     "url": r"<(?:https?://|mailto:)[^\s<>]+>|<[\w.+-]+@[\w-]+(?:\.[\w-]+)+>"
     r"|https?://[\w./?#%&=+~:;@!$',*()-]+",
     "tag": r"<(?P<closes>/?)(?P<name>br|b|i|u|em|strong|span|div|p|center|font|mark"
@@ -1485,10 +1420,6 @@ INLINE_MARKS = {
 MARK = re.compile(
     "|".join(f"(?P<{name}>{pattern})" for name, pattern in INLINE_MARKS.items()),
     re.IGNORECASE | re.ASCII,
-)
-LINK = re.compile(  # after a label: an address in round brackets, maybe with a title
-    r"\([ \t]*(?:<(?P<whole>[^<>\n]*)>|(?P<plain>(?:[^\s()<>]++|\([^\s()]*+\))*+))"
-    r"(?:[ \t]+(?P<title>\"[^\"\n]*\"|'[^'\n]*'|\([^()\n]*\)))?[ \t]*\)"
 )
 ADDRESS = re.compile(r"https?://|ftp://|mailto:|tel:|#", re.IGNORECASE)
 CLOSERS = {"$": "$", "$$": "$$", "\\(": "\\)", "\\[": "\\]"}
@@ -1578,8 +1509,8 @@ class InlineReader:
             self.openers.append(Opener(mark, len(self.tokens), end, is_doubtful))
         self.add_text(text)
 
-    def find(self, *marks: str) -> Opener | None:
-        return next((o for o in reversed(self.openers) if o.mark in marks), None)
+    def find(self, mark: str) -> Opener | None:
+        return next((o for o in reversed(self.openers) if o.mark == mark), None)
 
     def close(self, opener: Opener, *names: str) -> None:
         """Pair an open mark with the one just read; marks open in between are text."""
@@ -1640,11 +1571,7 @@ class InlineReader:
         return mark.start() + 1
 
     def read_open(self, mark: re.Match[str]) -> int:
-        """Wait for the other end of code or a formula, if it may come in this line."""
-        rest = self.text[mark.end() : mark.end() + 1000]
-        ends = "[\n。！？]" if mark[0] == "$" else "\n"
-        if len(rest) < 1000 and not re.search(ends, rest):
-            self.hold()
+        self.hold()
         return 0
 
     def read_formula(self, mark: re.Match[str]) -> int:
@@ -1675,37 +1602,27 @@ class InlineReader:
         self.add_text(self.text[mark.end()])
         return mark.end() + 1
 
-    def read_label(self, mark: re.Match[str]) -> int:
-        self.open(mark[0], mark[0], mark.end())
-        return mark.end()
-
     def read_link(self, mark: re.Match[str]) -> int:
-        """Read a link or picture at the end of its label."""
-        opener = self.find("[", "![")
-        if opener is None:
-            return 0
-        end = mark.end()
-        found = LINK.match(self.text, end)
-        if not found and self.text.startswith("(", end) and "\n" not in self.text[end:]:
-            self.hold()
-        url = (found["whole"] or found["plain"] or "") if found else ""
-        before = self.text[opener.end - len(opener.mark) - 1]
+        """Read a link or a picture."""
+        url = mark["whole"] or mark["plain"] or ""
+        before, is_picture = self.text[mark.start() - 1], mark["picture"] == "!"
         is_path = ":" not in url and re.search("[./]", url)  # not so `arr[0](x.y)`
-        is_data = opener.mark == "![" and url.lower().startswith("data:image/")
-        is_link = ADDRESS.match(url) or is_path and shape(before) not in "x_" or is_data
-        if not found or not is_link:
-            self.openers.remove(opener)
-            return 0
-        self.close(opener, "link")
-        opening, *label, _ = self.tokens[opener.index :]
-        opening.attrs = {"href": url}
-        if found["title"]:
-            opening.attrs["title"] = found["title"][1:-1]
-        if opener.mark == "![":
-            del self.tokens[opener.index :]
-            attrs, source = {"src": url, "alt": ""}, self.text[opener.end : end - 1]
-            self.add("image", "img", attrs=attrs, children=label, content=source)
-        return found.end()
+        is_data = is_picture and url.lower().startswith("data:image/")
+        if not (ADDRESS.match(url) or is_path and shape(before) not in "x_" or is_data):
+            self.add_text(mark["picture"] + "[")
+            return mark.start("label")
+        inside = InlineReader(mark["label"], "[", is_whole=True)
+        inside.read()  # but no link is inside a link
+        label = [token for token in inside.tokens if token.tag != "a"]
+        if is_picture:
+            attrs = {"src": url, "alt": ""}
+            self.add("image", "img", attrs=attrs, children=label, content=mark["label"])
+            return mark.end()
+        title = {"title": mark["title"][1:-1]} if mark["title"] else {}
+        self.add("link_open", "a", 1, attrs={"href": url} | title)
+        self.tokens += label
+        self.add("link_close", "a", -1)
+        return mark.end()
 
     def read_url(self, mark: re.Match[str]) -> int:
         """Read an address, bare or in angle brackets."""
@@ -1714,9 +1631,6 @@ class InlineReader:
             url = url[:-1].rstrip("*.,;:!?'~")
         end = mark.start() + len(url)
         label = re.sub("(?i)^<(?:mailto:)?|>$", "", url)
-        if self.find("["):  # no link inside a link
-            self.add_text(label)
-            return end
         href = label if "://" in label else f"mailto:{label}"
         self.add("link_open", "a", 1, attrs={"href": href}, markup="autolink")
         self.add_text(label)
@@ -1870,9 +1784,6 @@ class MarkdownReader:
     def feed(self, text: str) -> None:
         """Read what has been added to the text."""
         text = ILLEGAL.sub("", text)
-        if not text.strip(" \t-*") and not self.is_in_line:
-            self.rest += text  # blanks and rules: nothing can be told by them
-            return
         *lines, self.rest = (self.rest + text).split("\n")
         for line in lines:
             self.read_line(line.removesuffix("\r"))
@@ -2207,9 +2118,7 @@ class ChatWriter:
         self.is_empty = True  # nothing has been written
         self.newlines = 0  # before the next text
         self.spaces = ""  # before the next text, if it is on the same line
-        self.prefixes: list[
-            str
-        ] = []  # of open quotes and items; marks are written once
+        self.prefixes: list[str] = []  # of open quotes and items, marks only once
         self.captured: list[str] | None = None  # of a heading, or a row's cells
         self.columns: list[str] = []  # of the table's header
         self.is_wide = False  # the table is written as records
@@ -2319,16 +2228,13 @@ LEADING = re.compile(r"[ │•]*(?:【[^\n【】]*】|\d{1,4}[.)、）]|[•☐
 
 def end_before_leading(text: str) -> int:
     """Return where a text ends without the headings and list marks at its end."""
-    before = max(0, len(text) - 2 * MAX_LEADING)
-    end_of = text[before:]
-    end = len(end_of)
-    while end > len(end_of) - MAX_LEADING:
-        last = len(end_of[:end].rstrip())
-        begin = end_of.rfind("\n", 0, last) + 1
-        if not LEADING.fullmatch(end_of, begin, last):
-            return before + end
-        end = begin
-    return before + end if before + end <= 0 else len(text)
+    kept = tail = text[-2 * MAX_LEADING :]
+    while len(tail) - len(kept) < MAX_LEADING:
+        above, newline, last = kept.rstrip().rpartition("\n")
+        if not LEADING.fullmatch(last):
+            return len(text) - len(tail) + len(kept)
+        kept = above + newline
+    return len(text)
 
 
 class ChatText:
@@ -2339,7 +2245,6 @@ class ChatText:
         self.kinds: collections.Counter[str] = collections.Counter()  # of its tokens
         self.unread = markdown  # read in bulk: the text is rarely asked for
         self.shown = ""
-        self.stable: str | None = ""  # what of that is final; None: not known
 
     def feed(self, delta: str) -> None:
         """Add what the model has written."""
@@ -2360,9 +2265,7 @@ class ChatText:
             self.writer.write(token)
             self.kinds.update([token.type, *(t.type for t in token.children or [])])
         self.reader.tokens.clear()
-        if self.writer.out:
-            self.shown += "".join(self.writer.out)
-            self.stable = None
+        self.shown += "".join(self.writer.out)
         self.writer.out.clear()
 
     def text(self, has_ended: bool) -> str:
@@ -2372,9 +2275,7 @@ class ChatText:
             self.reader.finish()
             self.write()
             return self.shown
-        if self.stable is None:
-            self.stable = self.shown[: end_before_leading(self.shown)]
-        return self.stable
+        return self.shown[: end_before_leading(self.shown)]
 
     def has_more_on_page(self) -> bool:
         """Say whether the page shows more: code, a table, formulas, pictures, links."""
@@ -2416,9 +2317,12 @@ def markdown_length(markdown: str, chat_length: int) -> int:
 
 # A line that ends with an abbreviation or a number, not with a sentence.
 UNFINISHED = re.compile(r"(?:.*\W)?(?:No|Dr|Mr|Mrs|Ms|St|Prof|Fig|vs|第 ?\d{1,4})\.")
-RECORD = re.compile(r"【[^\n]*】(?:\n[^\n：]*+：[^\n]*+)*+")
-TABLE_ROW = re.compile(r"[^\n]*｜[^\n]*")
-SHOWN_URL = re.compile(r"https?://[^\s（），。；：！？、】》」”’]+")
+# What a cut does not tear: an address; a record, or a row of a table, that fits.
+SHOWN_URL = re.compile(r"https?://[^\s（），。；：！？、】》」』”’]+")
+RECORD_OR_ROW = re.compile(
+    r"(?:\A|(?<=\n\n))【[^\n]*】(?:\n[^\n：]*+：[^\n]*+)++(?=\n\n|\Z)"
+    r"|(?m:^(?!【)[^\n｜]*+｜[^\n]*+$)"
+)
 FLAG = "".join(map(chr, range(0x1F1E6, 0x1F200)))  # two of these letters are one
 # Joiners and what they bind, colours of skin, the flags of regions.
 EMOJI_TAIL = re.compile("(?<=\u200d)|[\u200d🏻-🏿\U000e0020-\U000e007f]")
@@ -2427,13 +2331,19 @@ PAUSE = (  # not where a formula may be
     rf"|(?<={CJK.pattern})(?={CJK.pattern})"
 )
 # Where a part may end, best first, each with how much of the room must be filled.
-BLOCK_END = r"\n\n+", 1 / 2
-OTHER_ENDS = [
+PART_ENDS = [
+    (r"\n\n+", 1 / 2),
     (r"\n+", 1 / 3),
     (rf"(?:{SENTENCE_END.pattern}) *", 1 / 4),
     (PAUSE, 1 / 4),
-    (r"(?s).(?<!\0(?=\0))", 0.0),  # any character outside an address
+    (r"(?s).(?<!\0(?=\0))", 0.0),  # any character outside what is not torn
 ]
+
+
+def is_combining(char: str) -> bool:
+    """Say whether a character may merge into the one before: accents, Hangul, kana."""
+    first = unicodedata.normalize("NFKD", char)[0]
+    return unicodedata.category(first)[0] == "M" or "\u1160" <= first <= "\u11ff"
 
 
 def tears_character(text: str, at: int) -> bool:
@@ -2441,32 +2351,15 @@ def tears_character(text: str, at: int) -> bool:
     after = text[at : at + 1] or "\n"
     flags = at - len(text[:at].rstrip(FLAG))
     is_in_flag = after in FLAG and flags % 2 == 1
-    is_accent = unicodedata.category(after)[0] == "M"
-    return is_in_flag or is_accent or EMOJI_TAIL.match(text, at) is not None
+    return is_in_flag or is_combining(after) or EMOJI_TAIL.match(text, at) is not None
 
 
-def last_end(pattern: str, least: float, text: str, most: int) -> int:
-    """Return the last end between least * most and most where a part may end, or 0."""
-    ends = [match.end() for match in re.finditer(pattern, text[: most + 1])]
-    for end in reversed(ends):
-        line = text[:end].rstrip().rpartition("\n")[2]
-        if not least * most <= end <= most or not line or UNFINISHED.fullmatch(line):
-            continue
-        if end_before_leading(text[:end]) == end and not tears_character(text, end):
-            return end
-    return 0
-
-
-def torn_begin(text: str, at: int, room: int) -> int:
-    """Return where the record or table row begins that a cut would tear, or 0."""
-    for blank, kind in (("\n\n", RECORD), ("\n", TABLE_ROW)):
-        begin = text.rfind(blank, 0, at) + len(blank)
-        piece = text[begin : begin + room + len(blank)].partition(blank)[0]
-        is_known = begin >= len(blank) and kind.fullmatch(piece)
-        if is_known and size_of(piece) <= room:
-            if end := end_before_leading(text[:begin]):
-                return end
-    return 0
+def may_end(text: str, end: int) -> bool:
+    """Say whether a part may end here, behind a sentence or a line that is whole."""
+    line = text[:end].rstrip().rpartition("\n")[2]
+    is_sentence = line != "" and not UNFINISHED.fullmatch(line)
+    is_last = is_sentence and end_before_leading(text[:end]) == end
+    return is_last and not tears_character(text, end)
 
 
 def cut_text(text: str, room: int) -> int:
@@ -2474,12 +2367,17 @@ def cut_text(text: str, room: int) -> int:
     most = len(text[:room].encode()[:room].decode(errors="ignore"))
     if most == len(text):
         return most
-    text = text[: most + room]
-    masked = SHOWN_URL.sub(lambda url: "\0" * len(url[0]), text)
-    end = last_end(*BLOCK_END, masked, most) or torn_begin(text, most, room)
-    for pattern, least in OTHER_ENDS:
-        end = end or last_end(pattern, least, masked, most)
-    return end or most
+    masked = SHOWN_URL.sub(lambda url: "\0" * len(url[0]), text[: most + room])
+    masked = RECORD_OR_ROW.sub(
+        lambda kept: "\0" * len(kept[0]) if size_of(kept[0]) <= room else kept[0],
+        masked,
+    )
+    for pattern, least in PART_ENDS:
+        ends = [found.end() for found in re.finditer(pattern, masked[: most + 1])]
+        for end in reversed(ends):
+            if least * most <= end <= most and may_end(masked, end):
+                return end
+    return most
 
 
 # --- Blocked words
@@ -2511,21 +2409,11 @@ CHAT_ONLY = re.compile(
 )
 
 
-def combines(before: str, after: str) -> bool:
-    """Say whether a character merges into the one before: accents, Hangul, kana."""
-    if after < "\u0300" or "\u3400" <= after <= "\u9fff":
-        return False
-    alone = [unicodedata.normalize("NFKC", text) for text in (before, after)]
-    together = unicodedata.normalize("NFKC", before + after)
-    first = unicodedata.normalize("NFKD", after)[0]
-    return unicodedata.combining(first) > 0 or together != "".join(alone)
-
-
 def clusters(text: str) -> Iterator[str]:
     """Yield each character, or entity, with the marks that change it."""
     cluster = ""
     for sign in ENTITY_OR_CHARACTER.findall(text):
-        if len(cluster) > MARKS_IN_A_ROW or cluster and not combines(cluster, sign):
+        if len(cluster) > MARKS_IN_A_ROW or cluster and not is_combining(sign):
             yield cluster
             cluster = ""
         cluster += sign
@@ -6292,6 +6180,7 @@ def load_pages() -> jinja2.Environment:
         for name in PIECES:
             pages.globals[name.replace(".", "_")] = minified(PAGES / name)
         code_rules()
+        formula_rules()
         for name in TEMPLATES:
             pages.get_template(name)
     except jinja2.TemplateNotFound as error:
