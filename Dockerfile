@@ -18,7 +18,7 @@ RUN python3 -m venv .venv \
     && .venv/bin/pip install --no-cache-dir --require-hashes -r requirements.lock \
     && .venv/bin/pip uninstall --yes pip
 
-COPY LICENSE schema.sql texts.toml wxgpt.example.toml wxgpt.py ./
+COPY LICENSE providers.toml schema.sql texts.toml wxgpt.example.toml wxgpt.py ./
 COPY docs/models.md docs/models.zh-CN.md docs/
 COPY owner owner
 COPY pages pages

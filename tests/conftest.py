@@ -77,7 +77,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_xdist_auto_num_workers() -> int:
     """Return how many workers `-n auto` starts: tests wait more than they compute."""
-    return min(3 * (os.cpu_count() or 1), 16)
+    return min(4 * (os.cpu_count() or 1), 16)
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups

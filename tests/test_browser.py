@@ -1241,4 +1241,6 @@ async def test_the_history_is_found_by_its_index(server):
     [query] = [query for query in queries if "FROM exchange" in query]
     plan = [row[-1] for row in await store.rows(f"EXPLAIN QUERY PLAN {query}")]
     assert any("turn USING INDEX turn_by_openid" in step for step in plan)
-    assert [step for step in plan if "SCAN" in step or "TEMP B-TREE" in step] == []
+    # The subquery that is gone through has no more rows than a page.
+    wrong = re.compile(r"SCAN (?!\(subquery)|TEMP B-TREE")
+    assert [step for step in plan if wrong.search(step)] == []
