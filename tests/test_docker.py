@@ -182,7 +182,8 @@ async def server(site, upstream):
 def test_the_image_has_the_program_alone(site):
     """No settings, keys, databases or tests; nothing that belongs to its user."""
     found = site.run("docker run --rm wxgpt ls -A /opt/wxgpt").split()
-    program = {"wxgpt.py", "owner", "pages", "docs", "schema.sql", "texts.toml"}
+    program = {"wxgpt.py", "owner", "pages", "docs", "schema.sql"}
+    program |= {"providers.toml", "texts.toml"}
     around = {"LICENSE", "requirements.lock", ".venv", "wxgpt.example.toml"}
     assert {*found} == program | around | {"__pycache__"}
     look = f"grep -rlF {SECRET} /opt /etc /var/lib/wxgpt; find /opt -user wxgpt; true"
