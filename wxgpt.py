@@ -1393,8 +1393,11 @@ TAGS = {"link": "a", "paragraph": "p", "list_item": "li"}
 TAGS |= {"ordered_list": "ol", "bullet_list": "ul"}
 EMPHASIS = {"*": ("em",), "**": ("strong",), "***": ("strong", "em"), "~~": ("s",)}
 ENTITY = r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z][a-z0-9]{1,31});"
-# Of a link: words, maybe with brackets or a picture in them.
-LABEL = r"(?:!\[[^\[\]\n]*\]\([^()\n]*\)|[^\[\]\n]|\[[^\[\]\n]*\](?!\())*+"
+# Of a link: words, maybe with a picture, code, escaped signs or brackets in them.
+LABEL = (
+    r"(?:!\[[^\[\]\n]*\]\([^()\n]*\)|`[^`\n]*`|\\[^\n]|[^\[\]\n\\]"
+    r"|\[[^\[\]\n]*\](?!\())*+"
+)
 # The first that matches counts; it is read by the method of its name: `read_code`.
 INLINE_MARKS = {
     "newline": r"\n",
@@ -2323,6 +2326,8 @@ RECORD_OR_ROW = re.compile(
     r"(?:\A|(?<=\n\n))【[^\n]*】(?:\n[^\n：]*+：[^\n]*+)++(?=\n\n|\Z)"
     r"|(?m:^(?!【)[^\n｜]*+｜[^\n]*+$)"
 )
+# A heading that a cut would tear.
+OPEN_HEADING, HEADING_REST = re.compile(r"[ │•]*【[^【】]*"), re.compile(r"[^\n】]*】")
 FLAG = "".join(map(chr, range(0x1F1E6, 0x1F200)))  # two of these letters are one
 # Joiners and what they bind, colours of skin, the flags of regions.
 EMOJI_TAIL = re.compile("(?<=\u200d)|[\u200d🏻-🏿\U000e0020-\U000e007f]")
@@ -2359,7 +2364,8 @@ def may_end(text: str, end: int) -> bool:
     line = text[:end].rstrip().rpartition("\n")[2]
     is_sentence = line != "" and not UNFINISHED.fullmatch(line)
     is_last = is_sentence and end_before_leading(text[:end]) == end
-    return is_last and not tears_character(text, end)
+    is_in_heading = OPEN_HEADING.fullmatch(line) and HEADING_REST.match(text, end)
+    return is_last and not is_in_heading and not tears_character(text, end)
 
 
 def cut_text(text: str, room: int) -> int:
@@ -2367,16 +2373,18 @@ def cut_text(text: str, room: int) -> int:
     most = len(text[:room].encode()[:room].decode(errors="ignore"))
     if most == len(text):
         return most
-    masked = SHOWN_URL.sub(lambda url: "\0" * len(url[0]), text[: most + room])
-    masked = RECORD_OR_ROW.sub(
-        lambda kept: "\0" * len(kept[0]) if size_of(kept[0]) <= room else kept[0],
-        masked,
-    )
-    for pattern, least in PART_ENDS:
-        ends = [found.end() for found in re.finditer(pattern, masked[: most + 1])]
-        for end in reversed(ends):
-            if least * most <= end <= most and may_end(masked, end):
-                return end
+
+    def mask(found: re.Match[str]) -> str:
+        return "\0" * len(found[0]) if size_of(found[0]) <= room else found[0]
+
+    whole = SHOWN_URL.sub(mask, text[: most + room])
+    kept = RECORD_OR_ROW.sub(mask, whole)
+    for masked in (kept, whole):  # a heading goes with its record, even if that is torn
+        for pattern, least in PART_ENDS:
+            ends = [found.end() for found in re.finditer(pattern, masked[: most + 1])]
+            for end in reversed(ends):
+                if least * most <= end <= most and may_end(masked, end):
+                    return end
     return most
 
 
@@ -3795,10 +3803,15 @@ def load_meanings() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
 
     First called at the start; raise ConfigError if the file cannot be read.
     """
-    return {
-        table: [(meaning, re.compile(words, re.IGNORECASE)) for meaning, words in rows]
-        for table, rows in read_toml(PROVIDERS).items()
-    }
+    tables: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    for table, rows in read_toml(PROVIDERS).items():
+        try:
+            rows = [(name, re.compile(words, re.IGNORECASE)) for name, words in rows]
+        except (re.error, ValueError, TypeError) as error:
+            words, path = "{path}: {why}", f"{PROVIDERS}: {table}"
+            raise ConfigError(words, path=path, why=error) from None
+        tables[table] = rows
+    return tables
 
 
 def meaning_of(text: str, table: str) -> str:
@@ -6711,9 +6724,11 @@ def a_few_at_once(make: Handler) -> Handler:
     """Let a handler's pages be loaded, rendered and written a few at a time."""
 
     @functools.wraps(make)
-    async def write(request: web.Request, *values: object) -> web.StreamResponse:
+    async def write(
+        request: web.Request, *values: object, **named: object
+    ) -> web.StreamResponse:
         async with request.app[BOT].pages, asyncio.timeout(PAGE_SECONDS):
-            response = await make(request, *values)
+            response = await make(request, *values, **named)
             await response.prepare(request)
             await response.write_eof()
         return response
@@ -7001,7 +7016,7 @@ async def show_history(
         bot.config,
         "history",
         409 if refusal else 200,
-        home=request.match_info.get("key", "me"),
+        home=request.match_info.get("key") or f"{bot.config.root}/me",
         exchanges=await bot.work.run(exchanges_of, bot.config, turns, shown, live),
         older=older,
         is_whole=only < 0,
@@ -7065,27 +7080,36 @@ async def leave(request: web.Request) -> web.Response:
 
 
 @a_few_at_once
-async def search_page(request: web.Request) -> web.Response:
-    """Show where in all of a subscriber's exchanges words are.
+async def show_found(
+    request: web.Request, openid: str, words: list[str], before: int, **values: str
+) -> web.Response:
+    """Return a page of where in all of a subscriber's exchanges words are."""
+    bot = request.app[BOT]
+    turns, older = await bot.store.search(openid, words, before, FOUND_COUNT)
+    found = {"words": words, "turns": turns, "older": older} | values
+    return await bot.work.run(page_response, bot.config, "found", **found)
+
+
+async def search_page(request: web.Request) -> web.StreamResponse:
+    """Look for the words of a form.
 
     Without words lead to the history, also when a form's address is opened as a page.
     """
-    bot, (reader, form) = request.app[BOT], await read_form(request)
+    reader, form = await read_form(request)
     home = "../" + request.match_info.get("key", "me")
     words = form.get("words", "")[:SEARCH_CHARS].replace("\0", "").split()
     if not words:
         return redirect(home)
-    before = number_in(form, "before", 2**62)
-    found, older = await bot.store.search(reader.openid, words, before, FOUND_COUNT)
-    values = {"words": words, "turns": found, "older": older}
-    values |= {"home": home, "token": form.get("token", "")}
-    return await bot.work.run(page_response, bot.config, "found", **values)
+    before, token = number_in(form, "before", 2**62), form.get("token", "")
+    return await show_found(
+        request, reader.openid, words, before, home=home, token=token
+    )
 
 
 @a_few_at_once
-async def export(request: web.Request) -> web.StreamResponse:
-    """Send all of a subscriber's exchanges as a Markdown file, a few at a time."""
-    bot, (reader, _) = request.app[BOT], await read_form(request)
+async def send_export(request: web.Request, openid: str) -> web.StreamResponse:
+    """Write the file, a few exchanges at a time."""
+    bot = request.app[BOT]
     last, session, day = 0, 0, clock(time.time(), "%Y-%m-%d")
     name = urllib.parse.quote(f"{bot.texts.page_history}-{day}.md")
     response = web.StreamResponse()
@@ -7095,13 +7119,19 @@ async def export(request: web.Request) -> web.StreamResponse:
     host = yarl.URL(bot.config.public_url).host
     head = render(bot.config, "export.md", turn=None, host=host)
     await response.write(head.encode())
-    while turns := await bot.store.turns_after(reader.openid, last):
+    while turns := await bot.store.turns_after(openid, last):
         for turn in turns:
             values = {"turn": turn, "is_first": turn.session_id != session}
             text = await bot.work.run(render, bot.config, "export.md", **values)
             await response.write(text.encode())
             last, session = turn.id, turn.session_id
     return response
+
+
+async def export(request: web.Request) -> web.StreamResponse:
+    """Send all of a subscriber's exchanges as a Markdown file."""
+    reader, _ = await read_form(request)
+    return await send_export(request, reader.openid)
 
 
 async def health(request: web.Request) -> web.Response:

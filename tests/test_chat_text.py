@@ -173,6 +173,8 @@ BECOMES = [
     ("[https://a.cn](https://a.cn)", "https://a.cn"),
     ("> - 甲\n>   - 乙\n>\n> 丙\n丁", "│ • 甲\n│   • 乙\n\n│ 丙\n丁"),
     ("**[a](https://a.cn)**", "a（https://a.cn）"),
+    ("[a\\]b](https://a.cn)", "a]b（https://a.cn）"),
+    ("[`x[0]` 和 `]`](https://a.cn)", "x[0] 和 ]（https://a.cn）"),
     ("\\[不是链接\\]", "[不是链接]"),
     ("* 甲\n\t+ 乙\n\t+ 丙", "• 甲\n  • 乙\n  • 丙"),
     ("- ```py\n  x\n  ```\n- 乙", "• x\n• 乙"),
@@ -529,6 +531,24 @@ CUTS = [
     ("甲｜乙\n丙丙丙丙｜丁", "甲｜乙\n"),
     ("    a\n    b\n    c\n    d", "    a\n    b\n    c\n"),
 ]
+INTRO = "先说结论。" + "这里是一句说明。" * 3
+TORN = [  # a heading goes with what follows, even if that must be torn
+    "【价格对比】\n" + "甲｜乙\n" * 588,
+    *(
+        f"{INTRO * n}\n\n【方案】\n\n【步骤】\n甲：乙\n" + "丙：丁\n" * 300
+        for n in range(6)
+    ),
+]
+
+
+@pytest.mark.parametrize("text", TORN)
+@pytest.mark.parametrize("room", [750, 760, 1640, 1700])
+def test_no_part_ends_in_a_heading_or_behind_one(text, room):
+    rest = text
+    while rest:
+        part, rest = rest[: cut_text(rest, room)], rest[cut_text(rest, room) :]
+        last = part.rstrip("\n").rpartition("\n")[2]
+        assert not rest or "【" not in last, part[-40:]
 
 
 @pytest.mark.parametrize(("text", "part"), CUTS)

@@ -450,6 +450,7 @@ def test_a_missing_file_ends_the_start_with_one_line(tmp_path):
         ("texts.toml", 'opened = "', "texts.toml: not TOML"),
         ("texts.toml", "opened = 1", "texts.toml: opened: found 1, expected text"),
         ("providers.toml", None, "providers.toml: No such file"),
+        ("providers.toml", 'a = [["busy", "("]]', "providers.toml: a: missing )"),
         ("pages/page.js", None, "page.js: No such file"),
         ("pages/page.html", None, "page.html: not found"),
         (
