@@ -7566,10 +7566,30 @@ LANGUAGE = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
 LANGUAGE.add_argument("--lang", choices=("zh", "en"), help=argparse.SUPPRESS)
 
 
-def make_parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A command line's parser, which speaks the owner's language."""
+
+    def __init__(self, **options: typing.Any) -> None:
+        # argparse's own words, and the description that its commands have not
+        argparse._ = lambda text: text and tell(text)  # type: ignore[attr-defined]
+        super().__init__(**options)
+
+    def format_help(self) -> str:
+        """Return the help; argparse writes the colon of a heading itself."""
+        colon = tell(": ").rstrip()
+        return re.sub(r"(?m)^(\S+):(?=\S*$)", rf"\1{colon}", super().format_help())
+
+
+def make_parser() -> Parser:
     """Return the command line's parser."""
-    argparse._ = tell  # type: ignore[attr-defined]  # argparse's own words
-    parser = argparse.ArgumentParser(
+    common = Parser(add_help=False)
+    common.add_argument(
+        "--config",
+        metavar="FILE",
+        help=tell("settings (the service's, else wxgpt.toml)"),
+    )
+    parser = Parser(
+        parents=[common],
         prog="wxgpt.py",
         usage="wxgpt.py [COMMAND] [--config FILE] [--lang en] [-h] [--version]",
         description=tell("Subscribers of a WeChat Official Account talk with a model."),
@@ -7580,13 +7600,11 @@ def make_parser() -> argparse.ArgumentParser:
         version=f"wxgpt {VERSION}",
         help=tell("show program's version number and exit"),
     )
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--config",
-        metavar="FILE",
-        help=tell("settings (the service's, else wxgpt.toml)"),
+    text = tell("zh: Chinese (the default), en: English")  # LANGUAGE has taken it
+    parser.add_argument("--lang", metavar="zh|en", help=text)
+    commands = parser.add_subparsers(
+        title=tell("commands"), dest="command", metavar="COMMAND", prog="wxgpt.py"
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="wxgpt.py")
     commands.add_parser("serve", parents=[common], help=tell("serve (the default)"))
     text = tell("test each thing that usually goes wrong, and say how to mend it")
     commands.add_parser("check", parents=[common], help=text)
@@ -7603,11 +7621,11 @@ def make_parser() -> argparse.ArgumentParser:
     logs.add_argument("-n", dest="lines", type=int, default=50, help=text)
     text = tell("bring a newer version, or this one again if it does not start")
     update = commands.add_parser("update", parents=[common], help=text)
-    text = tell("a .tar.gz or .zip; without one: git pull")
+    text = tell("the new version (.tar.gz or .zip); without one: git pull")
     update.add_argument("archive", nargs="?", default="", metavar="ARCHIVE", help=text)
     text = tell("copy the database")
     backup = commands.add_parser("backup", parents=[common], help=text)
-    text = tell("new file")
+    text = tell("new file; without one it is named by the time")
     backup.add_argument("file", nargs="?", default="", metavar="FILE", help=text)
     commands.add_parser("setup", help=tell("from nothing to a served account"))
     commands.add_parser("demo", help=tell("try it all with no account and no key"))

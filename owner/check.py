@@ -57,6 +57,7 @@ MARKS = {"ok": ("✓", "32"), "warn": ("!", "33"), "fail": ("✗", "31")}
 DISK_BYTES = 200 * 1024 * 1024  # free; below it the owner should make room
 FULL_BYTES = 10 * 1024 * 1024  # below it answers fail now, or within the hour
 REACH_SECONDS = 10.0  # for what answers soon, if at all
+BY_SETUP = "WXGPT_SETUP"  # in the environment of the check that ends a setup
 SILENT_SECONDS = 5.0  # then it is said what is waited for, and again as often
 CLOCK_SECONDS = 60  # a tenth of what a push's timestamp may be off
 CERTIFICATE_DAYS = 14  # automatic renewal takes place long before
@@ -831,7 +832,8 @@ async def run_check(
     load_pages()
     async with doctor.talking():
         await check_all(doctor, config, path)
-    print(console_words(config))
+    if BY_SETUP not in environ:  # which has shown it just before
+        print(console_words(config))
     counts = (f"{doctor.counts[grade]} {mark}" for grade, (mark, _) in MARKS.items())
     print("\n" + "  ".join(counts))
     return 1 if doctor.counts["fail"] else 0

@@ -36,13 +36,15 @@ from typing import Any, Self
 import aiohttp
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / name) for name in ("tests/sim", "tools")]
+sys.path[:0] = [str(ROOT / name) for name in ("", "tests/sim", "tools")]
 
 from child import Child, ChildError, is_healthy, read_platform, usual_port
 from fake_openai import FakeOpenAI, Script, fails, says
+from owner.words import tell
 from picture_host import PictureHost
 from terminal import DIM, Lines, Screen, talk
 from wechat import ANCHOR, Seen, Tap, WeChat, parse_tap
+from wxgpt import Parser
 
 TICK_SECONDS = 0.1  # how often the clock on the screen moves
 FOLLOW_SECONDS = 30.0  # how long an answer's page is followed
@@ -408,22 +410,22 @@ async def run_demo(options: argparse.Namespace, screen: Screen, lines: Lines) ->
 
 def parse_options() -> argparse.Namespace:
     """Return the options of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="wxgpt.py demo", description="Try wxgpt without an account or a key."
-    )
-    add = parser.add_argument
-    add(
-        "--config", type=Path, metavar="FILE", help="ask the server that runs with FILE"
-    )
-    add("--base-url", default="", metavar="URL", help="of a real model's chat API")
+    text = tell("Try wxgpt without an account or a key.")
+    parser = Parser(prog="wxgpt.py demo", description=text)
+
+    def add(name: str, words: str, **options: Any) -> None:
+        parser.add_argument(name, help=tell(words), **options)
+
+    add("--config", "ask the server that runs with FILE", type=Path, metavar="FILE")
+    add("--base-url", "of a real model's chat API", default="", metavar="URL")
     model = os.environ.get("OPENAI_MODEL", "")
-    add("--model", default=model, metavar="NAME", help="name of the real model")
-    add("--key", default="", help="its key; otherwise OPENAI_API_KEY counts")
-    add("--openid", default="oDemo0friend0of0wxgpt0000000", help="who is chatting")
-    add("--speed", type=float, default=60, help="fake model's tokens a second (60)")
-    add("--seconds", type=float, default=1, help="seconds to its first token (1)")
-    add("--safe", action="store_true", help="in safe mode: pushes are encrypted")
-    add("--log", action="store_true", help="show the server's log on stderr")
+    add("--model", "name of the real model", default=model, metavar="NAME")
+    add("--key", "its key; otherwise OPENAI_API_KEY counts", default="")
+    add("--openid", "who is chatting", default="oDemo0friend0of0wxgpt0000000")
+    add("--speed", "fake model's tokens a second (60)", type=float, default=60)
+    add("--seconds", "seconds to its first token (1)", type=float, default=1)
+    add("--safe", "in safe mode: pushes are encrypted", action="store_true")
+    add("--log", "show the server's log on stderr", action="store_true")
     return parser.parse_args()
 
 

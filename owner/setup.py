@@ -25,7 +25,7 @@ import tomllib
 import typing
 import urllib.parse
 
-from owner.check import DOOR, Doctor, console_words, is_private
+from owner.check import BY_SETUP, DOOR, Doctor, console_words, is_private
 from owner.words import explain, tell
 from wxgpt import (
     EXAMPLE_KEYS,
@@ -33,6 +33,7 @@ from wxgpt import (
     EXAMPLE_URL,
     Config,
     ConfigError,
+    Parser,
     check_commands,
     is_public_url,
     load_config,
@@ -46,7 +47,6 @@ COMMAND = pathlib.Path("/usr/local/bin/wxgpt")
 VERIFIED = "verified by WeChat's console"  # in the server's log
 CHATGPT = "assistants.chatgpt."
 EXTRA = CHATGPT + "extra."
-HEAD = "# {}: wxgpt.example.toml\n"
 
 Value = str | bool | int | float
 Check = typing.Callable[[str], str]  # what is wrong with an answer, '' if nothing is
@@ -305,6 +305,7 @@ class Setup:
             for number, name in enumerate(names, 1):
                 print(f"  {number:2} {name.partition('|')[0]}")
             question = tell("number")
+        default = str(place(default) + 1) if place(default) >= 0 else ""
         return place(self.ask(question, option, default, wrong))
 
     # --- The questions
@@ -606,14 +607,18 @@ class Setup:
             seconds = 1800.0 if self.is_asking else 0.0
         if not seconds:
             return
-        say("waiting for WeChat's verification (Ctrl-C: go on without) …")
+        say(
+            "waiting for WeChat's verification (if the console says it failed: Ctrl-C, and all is checked) …"
+        )
         found = asyncio.run(find_line(command, VERIFIED, seconds))
         if found:
             say(
                 "✓ verified. Now enable the settings there (启用), follow the account and write to it."
             )
         else:
-            say("! no verification has come; once more: wxgpt.py setup")
+            say(
+                "! no verification has come: see what the check below finds, mend it, and run setup again"
+            )
 
 
 def run_steps(steps: list[str]) -> None:
@@ -664,9 +669,8 @@ async def find_line(command: list[str], words: str, seconds: float) -> bool:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of setup's options, one for each question."""
-    argparse._ = explain  # type: ignore[attr-defined]  # argparse's own words
     text = tell("From nothing to a served account, by questions; each has an option.")
-    parser = argparse.ArgumentParser(prog="wxgpt.py setup", description=text)
+    parser = Parser(prog="wxgpt.py setup", description=text)
     options = {
         "config": ("FILE", "settings; as root /etc/wxgpt/wxgpt.toml, else wxgpt.toml"),
         "public-url": ("URL", "address, as in https://wx.example.com"),
@@ -707,8 +711,11 @@ def run_setup(setup: Setup) -> int:
             "Enter takes what stands in brackets; Ctrl-C leaves, and nothing is written before the last question."
         )
     values = setup.gather()
-    head = HEAD.format(tell("written by setup; all settings with their meaning"))
-    text = merge_settings(setup.text or head, values)
+    head = tell(
+        "written by setup; all settings with their meaning: {path}",
+        path=ROOT / "wxgpt.example.toml",
+    )
+    text = merge_settings(setup.text or f"# {head}\n", values)
     config = setup.load(text)
     text = setup.settle_key(text, values)
     setup.write(text)
@@ -720,21 +727,22 @@ def run_setup(setup: Setup) -> int:
     print(console_words(config), flush=True)
     with left_by_ctrl_c():
         setup.wait_for_console(since)
-    command = "wxgpt"
+    check = "wxgpt check"
     if not setup.is_service:
-        command = f"{sys.executable} {ROOT}/wxgpt.py"
-        say("to start it: {command} --config {path}", command=command, path=setup.path)
+        command, path = f"{sys.executable} {ROOT}/wxgpt.py", setup.path.absolute()
+        say("to start it: {command} --config {path}", command=command, path=path)
+        check = f"{command} check --config {path}"
     if setup.options.no_check:
         return 0
-    say("\nchecking it all (again at any time: {command} check) …", command=command)
-    check = [
+    say("\nchecking it all (again at any time: {check}) …", check=check)
+    words = [
         sys.executable,
         str(ROOT / "wxgpt.py"),
         "check",
         "--config",
         str(setup.path),
     ]
-    return subprocess.run(check).returncode
+    return subprocess.run(words, env=os.environ | {BY_SETUP: "1"}).returncode
 
 
 def setup_command(words: list[str]) -> int:

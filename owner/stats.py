@@ -85,7 +85,8 @@ def cost_of(config: Config, row: sqlite3.Row) -> float:
 
 def summarise(config: Config, rows: list[sqlite3.Row]) -> dict[str, object]:
     """Return the figures of some rows of the table turn."""
-    seconds = sorted(row["seconds"] for row in rows if row["seconds"] is not None)
+    written = [row["seconds"] for row in rows if not is_failed(row)]
+    seconds = sorted(time for time in written if time is not None)
     ways = collections.Counter(row["delivered"] or "none" for row in rows)
     failures = [row for row in rows if is_failed(row)]
     return {

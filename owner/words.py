@@ -33,15 +33,15 @@ def read_words() -> dict[str, str]:
 def tell(english: str, **values: object) -> str:
     """Return a text in the owner's language, with its values filled in.
 
-    A value that is a text of words.toml itself is translated, too. What has no Chinese
-    stays English.
+    A value that is a text of words.toml itself is translated, too, but no `name` of one
+    word: that is a setting's or an assistant's. What has no Chinese stays English.
     """
     if os.environ.get("WXGPT_LANG", "").lower().startswith("en"):
         return english.format(**values)
     words = read_words()
-    values = {
-        k: words.get(v, v) if isinstance(v, str) else v for k, v in values.items()
-    }
+    for key, value in values.items():
+        if isinstance(value, str) and (key != "name" or " " in value):
+            values[key] = words.get(value, value)
     return words.get(english, english).format(**values)
 
 

@@ -316,6 +316,48 @@ def test_all_mistakes_of_a_file_are_told_at_once(tmp_path):
     assert sorted(found) == sorted(wanted.split())
 
 
+IN_CHINESE = {  # what is in the file, and what is told of it
+    "names are not translated": (
+        "port = 80\nmodel = 1\nuser = 1\n" + GOOD,
+        ["port：没有", "model：没有", "user：没有"],
+    ),
+    "an address": (f"public_url = 'x'\n{WECHAT}{CHATGPT}", ["public_url：现在是 'x'"]),
+    "a variable is": (
+        URL + WECHAT + "[assistants.chatgpt]",
+        ["环境变量 OPENAI_API_KEY ：现在是 别的内容，应为接口的密钥，只有英文字母"],
+    ),
+    "an app_id alone": (
+        URL + WECHAT + 'app_id = "wx1"\n' + CHATGPT,
+        ["wechat.aes_key：现在是 空的，app_id 却写了，应为两项都写，或者都不写"],
+    ),
+    "an aes_key alone": (
+        URL + WECHAT + f'aes_key = "{"a" * 43}"\n' + CHATGPT,
+        ["wechat.aes_key：现在是 写了，app_id 却是空的，应为两项都写，或者都不写"],
+    ),
+    "a table of texts": (
+        "aliases = 5\n" + GOOD,
+        ['aliases：现在是 5，应为一张表，左右都是文字，如 "地址" = "人民路 1 号"'],
+    ),
+    "a list of texts": (
+        GOOD + "[limits]\ndeny = 5\n",
+        ['limits.deny：现在是 5，应为方括号里的几段文字，如 ["a", "b"]'],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IN_CHINESE)
+def test_a_mistake_is_told_in_chinese(load, monkeypatch, name):
+    """But the name of a setting, even if it is a word that is told elsewhere."""
+    monkeypatch.setenv("WXGPT_LANG", "zh")
+    text, lines = IN_CHINESE[name]
+    with pytest.raises(wxgpt.ConfigError) as refused:
+        load(text, OPENAI_API_KEY="密钥")
+    found = explain(refused.value).splitlines()
+    assert len(found) == len(lines)
+    for told, words in zip(found, lines, strict=True):
+        assert told.startswith(words)
+
+
 BROKEN = {  # a line of TOML that is none, and what is told of it
     "curly quotes": ("model = “gpt”", "model = “gpt” → write straight quotes"),
     "a secret in curly quotes": ("token = “abc123”", "token = “*** → write straight"),
@@ -490,7 +532,7 @@ def test_what_is_still_the_examples_is_refused_at_once(command):
     assert ended.returncode == 2 and ended.stderr.splitlines() == [
         "wxgpt: wechat.token：现在是 'replaceThisToken'，应为你自己的：示例里的谁都知道",
         "wxgpt: assistants.chatgpt.api_key：现在是 'sk-replace-this'，应为服务商给你的密钥",
-        "wxgpt: 公网地址 public_url：现在是 'http://wx.example.com'，应为这台机器自己的网址",
+        "wxgpt: public_url：现在是 'http://wx.example.com'，应为这台机器自己的网址",
     ]
 
 

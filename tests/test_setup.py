@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import pathlib
 import re
 import stat
 import sys
@@ -35,14 +36,13 @@ KEY = "sk-verySecret"
 def setup(upstream, tmp_path):
     """Run setup without a terminal; gives the exit status and what it printed."""
 
-    async def start(*words, **changes):
+    async def start(*words, path=tmp_path / "wxgpt.toml", **changes):
         options = {"public-url": URL, "app-id": APP_ID, "provider": "other"}
         options |= {"base-url": upstream.base_url, "model": "m", "key": KEY}
         options |= {"proxy": "other"} | {
             k.replace("_", "-"): v for k, v in changes.items()
         }
         given = [f"--{k}={v}" for k, v in options.items() if v is not None]
-        path = tmp_path / "wxgpt.toml"
         words = ("setup", *given, "--no-service", *words)
         return await run_command(path, *words, prefix=("setsid",))
 
@@ -76,6 +76,8 @@ async def test_it_says_what_to_type_into_the_console(setup, tmp_path):
     for value in (f"{URL}/wechat", found["wechat.token"], found["wechat.aes_key"]):
         assert value in out
     assert f"console/product/mp/{APP_ID}" in out and "安全模式" in out and "启用" in out
+    head = (tmp_path / "wxgpt.toml").read_text("utf-8").splitlines()[0]
+    assert head.startswith("# ") and head.endswith(f": {ROOT}/wxgpt.example.toml")
 
 
 async def test_it_is_chinese(setup, monkeypatch):
@@ -88,10 +90,23 @@ async def test_it_is_chinese(setup, monkeypatch):
 
 
 async def test_it_ends_in_check(setup):
-    """Whose exit status is its own."""
+    """Whose exit status is its own; what to type into the console is said once."""
     port = free_port()
     status, out, _ = await setup(port=port, public_url="https://wx.invalid")
     assert f"! port: {port} is free: wxgpt is not running" in out and status == 1
+    assert out.count("EncodingAESKey    ") == 1
+
+
+async def test_it_says_how_to_check_from_any_folder(setup, tmp_path, monkeypatch):
+    """A line that can be copied, with the whole path of the settings."""
+    monkeypatch.chdir(tmp_path)
+    _, out, _ = await setup(path=pathlib.Path("wxgpt.toml"))
+    [again] = re.findall(r"again at any time: (.+)\) …", out)
+    assert (
+        again
+        == f"{sys.executable} {ROOT}/wxgpt.py check --config {tmp_path}/wxgpt.toml"
+    )
+    assert f"{ROOT}/wxgpt.py --config {tmp_path}/wxgpt.toml" in out
 
 
 async def test_what_is_missing_without_a_terminal_is_named_at_once(setup, tmp_path):
@@ -288,7 +303,7 @@ async def test_who_knows_no_english_needs_none(terminal, upstream):
     await typist.answer("模型名：", "m\n")
     await typist.answer("密钥（输入时不显示）：", f"{KEY}\n")
     await typist.answer("关注者直接发消息就能聊，不用先发 /chatgpt，好吗？", "\n")
-    await typist.answer("编号 [nginx]：", "4\n")
+    await typist.answer("编号 [1]：", "4\n")
     await typist.answer("现在就启动 wxgpt，等微信来验证吗？", "n\n")
     assert await typist.ends() == 1 and "这个域名解析不了" in typist.all_shown
     assert re.findall(r"[A-Za-z']+(?: [a-z']+){2,}", typist.all_shown) == []

@@ -974,7 +974,7 @@ async def test_the_short_command_updates_the_service_and_goes_back(
     assert {file.stat().st_uid for file in state.iterdir()} != {0}
     _, out = await machine.run("env", "WXGPT_LANG=zh", "wxgpt", "check")
     assert f"✓ 端口：{PORT}，wxgpt 正在运行" in out
-    assert "✓ 微信的消息：最近一条在 0 分钟前，读懂了" in out
+    assert "✓ 微信的消息：最近一条在 0 分钟前，能解读" in out
     await machine.run("systemctl", "stop", "wxgpt")
     _, out = await machine.run("env", "WXGPT_LANG=zh", "wxgpt", "check")
     assert "wxgpt 没有运行" in out and "systemctl start wxgpt" in out

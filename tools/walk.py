@@ -72,7 +72,7 @@ ANSWERS = {
     "模型名：": "m",
     "密钥（输入时不显示）：": "sk-reader",
     "不用先发 /chatgpt，好吗？ [Y/n]：": "",
-    "编号 [none]：": "nginx",
+    "编号 [3]：": "nginx",
 }
 ENGLISH = r"[A-Za-z']+(?: [a-z']+){3,}"  # a sentence
 
