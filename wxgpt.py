@@ -2379,7 +2379,8 @@ def cut_text(text: str, room: int) -> int:
 
     whole = SHOWN_URL.sub(mask, text[: most + room])
     kept = RECORD_OR_ROW.sub(mask, whole)
-    for masked in (kept, whole):  # a heading goes with its record, even if that is torn
+    # A heading goes with its record, even if that must be torn.
+    for masked in dict.fromkeys((kept, whole)):
         for pattern, least in PART_ENDS:
             ends = [found.end() for found in re.finditer(pattern, masked[: most + 1])]
             for end in reversed(ends):
