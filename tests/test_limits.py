@@ -496,7 +496,7 @@ async def test_a_reader_of_what_is_deleted_holds_nobody_up(
     spawn, settings, words_in_files
 ):
     """The words go from the files when it ends; no message waits for that."""
-    patience = 1.0  # seconds; a wait for the reader takes nearly two
+    patience = 1.7  # seconds; a wait for the reader takes nearly two
     server, _ = await spawn(wechat={"attempt_timeout": patience})
     server.wechat.attempt_timeout = patience
     await server.ask("/chatgpt 旧问题XYZZY")
