@@ -354,9 +354,7 @@ class Setup:
             say(
                 "Safe mode encrypts what WeChat sends. It needs the AppID (wx…), which the console shows under 基础信息."
             )
-            question = tell(
-                "AppID (Enter: {old})", old=old or tell("plain mode for now")
-            )
+            question = "AppID" if old else tell("AppID (Enter: plain mode for now)")
             app_id = self.ask(
                 question, "app-id", old, lambda text: text and wrong_app_id(text)
             )

@@ -324,7 +324,7 @@ IN_CHINESE = {  # what is in the file, and what is told of it
     "an address": (f"public_url = 'x'\n{WECHAT}{CHATGPT}", ["public_url：现在是 'x'"]),
     "a variable is": (
         URL + WECHAT + "[assistants.chatgpt]",
-        ["环境变量 OPENAI_API_KEY ：现在是 别的内容，应为接口的密钥，只有英文字母"],
+        ["环境变量 OPENAI_API_KEY：现在是 别的内容，应为接口的密钥，只有英文字母"],
     ),
     "an app_id alone": (
         URL + WECHAT + 'app_id = "wx1"\n' + CHATGPT,

@@ -888,7 +888,7 @@ async def test_the_environment_is_the_services(units, tmp_path, settings):
     )
     units("wxgpt", lines)
     _, out = await command("stats", WXGPT_LANG="zh")
-    assert "环境变量 OPENAI_API_KEY ：现在是" in out, out  # a key has no space
+    assert "环境变量 OPENAI_API_KEY：现在是" in out, out  # a key has no space
     (tmp_path / "two").write_text("OPENAI_API_KEY=sk-two\n")
     _, out = await command("stats", WXGPT_LANG="zh")
     assert "还没有运行过" in out
