@@ -2368,6 +2368,16 @@ def may_end(text: str, end: int) -> bool:
     return is_last and not is_in_heading and not tears_character(text, end)
 
 
+def best_end(masked: str, most: int) -> int:
+    """Return the best end of a part of at most `most` characters, or 0."""
+    for pattern, least in PART_ENDS:
+        ends = [found.end() for found in re.finditer(pattern, masked[: most + 1])]
+        for end in reversed(ends):
+            if least * most <= end <= most and may_end(masked, end):
+                return end
+    return 0
+
+
 def cut_text(text: str, room: int) -> int:
     """Return where the part that begins a text ends, at most `room` bytes of UTF-8."""
     most = len(text[:room].encode()[:room].decode(errors="ignore"))
@@ -2380,13 +2390,8 @@ def cut_text(text: str, room: int) -> int:
     whole = SHOWN_URL.sub(mask, text[: most + room])
     kept = RECORD_OR_ROW.sub(mask, whole)
     # A heading goes with its record, even if that must be torn.
-    for masked in dict.fromkeys((kept, whole)):
-        for pattern, least in PART_ENDS:
-            ends = [found.end() for found in re.finditer(pattern, masked[: most + 1])]
-            for end in reversed(ends):
-                if least * most <= end <= most and may_end(masked, end):
-                    return end
-    return most
+    ends = (best_end(masked, most) for masked in dict.fromkeys((kept, whole)))
+    return next(filter(None, ends), most)
 
 
 # --- Blocked words
