@@ -3,6 +3,7 @@
 Needs Chromium at CHROMIUM (default /usr/bin/chromium) and the package playwright.
 """
 
+import argparse
 import asyncio
 import contextlib
 import os
@@ -130,6 +131,8 @@ async def main(folder: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    target = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "docs")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", nargs="?", default="docs", type=pathlib.Path)
+    target = parser.parse_args().folder
     target.mkdir(exist_ok=True)
     asyncio.run(main(target))
