@@ -108,7 +108,7 @@ class Site:
 
     async def comes_to(self, wanted: str, what: str) -> None:
         """Wait until Docker says this about the container."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(150):
             while await asyncio.to_thread(self.inspect, what) != wanted:
                 await asyncio.sleep(0.2)
 
