@@ -191,6 +191,21 @@ async def test_a_form_that_does_not_come_is_not_waited_for(server, monkeypatch, 
     assert (await server.get(url))[0] == 200
 
 
+@pytest.mark.parametrize("what", ["search", "export"])
+async def test_forms_that_do_not_come_keep_no_page_back(server, monkeypatch, what):
+    """More of them than pages are made at once; each may take its time."""
+    monkeypatch.setattr(wxgpt, "BODY_SECONDS", 60.0)
+    url = await history_of(server)
+    lines = [f"POST {url.removeprefix(server.url)}/{what} HTTP/1.1", "Host: x"]
+    lines += ["Content-Type: application/x-www-form-urlencoded", "Content-Length: 99"]
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(wxgpt.PAGES_AT_ONCE + 1):
+            _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            stack.callback(writer.close)
+            writer.write("\r\n".join([*lines, "", "words=a"]).encode())
+        assert (await within(30, "a page meanwhile", server.get(url)))[0] == 200
+
+
 async def test_words_that_are_looked_for_are_not_logged(spawn, upstream):
     """They are in the body, and nothing of a page's address is logged either."""
     server, process = await spawn(wechat={"mute_guard": 0})
