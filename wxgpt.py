@@ -5818,10 +5818,11 @@ class Bot:
             delivery.stored.add_done_callback(
                 functools.partial(log_failure, f"{message.name} reply")
             )
-        delivery.reply = reply
+        # Later copies need the reply alone; the answer would stay in memory with them.
+        source, delivery.source, delivery.reply = delivery.source, reply, reply
         delivery.news.look()
-        if isinstance(delivery.source, tuple):  # others wait for more of the answer
-            delivery.source[0].news.look()
+        if isinstance(source, tuple):  # others wait for more of the answer
+            source[0].news.look()
 
     def is_last_chance(self, delivery: Delivery, number: int, arrived: float) -> bool:
         """Say whether WeChat will not ask again after this request."""

@@ -6,12 +6,14 @@ must live, as the unit's MemoryMax would.
 """
 
 import asyncio
+import gc
 import pathlib
 import re
 import sys
 
 import pytest
 
+import wxgpt
 from conftest import PATIENT, ROOT
 from test_bounds import NO_LIMITS, long_history, send_pictures
 from test_pictures import HOSTS, PNG, host  # noqa: F401
@@ -79,3 +81,17 @@ async def test_a_hundred_readers_and_large_pictures_fit(limited, database, host)
     assert set(statuses) == {200}
     assert (await server.ask("还在吗")).text.startswith("你好！")
     assert most_resident(limited.process) < MEMORY
+
+
+async def test_an_answered_message_keeps_no_answer(serve, upstream):
+    """Its reply stays for later copies; what was written is in the database."""
+    server = await serve(wechat=PATIENT)
+    server.wechat.attempt_timeout = PATIENT["attempt_timeout"]
+    await server.ask("/chatgpt 只问这一次", "oOnce")
+    async with limit(20, "end of the turn"):
+        while any(
+            isinstance(one, wxgpt.Turn) and one.question == "只问这一次"
+            for one in gc.get_objects()
+        ):
+            await asyncio.sleep(0.1)
+            gc.collect()
