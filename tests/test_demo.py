@@ -119,12 +119,10 @@ class Terminal:
                 raise
 
     async def close(self) -> None:
-        """Kill it if it is still there."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-        await asyncio.wait_for(self._process.wait(), SECONDS)
+        """Close the terminal, which ends the demo and its server if they are there."""
         self._pipe.close()
         os.close(self._master)
+        await asyncio.wait_for(self._process.wait(), SECONDS)
 
 
 @pytest.fixture
