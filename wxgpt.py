@@ -43,8 +43,9 @@ a reply before it is sent, and what a killed process left unfinished is asked ag
 the next one.
 
 Beside this file: schema.sql; texts.toml, every line people read; providers.toml, what
-chat APIs mean by their words; pages/, what a browser shows; owner/, the commands that
-do not serve, which import this file and not the other way round.
+chat APIs mean by their words; pages/, what a browser shows, and the tables of formulas;
+owner/, the commands that do not serve, which import this file and not the other way
+round.
 
 Glossary: openid (a subscriber of this account), message (what came; its MsgId is the
 same every time it is sent), request or attempt (one time it is sent), delivery (all
@@ -4489,7 +4490,7 @@ class Delivery:
     lapsed: Session | None = None  # open in the store, but it ran out lately
     pictures: str = "[]"  # JSON list of URLs and words that wait for a question
     hinted_at: float = 0.0  # Unix seconds of the newest hint outside a session
-    source: Source | None = None  # what answers it, once that is known
+    source: Source | None = None  # what answers it, once known; in the end the reply
     is_kept: bool = True  # False: nothing about this message is to be stored
     reply: Reply | None = None  # as decided
     stored: asyncio.Future | None = None  # storing the decided reply
@@ -4511,6 +4512,7 @@ class Delivery:
 
     def is_ready(self) -> bool:
         """Say whether the reply can be complete."""
+        # A reply may be decided before it is known what would have answered.
         if self.reply or not isinstance(self.source, tuple):
             return self.is_answered()
         turn, part = self.source
