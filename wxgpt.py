@@ -5955,9 +5955,12 @@ class Bot:
             await self.count_parts(delivery)
         if delivery.reply is None:
             self.decide(delivery)
-        if delivery.stored:
+        if delivery.stored and not delivery.stored.done():
             left = over - wechat.margin / 2 - loop.time()
             await asyncio.wait({delivery.stored}, timeout=max(0, left))
+            if not delivery.stored.done():
+                name = delivery.message.name
+                log.warning("%s replied before it was stored: a slow disk?", name)
         return delivery.reply
 
     def note_delivery(self, delivery: Delivery, number: int, is_taken: bool) -> None:

@@ -206,13 +206,17 @@ async def settle(round: Round) -> None:
 
 
 async def check_replies(round: Round) -> None:
-    """Each message got a reply, and a later copy of it gets the very same."""
+    """Each message got a reply, and a later copy of it gets the very same.
+
+    Unless the reply left before a slow disk had it, which the log tells: then the copy
+    may be decided anew.
+    """
+    early = [line for line in round.process.log if "before it was stored" in line]
     for push, seen in round.seen:
         assert seen.text and not seen.faulty and "有点忙" not in seen.text, (push, seen)
-        assert (await round.wechat.post(push, timeout=20)).body == seen.body, (
-            push,
-            seen,
-        )
+        if not any(f"msg={push.fields['MsgId']} " in line for line in early):
+            again = await round.wechat.post(push, timeout=20)
+            assert again.body == seen.body, (push, seen)
 
 
 def check_store(round: Round) -> None:

@@ -243,6 +243,18 @@ async def test_an_answer_that_ends_under_a_lock_is_stored_later(
     assert rows(database, "SELECT state FROM turn") == [("done",)]
 
 
+async def test_a_reply_that_cannot_be_stored_in_time_leaves_all_the_same(
+    spawn, database
+):
+    """The log says so: a copy that comes after a crash may get another one."""
+    server, process = await spawn(wechat={"attempt_timeout": 1.5})
+    await server.ask("/chatgpt")
+    server.wechat.attempt_timeout = 1.5
+    with locked(database):
+        assert "/stop 结束对话" in (await server.ask("/help")).text
+        await process.says("before it was stored")
+
+
 async def test_text_that_was_not_stored_under_a_lock_is_stored_later(
     start, upstream, database
 ):
