@@ -507,7 +507,9 @@ class Doctor:
     def report_door(self, health: dict[str, typing.Any]) -> None:
         """Report what the running service last heard from WeChat, and refused."""
         if "warned" not in health:
-            fix = "restart it after a change of the settings: systemctl restart wxgpt"
+            fix = "restart it after a change of the settings"
+            if self.unit:  # not in a container
+                fix += ": systemctl restart wxgpt"
             found = "the running wxgpt has another token, or is of another version"
             self.report("fail", "pushes", found, fix)
             return

@@ -553,7 +553,9 @@ async def test_another_token_than_the_servers_is_said(spawn, check):
     checking = check(
         public_url=server.url, server={"port": server.port}, wechat=changed
     )
-    lines = ["✗ pushes: the running wxgpt has another token.* → restart it"]
+    lines = [
+        "✗ pushes: the running wxgpt has another token.* → restart it after a change of the settings$"
+    ]
     lines += ["✗ verification .* 403, not .* same token. Restart it"]
     await assert_found(checking, *lines)
 
