@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import wxgpt
-from conftest import ANN, TEXTS, said, shown, with_session
+from conftest import ANN, TEXTS, UNIT, said, shown, with_session
 from fake_openai import Script, Thought, fails
 from waiting import within
 
@@ -322,7 +322,7 @@ async def test_a_model_that_takes_too_long_is_given_up(serve, upstream):
 
 async def test_what_was_written_when_the_time_was_up_is_shown(serve, upstream):
     """An answer that reaches `timeout` ends as broken off, with its text."""
-    server = await serve(assistants={"chatgpt": {"timeout": 0.5}}, wechat=PATIENT)
+    server = await serve(assistants={"chatgpt": {"timeout": UNIT}}, wechat=PATIENT)
     upstream.will(*[SLOW["没完"][1]] * 3)
     seen = (await ask_all(server, upstream, opening(["说吧"])))[0]["说吧"]
     assert seen.text.startswith("说说说") and said("failed_broken") in seen.text
@@ -330,8 +330,8 @@ async def test_what_was_written_when_the_time_was_up_is_shown(serve, upstream):
 
 async def test_a_model_that_thinks_aloud_is_waited_for(serve, upstream):
     """Hidden reasoning is a sign of life."""
-    server = await with_assistant(serve, first_token_timeout=0.5, idle_timeout=0.5)
-    thoughts = [Thought("想"), 0.2] * 4
+    server = await with_assistant(serve, first_token_timeout=UNIT, idle_timeout=UNIT)
+    thoughts = [Thought("想"), UNIT / 3] * 4
     upstream.will(Script([*thoughts, "想好了。"]))
     assert (await server.ask("难题")).text == "想好了。" + LABEL
     assert len(upstream.requests) == 1

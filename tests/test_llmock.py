@@ -8,6 +8,7 @@ import asyncio
 
 import pytest
 
+from conftest import UNIT
 from test_upstream import BUSY, LABEL, LONG, PATIENCE, SETUP, SLOW, talking
 
 ANSWER = "今天 宜 吃 饺子 。"
@@ -44,7 +45,7 @@ FINAL = {
 @pytest.fixture
 async def server(serve, llmock):
     """wxgpt, its assistant at llmock, with little patience for silence."""
-    limits = {"first_token_timeout": 1, "idle_timeout": 1}
+    limits = {"first_token_timeout": 2 * UNIT, "idle_timeout": 2 * UNIT}
     assistant = {"base_url": llmock.base_url()} | limits
     return await talking(serve, assistants={"chatgpt": assistant})
 

@@ -20,7 +20,7 @@ import pytest
 from multidict import CIMultiDict
 
 import wxgpt
-from conftest import ANN, BOB, TEXTS, said, shown, with_session
+from conftest import ANN, BOB, TEXTS, UNIT, said, shown, with_session
 from fake_openai import Script
 from waiting import within
 
@@ -471,7 +471,7 @@ LASTING = {
 @pytest.mark.parametrize("name", LASTING)
 async def test_what_lasts_is_given_up_after_three_calls(serve, upstream, caplog, name):
     """No hammering: two pauses, each longer than the one before, then a sentence."""
-    limits = {"first_token_timeout": 0.3, "idle_timeout": 0.3}
+    limits = {"first_token_timeout": UNIT / 2, "idle_timeout": UNIT / 2}
     server = await talking(serve, assistants={"chatgpt": limits})
     script, sentence = LASTING[name]
     upstream.will(*[script] * 9)
@@ -1015,7 +1015,7 @@ DRIPS = {
 @pytest.mark.parametrize("name", DRIPS)
 async def test_a_drip_without_a_word_is_given_up(serve, wire, caplog, name):
     """Bytes are no sign of life; words and comments are."""
-    limits = {"first_token_timeout": 0.3}
+    limits = {"first_token_timeout": 0.5 * UNIT}
     server = await talking(serve, assistants={"chatgpt": wire.settings | limits})
     wire.scripts = [lambda: chained(bytes_of(OK)(), for_ever(DRIPS[name]))]
     seen = await server.ask(QUESTION)
@@ -1025,13 +1025,13 @@ async def test_a_drip_without_a_word_is_given_up(serve, wire, caplog, name):
 
 async def test_comments_are_a_sign_of_life(serve, wire):
     """Providers send them while a model has not begun; only the total ends them."""
-    limits = {"first_token_timeout": 0.3, "idle_timeout": 0.3, "timeout": 1}
+    limits = {"first_token_timeout": UNIT, "idle_timeout": UNIT, "timeout": 4 * UNIT}
     server = await talking(serve, assistants={"chatgpt": wire.settings | limits})
 
     async def patience():
-        for _ in range(6):
+        for _ in range(15):
             yield b": keep-alive\n\n"
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.1 * UNIT)
 
     wire.scripts = [lambda: chained(bytes_of(OK)(), patience(), GOOD_END())]
     assert (await server.ask(QUESTION)).text == "这次好了。" + LABEL
@@ -1041,7 +1041,7 @@ async def test_comments_are_a_sign_of_life(serve, wire):
 
 async def test_a_drip_of_words_ends_with_the_time_for_all(serve, wire):
     """Every word begins the idle time again, but not the total."""
-    limits = {"first_token_timeout": 5, "idle_timeout": 5, "timeout": 0.6}
+    limits = {"first_token_timeout": 5, "idle_timeout": 5, "timeout": UNIT}
     server = await talking(serve, assistants={"chatgpt": wire.settings | limits})
     wire.scripts = [lambda: chained(bytes_of(OK)(), for_ever(delta("说")))] * 9
     seen = await server.ask(QUESTION)
@@ -1051,7 +1051,7 @@ async def test_a_drip_of_words_ends_with_the_time_for_all(serve, wire):
 
 async def test_an_answer_is_whole_though_its_tokens_are_never_counted(serve, wire):
     """Silence behind its end is no reason to ask again, nor to call it broken off."""
-    limits = {"idle_timeout": 0.3, "timeout": 1}
+    limits = {"idle_timeout": 0.5 * UNIT, "timeout": 2 * UNIT}
     server = await talking(serve, assistants={"chatgpt": wire.settings | limits})
     end = sse({"choices": [{"delta": {}, "finish_reason": "stop"}]}).encode()
     begun = bytes_of(OK, delta("一二三。"), end)
@@ -1071,8 +1071,8 @@ STALLS = DRIPS | {
 @pytest.mark.parametrize("name", STALLS)
 async def test_a_stalled_question_holds_the_next_within_its_limits(serve, wire, name):
     """However both models of an assistant stall, the questions behind it are asked."""
-    limits = {"first_token_timeout": 0.4, "idle_timeout": 0.4, "timeout": 0.8}
-    chatgpt = wire.settings | limits | {"fallback": "spare", "fallback_after": 0.3}
+    limits = {"first_token_timeout": UNIT, "idle_timeout": UNIT, "timeout": 2 * UNIT}
+    chatgpt = wire.settings | limits | {"fallback": "spare", "fallback_after": UNIT / 2}
     spare = wire.settings | limits | {"api_key": KEY}
     assistants = {"chatgpt": chatgpt, "spare": spare}
     server = await talking(serve, assistants=assistants)
