@@ -208,13 +208,6 @@ class Mistakes:
             shown = "nothing" if found is None else repr(found)
             self.add(name, FOUND, found=shown, expected=expected)
 
-    def end(self) -> None:
-        """Raise ConfigError with all mistakes, if there are any."""
-        if self.lines:
-            error = ConfigError()
-            error.lines = [*self.lines.values()]
-            raise error
-
 
 def bounded(default: float, least: float, most: float) -> typing.Any:
     """Return the field of a number with the range it may have."""
@@ -327,11 +320,6 @@ class ReplySettings:
     # Outside a session: exact text = reply; one that is a command is carried out.
     keywords: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def label_line(self) -> str:
-        """Return the label as the line it ends a part with."""
-        return "\n" + self.label if self.label else ""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HistorySettings:
@@ -350,20 +338,17 @@ class DatabaseSettings:
     path: str = ""  # a file; empty: wxgpt.db in the state directory
 
 
-class Texts:
+class Texts(types.SimpleNamespace):
     """Every line a subscriber can read, by its name in texts.toml: `texts.opened`."""
 
     def __init__(self, lines: typing.Mapping[str, str]) -> None:
-        vars(self).update(lines)
+        super().__init__(**lines)
 
     def __getattr__(self, name: str) -> str:  # only called for a name that is missing
         raise AttributeError(f"no text is named {name}")
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"{name} cannot be changed while the server runs")
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Texts) and vars(self) == vars(other)
 
 
 # Exact texts that mean a command, everywhere.
@@ -508,19 +493,16 @@ def read_assistants(
     table: typing.Any, environ: typing.Mapping[str, str], mistakes: Mistakes
 ) -> dict[str, AssistantSettings]:
     """Return the assistants by name."""
-    is_table = isinstance(table, dict)
-    if not is_table or not all(isinstance(one, dict) for one in table.values()):
+    tables = table.values() if isinstance(table, dict) else [table]
+    if not all(isinstance(one, dict) for one in tables):
         # What was found is not shown: it may be a misplaced API key.
         mistakes.require(False, "assistants", "no tables", "a table of tables")
         return {}
-    if "chatgpt" not in table and not environ.get("OPENAI_API_KEY"):
-        mistakes.require(False, "assistants.chatgpt", None, "a table")
+    filled = {k: environ[v] for k, v in CHATGPT_VARIABLES.items() if environ.get(v)}
+    if "chatgpt" in table or "api_key" in filled:
+        table = {**table, "chatgpt": filled | table.get("chatgpt", {})}
     else:
-        chatgpt = dict(table.get("chatgpt", {}))
-        for key, variable in CHATGPT_VARIABLES.items():
-            if environ.get(variable):
-                chatgpt.setdefault(key, environ[variable])
-        table = {**table, "chatgpt": chatgpt}
+        mistakes.require(False, "assistants.chatgpt", None, "a table")
     return {
         name: read_table(AssistantSettings, one, f"assistants.{name}", mistakes)
         for name, one in table.items()
@@ -545,9 +527,10 @@ def read_texts(changes: typing.Any, mistakes: Mistakes | None = None) -> Texts:
     check_names(changes, lines, "texts.", mistakes)
     for name, line in changes.items():
         mistakes.require(isinstance(line, str), f"texts.{name}", line, "text")
-    texts = {k: v for k, v in changes.items() if k in lines and isinstance(v, str)}
-    for name, line in texts.items():
+        if name not in lines or not isinstance(line, str):
+            continue
         known = sorted(set(re.findall(r"\{(\w+)\}", lines[name])))
+        lines[name] = line
         try:
             # A placeholder gets a text or a number: its format must suit both.
             line.format_map(dict.fromkeys(known, ""))
@@ -558,49 +541,11 @@ def read_texts(changes: typing.Any, mistakes: Mistakes | None = None) -> Texts:
             mistakes.add(f"texts.{name}", FOUND, found=found, expected=names)
         except (ValueError, LookupError, AttributeError) as error:
             mistakes.add(f"texts.{name}", "{name}: wrong braces: {why}", why=error)
-    return Texts(lines | texts)
+    return Texts(lines)
 
 
 # What an HTTP header may be called, but for those that describe the request's body.
 HEADER_NAME = r"(?i)(?!content-|transfer-)[!#$%&'*+.^_`|~0-9a-z-]+"
-
-
-def check_assistant(
-    name: str,
-    one: AssistantSettings,
-    others: typing.Collection[str],
-    environ: typing.Mapping[str, str],
-    mistakes: Mistakes,
-) -> None:
-    """Note what keeps an assistant from working."""
-    require = mistakes.require
-    where = f"assistants.{name}"
-    is_name = name and not re.search(r"[\s/]", name)
-    require(is_name, where, name, "a name without spaces and slashes")
-    is_url = re.match(r"https?://[^/]", one.base_url.strip())
-    source = setting_source(name, "base_url", one, environ)
-    require(is_url, source, one.base_url, "an http(s) URL")
-    is_key = re.fullmatch(r"[!-~]+", one.api_key.strip())  # it goes into a header
-    found = "something else" if one.api_key.strip() else ""
-    source = setting_source(name, "api_key", one, environ)
-    require(is_key, source, found, "the key of the API, without blanks")
-    for header, content in one.headers.items():
-        is_header = re.fullmatch(HEADER_NAME, header)
-        require(is_header, f"{where}.headers", header, "names of further HTTP headers")
-        is_line = re.fullmatch(r"[!-~]([ -~]*[!-~])?", content)
-        expected = "one line of letters, digits and signs"
-        require(is_line, f"{where}.headers.{header}", "something else", expected)
-    is_proxy = re.match(r"(https?|socks[45]h?)://|$", one.proxy)
-    require(is_proxy, f"{where}.proxy", "***", "an http, https or socks URL")
-    if one.proxy.startswith("socks"):
-        has_package = importlib.util.find_spec("aiohttp_socks")
-        expected = "http(s), or socks after: pip install aiohttp-socks"
-        require(has_package, f"{where}.proxy", "***", expected)
-    is_other = not one.fallback or one.fallback in others
-    require(is_other, f"{where}.fallback", one.fallback, "another assistant's name")
-    for key in ("model", "messages", "stream"):
-        is_free, value = key not in one.extra, one.extra.get(key)
-        require(is_free, f"{where}.extra.{key}", value, "anything but this key")
 
 
 def is_public_url(url: str) -> bool:
@@ -617,7 +562,7 @@ def check_values(
     config: Config, environ: typing.Mapping[str, str], mistakes: Mistakes
 ) -> None:
     """Note values that cannot work."""
-    require = mistakes.require
+    require, names = mistakes.require, config.assistants.keys()
     url, path, wechat = config.public_url, config.server.path, config.wechat
     require(is_public_url(url), "public_url", url, "http:// or https:// and a host")
     is_path = re.fullmatch(r"(/[\w.~-]+)+/?", path)
@@ -634,7 +579,32 @@ def check_values(
     found = f"{len(wechat.aes_key)} characters"
     require(is_key, "wechat.aes_key", found, "43 letters and digits")
     for name, one in config.assistants.items():
-        check_assistant(name, one, config.assistants.keys() - {name}, environ, mistakes)
+        where, url, key = f"assistants.{name}", one.base_url, one.api_key.strip()
+        is_name = name and not re.search(r"[\s/]", name)
+        require(is_name, where, name, "a name without spaces and slashes")
+        source = setting_source(name, "base_url", one, environ)
+        is_url = re.match(r"https?://[^/]", url.strip())
+        require(is_url, source, url, "an http(s) URL")
+        source, found = setting_source(name, "api_key", one, environ), "something else"
+        is_key = re.fullmatch(r"[!-~]+", key)  # it goes into a header
+        require(is_key, source, key and found, "the key of the API, without blanks")
+        for header, content in one.headers.items():
+            place, is_header = f"{where}.headers", re.fullmatch(HEADER_NAME, header)
+            require(is_header, place, header, "names of further HTTP headers")
+            is_line = re.fullmatch(r"[!-~]([ -~]*[!-~])?", content)
+            wanted = "one line of letters, digits and signs"
+            require(is_line, f"{place}.{header}", found, wanted)
+        is_proxy = re.match(r"(https?|socks[45]h?)://|$", one.proxy)
+        require(is_proxy, f"{where}.proxy", "***", "an http, https or socks URL")
+        if one.proxy.startswith("socks"):
+            has_package = importlib.util.find_spec("aiohttp_socks")
+            wanted = "http(s), or socks after: pip install aiohttp-socks"
+            require(has_package, f"{where}.proxy", "***", wanted)
+        is_other = one.fallback in {"", *names} - {name}
+        require(is_other, f"{where}.fallback", one.fallback, "another assistant's name")
+        for own in ("model", "messages", "stream"):
+            is_free, place = own not in one.extra, f"{where}.extra.{own}"
+            require(is_free, place, one.extra.get(own), "anything but this key")
 
 
 def load_config(
@@ -665,7 +635,10 @@ def load_config(
     check_values(config, environ, mistakes)
     for check in checks:
         check(config, mistakes)
-    mistakes.end()
+    if mistakes.lines:
+        error = ConfigError()
+        error.lines = [*mistakes.lines.values()]
+        raise error
     return config
 
 
@@ -4860,6 +4833,8 @@ class Bot:
         self.config = config
         lines = vars(config.texts).items()
         self.texts = Texts({name: with_links(line) for name, line in lines})
+        label = config.replies.label
+        self.label = "\n" + label if label else ""  # the line that ends a part
         self.tap_words = tap_words(config.texts)
         self.aliases = {folded(name): text for name, text in config.aliases.items()}
         self.store = store
@@ -5679,7 +5654,7 @@ class Bot:
         if count is None:
             line, words = texts.writing, texts.word_writing
         more = line.format(tap=continue_tap(words, number), page=page)
-        return f"{self.config.replies.label_line}\n\n{more}"
+        return f"{self.label}\n\n{more}"
 
     def room_in(self, turn: Turn) -> int:
         """Return how many bytes a part may have beside its tail, whichever that is."""
@@ -5723,7 +5698,7 @@ class Bot:
         words = ending_words(self.texts, turn, retry, go_on)
         if not text:
             return words or self.texts.no_more
-        content = f"{head}{text}{self.config.replies.label_line}"
+        content = f"{head}{text}{self.label}"
         if words:
             content += f"\n\n{words}"
         if turn.chat.has_more_on_page():
@@ -7592,62 +7567,54 @@ class Parser(argparse.ArgumentParser):
         return re.sub(r"(?m)^(\S+):(?=\S*$)", rf"\1{colon}", super().format_help())
 
 
+COMMAND_HELP = {
+    "serve": "serve (the default)",
+    "check": "test each thing that usually goes wrong, and say how to mend it",
+    "stats": "who asked how much",
+    "logs": "follow the service's log",
+    "update": "bring a newer version, or this one again if it does not start",
+    "backup": "copy the database",
+    "setup": "from nothing to a served account",
+    "demo": "try it all with no account and no key",
+}
+COMMAND_WORDS = (*COMMAND_HELP, "--version", "-h", "--help")
+
+
 def make_parser() -> Parser:
     """Return the command line's parser."""
     common = Parser(add_help=False)
-    common.add_argument(
-        "--config",
-        metavar="FILE",
-        help=tell("settings (the service's, else wxgpt.toml)"),
-    )
+    text = tell("settings (the service's, else wxgpt.toml)")
+    common.add_argument("--config", metavar="FILE", help=text)
     parser = Parser(
         parents=[common],
         prog="wxgpt.py",
         usage="wxgpt.py [COMMAND] [--config FILE] [--lang en] [-h] [--version]",
         description=tell("Subscribers of a WeChat Official Account talk with a model."),
     )
-    parser.add_argument(
-        "--version",
-        action="version",
-        version=f"wxgpt {VERSION}",
-        help=tell("show program's version number and exit"),
-    )
+    version, text = f"wxgpt {VERSION}", tell("show program's version number and exit")
+    parser.add_argument("--version", action="version", version=version, help=text)
     text = tell("zh: Chinese (the default), en: English")  # LANGUAGE has taken it
     parser.add_argument("--lang", metavar="zh|en", help=text)
     commands = parser.add_subparsers(
         title=tell("commands"), dest="command", metavar="COMMAND", prog="wxgpt.py"
     )
-    commands.add_parser("serve", parents=[common], help=tell("serve (the default)"))
-    text = tell("test each thing that usually goes wrong, and say how to mend it")
-    commands.add_parser("check", parents=[common], help=text)
-    text = tell("who asked how much")
-    stats = commands.add_parser("stats", parents=[common], help=text)
+    add = {}
+    for name, words in COMMAND_HELP.items():
+        parents = [] if name in ("setup", "demo") else [common]
+        one = commands.add_parser(name, parents=parents, help=tell(words))
+        add[name] = one.add_argument
     text = tell("Beijing days, today included (7); 0: all")
-    stats.add_argument("--days", type=int, default=7, metavar="N", help=text)
+    add["stats"]("--days", type=int, default=7, metavar="N", help=text)
     text = tell("all subscribers, with whole openids")
-    stats.add_argument("--full", action="store_true", help=text)
-    stats.add_argument("--json", action="store_true", help=tell("for machines"))
-    text = tell("follow the service's log")
-    logs = commands.add_parser("logs", parents=[common], help=text)
+    add["stats"]("--full", action="store_true", help=text)
+    add["stats"]("--json", action="store_true", help=tell("for machines"))
     text = tell("older lines (50)")
-    logs.add_argument("-n", dest="lines", type=int, default=50, help=text)
-    text = tell("bring a newer version, or this one again if it does not start")
-    update = commands.add_parser("update", parents=[common], help=text)
+    add["logs"]("-n", dest="lines", type=int, default=50, help=text)
     text = tell("the new version (.tar.gz or .zip); without one: git pull")
-    update.add_argument("archive", nargs="?", default="", metavar="ARCHIVE", help=text)
-    text = tell("copy the database")
-    backup = commands.add_parser("backup", parents=[common], help=text)
+    add["update"]("archive", nargs="?", default="", metavar="ARCHIVE", help=text)
     text = tell("new file; without one it is named by the time")
-    backup.add_argument("file", nargs="?", default="", metavar="FILE", help=text)
-    commands.add_parser("setup", help=tell("from nothing to a served account"))
-    commands.add_parser("demo", help=tell("try it all with no account and no key"))
+    add["backup"]("file", nargs="?", default="", metavar="FILE", help=text)
     return parser
-
-
-COMMAND_WORDS = (
-    *("serve", "check", "stats", "logs", "update", "backup"),
-    *("--version", "-h", "--help"),
-)
 
 
 def check_placeholders(config: Config, mistakes: Mistakes) -> None:
