@@ -732,32 +732,26 @@ def stream_safe(text: str) -> str:
     return RARE_RUN.sub(shorter, text)
 
 
-def read_xml(body: bytes) -> dict[str, str]:
-    """Return the text fields of a push; raise BadMessage."""
-    # Control characters that a subscriber pasted arrive as they are.
-    text = stream_safe(ILLEGAL.sub("", body.decode("utf-8", "ignore")))
-    try:
-        root = xmltodict.parse(text).get("xml")
-    except (ExpatError, ValueError) as error:
-        raise BadMessage(f"not readable as XML: {error}") from None
-    if not isinstance(root, dict):
-        raise BadMessage("no fields inside <xml>")
-    return {name: value for name, value in root.items() if isinstance(value, str)}
-
-
 def find_encrypted(body: bytes) -> str:
     """Return the encrypted part of a push in safe mode, without parsing; '' if none."""
     # The last one: in 兼容模式 what a subscriber wrote stands before it.
     _, tag, rest = body.rpartition(b"<Encrypt>")
     value = rest.partition(b"</Encrypt>")[0].strip() if tag else b""
-    return (
-        value.removeprefix(b"<![CDATA[").removesuffix(b"]]>").decode(errors="replace")
-    )
+    value = value.removeprefix(b"<![CDATA[").removesuffix(b"]]>")
+    return value.decode(errors="replace")
 
 
 def parse_message(body: bytes) -> Message:
     """Return the message of a push in plain mode; raise BadMessage."""
-    root = read_xml(body)
+    # Control characters that a subscriber pasted arrive as they are.
+    text = stream_safe(ILLEGAL.sub("", body.decode("utf-8", "ignore")))
+    try:
+        xml = xmltodict.parse(text).get("xml")
+    except (ExpatError, ValueError) as error:
+        raise BadMessage(f"not readable as XML: {error}") from None
+    if not isinstance(xml, dict):
+        raise BadMessage("no fields inside <xml>")
+    root = {name: value for name, value in xml.items() if isinstance(value, str)}
     if "FromUserName" not in root and "Encrypt" in root:
         raise BadMessage("encrypted, but app_id and aes_key are not set")
     if not all(map(root.get, ("FromUserName", "ToUserName", "MsgType"))):
@@ -2557,14 +2551,9 @@ class Reply:
     introduces: bool = False  # it says who answers here, and the privacy words
 
     @property
-    def has_text(self) -> bool:
-        """Say whether it carries text of an answer."""
-        return self.part is not None and self.stop > self.part.start
-
-    @property
     def is_patience(self) -> bool:
         """Say whether it only asks for patience: nothing can be shown yet."""
-        return self.is_early and not self.has_text
+        return self.is_early and self.part is not None and self.stop <= self.part.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -5783,7 +5772,7 @@ class Bot:
             del to_mention[reply.mentions]
         if isinstance(delivery.source, tuple):
             turn, part = delivery.source
-            if reply.has_text:
+            if reply.stop > part.start:
                 turn.stops[part.start] = reply.stop
             if reply.offered and reply.is_early and part.number == 0:
                 to_mention[turn.id] = (reply.offered.number, turn.question)
@@ -5941,12 +5930,11 @@ class Bot:
     def note_delivery(self, delivery: Delivery, number: int, is_taken: bool) -> None:
         """Store for `stats` how text of an answer was delivered, or that it was not."""
         reply = delivery.reply
-        if not (delivery.is_kept and reply and reply.part and reply.has_text):
+        part = reply.part if reply and delivery.is_kept else None
+        if reply is None or part is None or reply.stop <= part.start:
             return
-        how = "lost"
-        if is_taken:
-            how = "part" if reply.part.number else str(number + delivery.seen_before)
-        stored = self.store.mark_delivered(reply.part.turn_id, how)
+        how = "part" if part.number else str(number + delivery.seen_before)
+        stored = self.store.mark_delivered(part.turn_id, how if is_taken else "lost")
         stored.add_done_callback(functools.partial(log_failure, delivery.message.name))
 
     # What goes on beside the messages
