@@ -4641,23 +4641,12 @@ class ReplayGuard:
 # the question's task (converse), what answers a message (handle_), the commands, and
 # what a request does (deliver, reply_to, compose). It knows nothing of HTTP.
 #
-# A command is one method; its name in COMMANDS and its line in `texts.help` are all
-# there is to it. Assistants are commands too: `/NAME` opens a session with it.
+# A command is one method, its name in COMMANDS and its line in `texts.help`. Assistants
+# are commands too: `/NAME` opens a session with it.
 # ---------------------------------------------------------------------------
 
-Command = Callable[["Bot", Delivery], Awaitable[str]]
-COMMANDS: dict[str, Command] = {}
+COMMANDS = ("stop", "clear", "history", "help", "forget")
 COMMAND_CHARS = 64  # what is longer is no command and no tap
-
-
-def command(name: str) -> Callable[[Command], Command]:
-    """Register a method as the command `/name`."""
-
-    def register(method: Command) -> Command:
-        COMMANDS[name] = method
-        return method
-
-    return register
 
 
 def folded(text: str) -> str:
@@ -4666,10 +4655,11 @@ def folded(text: str) -> str:
     return unicodedata.normalize("NFKC", text).strip().casefold() if is_short else ""
 
 
-def find_command(text: str) -> Command | None:
-    """Return the command that a whole text is, or None."""
+def find_command(text: str) -> str:
+    """Return the name of the command that a whole text is, or ''."""
     name = folded(text)
-    return COMMANDS.get(name[1:].strip()) if name.startswith("/") else None
+    name = name[1:].strip() if name.startswith("/") else ""
+    return name if name in COMMANDS else ""
 
 
 def find_assistant(text: str, names: typing.Iterable[str]) -> tuple[str, str] | None:
@@ -4719,19 +4709,6 @@ def spoken_age(texts: Texts, seconds: float) -> str:
     return next((ages[most] for most in ages if seconds < most), texts.age_more)
 
 
-SHARED_CHARS = 400  # of what an article or a place says
-
-
-def words_of(texts: Texts, message: Message) -> str:
-    """Return what an article or a place says; '' if nothing.
-
-    It begins with a newline: no URL of a picture does.
-    """
-    forms = {"link": texts.article, "location": texts.place}
-    said, form = message.said.strip()[:SHARED_CHARS], forms.get(message.msg_type)
-    return "\n" + form.format(words=said) if said and form else ""
-
-
 def shortened(messages: list[dict], is_last: bool) -> list[dict]:
     """Return messages without the older half of the conversation, or all of it."""
     head = [m for m in messages if m["role"] == "system"]
@@ -4767,11 +4744,6 @@ def ending_words(texts: Texts, turn: Turn, retry: str, go_on: str = "") -> str:
     return getattr(texts, f"failed_{name}").format(tap=retry)
 
 
-def continue_tap(words: str, number: int) -> str:
-    """Return the tap for a numbered part."""
-    return tap_link(words, f"{CONTINUE}{number}")
-
-
 def sent_size(text: str) -> int:
     """Return the size that a text has when it is sent."""
     return size_of(outgoing(text))
@@ -4803,6 +4775,7 @@ PRUNE_SECONDS = 600.0  # how often what has served its time is deleted
 HOLD_SECONDS = 3.0  # how long a timed-out request is kept open before it is dropped
 PAGES_AT_ONCE = 8  # that are loaded, rendered or written
 PAGE_SECONDS = 60.0  # for making a page and writing it
+SHARED_CHARS = 400  # of what an article or a place says
 SURE_CHARS = 300  # so many fit one reply with whatever stands below them
 DELTA_CHARS = 500  # what is appended at once; between two pieces others have a turn
 
@@ -4840,13 +4813,9 @@ class Bot:
         self.slots = asyncio.Semaphore(config.limits.at_once)  # first come first
         self.deliveries: dict[str, Delivery] = {}  # of the last minute, by message key
         self.turns: dict[int, Turn] = {}  # being written or waiting
-        self.subscribers: weakref.WeakValueDictionary[str, Subscriber] = (
-            weakref.WeakValueDictionary()
-        )
+        self.subscribers = weakref.WeakValueDictionary[str, Subscriber]()
         # By session: its questions are answered one after another.
-        self.locks: weakref.WeakValueDictionary[int, asyncio.Lock] = (
-            weakref.WeakValueDictionary()
-        )
+        self.locks = weakref.WeakValueDictionary[int, asyncio.Lock]()
         self.opened_at = self.tasks.loop.time()
         self.wechat_ahead = -math.inf  # WeChat's clock less the loop's, by the pushes
         # When something was warned of last, by the loop's clock, and in which words.
@@ -5264,13 +5233,16 @@ class Bot:
                 return self.leave_alone(delivery, "no event of its kind is answered")
         if delivery.session is None:
             return self.leave_alone(delivery, "no text, and no session is open")
-        texts = self.texts
-        is_article = message.msg_type == "link"
-        kept, line = words_of(texts, message), texts.words_kept
-        word = texts.word_article if is_article else texts.word_place
-        if message.msg_type == "image":
-            kept, line = message.picture_url.strip(), texts.picture_kept
-            word = texts.word_describe
+        texts, said = self.texts, message.said.strip()[:SHARED_CHARS]
+        kept, line, word = "", texts.words_kept, texts.word_place
+        match message.msg_type:  # words begin with a newline, which no URL does
+            case "image":
+                kept, line = message.picture_url.strip(), texts.picture_kept
+                word = texts.word_describe
+            case "link" if said:
+                kept, word = "\n" + texts.article.format(words=said), texts.word_article
+            case "location" if said:
+                kept = "\n" + texts.place.format(words=said)
         if not kept:
             return texts.unsupported
         await self.store.add_picture(message.openid, kept, time.time())
@@ -5294,9 +5266,9 @@ class Bot:
         keyword = "" if session else config.replies.keywords.get(text, "")
         if keyword and is_command(keyword, config.assistants):
             meant = keyword
-        if method := find_command(meant):
-            log.info("%s command %s", delivery.message.name, method.__name__)
-            return await method(self, delivery)
+        if name := find_command(meant):
+            log.info("%s command %s", delivery.message.name, name)
+            return await getattr(self, name)(delivery)
         if opened := find_assistant(meant, config.assistants):
             return await self.open_and_ask(delivery, *opened)
         if session and not is_words:
@@ -5484,7 +5456,6 @@ class Bot:
 
     # Commands
 
-    @command("stop")
     async def stop(self, delivery: Delivery) -> str:
         """End the session; what is being written goes on, what waits is not asked."""
         session = delivery.session or delivery.lapsed
@@ -5494,7 +5465,6 @@ class Bot:
         self.end_queued(delivery.subscriber)
         return self.texts.stopped.format(tap=tap_link(f"/{session.assistant}"))
 
-    @command("clear")
     async def clear(self, delivery: Delivery) -> str:
         """End the session and open a new one with the same assistant."""
         session = delivery.session or delivery.lapsed
@@ -5503,7 +5473,6 @@ class Bot:
         await self.open_session(delivery, session.assistant)
         return self.texts.cleared
 
-    @command("history")
     async def history(self, delivery: Delivery) -> str:
         """Return a link to the subscriber's history; the one before ends."""
         minutes = self.config.history.history_minutes
@@ -5516,7 +5485,6 @@ class Bot:
             text += "\n" + self.texts.history_devices.format(count=count, tap=tap)
         return text
 
-    @command("help")
     async def help(self, delivery: Delivery) -> str:
         """Say how to ask, and list the assistants and commands."""
         texts, names = self.texts, self.config.assistants
@@ -5526,7 +5494,6 @@ class Bot:
         ask = texts.help_ask if is_open else texts.help_begin
         return self.with_notice(texts.help.format(ask=ask, assistants="\n".join(lines)))
 
-    @command("forget")
     async def forget(self, delivery: Delivery) -> str:
         """Ask for the confirmation without which nothing is deleted."""
         await self.store.ask_forget(delivery.message.openid, time.time())
@@ -5629,7 +5596,7 @@ class Bot:
             question=excerpt(turn.question),
             before=max(1, before),
             time=spoken_age(texts, turn.age),
-            tap=continue_tap(texts.word_answer, number),
+            tap=tap_link(texts.word_answer, f"{CONTINUE}{number}"),
             page=self.page_link(turn, texts.word_page),
         )
 
@@ -5642,7 +5609,7 @@ class Bot:
         line, words = texts.more, f"{texts.word_next}{count}"
         if count is None:
             line, words = texts.writing, texts.word_writing
-        more = line.format(tap=continue_tap(words, number), page=page)
+        more = line.format(tap=tap_link(words, f"{CONTINUE}{number}"), page=page)
         return f"{self.label}\n\n{more}"
 
     def room_in(self, turn: Turn) -> int:
@@ -5731,7 +5698,7 @@ class Bot:
         for turn_id, (number, question) in delivery.subscriber.to_mention.items():
             if turn_id == own_id or turn_id in self.turns:
                 continue
-            tap = continue_tap(self.texts.word_answer, number)
+            tap = tap_link(self.texts.word_answer, f"{CONTINUE}{number}")
             line = self.texts.unread.format(question=excerpt(question), tap=tap)
             content = f"{reply.content}\n\n{line}"
             if sent_size(content) <= REPLY_BYTES:
