@@ -5128,21 +5128,20 @@ class Bot:
 
     # What answers a message
 
-    async def source_of(self, turn_id: int, part: Part | None) -> Source | None:
-        """Return a part of a turn, or all of it; None if it was deleted meanwhile."""
-        turn = self.turns.get(turn_id)
+    async def source_of(self, part: Part) -> Source | None:
+        """Return a part with its turn; None if that was deleted meanwhile."""
+        turn = self.turns.get(part.turn_id)
         if turn is None:
-            turn = await self.store.turn(turn_id)
+            turn = await self.store.turn(part.turn_id)
             if turn is None:
                 return None
-            turn = await self.work.once(("turn", turn_id), turn.read)
-        return turn, part or Part(0, turn_id)
+            turn = await self.work.once(("turn", turn.id), turn.read)
+        return turn, part
 
     async def unsent_source(self, delivery: Delivery, turn_id: int) -> Source | None:
         """Return what a turn has unsent, with a number; None if it was deleted."""
         part = await self.store.unsent_part(turn_id)
-        part = part or delivery.subscriber.offer(turn_id, 0)
-        return await self.source_of(turn_id, part)
+        return await self.source_of(part or delivery.subscriber.offer(turn_id, 0))
 
     def refuse_question(self, delivery: Delivery, question: str, said: str) -> str:
         """Return why a question is not accepted, '' if it is; nothing is counted.
@@ -5166,17 +5165,15 @@ class Bot:
         return texts.blocked_question if is_blocked else ""
 
     async def accept_question(
-        self,
-        delivery: Delivery,
-        session: Session,
-        question: str,
-        pictures: str | None = None,
+        self, delivery: Delivery, question: str, pictures: str | None = None
     ) -> Source:
-        """Store a question and start its answer; or say why not.
+        """Store a question of the delivery's session, start its answer; or say why not.
 
         `pictures` are those of a question that is asked again.
         """
         subscriber, limits = delivery.subscriber, self.config.limits
+        session = delivery.session
+        assert session
         before = [t for t in subscriber.turns if t.session_id == session.id]
         # With a picture that came since, the same words are a new question.
         for turn in before if delivery.pictures == "[]" else []:
@@ -5202,9 +5199,8 @@ class Bot:
             asked=0 if before else 1,  # it goes to the upstream at once
             assistant=session.assistant,
         )
-        most, most_of_all = limits.questions_per_day, limits.all_per_day
-        cookie_hash = delivery.cookie_hash
-        if not await self.store.add_turn(turn, most, most_of_all, cookie_hash):
+        most, cookie_hash = limits.questions_per_day, delivery.cookie_hash
+        if not await self.store.add_turn(turn, most, limits.all_per_day, cookie_hash):
             if cookie_hash and not await self.store.device_owner(cookie_hash):
                 return self.texts.page_signed_out
             asked = await self.store.questions_of_day(turn.openid, turn.created_at)
@@ -5276,7 +5272,7 @@ class Bot:
         if (source := await self.handle_tap(delivery, folded(text))) is not None:
             return source
         if session:
-            return await self.accept_question(delivery, session, text)
+            return await self.accept_question(delivery, text)
         if text in config.replies.keywords:
             return self.tappable(config.replies.keywords[text])
         if not is_words:
@@ -5313,37 +5309,38 @@ class Bot:
 
         继续 and 重试 with a number never are; the others if nothing is left to act on.
         """
+        openid, texts, lapsed = delivery.message.openid, self.texts, delivery.lapsed
         if numbered := re.fullmatch(r"(.+?)\s*([0-9]{1,9})", words):
-            number = int(numbered[2])
-            if numbered[1] == CONTINUE:
+            word, number = numbered[1], int(numbered[2])
+            if word == CONTINUE:
                 return await self.continue_part(delivery, number)
-            if self.tap_words.get(numbered[1]) == "retry":
+            if self.tap_words.get(word) == "retry":
                 turn = await self.store.turn(number)
-                return await self.retry(delivery, turn) or self.texts.no_retry
-            is_sign_in = self.tap_words.get(numbered[1]) == "sign_in"
-            if is_sign_in and self.config.is_secure:
-                return await self.claim_sign_in(delivery.message.openid, numbered[2])
-        session = delivery.session or delivery.lapsed
+                return await self.retry(delivery, turn) or texts.no_retry
+            if self.tap_words.get(word) == "sign_in" and self.config.is_secure:
+                return await self.claim_sign_in(openid, numbered[2])
+        session, since = delivery.session or lapsed, time.time() - RECENT_SECONDS
         match self.tap_words.get(re.sub(r"\s*\(\d+/\d+\)$", "", words)):
-            case "continue":
-                return await self.continue_next(delivery)
+            case "continue":  # of the answer shown last, else the oldest not sent
+                session_id = delivery.session.id if delivery.session else None
+                unsent = await self.store.next_unsent(openid, session_id, since)
+                return await self.unsent_source(delivery, unsent) if unsent else None
             case "retry":
-                since = time.time() - RECENT_SECONDS
-                turn = await self.store.newest_failed(delivery.message.openid, since)
+                turn = await self.store.newest_failed(openid, since)
                 return await self.retry(delivery, turn)
             case "forget":
                 return await self.confirm_forget(delivery)
             case "resume" if session and session.late_text:
-                return await self.resume_session(delivery, session, session.late_text)
-            case "go_on" if delivery.lapsed:
-                text = self.texts.word_go_on
-                return await self.resume_session(delivery, delivery.lapsed, text)
+                delivery.session = session
+                return await self.accept_question(delivery, session.late_text)
+            case "go_on" if lapsed:
+                delivery.session = lapsed
+                return await self.accept_question(delivery, texts.word_go_on)
             # Never a question: a model would say that it is done.
             case "let_in" if self.config.is_secure:
-                is_in = self.sign_ins.confirm(delivery.message.openid)
-                return self.texts.signed_in if is_in else self.texts.sign_in_wrong
+                is_in = self.sign_ins.confirm(openid)
+                return texts.signed_in if is_in else texts.sign_in_wrong
             case "sign_out" if self.config.is_secure:
-                openid, texts = delivery.message.openid, self.texts
                 count = self.sign_ins.end(openid) + await self.store.sign_out(openid)
                 return texts.signed_out.format(count=count) if count else texts.all_out
         return None
@@ -5354,15 +5351,8 @@ class Bot:
         if part and part.reply is not None:
             await self.store.note(delivery.message.openid, shown_turn=part.turn_id)
             return Reply(part.reply, int(time.time()))
-        source = await self.source_of(part.turn_id, part) if part else None
+        source = await self.source_of(part) if part else None
         return source or self.texts.no_part.format(number=number)
-
-    async def continue_next(self, delivery: Delivery) -> Source | None:
-        """Return the next part of the answer shown last, else the oldest not sent."""
-        openid, since = delivery.message.openid, time.time() - RECENT_SECONDS
-        session_id = delivery.session.id if delivery.session else None
-        turn_id = await self.store.next_unsent(openid, session_id, since)
-        return None if turn_id is None else await self.unsent_source(delivery, turn_id)
 
     async def retry(self, delivery: Delivery, turn: Turn | None) -> Source | None:
         """Ask a failed question of theirs again; None if there is none to be asked."""
@@ -5371,17 +5361,10 @@ class Bot:
         is_known = turn.assistant in self.config.assistants
         if not is_known or turn.state not in ("failed", "broken"):
             return None
-        session = delivery.session or await self.open_session(delivery, turn.assistant)
+        if delivery.session is None:
+            await self.open_session(delivery, turn.assistant)
         words, pictures = self.question_words(turn), turn.pictures or "[]"
-        return await self.accept_question(delivery, session, words, pictures)
-
-    async def resume_session(
-        self, delivery: Delivery, session: Session, text: str
-    ) -> Source:
-        """Ask a text that came after a session had run out in that session."""
-        delivery.session = session
-        await self.store.touch_session(session.id, time.time())
-        return await self.accept_question(delivery, session, text)
+        return await self.accept_question(delivery, words, pictures)
 
     async def claim_sign_in(self, openid: str, number: str) -> str:
         """Return what is said to a number that a browser shows, or does not."""
@@ -5411,13 +5394,12 @@ class Bot:
             return self.texts.page_signed_out
         if is_command(self.aliases.get(folded(text), text), self.config.assistants):
             return self.texts.page_command.format(text=excerpt(text))
-        session = delivery.session
-        if session is None:
+        if delivery.session is None:
             if refusal := self.refuse_question(delivery, text, ""):
                 return refusal
             _, assistant, _ = await self.newest_session(openid)
-            session = await self.open_session(delivery, assistant)
-        source = await self.accept_question(delivery, session, text)
+            await self.open_session(delivery, assistant)
+        source = await self.accept_question(delivery, text)
         if not isinstance(source, tuple) or source[0].msg_key != delivery.message.key:
             return source  # refused, or the chat asks the same and will be answered
         turn, subscriber = source[0], delivery.subscriber
@@ -5435,24 +5417,23 @@ class Bot:
         session, allow = delivery.session, self.config.limits.allow
         if allow and delivery.message.openid not in allow:
             return self.texts.not_allowed
-        is_new = session is None or session.assistant != assistant
-        if session is None or is_new:
-            session = await self.open_session(delivery, assistant)
+        is_open = session is not None and session.assistant == assistant
+        if not is_open:
+            await self.open_session(delivery, assistant)
         if question:
-            return await self.accept_question(delivery, session, question)
-        if not is_new:
+            return await self.accept_question(delivery, question)
+        if is_open:
             return self.texts.still_open
         if not delivery.subscriber.is_told:
             return self.texts.greeting  # and the introduction below it
         return self.tappable(self.texts.opened.format(assistant=assistant))
 
-    async def open_session(self, delivery: Delivery, assistant: str) -> Session:
+    async def open_session(self, delivery: Delivery, assistant: str) -> None:
         """Open a session; one that was open ends."""
-        openid = delivery.message.openid
-        session = await self.store.start_session(openid, assistant, time.time())
+        openid, now = delivery.message.openid, time.time()
+        delivery.session = await self.store.start_session(openid, assistant, now)
+        delivery.lapsed = None
         self.end_queued(delivery.subscriber)
-        delivery.session, delivery.lapsed = session, None
-        return session
 
     # Commands
 
@@ -5576,7 +5557,7 @@ class Bot:
                 delivery.seen_before = 1
                 # If the turn was deleted meanwhile, nothing is said: to ask it again
                 # would store it again.
-                source = await self.source_of(recalled.turn_id, None) or ""
+                source = await self.source_of(Part(0, recalled.turn_id)) or ""
                 if isinstance(source, tuple):
                     delivery.first = min(delivery.first, source[0].asked_at)
                 delivery.answer_with(source)
