@@ -4994,60 +4994,55 @@ class Bot:
             await asyncio.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
 
-    async def ask_models(self, turn: Turn, messages: list[dict]) -> Ending:
+    async def ask_models(self, turn: Turn) -> Ending:
         """Let the assistant's model answer, or its fallback's if that fails.
 
         Raise ChatError if both fail, or the first one did when text of it was sent.
         """
         settings = self.config.assistants[turn.assistant]
-        fallback = settings.fallback
+        fallback, urls = settings.fallback, json.loads(turn.pictures or "[]")
         within = settings.fallback_after or None if fallback else None
-        try:
-            return await self.ask_model(turn, turn.assistant, messages, within)
-        except ChatError as error:
-            if not fallback or turn.stops or error.kind == "blocked":
-                raise
-            log.warning("%s goes to %s after %s", turn.name, fallback, error)
-        turn.restart()
-        return await self.ask_model(turn, fallback, messages, None)
-
-    async def write(self, turn: Turn) -> None:
-        """Let the model answer a question, and store how that ended."""
-        ending: Ending | None = None
-        try:
-            urls = json.loads(turn.pictures or "[]")
-            async with self.slots, self.pictures.fetch_all(urls) as pictures:
-                messages = await self.messages_for(turn, pictures)
-                if turn.earlier is not None or not turn.asked:
-                    await self.store.count_asking(turn.id)
-                ending = await self.ask_models(turn, messages)
-            turn.model = ending.model
-            turn.finish("cut" if ending.finish_reason == "length" else "done")
-        except ChatError as error:
-            level = logging.ERROR if error.kind == "setup" else logging.WARNING
-            log.log(level, "%s failed: %s", turn.name, error)
-            if error.kind == "blocked":
-                await self.rewrite(turn, turn.as_sent)
-            elif turn.earlier and not turn.answer:
-                await self.rewrite(turn, lambda _: turn.earlier or "")
-            turn.finish(failed_state(turn, error.kind), error.kind)
-        finally:
-            if turn.is_open:  # cancelled: the next process goes on from the text so far
-                await self.save_texts([turn])
-            else:
-                await self.store_end(turn, ending)
+        async with self.slots, self.pictures.fetch_all(urls) as pictures:
+            messages = await self.messages_for(turn, pictures)
+            if turn.earlier is not None or not turn.asked:
+                await self.store.count_asking(turn.id)
+            try:
+                return await self.ask_model(turn, turn.assistant, messages, within)
+            except ChatError as error:
+                if not fallback or turn.stops or error.kind == "blocked":
+                    raise
+                log.warning("%s goes to %s after %s", turn.name, fallback, error)
+            turn.restart()
+            return await self.ask_model(turn, fallback, messages, None)
 
     async def converse(self, turn: Turn, subscriber: Subscriber) -> None:
-        """Answer a question after those before it, unless its session ends meanwhile.
+        """Answer a question after those before it, and store how that ended.
 
-        The subscriber's state is kept alive until the answer has ended.
+        The subscriber's state is kept alive until then.
         """
-        lock = self.locks.setdefault(turn.session_id, asyncio.Lock())
-        async with lock:
-            if turn.is_open:
-                turn.is_queued = False
-                turn.deltas.look()
-                await self.write(turn)
+        async with self.locks.setdefault(turn.session_id, asyncio.Lock()):
+            if not turn.is_open:  # its session has ended meanwhile
+                return
+            turn.is_queued = False
+            turn.deltas.look()
+            ending: Ending | None = None
+            try:
+                ending = await self.ask_models(turn)
+                turn.model = ending.model
+                turn.finish("cut" if ending.finish_reason == "length" else "done")
+            except ChatError as error:
+                level = logging.ERROR if error.kind == "setup" else logging.WARNING
+                log.log(level, "%s failed: %s", turn.name, error)
+                if error.kind == "blocked":
+                    await self.rewrite(turn, turn.as_sent)
+                elif turn.earlier and not turn.answer:
+                    await self.rewrite(turn, lambda _: turn.earlier or "")
+                turn.finish(failed_state(turn, error.kind), error.kind)
+            finally:
+                if turn.is_open:  # cancelled: the next process goes on from this text
+                    await self.save_texts([turn])
+                else:
+                    await self.store_end(turn, ending)
 
     async def save_texts(self, turns: list[Turn]) -> bool:
         """Store the text of unfinished answers; say whether that worked."""
@@ -5513,35 +5508,21 @@ class Bot:
 
     # The message's task
 
-    async def take_up(self, delivery: Delivery, recalled: Recalled) -> Source:
-        """Return what answers a new message; it extends its session."""
-        session, now = recalled.session, time.time()
-        delivery.pictures, delivery.hinted_at = recalled.pictures, recalled.hinted_at
-        if session and session.assistant in self.config.assistants:
-            idle = now - session.last_at - self.config.session.ttl
-            if idle <= 0 or session.is_busy:
-                delivery.session = session
-            elif idle < LAPSE_SECONDS:
-                delivery.lapsed = session
-        source = await self.handle_message(delivery)
-        is_question = isinstance(source, tuple) and source[1].number == 0
-        if delivery.session and delivery.message.msg_type != "event":
-            if not is_question:  # storing one has done it
-                await self.store.touch_session(delivery.session.id, time.time())
-        return source
-
     async def find_source(self, delivery: Delivery) -> None:
-        """Find out what answers a message; a subscriber's messages take turns."""
+        """Find out what answers a message; a subscriber's messages take turns.
+
+        A message that is new extends its session.
+        """
         message, subscriber = delivery.message, delivery.subscriber
         async with subscriber.lock:
-            openid = message.openid
+            openid, now = message.openid, time.time()
             if openid in self.store.due:
                 await self.store.forget_due()
             if openid in self.store.due:
                 delivery.is_kept = False
                 delivery.answer_with(self.texts.forget_noted)
                 return
-            recalled = await self.store.recall(message.key, openid, time.time())
+            recalled = await self.store.recall(message.key, openid, now)
             if subscriber.last_part is None:
                 subscriber.last_part = recalled.last_part
                 subscriber.is_told = recalled.is_told
@@ -5549,8 +5530,7 @@ class Bot:
                     number, missed_id, question = recalled.mention
                     subscriber.to_mention[missed_id] = (number, question)
             if recalled.reply:  # a copy of a message that was answered before
-                delivery.seen_before = 1
-                delivery.reply = recalled.reply
+                delivery.seen_before, delivery.reply = 1, recalled.reply
                 delivery.news.look()
                 return
             if recalled.turn_id is not None:  # asked by a process before this one
@@ -5562,7 +5542,19 @@ class Bot:
                     delivery.first = min(delivery.first, source[0].asked_at)
                 delivery.answer_with(source)
                 return
-            source = await self.take_up(delivery, recalled)
+            session, delivery.pictures = recalled.session, recalled.pictures
+            delivery.hinted_at = recalled.hinted_at
+            if session and session.assistant in self.config.assistants:
+                idle = now - session.last_at - self.config.session.ttl
+                if idle <= 0 or session.is_busy:
+                    delivery.session = session
+                elif idle < LAPSE_SECONDS:
+                    delivery.lapsed = session
+            source = await self.handle_message(delivery)
+            is_question = isinstance(source, tuple) and source[1].number == 0
+            if delivery.session and message.msg_type != "event" and not is_question:
+                # storing a question has done it
+                await self.store.touch_session(delivery.session.id, time.time())
         delivery.answer_with(source)
 
     # What a request does
@@ -5605,7 +5597,7 @@ class Bot:
         left = turn.left.get(part.start) if part.place else None
         return f"（{part.place}/{part.place - 1 + left}）" if left else ""
 
-    def cut_rest(self, turn: Turn, start: int) -> None:
+    def count_parts(self, turn: Turn, start: int) -> None:
         """Count the parts of an ended answer from a start on; it may take a second."""
         starts, shown, room = [start], turn.shown(), self.room_in(turn)
         while (at := starts[-1]) not in turn.left:
@@ -5617,15 +5609,6 @@ class Bot:
                 starts.append(turn.stops.get(at) or at + cut_reply(rest, room))
         for number, start in enumerate(reversed(starts), turn.left[at]):
             turn.left[start] = number
-
-    async def count_parts(self, delivery: Delivery) -> None:
-        """Let the parts of an ended answer be counted, unless that takes too long."""
-        if isinstance(delivery.source, tuple):
-            turn, part = delivery.source
-            is_long = not turn.is_open and len(turn.shown()) - part.start > SURE_CHARS
-            if is_long and part.start not in turn.left:
-                counted = self.work.run(self.cut_rest, turn, part.start)
-                await asyncio.wait({counted}, timeout=self.config.wechat.margin / 4)
 
     def rest_of(self, turn: Turn, start: int, head: str) -> str:
         """Return all that is left to say of an ended answer, of any size."""
@@ -5673,35 +5656,28 @@ class Bot:
         content = self.patience(delivery, turn, offered.number)
         return Reply(content, now, part, part.start, offered, is_early=True)
 
-    def mention(self, delivery: Delivery, reply: Reply) -> Reply:
-        """Return a reply, if possible with a line about an answer not read yet."""
-        own_id = reply.part.turn_id if reply.part else None
-        for turn_id, (number, question) in delivery.subscriber.to_mention.items():
-            if turn_id == own_id or turn_id in self.turns:
-                continue
-            tap = tap_link(self.texts.word_answer, f"{CONTINUE}{number}")
-            line = self.texts.unread.format(question=excerpt(question), tap=tap)
-            content = f"{reply.content}\n\n{line}"
-            if sent_size(content) <= REPLY_BYTES:
-                return replace(reply, content=content, mentions=turn_id)
-        return reply
+    def footers(
+        self, delivery: Delivery, reply: Reply
+    ) -> Iterator[tuple[str, dict[str, typing.Any]]]:
+        """Yield what may stand below a reply, and the fields that this changes in it.
 
-    def introduce(self, delivery: Delivery, reply: Reply) -> Reply:
-        """Return a reply in a conversation with the introduction, once it has room.
-
-        Nobody reads the privacy words twice, except after /forget.
+        In a conversation that is the introduction; nobody reads the privacy words
+        twice, except after /forget. Then come answers that were not read yet.
         """
-        source = delivery.source
+        texts, source, subscriber = self.texts, delivery.source, delivery.subscriber
         talk = source[0] if isinstance(source, tuple) else delivery.session
-        if talk is None or delivery.subscriber.is_told or not delivery.is_kept:
-            return reply
-        texts = self.texts
-        one, two = tap_link(texts.word_example_1), tap_link(texts.word_example_2)
-        words = texts.introduction.format(assistant=talk.assistant, one=one, two=two)
-        content = f"{reply.content}\n\n{words}\n{self.tappable(texts.privacy)}"
-        if sent_size(content) > REPLY_BYTES:
-            return reply
-        return replace(reply, content=content, introduces=True)
+        if talk and delivery.is_kept and not subscriber.is_told:
+            one, two = tap_link(texts.word_example_1), tap_link(texts.word_example_2)
+            words = texts.introduction.format(
+                assistant=talk.assistant, one=one, two=two
+            )
+            yield f"{words}\n{self.tappable(texts.privacy)}", {"introduces": True}
+        own_id = reply.part.turn_id if reply.part else None
+        for turn_id, (number, question) in subscriber.to_mention.items():
+            if turn_id != own_id and turn_id not in self.turns:
+                tap = tap_link(texts.word_answer, f"{CONTINUE}{number}")
+                line = texts.unread.format(question=excerpt(question), tap=tap)
+                yield line, {"mentions": turn_id}
 
     async def note_told(self, openid: str) -> None:
         """Note that the privacy words were said to a subscriber outside the chat."""
@@ -5710,41 +5686,34 @@ class Bot:
 
     def decide(self, delivery: Delivery) -> None:
         """Fix the reply of a message for all its requests, and start to store it."""
-        reply = self.compose(delivery)
-        if reply.content and reply is not delivery.source:
-            reply = self.mention(delivery, self.introduce(delivery, reply))
+        subscriber, message = delivery.subscriber, delivery.message
+        source, reply = delivery.source, self.compose(delivery)
+        if reply.content and reply is not source:
+            for words, changes in self.footers(delivery, reply):
+                content = f"{reply.content}\n\n{words}"
+                if not reply.mentions and sent_size(content) <= REPLY_BYTES:
+                    reply = replace(reply, content=content, **changes)
             reply = replace(reply, content=outgoing(reply.content))
-        delivery.subscriber.is_told |= reply.introduces
-        to_mention = delivery.subscriber.to_mention
+        subscriber.is_told |= reply.introduces
         if reply.mentions:
-            del to_mention[reply.mentions]
-        if isinstance(delivery.source, tuple):
-            turn, part = delivery.source
+            del subscriber.to_mention[reply.mentions]
+        if isinstance(source, tuple):
+            turn, part = source
             if reply.stop > part.start:
                 turn.stops[part.start] = reply.stop
             if reply.offered and reply.is_early and part.number == 0:
-                to_mention[turn.id] = (reply.offered.number, turn.question)
+                subscriber.to_mention[turn.id] = (reply.offered.number, turn.question)
             elif not reply.is_patience:
-                to_mention.pop(turn.id, None)
+                subscriber.to_mention.pop(turn.id, None)
         if reply.content and delivery.is_kept:
-            message = delivery.message
             delivery.stored = self.store.save_reply(message.key, message.openid, reply)
-            delivery.stored.add_done_callback(
-                functools.partial(log_failure, f"{message.name} reply")
-            )
+            failed = functools.partial(log_failure, f"{message.name} reply")
+            delivery.stored.add_done_callback(failed)
         # Later copies need the reply alone; the answer would stay in memory with them.
-        source, delivery.source, delivery.reply = delivery.source, reply, reply
+        delivery.source = delivery.reply = reply
         delivery.news.look()
         if isinstance(source, tuple):  # others wait for more of the answer
             source[0].news.look()
-
-    def is_last_chance(self, delivery: Delivery, number: int, arrived: float) -> bool:
-        """Say whether WeChat will not ask again after this request."""
-        wechat = self.config.wechat
-        # Halfway between the last attempt but one and the last.
-        late = (wechat.attempts - 1.5) * wechat.attempt_timeout
-        is_last = number + delivery.seen_before >= wechat.attempts
-        return is_last or arrived - delivery.first > late
 
     def deliver(
         self, message: Message, arrived: float, cookie_hash: str = ""
@@ -5848,10 +5817,14 @@ class Bot:
         over = arrived + wechat.attempt_timeout
         # 1. Wait until the reply can be complete.
         is_ready = await self.until_ready(delivery, over - wechat.margin)
-        # 2. If it is not, and WeChat will ask again, wait on. A timeout is charged now:
-        #    a burst of them, charged when WeChat hangs up, would all pass the guard.
-        is_last = is_ready or self.is_last_chance(delivery, number, arrived)
-        if not is_last and self.guard.charge(loop.time()):
+        # 2. If it is not, and WeChat will ask again, wait on. The last attempt is also
+        #    one that comes later than halfway between the last but one and the last. A
+        #    timeout is charged now: a burst of them, charged when WeChat hangs up,
+        #    would all pass the guard.
+        late = (wechat.attempts - 1.5) * wechat.attempt_timeout
+        is_last = number + delivery.seen_before >= wechat.attempts
+        is_last = is_last or arrived - delivery.first > late
+        if not (is_ready or is_last) and self.guard.charge(loop.time()):
             if not await self.until_ready(delivery, over):
                 # WeChat has stopped reading, but an answer here would end its retries:
                 # say nothing, unless another request gets the reply, and hang up.
@@ -5861,12 +5834,17 @@ class Bot:
                 )
                 if delivery.reply is None:
                     return None
-        # 3. Decide once for all requests: all there is, or a word of patience. It is
-        #    stored before it is sent, if that does not take too long.
-        if delivery.reply is None:
-            await self.count_parts(delivery)
+        # 3. Decide once for all requests: all there is, or a word of patience. Before
+        #    that, the parts of a long answer are counted unless it takes too long.
+        if delivery.reply is None and isinstance(delivery.source, tuple):
+            turn, part = delivery.source
+            is_long = not turn.is_open and len(turn.shown()) - part.start > SURE_CHARS
+            if is_long and part.start not in turn.left:
+                counted = self.work.run(self.count_parts, turn, part.start)
+                await asyncio.wait({counted}, timeout=wechat.margin / 4)
         if delivery.reply is None:
             self.decide(delivery)
+        # 4. It is stored before it is sent, if that does not take too long.
         if delivery.stored and not delivery.stored.done():
             left = over - wechat.margin / 2 - loop.time()
             await asyncio.wait({delivery.stored}, timeout=max(0, left))
