@@ -425,24 +425,6 @@ def has_type(value: typing.Any, kind: object) -> bool:
     return type(value) is kind or (kind is float and type(value) is int)
 
 
-def read_value(
-    value: typing.Any, entry: dataclasses.Field, name: str, mistakes: Mistakes
-) -> object:
-    """Return the value of one setting, its default or "" if it cannot be used."""
-    expected, bounds = TYPE_NAMES[entry.type], entry.metadata.get("bounds")
-    if has_type(value, entry.type) and (not bounds or bounds[0] <= value <= bounds[1]):
-        return tuple(value) if isinstance(value, list) else value
-    found = "something else" if entry.metadata.get("secret") else repr(value)
-    found = "nothing" if value is MISSING else found
-    plain = (f"{bound:f}".rstrip("0").rstrip(".") for bound in bounds or ())
-    values = dict(zip(("least", "most"), plain, strict=False))
-    words = FOUND_WITHIN if bounds else FOUND
-    mistakes.add(name, words, found=found, expected=expected, **values)
-    if entry.default_factory is not MISSING:
-        return entry.default_factory()
-    return "" if entry.default is MISSING else entry.default
-
-
 def check_names(
     table: dict, known: typing.Iterable[str], prefix: str, mistakes: Mistakes
 ) -> None:
@@ -457,21 +439,34 @@ def check_names(
 def read_table(
     kind: typing.Any, table: typing.Any, name: str, mistakes: Mistakes
 ) -> typing.Any:
-    """Return a TOML table as an instance of its settings class."""
+    """Return a TOML table as its settings class; what cannot be used is "" there."""
     mistakes.require(isinstance(table, dict), name, table, "a table")
     table = table if isinstance(table, dict) else {}
     prefix = f"{name}." if name else ""
     check_names(table, [entry.name for entry in fields(kind)], prefix, mistakes)
     values = {}
     for entry in fields(kind):
-        key, where = entry.name, prefix + entry.name
+        key, where, value = entry.name, prefix + entry.name, table.get(entry.name)
         is_required = entry.default is MISSING and entry.default_factory is MISSING
+        bounds = entry.metadata.get("bounds", ())
         if dataclasses.is_dataclass(entry.type):
             values[key] = read_table(entry.type, table.get(key, {}), where, mistakes)
-        elif key in table and entry.type not in TYPE_NAMES:  # read by load_config
-            values[key] = table[key]
+        elif entry.type not in TYPE_NAMES:  # read by load_config
+            values[key] = value
+        elif has_type(value, entry.type) and (
+            not bounds or bounds[0] <= value <= bounds[1]
+        ):
+            values[key] = tuple(value) if isinstance(value, list) else value
         elif key in table or is_required:
-            values[key] = read_value(table.get(key, MISSING), entry, where, mistakes)
+            found, words = "nothing", FOUND_WITHIN if bounds else FOUND
+            if key in table:
+                is_secret = entry.metadata.get("secret")
+                found = "something else" if is_secret else repr(value)
+            plain = (f"{bound:f}".rstrip("0").rstrip(".") for bound in bounds)
+            ends = dict(zip(("least", "most"), plain, strict=False))
+            expected = TYPE_NAMES[entry.type]
+            mistakes.add(where, words, found=found, expected=expected, **ends)
+            values |= {key: ""} if is_required else {}
     return kind(**values)
 
 
@@ -2560,13 +2555,10 @@ class Reply:
 class Ending:
     """How a streamed answer ended."""
 
-    finish_reason: str
-    model: str | None
-    tokens_in: int | None
-    tokens_out: int | None
-
-
-NO_ENDING = Ending("", None, None, None)
+    finish_reason: str = ""
+    model: str | None = None
+    tokens_in: int | None = None
+    tokens_out: int | None = None
 
 
 SENTENCE_SIGN = re.compile(r"[。！？…!?.\n]")
@@ -3180,7 +3172,7 @@ class Store:
                 pictures = iif(:state IN ('failed', 'broken'), pictures, NULL)
             WHERE id = :id
         """
-        values = columns_of(turn) | columns_of(ending or NO_ENDING)
+        values = columns_of(turn) | columns_of(ending or Ending())
         now, seconds = time.time(), round(turn.age, 3)
         await self.rows(query, finished_at=now, seconds=seconds, **values)
 
@@ -4903,7 +4895,7 @@ class Bot:
     ) -> Ending:
         """Append what the model streams; return the Ending, or raise ChatError."""
         guard = WordGuard(self.blocked)
-        ending = Ending("length", "", None, None)  # of an answer that goes on for ever
+        ending = Ending("length", "")  # of an answer that goes on for ever
         async with contextlib.aclosing(stream):
             async for item in stream:
                 if isinstance(item, Ending):
@@ -5066,9 +5058,9 @@ class Bot:
                 log.error("%s not stored yet: %s", turn.name, error)
                 await asyncio.sleep(STORE_SECONDS)
         state = f"{turn.state} {turn.reason or ''}".strip()
-        given, taken = (ending.tokens_in, ending.tokens_out) if ending else (None, None)
-        line = "%s %s after %.1f s, tokens %s in %s out"
-        log.info(line, turn.name, state, turn.age, given, taken)
+        ending, line = ending or Ending(), "%s %s after %.1f s, tokens %s in %s out"
+        tokens = ending.tokens_in, ending.tokens_out
+        log.info(line, turn.name, state, turn.age, *tokens)
         self.drop(turn)
 
     def drop(self, turn: Turn) -> None:
@@ -5573,29 +5565,26 @@ class Bot:
             page=self.page_link(turn, texts.word_page),
         )
 
-    def tail(self, turn: Turn, number: int, count: str | None) -> str:
-        """Return the lines under a part that another one follows.
+    def tail(self, turn: Turn, part: Part, left: int | None) -> str:
+        """Return the lines under a part that another one, `part`, follows.
 
-        `count` is which of how many that is; None: the answer is being written.
+        `left` is how many there are from that on, 0 if that is not known; None: the
+        answer is being written.
         """
         texts, page = self.texts, self.page_link(turn, self.texts.word_page)
-        line, words = texts.more, f"{texts.word_next}{count}"
-        if count is None:
+        line, words = texts.more, texts.word_next
+        if left is None:
             line, words = texts.writing, texts.word_writing
-        more = line.format(tap=tap_link(words, f"{CONTINUE}{number}"), page=page)
-        return f"{self.label}\n\n{more}"
+        elif left and part.place:
+            words += f"（{part.place}/{part.place - 1 + left}）"
+        tap = tap_link(words, f"{CONTINUE}{part.number}")
+        return f"{self.label}\n\n{line.format(tap=tap, page=page)}"
 
     def room_in(self, turn: Turn) -> int:
         """Return how many bytes a part may have beside its tail, whichever that is."""
-        tails = [self.tail(turn, 10**9 - 1, count) for count in (None, "（999/999）")]
+        last = Part(10**9 - 1, turn.id, place=999)
+        tails = [self.tail(turn, last, left) for left in (None, 1)]
         return REPLY_BYTES - max(map(sent_size, tails))
-
-    def count_of(self, turn: Turn, part: Part) -> str | None:
-        """Return which of how many a part is; None: the answer is being written."""
-        if turn.is_open:
-            return None
-        left = turn.left.get(part.start) if part.place else None
-        return f"（{part.place}/{part.place - 1 + left}）" if left else ""
 
     def count_parts(self, turn: Turn, start: int) -> None:
         """Count the parts of an ended answer from a start on; it may take a second."""
@@ -5649,8 +5638,8 @@ class Bot:
         if text:
             place = part.place and part.place + 1
             offered = subscriber.offer(turn.id, stop, place)
-            count = self.count_of(turn, offered)
-            content = head + text + self.tail(turn, offered.number, count)
+            left = None if turn.is_open else turn.left.get(stop, 0)
+            content = head + text + self.tail(turn, offered, left)
             return Reply(content, now, part, stop, offered, is_early)
         offered = part if part.number else subscriber.offer(turn.id, part.start)
         content = self.patience(delivery, turn, offered.number)
