@@ -19,14 +19,15 @@ often need longer. So the first request of a message starts one task, every requ
 that message waits for it, and the last one is answered in time with what is written so
 far, a tap for the rest, and a link to a page that goes on live.
 
-The path of a message; a function stands above its callers:
+The path of a message; a function stands above its callers, but the methods of Bot in
+the order of the path:
 
     receive_message -> read_push: is_signed, parse_message
                     -> Bot.deliver -> Bot.reply_to -> render_text_reply
                                           |  waits for
     in the message's task:   Bot.find_source -> handle_message -> handle_text
                              -> a command, a part, or accept_question
-    in the question's task:  Bot.converse -> messages_for -> ChatClient.stream
+    in the question's task:  Bot.converse -> ask_models -> ChatClient.stream
                              -> Turn.append -> Store.finish_turn
 
 A question from a subscriber's own page comes by ask_on_page -> Bot.ask_here and goes
@@ -439,7 +440,7 @@ def check_names(
 def read_table(
     kind: typing.Any, table: typing.Any, name: str, mistakes: Mistakes
 ) -> typing.Any:
-    """Return a TOML table as its settings class; what cannot be used is "" there."""
+    """Return a TOML table as its settings class; note what cannot be used in it."""
     mistakes.require(isinstance(table, dict), name, table, "a table")
     table = table if isinstance(table, dict) else {}
     prefix = f"{name}." if name else ""
@@ -884,6 +885,11 @@ def outgoing(text: str) -> str:
         kept += [no_link(text[at : link.start()]), anchor]
         at = link.end()
     return "".join([*kept, no_link(text[at:])])
+
+
+def sent_size(text: str) -> int:
+    """Return the size that a text has when it is sent."""
+    return size_of(outgoing(text))
 
 
 def excerpt(text: str, length: int = 12) -> str:
@@ -4629,9 +4635,9 @@ class ReplayGuard:
 # ---------------------------------------------------------------------------
 # 10. The bot
 #
-# Everything between a message and its reply, as methods of one class, in four pieces:
-# the question's task (converse), what answers a message (handle_), the commands, and
-# what a request does (deliver, reply_to, compose). It knows nothing of HTTP.
+# Everything between a message and its reply, as methods of one class, in the order of
+# its path: what answers a message (deliver, find_source, handle_), the question's task
+# (converse), what a request gets (reply_to, compose). It knows nothing of HTTP.
 #
 # A command is one method, its name in COMMANDS and its line in `texts.help`. Assistants
 # are commands too: `/NAME` opens a session with it.
@@ -4734,11 +4740,6 @@ def ending_words(texts: Texts, turn: Turn, retry: str, go_on: str = "") -> str:
         return fixed[turn.state]
     name = "broken" if turn.state == "broken" else turn.reason or "empty"
     return getattr(texts, f"failed_{name}").format(tap=retry)
-
-
-def sent_size(text: str) -> int:
-    """Return the size that a text has when it is sent."""
-    return size_of(outgoing(text))
 
 
 def cut_reply(text: str, room: int) -> int:
@@ -4848,272 +4849,90 @@ class Bot:
         """Return a link to an answer's page."""
         return web_link(words, f"{self.config.public_url}/a/{turn.link_key}")
 
-    # The question's task
+    def with_notice(self, text: str) -> str:
+        """Return one of our own texts, unless it is empty, with the model's notice."""
+        notice = self.texts.model_notice
+        return self.tappable(f"{text}\n\n{notice}" if text and notice else text)
 
-    def question_words(self, turn: Turn) -> str:
-        """Return a question without the marks of its pictures."""
-        count = len(json.loads(turn.pictures or "[]"))
-        return turn.question.removeprefix(self.texts.word_picture * count)
-
-    async def messages_for(self, turn: Turn, pictures: list[Picture]) -> list[dict]:
-        """Return what the model gets: prompt, the session so far, the question."""
-        prompt = self.config.assistants[turn.assistant].system_prompt
-        messages: list[dict] = []
-        if prompt:
-            messages.append({"role": "system", "content": prompt})
-        chars = self.config.session.context_chars
-        for question, answer in await self.store.history(turn, chars):
-            messages.append({"role": "user", "content": question})
-            messages.append({"role": "assistant", "content": answer})
-        content: str | list[dict] = turn.question
-        if pictures:
-            content = [{"type": "text", "text": self.question_words(turn)}]
-            urls = [{"url": url, "detail": "low"} for url in pictures]
-            content += [{"type": "image_url", "image_url": url} for url in urls]
-        return [*messages, {"role": "user", "content": content}]
-
-    def show(self, turn: Turn, guard: WordGuard, delta: str, is_end: bool) -> None:
-        """Append what of a stream may be shown; raise ChatError for a blocked word.
-
-        Links and tags part a word in the Markdown that is whole in the chat or on the
-        page: so what they show is looked through as well, before anybody is told.
-        """
-        text, is_blocked = guard.feed(delta, is_end)
-        answer, has_words = turn.answer, bool(self.blocked.words)
-        before = len(turn.shown()) if has_words else 0
-        if text and not is_blocked:
-            turn.append(text)
-        if has_words and not is_blocked:
-            # The end is final now: no sign waits any more for what may follow it.
-            is_blocked = guard.sees(turn.chat.text(is_end)[before:])
-        if is_blocked:
-            turn.answer = answer  # nobody is told before it is rewritten
-            raise ChatError("blocked", "a blocked word in the answer")
-
-    async def write_text(
-        self, turn: Turn, stream: AsyncGenerator[str | Ending, None]
-    ) -> Ending:
-        """Append what the model streams; return the Ending, or raise ChatError."""
-        guard = WordGuard(self.blocked)
-        ending = Ending("length", "")  # of an answer that goes on for ever
-        async with contextlib.aclosing(stream):
-            async for item in stream:
-                if isinstance(item, Ending):
-                    ending = item
-                    break
-                if turn.earlier is not None and not turn.answer:
-                    await self.begin_anew(turn)
-                if isinstance(item, ThoughtEnd):
-                    await self.rewrite(turn, turn.without_thought)
-                    guard = WordGuard(self.blocked)
-                rest = item[: ANSWER_CHARS - len(turn.answer)]
-                while len(rest) > DELTA_CHARS:
-                    self.show(turn, guard, rest[:DELTA_CHARS], False)
-                    rest = rest[DELTA_CHARS:]
-                    await asyncio.sleep(0)
-                self.show(turn, guard, rest, False)
-                if len(turn.answer) >= ANSWER_CHARS:
-                    break
-        self.show(turn, guard, "", True)
-        if not turn.answer.strip():
-            reason = f"finish_reason {ending.finish_reason}"
-            # A limit that thoughts alone reach will be reached again.
-            is_retryable = ending.finish_reason != "length"
-            raise ChatError("empty", reason, is_retryable)
-        return ending
-
-    async def rewrite(self, turn: Turn, change: Callable[[str], str]) -> None:
-        """Change what was written; nobody sees any of it meanwhile."""
-        text = turn.answer
-        turn.restart()
-
-        def read() -> tuple[str, ChatText]:
-            changed = change(text)
-            chat = ChatText(changed)
-            chat.text(has_ended=False)
-            return changed, chat
-
-        turn.answer, turn.chat = await self.work.run(read)
-        turn.deltas.look()
-
-    async def begin_anew(self, turn: Turn) -> None:
-        """Move unsent parts of what an earlier process wrote to the answer's start."""
-        await self.store.begin_anew(turn.id)
-        for delivery in self.deliveries.values():
-            if isinstance(delivery.source, tuple) and delivery.source[0] is turn:
-                part = delivery.source[1]
-                is_anew = part.is_anew or part.start > 0
-                delivery.source = turn, replace(part, start=0, is_anew=is_anew)
-
-    async def ask_model(
-        self, turn: Turn, name: str, messages: list[dict], begin_within: float | None
-    ) -> Ending:
-        """Let an assistant's model write the answer; raise ChatError.
-
-        The only model there is gets up to three calls. Others are called again only
-        with fewer messages, where the conversation is too long for them.
-        """
-        client, settings = self.chat[name], self.config.assistants[turn.assistant]
-        end = self.tasks.loop.time() + client.settings.timeout
-        for pause in (*RETRY_PAUSES, None):
-            turn.calls += 1
-            stream = client.stream(messages, end, begin_within)
-            try:
-                return await self.write_text(turn, stream)
-            except ChatError as error:
-                if error.setting:
-                    place = f"assistants.{name}.{error.setting}"
-                    error.add_note(f"look at {place}, and run wxgpt.py check")
-                if error.kind == "refused" and not turn.stops:
-                    turn.restart()  # withdrawn
-                if pause is None or turn.stops:
-                    raise
-                fewer = messages
-                if error.kind == "long":
-                    fewer = shortened(messages, is_last=pause == RETRY_PAUSES[-1])
-                if len(fewer) < len(messages):
-                    messages, pause = fewer, 0.0
-                elif settings.fallback or not error.is_retryable:
-                    raise
-                elif error.retry_in is not None:
-                    pause = error.retry_in
-                else:
-                    pause *= random.uniform(0.75, 1)
-                if self.tasks.loop.time() + pause > end:
-                    raise
-                log.warning("%s asked again after %s", turn.name, error)
-            turn.restart()
-            await asyncio.sleep(pause)
-        raise AssertionError("the last attempt returns or raises")
-
-    async def ask_models(self, turn: Turn) -> Ending:
-        """Let the assistant's model answer, or its fallback's if that fails.
-
-        Raise ChatError if both fail, or the first one did when text of it was sent.
-        """
-        settings = self.config.assistants[turn.assistant]
-        fallback, urls = settings.fallback, json.loads(turn.pictures or "[]")
-        within = settings.fallback_after or None if fallback else None
-        async with self.slots, self.pictures.fetch_all(urls) as pictures:
-            messages = await self.messages_for(turn, pictures)
-            if turn.earlier is not None or not turn.asked:
-                await self.store.count_asking(turn.id)
-            try:
-                return await self.ask_model(turn, turn.assistant, messages, within)
-            except ChatError as error:
-                if not fallback or turn.stops or error.kind == "blocked":
-                    raise
-                log.warning("%s goes to %s after %s", turn.name, fallback, error)
-            turn.restart()
-            return await self.ask_model(turn, fallback, messages, None)
-
-    async def converse(self, turn: Turn, subscriber: Subscriber) -> None:
-        """Answer a question after those before it, and store how that ended.
-
-        The subscriber's state is kept alive until then.
-        """
-        async with self.locks.setdefault(turn.session_id, asyncio.Lock()):
-            if not turn.is_open:  # its session has ended meanwhile
-                return
-            turn.is_queued = False
-            turn.deltas.look()
-            ending: Ending | None = None
-            try:
-                ending = await self.ask_models(turn)
-                turn.model = ending.model
-                turn.finish("cut" if ending.finish_reason == "length" else "done")
-            except ChatError as error:
-                level = logging.ERROR if error.kind == "setup" else logging.WARNING
-                log.log(level, "%s failed: %s", turn.name, error)
-                if error.kind == "blocked":
-                    await self.rewrite(turn, turn.as_sent)
-                elif turn.earlier and not turn.answer:
-                    await self.rewrite(turn, lambda _: turn.earlier or "")
-                turn.finish(failed_state(turn, error.kind), error.kind)
-            finally:
-                if turn.is_open:  # cancelled: the next process goes on from this text
-                    await self.save_texts([turn])
-                else:
-                    await self.store_end(turn, ending)
-
-    async def save_texts(self, turns: list[Turn]) -> bool:
-        """Store the text of unfinished answers; say whether that worked."""
-        turns = [turn for turn in turns if turn.answer]
-        try:
-            if turns:
-                await self.store.save_texts(turns)
-            return True
-        except sqlite3.Error as error:
-            log.error("text so far not stored: %s", error)
-            return False
-
-    async def store_end(self, turn: Turn, ending: Ending | None = None) -> None:
-        """Store how an answer ended, and log it; readers have it from memory before."""
-        # The next question of the session needs it stored, unless all is forgotten.
-        while turn.id in self.turns:
-            try:
-                await self.store.finish_turn(turn, ending)
-                break
-            except sqlite3.Error as error:
-                log.error("%s not stored yet: %s", turn.name, error)
-                await asyncio.sleep(STORE_SECONDS)
-        state = f"{turn.state} {turn.reason or ''}".strip()
-        ending, line = ending or Ending(), "%s %s after %.1f s, tokens %s in %s out"
-        tokens = ending.tokens_in, ending.tokens_out
-        log.info(line, turn.name, state, turn.age, *tokens)
-        self.drop(turn)
-
-    def drop(self, turn: Turn) -> None:
-        """Take a turn that has ended out of memory."""
-        self.turns.pop(turn.id, None)
-        subscriber = self.subscribers.get(turn.openid)
-        if subscriber and turn in subscriber.turns:
-            subscriber.turns.remove(turn)
-
-    def end_unwritten(self, turn: Turn, state: str, reason: str | None = None) -> None:
-        """End an answer that no task is writing."""
-        turn.finish(state, reason)
-        self.tasks.start(self.store_end(turn), turn.name, lambda: self.drop(turn))
-
-    def start_turn(self, turn: Turn, subscriber: Subscriber) -> None:
-        """Start the task that answers a question, after those before it."""
-
-        def fail() -> None:
-            if turn.is_open:
-                self.end_unwritten(turn, failed_state(turn, "trouble"), "trouble")
-            else:
-                self.drop(turn)
-
-        self.turns[turn.id] = turn
-        subscriber.turns.append(turn)
-        turn.is_queued = True
-        turn.task = self.tasks.start(self.converse(turn, subscriber), turn.name, fail)
-
-    def end_queued(self, subscriber: Subscriber) -> None:
-        """End the questions that still wait in a session that has ended.
-
-        What is being written is finished, and stays readable by its links.
-        """
-        for turn in list(subscriber.turns):
-            if turn.is_open and turn.is_queued:
-                self.end_unwritten(turn, "ended")
-
-    async def resume_turns(self) -> None:
-        """Take up the questions that the process before this one left unfinished."""
-        now = time.time()
-        for turn, is_session_open in await self.store.open_turns():
-            if turn.asked >= ASKINGS or now - turn.created_at > RESUME_SECONDS:
-                self.turns[turn.id] = await self.work.run(turn.read)
-                self.end_unwritten(turn, failed_state(turn, "given_up"), "given_up")
-            elif not turn.asked and not is_session_open:
-                self.turns[turn.id] = turn
-                self.end_unwritten(turn, "ended")
-            else:
-                turn.earlier, turn.answer = turn.answer if turn.asked else None, ""
-                self.start_turn(turn, self.subscriber(turn.openid))
-                log.info("%s resumed, asked %d times before", turn.name, turn.asked)
+    def leave_alone(self, delivery: Delivery, reason: str) -> str:
+        """Log why a message is not answered; return the empty reply."""
+        log.info("%s left alone: %s", delivery.message.name, reason)
+        return ""
 
     # What answers a message
+
+    def deliver(
+        self, message: Message, arrived: float, cookie_hash: str = ""
+    ) -> tuple[Delivery, int]:
+        """Return a request's delivery, made by the first, and which attempt it is.
+
+        The first one also starts the task that finds out what answers the message.
+        """
+        wechat, delivery = self.config.wechat, self.deliveries.get(message.key)
+        if delivery is None:
+            first = arrived
+            if arrived - self.opened_at < 2 * wechat.attempt_timeout:
+                # Attempts before this one may have found no server: estimate the first
+                # from CreateTime, which is rounded down to a second.
+                first -= max(0, time.time() - message.created - 1)
+            subscriber = self.subscriber(message.openid)
+            delivery = Delivery(message, subscriber, first, cookie_hash)
+            self.deliveries[message.key] = delivery
+            # Long after the last attempt a copy is answered from the store.
+            seconds = 4 * wechat.attempts * wechat.attempt_timeout
+            self.tasks.loop.call_later(seconds, self.deliveries.pop, message.key, None)
+            trouble = functools.partial(delivery.answer_with, self.texts.trouble)
+            self.tasks.start(self.find_source(delivery), message.name, trouble)
+        return delivery, delivery.arrive(arrived, wechat.attempt_timeout / 2)
+
+    async def find_source(self, delivery: Delivery) -> None:
+        """Find out what answers a message; a subscriber's messages take turns.
+
+        A message that is new extends its session.
+        """
+        message, subscriber = delivery.message, delivery.subscriber
+        async with subscriber.lock:
+            openid, now = message.openid, time.time()
+            if openid in self.store.due:
+                await self.store.forget_due()
+            if openid in self.store.due:
+                delivery.is_kept = False
+                delivery.answer_with(self.texts.forget_noted)
+                return
+            recalled = await self.store.recall(message.key, openid, now)
+            if subscriber.last_part is None:
+                subscriber.last_part = recalled.last_part
+                subscriber.is_told = recalled.is_told
+                if recalled.mention:
+                    number, missed_id, question = recalled.mention
+                    subscriber.to_mention[missed_id] = (number, question)
+            if recalled.reply:  # a copy of a message that was answered before
+                delivery.seen_before, delivery.reply = 1, recalled.reply
+                delivery.news.look()
+                return
+            if recalled.turn_id is not None:  # asked by a process before this one
+                delivery.seen_before = 1
+                # If the turn was deleted meanwhile, nothing is said: to ask it again
+                # would store it again.
+                source = await self.source_of(Part(0, recalled.turn_id)) or ""
+                if isinstance(source, tuple):
+                    delivery.first = min(delivery.first, source[0].asked_at)
+                delivery.answer_with(source)
+                return
+            session, delivery.pictures = recalled.session, recalled.pictures
+            delivery.hinted_at = recalled.hinted_at
+            if session and session.assistant in self.config.assistants:
+                idle = now - session.last_at - self.config.session.ttl
+                if idle <= 0 or session.is_busy:
+                    delivery.session = session
+                elif idle < LAPSE_SECONDS:
+                    delivery.lapsed = session
+            source = await self.handle_message(delivery)
+            is_question = isinstance(source, tuple) and source[1].number == 0
+            if delivery.session and message.msg_type != "event" and not is_question:
+                # storing a question has done it
+                await self.store.touch_session(delivery.session.id, time.time())
+        delivery.answer_with(source)
 
     async def source_of(self, part: Part) -> Source | None:
         """Return a part with its turn; None if that was deleted meanwhile."""
@@ -5124,78 +4943,6 @@ class Bot:
                 return None
             turn = await self.work.once(("turn", turn.id), turn.read)
         return turn, part
-
-    async def unsent_source(self, delivery: Delivery, turn_id: int) -> Source | None:
-        """Return what a turn has unsent, with a number; None if it was deleted."""
-        part = await self.store.unsent_part(turn_id)
-        return await self.source_of(part or delivery.subscriber.offer(turn_id, 0))
-
-    def refuse_question(self, delivery: Delivery, question: str, said: str) -> str:
-        """Return why a question is not accepted, '' if it is; nothing is counted.
-
-        `said` may have any length: what it is about, or one that is asked again.
-        """
-        texts, limits = self.texts, self.config.limits
-        waiting = sum(turn.is_open for turn in delivery.subscriber.turns)
-        try:
-            self.blocked.refresh()
-        except (OSError, UnicodeError) as error:
-            log.error("blocked words not read, the last ones stay in force: %s", error)
-        if limits.allow and delivery.message.openid not in limits.allow:
-            return texts.not_allowed
-        if len(question) > limits.question_chars:
-            most = limits.question_chars
-            return texts.too_long.format(count=len(question), most=most)
-        if waiting >= limits.waiting:
-            return texts.too_many.format(count=waiting)
-        is_blocked = self.blocked.are_in_question(question + said)
-        return texts.blocked_question if is_blocked else ""
-
-    async def accept_question(
-        self, delivery: Delivery, question: str, pictures: str | None = None
-    ) -> Source:
-        """Store a question of the delivery's session, start its answer; or say why not.
-
-        `pictures` are those of a question that is asked again.
-        """
-        subscriber, limits = delivery.subscriber, self.config.limits
-        session = delivery.session
-        assert session
-        before = [t for t in subscriber.turns if t.session_id == session.id]
-        # With a picture that came since, the same words are a new question.
-        for turn in before if delivery.pictures == "[]" else []:
-            if self.question_words(turn) == question and turn.age < REPEAT_SECONDS:
-                if source := await self.unsent_source(delivery, turn.id):
-                    return source
-        kept = json.loads(delivery.pictures if pictures is None else pictures)
-        urls = [one for one in kept if not one.startswith("\n")]
-        said = "".join(one for one in kept if one.startswith("\n"))
-        checked = (question, said) if pictures is None else ("", question)
-        if refusal := self.refuse_question(delivery, *checked):
-            return refusal
-        marks = self.texts.word_picture * len(urls)
-        turn = Turn(
-            id=0,
-            session_id=session.id,
-            openid=delivery.message.openid,
-            msg_key=delivery.message.key,
-            link_key=secrets.token_urlsafe(16),
-            question=f"{marks}{question}\n{said}" if said else marks + question,
-            pictures=json.dumps(urls) if kept else None,
-            created_at=time.time(),
-            asked=0 if before else 1,  # it goes to the upstream at once
-            assistant=session.assistant,
-        )
-        most, cookie_hash = limits.questions_per_day, delivery.cookie_hash
-        if not await self.store.add_turn(turn, most, limits.all_per_day, cookie_hash):
-            if cookie_hash and not await self.store.device_owner(cookie_hash):
-                return self.texts.page_signed_out
-            asked = await self.store.questions_of_day(turn.openid, turn.created_at)
-            day_over = self.texts.day_over.format(count=most)
-            return day_over if most and asked >= most else self.texts.all_over
-        self.start_turn(turn, subscriber)
-        log.info("%s accepted, %d waiting", turn.name, len(subscriber.turns))
-        return turn, Part(0, turn.id)
 
     async def handle_message(self, delivery: Delivery) -> Source:
         """Return what answers a message that has no reply yet."""
@@ -5231,16 +4978,6 @@ class Bot:
         await self.store.add_picture(message.openid, kept, time.time())
         return line.format(tap=tap_link(word))
 
-    def leave_alone(self, delivery: Delivery, reason: str) -> str:
-        """Log why a message is not answered; return the empty reply."""
-        log.info("%s left alone: %s", delivery.message.name, reason)
-        return ""
-
-    def with_notice(self, text: str) -> str:
-        """Return one of our own texts, unless it is empty, with the model's notice."""
-        notice = self.texts.model_notice
-        return self.tappable(f"{text}\n\n{notice}" if text and notice else text)
-
     async def handle_text(self, delivery: Delivery) -> Source:
         """Return what answers a text: the first of these cases that applies."""
         text, session = delivery.message.content.strip(), delivery.session
@@ -5265,31 +5002,6 @@ class Bot:
         if not is_words:
             return self.leave_alone(delivery, "no words, and no session is open")
         return await self.handle_outside(delivery, text)
-
-    async def handle_outside(self, delivery: Delivery, text: str) -> Source:
-        """Return what answers words outside a session that mean nothing else."""
-        config, texts, now = self.config, self.texts, time.time()
-        replies, lapsed = config.replies, delivery.lapsed
-        if folded(text[:1]) == "/":
-            word = excerpt(text.split()[0])
-            return self.tappable(texts.no_command).format(word=word)
-        if config.session.auto_open:
-            first = next(iter(config.assistants))
-            return await self.open_and_ask(delivery, first, text)
-        if lapsed:
-            await self.store.keep_late_text(lapsed.id, text)
-            tap, question = tap_link(texts.word_resume), excerpt(text)
-            return texts.session_lapsed.format(tap=tap, question=question)
-        if replies.outside == "wechat_ai":
-            return Reply(WECHAT_AI, int(now))
-        if not replies.outside:
-            return self.leave_alone(delivery, "replies.outside is empty")
-        hours = replies.outside_hours
-        if hours and now - delivery.hinted_at < hours * 3600:
-            return self.leave_alone(delivery, f"a hint was sent within {hours:g} h")
-        if hours:
-            await self.store.note(delivery.message.openid, hinted_at=now)
-        return self.tappable(replies.outside)
 
     async def handle_tap(self, delivery: Delivery, words: str) -> Source | None:
         """Return what answers a tap, or the same words typed; None if they are a text.
@@ -5341,6 +5053,11 @@ class Bot:
         source = await self.source_of(part) if part else None
         return source or self.texts.no_part.format(number=number)
 
+    async def unsent_source(self, delivery: Delivery, turn_id: int) -> Source | None:
+        """Return what a turn has unsent, with a number; None if it was deleted."""
+        part = await self.store.unsent_part(turn_id)
+        return await self.source_of(part or delivery.subscriber.offer(turn_id, 0))
+
     async def retry(self, delivery: Delivery, turn: Turn | None) -> Source | None:
         """Ask a failed question of theirs again; None if there is none to be asked."""
         if turn is None or turn.openid != delivery.message.openid:
@@ -5352,50 +5069,6 @@ class Bot:
             await self.open_session(delivery, turn.assistant)
         words, pictures = self.question_words(turn), turn.pictures or "[]"
         return await self.accept_question(delivery, words, pictures)
-
-    async def claim_sign_in(self, openid: str, number: str) -> str:
-        """Return what is said to a number that a browser shows, or does not."""
-        texts = self.texts
-        if self.sign_ins.is_tried_too_often(openid):
-            return texts.sign_in_later
-        if await self.store.count_devices(openid) >= DEVICES:
-            tap = tap_link(texts.word_sign_out)
-            return texts.sign_in_full.format(count=DEVICES, tap=tap)
-        if not self.sign_ins.claim(openid, number):
-            return texts.sign_in_wrong
-        return texts.sign_in_ask.format(tap=tap_link(texts.word_let_in))
-
-    async def newest_session(self, openid: str) -> tuple[int, str, float]:
-        """Return the session that runs, or 0; the newest one's assistant and start."""
-        since = time.time() - self.config.session.ttl
-        newest = await self.store.newest_session(openid, since)
-        number, name, opened_at, runs = newest or (0, "", 0.0, False)
-        if name not in self.config.assistants:
-            name = next(iter(self.config.assistants))
-        return number if runs else 0, name, opened_at
-
-    async def ask_on_page(self, delivery: Delivery) -> Source:
-        """Ask what was written on a page, in the session that runs or in a new one."""
-        text, openid = delivery.message.content, delivery.message.openid
-        if await self.store.device_owner(delivery.cookie_hash) != openid:
-            return self.texts.page_signed_out
-        if is_command(self.aliases.get(folded(text), text), self.config.assistants):
-            return self.texts.page_command.format(text=excerpt(text))
-        if delivery.session is None:
-            if refusal := self.refuse_question(delivery, text, ""):
-                return refusal
-            _, assistant, _ = await self.newest_session(openid)
-            await self.open_session(delivery, assistant)
-        source = await self.accept_question(delivery, text)
-        if not isinstance(source, tuple) or source[0].msg_key != delivery.message.key:
-            return source  # refused, or the chat asks the same and will be answered
-        turn, subscriber = source[0], delivery.subscriber
-        if not subscriber.is_told:  # the words stood above the field
-            await self.note_told(openid)
-        part = subscriber.offer(turn.id, 0)  # nobody may stay on the page for it
-        await self.store.offer_unread(openid, part, time.time())
-        subscriber.to_mention.setdefault(turn.id, (part.number, turn.question))
-        return source
 
     async def open_and_ask(
         self, delivery: Delivery, assistant: str, question: str
@@ -5415,12 +5088,571 @@ class Bot:
             return self.texts.greeting  # and the introduction below it
         return self.tappable(self.texts.opened.format(assistant=assistant))
 
+    async def handle_outside(self, delivery: Delivery, text: str) -> Source:
+        """Return what answers words outside a session that mean nothing else."""
+        config, texts, now = self.config, self.texts, time.time()
+        replies, lapsed = config.replies, delivery.lapsed
+        if folded(text[:1]) == "/":
+            word = excerpt(text.split()[0])
+            return self.tappable(texts.no_command).format(word=word)
+        if config.session.auto_open:
+            first = next(iter(config.assistants))
+            return await self.open_and_ask(delivery, first, text)
+        if lapsed:
+            await self.store.keep_late_text(lapsed.id, text)
+            tap, question = tap_link(texts.word_resume), excerpt(text)
+            return texts.session_lapsed.format(tap=tap, question=question)
+        if replies.outside == "wechat_ai":
+            return Reply(WECHAT_AI, int(now))
+        if not replies.outside:
+            return self.leave_alone(delivery, "replies.outside is empty")
+        hours = replies.outside_hours
+        if hours and now - delivery.hinted_at < hours * 3600:
+            return self.leave_alone(delivery, f"a hint was sent within {hours:g} h")
+        if hours:
+            await self.store.note(delivery.message.openid, hinted_at=now)
+        return self.tappable(replies.outside)
+
     async def open_session(self, delivery: Delivery, assistant: str) -> None:
         """Open a session; one that was open ends."""
         openid, now = delivery.message.openid, time.time()
         delivery.session = await self.store.start_session(openid, assistant, now)
         delivery.lapsed = None
         self.end_queued(delivery.subscriber)
+
+    async def accept_question(
+        self, delivery: Delivery, question: str, pictures: str | None = None
+    ) -> Source:
+        """Store a question of the delivery's session, start its answer; or say why not.
+
+        `pictures` are those of a question that is asked again.
+        """
+        subscriber, limits = delivery.subscriber, self.config.limits
+        session = delivery.session
+        assert session
+        before = [t for t in subscriber.turns if t.session_id == session.id]
+        # With a picture that came since, the same words are a new question.
+        for turn in before if delivery.pictures == "[]" else []:
+            if self.question_words(turn) == question and turn.age < REPEAT_SECONDS:
+                if source := await self.unsent_source(delivery, turn.id):
+                    return source
+        kept = json.loads(delivery.pictures if pictures is None else pictures)
+        urls = [one for one in kept if not one.startswith("\n")]
+        said = "".join(one for one in kept if one.startswith("\n"))
+        checked = (question, said) if pictures is None else ("", question)
+        if refusal := self.refuse_question(delivery, *checked):
+            return refusal
+        marks = self.texts.word_picture * len(urls)
+        turn = Turn(
+            id=0,
+            session_id=session.id,
+            openid=delivery.message.openid,
+            msg_key=delivery.message.key,
+            link_key=secrets.token_urlsafe(16),
+            question=f"{marks}{question}\n{said}" if said else marks + question,
+            pictures=json.dumps(urls) if kept else None,
+            created_at=time.time(),
+            asked=0 if before else 1,  # it goes to the upstream at once
+            assistant=session.assistant,
+        )
+        most, cookie_hash = limits.questions_per_day, delivery.cookie_hash
+        if not await self.store.add_turn(turn, most, limits.all_per_day, cookie_hash):
+            if cookie_hash and not await self.store.device_owner(cookie_hash):
+                return self.texts.page_signed_out
+            asked = await self.store.questions_of_day(turn.openid, turn.created_at)
+            day_over = self.texts.day_over.format(count=most)
+            return day_over if most and asked >= most else self.texts.all_over
+        self.start_turn(turn, subscriber)
+        log.info("%s accepted, %d waiting", turn.name, len(subscriber.turns))
+        return turn, Part(0, turn.id)
+
+    def refuse_question(self, delivery: Delivery, question: str, said: str) -> str:
+        """Return why a question is not accepted, '' if it is; nothing is counted.
+
+        `said` may have any length: what it is about, or one that is asked again.
+        """
+        texts, limits = self.texts, self.config.limits
+        waiting = sum(turn.is_open for turn in delivery.subscriber.turns)
+        try:
+            self.blocked.refresh()
+        except (OSError, UnicodeError) as error:
+            log.error("blocked words not read, the last ones stay in force: %s", error)
+        if limits.allow and delivery.message.openid not in limits.allow:
+            return texts.not_allowed
+        if len(question) > limits.question_chars:
+            most = limits.question_chars
+            return texts.too_long.format(count=len(question), most=most)
+        if waiting >= limits.waiting:
+            return texts.too_many.format(count=waiting)
+        is_blocked = self.blocked.are_in_question(question + said)
+        return texts.blocked_question if is_blocked else ""
+
+    # The question's task
+
+    def start_turn(self, turn: Turn, subscriber: Subscriber) -> None:
+        """Start the task that answers a question, after those before it."""
+
+        def fail() -> None:
+            if turn.is_open:
+                self.end_unwritten(turn, failed_state(turn, "trouble"), "trouble")
+            else:
+                self.drop(turn)
+
+        self.turns[turn.id] = turn
+        subscriber.turns.append(turn)
+        turn.is_queued = True
+        turn.task = self.tasks.start(self.converse(turn, subscriber), turn.name, fail)
+
+    async def converse(self, turn: Turn, subscriber: Subscriber) -> None:
+        """Answer a question after those before it, and store how that ended.
+
+        The subscriber's state is kept alive until then.
+        """
+        async with self.locks.setdefault(turn.session_id, asyncio.Lock()):
+            if not turn.is_open:  # its session has ended meanwhile
+                return
+            turn.is_queued = False
+            turn.deltas.look()
+            ending: Ending | None = None
+            try:
+                ending = await self.ask_models(turn)
+                turn.model = ending.model
+                turn.finish("cut" if ending.finish_reason == "length" else "done")
+            except ChatError as error:
+                level = logging.ERROR if error.kind == "setup" else logging.WARNING
+                log.log(level, "%s failed: %s", turn.name, error)
+                if error.kind == "blocked":
+                    await self.rewrite(turn, turn.as_sent)
+                elif turn.earlier and not turn.answer:
+                    await self.rewrite(turn, lambda _: turn.earlier or "")
+                turn.finish(failed_state(turn, error.kind), error.kind)
+            finally:
+                if turn.is_open:  # cancelled: the next process goes on from this text
+                    await self.save_texts([turn])
+                else:
+                    await self.store_end(turn, ending)
+
+    async def ask_models(self, turn: Turn) -> Ending:
+        """Let the assistant's model answer, or its fallback's if that fails.
+
+        Raise ChatError if both fail, or the first one did when text of it was sent.
+        """
+        settings = self.config.assistants[turn.assistant]
+        fallback, urls = settings.fallback, json.loads(turn.pictures or "[]")
+        within = settings.fallback_after or None if fallback else None
+        async with self.slots, self.pictures.fetch_all(urls) as pictures:
+            messages = await self.messages_for(turn, pictures)
+            if turn.earlier is not None or not turn.asked:
+                await self.store.count_asking(turn.id)
+            try:
+                return await self.ask_model(turn, turn.assistant, messages, within)
+            except ChatError as error:
+                if not fallback or turn.stops or error.kind == "blocked":
+                    raise
+                log.warning("%s goes to %s after %s", turn.name, fallback, error)
+            turn.restart()
+            return await self.ask_model(turn, fallback, messages, None)
+
+    async def messages_for(self, turn: Turn, pictures: list[Picture]) -> list[dict]:
+        """Return what the model gets: prompt, the session so far, the question."""
+        prompt = self.config.assistants[turn.assistant].system_prompt
+        messages: list[dict] = []
+        if prompt:
+            messages.append({"role": "system", "content": prompt})
+        chars = self.config.session.context_chars
+        for question, answer in await self.store.history(turn, chars):
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": answer})
+        content: str | list[dict] = turn.question
+        if pictures:
+            content = [{"type": "text", "text": self.question_words(turn)}]
+            urls = [{"url": url, "detail": "low"} for url in pictures]
+            content += [{"type": "image_url", "image_url": url} for url in urls]
+        return [*messages, {"role": "user", "content": content}]
+
+    def question_words(self, turn: Turn) -> str:
+        """Return a question without the marks of its pictures."""
+        count = len(json.loads(turn.pictures or "[]"))
+        return turn.question.removeprefix(self.texts.word_picture * count)
+
+    async def ask_model(
+        self, turn: Turn, name: str, messages: list[dict], begin_within: float | None
+    ) -> Ending:
+        """Let an assistant's model write the answer; raise ChatError.
+
+        The only model there is gets up to three calls. Others are called again only
+        with fewer messages, where the conversation is too long for them.
+        """
+        client, settings = self.chat[name], self.config.assistants[turn.assistant]
+        end = self.tasks.loop.time() + client.settings.timeout
+        for pause in (*RETRY_PAUSES, None):
+            turn.calls += 1
+            stream = client.stream(messages, end, begin_within)
+            try:
+                return await self.write_text(turn, stream)
+            except ChatError as error:
+                if error.setting:
+                    place = f"assistants.{name}.{error.setting}"
+                    error.add_note(f"look at {place}, and run wxgpt.py check")
+                if error.kind == "refused" and not turn.stops:
+                    turn.restart()  # withdrawn
+                if pause is None or turn.stops:
+                    raise
+                fewer = messages
+                if error.kind == "long":
+                    fewer = shortened(messages, is_last=pause == RETRY_PAUSES[-1])
+                if len(fewer) < len(messages):
+                    messages, pause = fewer, 0.0
+                elif settings.fallback or not error.is_retryable:
+                    raise
+                elif error.retry_in is not None:
+                    pause = error.retry_in
+                else:
+                    pause *= random.uniform(0.75, 1)
+                if self.tasks.loop.time() + pause > end:
+                    raise
+                log.warning("%s asked again after %s", turn.name, error)
+            turn.restart()
+            await asyncio.sleep(pause)
+        raise AssertionError("the last attempt returns or raises")
+
+    async def write_text(
+        self, turn: Turn, stream: AsyncGenerator[str | Ending, None]
+    ) -> Ending:
+        """Append what the model streams; return the Ending, or raise ChatError."""
+        guard = WordGuard(self.blocked)
+        ending = Ending("length", "")  # of an answer that goes on for ever
+        async with contextlib.aclosing(stream):
+            async for item in stream:
+                if isinstance(item, Ending):
+                    ending = item
+                    break
+                if turn.earlier is not None and not turn.answer:
+                    await self.begin_anew(turn)
+                if isinstance(item, ThoughtEnd):
+                    await self.rewrite(turn, turn.without_thought)
+                    guard = WordGuard(self.blocked)
+                rest = item[: ANSWER_CHARS - len(turn.answer)]
+                while len(rest) > DELTA_CHARS:
+                    self.show(turn, guard, rest[:DELTA_CHARS], False)
+                    rest = rest[DELTA_CHARS:]
+                    await asyncio.sleep(0)
+                self.show(turn, guard, rest, False)
+                if len(turn.answer) >= ANSWER_CHARS:
+                    break
+        self.show(turn, guard, "", True)
+        if not turn.answer.strip():
+            reason = f"finish_reason {ending.finish_reason}"
+            # A limit that thoughts alone reach will be reached again.
+            is_retryable = ending.finish_reason != "length"
+            raise ChatError("empty", reason, is_retryable)
+        return ending
+
+    async def begin_anew(self, turn: Turn) -> None:
+        """Move unsent parts of what an earlier process wrote to the answer's start."""
+        await self.store.begin_anew(turn.id)
+        for delivery in self.deliveries.values():
+            if isinstance(delivery.source, tuple) and delivery.source[0] is turn:
+                part = delivery.source[1]
+                is_anew = part.is_anew or part.start > 0
+                delivery.source = turn, replace(part, start=0, is_anew=is_anew)
+
+    def show(self, turn: Turn, guard: WordGuard, delta: str, is_end: bool) -> None:
+        """Append what of a stream may be shown; raise ChatError for a blocked word.
+
+        Links and tags part a word in the Markdown that is whole in the chat or on the
+        page: so what they show is looked through as well, before anybody is told.
+        """
+        text, is_blocked = guard.feed(delta, is_end)
+        answer, has_words = turn.answer, bool(self.blocked.words)
+        before = len(turn.shown()) if has_words else 0
+        if text and not is_blocked:
+            turn.append(text)
+        if has_words and not is_blocked:
+            # The end is final now: no sign waits any more for what may follow it.
+            is_blocked = guard.sees(turn.chat.text(is_end)[before:])
+        if is_blocked:
+            turn.answer = answer  # nobody is told before it is rewritten
+            raise ChatError("blocked", "a blocked word in the answer")
+
+    async def rewrite(self, turn: Turn, change: Callable[[str], str]) -> None:
+        """Change what was written; nobody sees any of it meanwhile."""
+        text = turn.answer
+        turn.restart()
+
+        def read() -> tuple[str, ChatText]:
+            changed = change(text)
+            chat = ChatText(changed)
+            chat.text(has_ended=False)
+            return changed, chat
+
+        turn.answer, turn.chat = await self.work.run(read)
+        turn.deltas.look()
+
+    async def store_end(self, turn: Turn, ending: Ending | None = None) -> None:
+        """Store how an answer ended, and log it; readers have it from memory before."""
+        # The next question of the session needs it stored, unless all is forgotten.
+        while turn.id in self.turns:
+            try:
+                await self.store.finish_turn(turn, ending)
+                break
+            except sqlite3.Error as error:
+                log.error("%s not stored yet: %s", turn.name, error)
+                await asyncio.sleep(STORE_SECONDS)
+        state = f"{turn.state} {turn.reason or ''}".strip()
+        ending, line = ending or Ending(), "%s %s after %.1f s, tokens %s in %s out"
+        tokens = ending.tokens_in, ending.tokens_out
+        log.info(line, turn.name, state, turn.age, *tokens)
+        self.drop(turn)
+
+    def drop(self, turn: Turn) -> None:
+        """Take a turn that has ended out of memory."""
+        self.turns.pop(turn.id, None)
+        subscriber = self.subscribers.get(turn.openid)
+        if subscriber and turn in subscriber.turns:
+            subscriber.turns.remove(turn)
+
+    def end_unwritten(self, turn: Turn, state: str, reason: str | None = None) -> None:
+        """End an answer that no task is writing."""
+        turn.finish(state, reason)
+        self.tasks.start(self.store_end(turn), turn.name, lambda: self.drop(turn))
+
+    def end_queued(self, subscriber: Subscriber) -> None:
+        """End the questions that still wait in a session that has ended.
+
+        What is being written is finished, and stays readable by its links.
+        """
+        for turn in list(subscriber.turns):
+            if turn.is_open and turn.is_queued:
+                self.end_unwritten(turn, "ended")
+
+    async def resume_turns(self) -> None:
+        """Take up the questions that the process before this one left unfinished."""
+        now = time.time()
+        for turn, is_session_open in await self.store.open_turns():
+            if turn.asked >= ASKINGS or now - turn.created_at > RESUME_SECONDS:
+                self.turns[turn.id] = await self.work.run(turn.read)
+                self.end_unwritten(turn, failed_state(turn, "given_up"), "given_up")
+            elif not turn.asked and not is_session_open:
+                self.turns[turn.id] = turn
+                self.end_unwritten(turn, "ended")
+            else:
+                turn.earlier, turn.answer = turn.answer if turn.asked else None, ""
+                self.start_turn(turn, self.subscriber(turn.openid))
+                log.info("%s resumed, asked %d times before", turn.name, turn.asked)
+
+    # What a request gets
+
+    async def reply_to(
+        self, delivery: Delivery, number: int, arrived: float
+    ) -> Reply | None:
+        """Return the reply for this request, or None: WeChat is to ask again."""
+        wechat, loop = self.config.wechat, self.tasks.loop
+        over = arrived + wechat.attempt_timeout
+        # 1. Wait until the reply can be complete.
+        is_ready = await self.until_ready(delivery, over - wechat.margin)
+        # 2. If it is not, and WeChat will ask again, wait on. The last attempt is also
+        #    one that comes later than halfway between the last but one and the last. A
+        #    timeout is charged now: a burst of them, charged when WeChat hangs up,
+        #    would all pass the guard.
+        late = (wechat.attempts - 1.5) * wechat.attempt_timeout
+        is_last = number + delivery.seen_before >= wechat.attempts
+        is_last = is_last or arrived - delivery.first > late
+        if not (is_ready or is_last) and self.guard.charge(loop.time()):
+            if not await self.until_ready(delivery, over):
+                # WeChat has stopped reading, but an answer here would end its retries:
+                # say nothing, unless another request gets the reply, and hang up.
+                news = delivery.news
+                await self.tasks.until(
+                    news, lambda: delivery.reply is not None, over + HOLD_SECONDS
+                )
+                if delivery.reply is None:
+                    return None
+        # 3. Decide once for all requests: all there is, or a word of patience. Before
+        #    that, the parts of a long answer are counted unless it takes too long.
+        if delivery.reply is None and isinstance(delivery.source, tuple):
+            turn, part = delivery.source
+            is_long = not turn.is_open and len(turn.shown()) - part.start > SURE_CHARS
+            if is_long and part.start not in turn.left:
+                counted = self.work.run(self.count_parts, turn, part.start)
+                await asyncio.wait({counted}, timeout=wechat.margin / 4)
+        if delivery.reply is None:
+            self.decide(delivery)
+        # 4. It is stored before it is sent, if that does not take too long.
+        if delivery.stored and not delivery.stored.done():
+            left = over - wechat.margin / 2 - loop.time()
+            await asyncio.wait({delivery.stored}, timeout=max(0, left))
+            if not delivery.stored.done():
+                name = delivery.message.name
+                log.warning("%s replied before it was stored: a slow disk?", name)
+        return delivery.reply
+
+    async def until_ready(self, delivery: Delivery, deadline: float) -> bool:
+        """Wait until a message's reply can be complete; False at the deadline."""
+        news, tasks = delivery.news, self.tasks
+        if not await tasks.until(news, delivery.is_answered, deadline):
+            return False
+        if isinstance(delivery.source, tuple):
+            news = delivery.source[0].news
+        return await tasks.until(news, delivery.is_ready, deadline)
+
+    def decide(self, delivery: Delivery) -> None:
+        """Fix the reply of a message for all its requests, and start to store it."""
+        subscriber, message = delivery.subscriber, delivery.message
+        source, reply = delivery.source, self.compose(delivery)
+        if reply.content and reply is not source:
+            for words, changes in self.footers(delivery, reply):
+                content = f"{reply.content}\n\n{words}"
+                if not reply.mentions and sent_size(content) <= REPLY_BYTES:
+                    reply = replace(reply, content=content, **changes)
+            reply = replace(reply, content=outgoing(reply.content))
+        subscriber.is_told |= reply.introduces
+        if reply.mentions:
+            del subscriber.to_mention[reply.mentions]
+        if isinstance(source, tuple):
+            turn, part = source
+            if reply.stop > part.start:
+                turn.stops[part.start] = reply.stop
+            if reply.offered and reply.is_early and part.number == 0:
+                subscriber.to_mention[turn.id] = (reply.offered.number, turn.question)
+            elif not reply.is_patience:
+                subscriber.to_mention.pop(turn.id, None)
+        if reply.content and delivery.is_kept:
+            delivery.stored = self.store.save_reply(message.key, message.openid, reply)
+            failed = functools.partial(log_failure, f"{message.name} reply")
+            delivery.stored.add_done_callback(failed)
+        # Later copies need the reply alone; the answer would stay in memory with them.
+        delivery.source = delivery.reply = reply
+        delivery.news.look()
+        if isinstance(source, tuple):  # others wait for more of the answer
+            source[0].news.look()
+
+    def compose(self, delivery: Delivery) -> Reply:
+        """Return the reply a message gets now: a fixed text, or part of an answer."""
+        now, source = int(time.time()), delivery.source
+        if isinstance(source, Reply):
+            return source
+        if not isinstance(source, tuple):
+            return Reply(self.texts.trouble if source is None else source, now)
+        turn, part = source
+        shown, subscriber = turn.shown(), delivery.subscriber
+        head = self.texts.anew + "\n" if part.is_anew else ""
+        if not turn.is_open:
+            content = self.rest_of(turn, part.start, head)
+            if sent_size(content) <= REPLY_BYTES:
+                return Reply(content, now, part, stop=len(shown))
+        # Not all of it. The first reply that shows a part fixes where it ends.
+        is_early = not turn.has_part(part.start)
+        room = self.room_in(turn) - sent_size(head)
+        rest = shown[part.start : part.start + 2 * REPLY_BYTES]
+        stop = turn.stops.get(part.start) or part.start + cut_reply(rest, room)
+        text = shown[part.start : stop].strip("\n")
+        if text:
+            place = part.place and part.place + 1
+            offered = subscriber.offer(turn.id, stop, place)
+            left = None if turn.is_open else turn.left.get(stop, 0)
+            content = head + text + self.tail(turn, offered, left)
+            return Reply(content, now, part, stop, offered, is_early)
+        offered = part if part.number else subscriber.offer(turn.id, part.start)
+        content = self.patience(delivery, turn, offered.number)
+        return Reply(content, now, part, part.start, offered, is_early=True)
+
+    def rest_of(self, turn: Turn, start: int, head: str) -> str:
+        """Return all that is left to say of an ended answer, of any size."""
+        text = turn.shown()[start:].strip("\n")
+        retry = tap_link(self.texts.word_retry, f"{RETRY}{turn.id}")
+        go_on = tap_link(self.texts.word_go_on)
+        words = ending_words(self.texts, turn, retry, go_on)
+        if not text:
+            return words or self.texts.no_more
+        content = f"{head}{text}{self.label}"
+        if words:
+            content += f"\n\n{words}"
+        if turn.chat.has_more_on_page():
+            link = "\n" + self.page_link(turn, self.texts.word_page)
+            content += link if sent_size(content + link) <= REPLY_BYTES else ""
+        return content
+
+    def tail(self, turn: Turn, part: Part, left: int | None) -> str:
+        """Return the lines under a part that another one, `part`, follows.
+
+        `left` is how many there are from that on, 0 if that is not known; None: the
+        answer is being written.
+        """
+        texts, page = self.texts, self.page_link(turn, self.texts.word_page)
+        line, words = texts.more, texts.word_next
+        if left is None:
+            line, words = texts.writing, texts.word_writing
+        elif left and part.place:
+            words += f"（{part.place}/{part.place - 1 + left}）"
+        tap = tap_link(words, f"{CONTINUE}{part.number}")
+        return f"{self.label}\n\n{line.format(tap=tap, page=page)}"
+
+    def room_in(self, turn: Turn) -> int:
+        """Return how many bytes a part may have beside its tail, whichever that is."""
+        last = Part(10**9 - 1, turn.id, place=999)
+        tails = [self.tail(turn, last, left) for left in (None, 1)]
+        return REPLY_BYTES - max(map(sent_size, tails))
+
+    def count_parts(self, turn: Turn, start: int) -> None:
+        """Count the parts of an ended answer from a start on; it may take a second."""
+        starts, shown, room = [start], turn.shown(), self.room_in(turn)
+        while (at := starts[-1]) not in turn.left:
+            is_short = len(shown) - at <= REPLY_BYTES
+            if is_short and sent_size(self.rest_of(turn, at, "")) <= REPLY_BYTES:
+                turn.left[at] = 1
+            else:
+                rest = shown[at : at + 2 * REPLY_BYTES]
+                starts.append(turn.stops.get(at) or at + cut_reply(rest, room))
+        for number, start in enumerate(reversed(starts), turn.left[at]):
+            turn.left[start] = number
+
+    def patience(self, delivery: Delivery, turn: Turn, number: int) -> str:
+        """Return what is said while nothing can be shown yet."""
+        texts, session_id = self.texts, turn.session_id
+        turns = [t for t in delivery.subscriber.turns if t.session_id == session_id]
+        before = sum(t.is_open and t.id < turn.id for t in turns)
+        text = texts.queued if turn.is_queued else texts.thinking
+        return text.format(
+            question=excerpt(turn.question),
+            before=max(1, before),
+            time=spoken_age(texts, turn.age),
+            tap=tap_link(texts.word_answer, f"{CONTINUE}{number}"),
+            page=self.page_link(turn, texts.word_page),
+        )
+
+    def footers(
+        self, delivery: Delivery, reply: Reply
+    ) -> Iterator[tuple[str, dict[str, typing.Any]]]:
+        """Yield what may stand below a reply, and the fields that this changes in it.
+
+        In a conversation that is the introduction; nobody reads the privacy words
+        twice, except after /forget. Then come answers that were not read yet.
+        """
+        texts, source, subscriber = self.texts, delivery.source, delivery.subscriber
+        talk = source[0] if isinstance(source, tuple) else delivery.session
+        if talk and delivery.is_kept and not subscriber.is_told:
+            one, two = tap_link(texts.word_example_1), tap_link(texts.word_example_2)
+            words = texts.introduction.format(
+                assistant=talk.assistant, one=one, two=two
+            )
+            yield f"{words}\n{self.tappable(texts.privacy)}", {"introduces": True}
+        own_id = reply.part.turn_id if reply.part else None
+        for turn_id, (number, question) in subscriber.to_mention.items():
+            if turn_id != own_id and turn_id not in self.turns:
+                tap = tap_link(texts.word_answer, f"{CONTINUE}{number}")
+                line = texts.unread.format(question=excerpt(question), tap=tap)
+                yield line, {"mentions": turn_id}
+
+    def note_delivery(self, delivery: Delivery, number: int, is_taken: bool) -> None:
+        """Store for `stats` how text of an answer was delivered, or that it was not."""
+        reply = delivery.reply
+        part = reply.part if reply and delivery.is_kept else None
+        if reply is None or part is None or reply.stop <= part.start:
+            return
+        how = "part" if part.number else str(number + delivery.seen_before)
+        stored = self.store.mark_delivered(part.turn_id, how if is_taken else "lost")
+        stored.add_done_callback(functools.partial(log_failure, delivery.message.name))
 
     # Commands
 
@@ -5498,236 +5730,6 @@ class Bot:
         is_due = message.openid in self.store.due
         return self.texts.forget_noted if is_due else reply
 
-    # The message's task
-
-    async def find_source(self, delivery: Delivery) -> None:
-        """Find out what answers a message; a subscriber's messages take turns.
-
-        A message that is new extends its session.
-        """
-        message, subscriber = delivery.message, delivery.subscriber
-        async with subscriber.lock:
-            openid, now = message.openid, time.time()
-            if openid in self.store.due:
-                await self.store.forget_due()
-            if openid in self.store.due:
-                delivery.is_kept = False
-                delivery.answer_with(self.texts.forget_noted)
-                return
-            recalled = await self.store.recall(message.key, openid, now)
-            if subscriber.last_part is None:
-                subscriber.last_part = recalled.last_part
-                subscriber.is_told = recalled.is_told
-                if recalled.mention:
-                    number, missed_id, question = recalled.mention
-                    subscriber.to_mention[missed_id] = (number, question)
-            if recalled.reply:  # a copy of a message that was answered before
-                delivery.seen_before, delivery.reply = 1, recalled.reply
-                delivery.news.look()
-                return
-            if recalled.turn_id is not None:  # asked by a process before this one
-                delivery.seen_before = 1
-                # If the turn was deleted meanwhile, nothing is said: to ask it again
-                # would store it again.
-                source = await self.source_of(Part(0, recalled.turn_id)) or ""
-                if isinstance(source, tuple):
-                    delivery.first = min(delivery.first, source[0].asked_at)
-                delivery.answer_with(source)
-                return
-            session, delivery.pictures = recalled.session, recalled.pictures
-            delivery.hinted_at = recalled.hinted_at
-            if session and session.assistant in self.config.assistants:
-                idle = now - session.last_at - self.config.session.ttl
-                if idle <= 0 or session.is_busy:
-                    delivery.session = session
-                elif idle < LAPSE_SECONDS:
-                    delivery.lapsed = session
-            source = await self.handle_message(delivery)
-            is_question = isinstance(source, tuple) and source[1].number == 0
-            if delivery.session and message.msg_type != "event" and not is_question:
-                # storing a question has done it
-                await self.store.touch_session(delivery.session.id, time.time())
-        delivery.answer_with(source)
-
-    # What a request does
-
-    def patience(self, delivery: Delivery, turn: Turn, number: int) -> str:
-        """Return what is said while nothing can be shown yet."""
-        texts, session_id = self.texts, turn.session_id
-        turns = [t for t in delivery.subscriber.turns if t.session_id == session_id]
-        before = sum(t.is_open and t.id < turn.id for t in turns)
-        text = texts.queued if turn.is_queued else texts.thinking
-        return text.format(
-            question=excerpt(turn.question),
-            before=max(1, before),
-            time=spoken_age(texts, turn.age),
-            tap=tap_link(texts.word_answer, f"{CONTINUE}{number}"),
-            page=self.page_link(turn, texts.word_page),
-        )
-
-    def tail(self, turn: Turn, part: Part, left: int | None) -> str:
-        """Return the lines under a part that another one, `part`, follows.
-
-        `left` is how many there are from that on, 0 if that is not known; None: the
-        answer is being written.
-        """
-        texts, page = self.texts, self.page_link(turn, self.texts.word_page)
-        line, words = texts.more, texts.word_next
-        if left is None:
-            line, words = texts.writing, texts.word_writing
-        elif left and part.place:
-            words += f"（{part.place}/{part.place - 1 + left}）"
-        tap = tap_link(words, f"{CONTINUE}{part.number}")
-        return f"{self.label}\n\n{line.format(tap=tap, page=page)}"
-
-    def room_in(self, turn: Turn) -> int:
-        """Return how many bytes a part may have beside its tail, whichever that is."""
-        last = Part(10**9 - 1, turn.id, place=999)
-        tails = [self.tail(turn, last, left) for left in (None, 1)]
-        return REPLY_BYTES - max(map(sent_size, tails))
-
-    def count_parts(self, turn: Turn, start: int) -> None:
-        """Count the parts of an ended answer from a start on; it may take a second."""
-        starts, shown, room = [start], turn.shown(), self.room_in(turn)
-        while (at := starts[-1]) not in turn.left:
-            is_short = len(shown) - at <= REPLY_BYTES
-            if is_short and sent_size(self.rest_of(turn, at, "")) <= REPLY_BYTES:
-                turn.left[at] = 1
-            else:
-                rest = shown[at : at + 2 * REPLY_BYTES]
-                starts.append(turn.stops.get(at) or at + cut_reply(rest, room))
-        for number, start in enumerate(reversed(starts), turn.left[at]):
-            turn.left[start] = number
-
-    def rest_of(self, turn: Turn, start: int, head: str) -> str:
-        """Return all that is left to say of an ended answer, of any size."""
-        text = turn.shown()[start:].strip("\n")
-        retry = tap_link(self.texts.word_retry, f"{RETRY}{turn.id}")
-        go_on = tap_link(self.texts.word_go_on)
-        words = ending_words(self.texts, turn, retry, go_on)
-        if not text:
-            return words or self.texts.no_more
-        content = f"{head}{text}{self.label}"
-        if words:
-            content += f"\n\n{words}"
-        if turn.chat.has_more_on_page():
-            link = "\n" + self.page_link(turn, self.texts.word_page)
-            content += link if sent_size(content + link) <= REPLY_BYTES else ""
-        return content
-
-    def compose(self, delivery: Delivery) -> Reply:
-        """Return the reply a message gets now: a fixed text, or part of an answer."""
-        now, source = int(time.time()), delivery.source
-        if isinstance(source, Reply):
-            return source
-        if not isinstance(source, tuple):
-            return Reply(self.texts.trouble if source is None else source, now)
-        turn, part = source
-        shown, subscriber = turn.shown(), delivery.subscriber
-        head = self.texts.anew + "\n" if part.is_anew else ""
-        if not turn.is_open:
-            content = self.rest_of(turn, part.start, head)
-            if sent_size(content) <= REPLY_BYTES:
-                return Reply(content, now, part, stop=len(shown))
-        # Not all of it. The first reply that shows a part fixes where it ends.
-        is_early = not turn.has_part(part.start)
-        room = self.room_in(turn) - sent_size(head)
-        rest = shown[part.start : part.start + 2 * REPLY_BYTES]
-        stop = turn.stops.get(part.start) or part.start + cut_reply(rest, room)
-        text = shown[part.start : stop].strip("\n")
-        if text:
-            place = part.place and part.place + 1
-            offered = subscriber.offer(turn.id, stop, place)
-            left = None if turn.is_open else turn.left.get(stop, 0)
-            content = head + text + self.tail(turn, offered, left)
-            return Reply(content, now, part, stop, offered, is_early)
-        offered = part if part.number else subscriber.offer(turn.id, part.start)
-        content = self.patience(delivery, turn, offered.number)
-        return Reply(content, now, part, part.start, offered, is_early=True)
-
-    def footers(
-        self, delivery: Delivery, reply: Reply
-    ) -> Iterator[tuple[str, dict[str, typing.Any]]]:
-        """Yield what may stand below a reply, and the fields that this changes in it.
-
-        In a conversation that is the introduction; nobody reads the privacy words
-        twice, except after /forget. Then come answers that were not read yet.
-        """
-        texts, source, subscriber = self.texts, delivery.source, delivery.subscriber
-        talk = source[0] if isinstance(source, tuple) else delivery.session
-        if talk and delivery.is_kept and not subscriber.is_told:
-            one, two = tap_link(texts.word_example_1), tap_link(texts.word_example_2)
-            words = texts.introduction.format(
-                assistant=talk.assistant, one=one, two=two
-            )
-            yield f"{words}\n{self.tappable(texts.privacy)}", {"introduces": True}
-        own_id = reply.part.turn_id if reply.part else None
-        for turn_id, (number, question) in subscriber.to_mention.items():
-            if turn_id != own_id and turn_id not in self.turns:
-                tap = tap_link(texts.word_answer, f"{CONTINUE}{number}")
-                line = texts.unread.format(question=excerpt(question), tap=tap)
-                yield line, {"mentions": turn_id}
-
-    async def note_told(self, openid: str) -> None:
-        """Note that the privacy words were said to a subscriber outside the chat."""
-        self.subscriber(openid).is_told = True
-        await self.store.note(openid, told_at=time.time())
-
-    def decide(self, delivery: Delivery) -> None:
-        """Fix the reply of a message for all its requests, and start to store it."""
-        subscriber, message = delivery.subscriber, delivery.message
-        source, reply = delivery.source, self.compose(delivery)
-        if reply.content and reply is not source:
-            for words, changes in self.footers(delivery, reply):
-                content = f"{reply.content}\n\n{words}"
-                if not reply.mentions and sent_size(content) <= REPLY_BYTES:
-                    reply = replace(reply, content=content, **changes)
-            reply = replace(reply, content=outgoing(reply.content))
-        subscriber.is_told |= reply.introduces
-        if reply.mentions:
-            del subscriber.to_mention[reply.mentions]
-        if isinstance(source, tuple):
-            turn, part = source
-            if reply.stop > part.start:
-                turn.stops[part.start] = reply.stop
-            if reply.offered and reply.is_early and part.number == 0:
-                subscriber.to_mention[turn.id] = (reply.offered.number, turn.question)
-            elif not reply.is_patience:
-                subscriber.to_mention.pop(turn.id, None)
-        if reply.content and delivery.is_kept:
-            delivery.stored = self.store.save_reply(message.key, message.openid, reply)
-            failed = functools.partial(log_failure, f"{message.name} reply")
-            delivery.stored.add_done_callback(failed)
-        # Later copies need the reply alone; the answer would stay in memory with them.
-        delivery.source = delivery.reply = reply
-        delivery.news.look()
-        if isinstance(source, tuple):  # others wait for more of the answer
-            source[0].news.look()
-
-    def deliver(
-        self, message: Message, arrived: float, cookie_hash: str = ""
-    ) -> tuple[Delivery, int]:
-        """Return a request's delivery, made by the first, and which attempt it is.
-
-        The first one also starts the task that finds out what answers the message.
-        """
-        wechat, delivery = self.config.wechat, self.deliveries.get(message.key)
-        if delivery is None:
-            first = arrived
-            if arrived - self.opened_at < 2 * wechat.attempt_timeout:
-                # Attempts before this one may have found no server: estimate the first
-                # from CreateTime, which is rounded down to a second.
-                first -= max(0, time.time() - message.created - 1)
-            subscriber = self.subscriber(message.openid)
-            delivery = Delivery(message, subscriber, first, cookie_hash)
-            self.deliveries[message.key] = delivery
-            # Long after the last attempt a copy is answered from the store.
-            seconds = 4 * wechat.attempts * wechat.attempt_timeout
-            self.tasks.loop.call_later(seconds, self.deliveries.pop, message.key, None)
-            trouble = functools.partial(delivery.answer_with, self.texts.trouble)
-            self.tasks.start(self.find_source(delivery), message.name, trouble)
-        return delivery, delivery.arrive(arrived, wechat.attempt_timeout / 2)
-
     # What a page does
 
     async def ask_here(
@@ -5749,16 +5751,42 @@ class Bot:
         self.deliveries.pop(message.key, None)  # another try may be accepted
         return str(delivery.source or self.texts.trouble)
 
-    def stop_turn(self, openid: str, link_key: str) -> None:
-        """End an answer that is being written: what is there of it stays, as cut."""
-        for turn in list(self.turns.values()):
-            if turn.link_key != link_key or turn.openid != openid or not turn.is_open:
-                continue
-            if turn.is_queued:
-                self.end_unwritten(turn, "cut", "stopped")
-            elif turn.task:
-                turn.finish("cut", "stopped")
-                turn.task.cancel()  # which closes the upstream's call
+    async def ask_on_page(self, delivery: Delivery) -> Source:
+        """Ask what was written on a page, in the session that runs or in a new one."""
+        text, openid = delivery.message.content, delivery.message.openid
+        if await self.store.device_owner(delivery.cookie_hash) != openid:
+            return self.texts.page_signed_out
+        if is_command(self.aliases.get(folded(text), text), self.config.assistants):
+            return self.texts.page_command.format(text=excerpt(text))
+        if delivery.session is None:
+            if refusal := self.refuse_question(delivery, text, ""):
+                return refusal
+            _, assistant, _ = await self.newest_session(openid)
+            await self.open_session(delivery, assistant)
+        source = await self.accept_question(delivery, text)
+        if not isinstance(source, tuple) or source[0].msg_key != delivery.message.key:
+            return source  # refused, or the chat asks the same and will be answered
+        turn, subscriber = source[0], delivery.subscriber
+        if not subscriber.is_told:  # the words stood above the field
+            await self.note_told(openid)
+        part = subscriber.offer(turn.id, 0)  # nobody may stay on the page for it
+        await self.store.offer_unread(openid, part, time.time())
+        subscriber.to_mention.setdefault(turn.id, (part.number, turn.question))
+        return source
+
+    async def note_told(self, openid: str) -> None:
+        """Note that the privacy words were said to a subscriber outside the chat."""
+        self.subscriber(openid).is_told = True
+        await self.store.note(openid, told_at=time.time())
+
+    async def newest_session(self, openid: str) -> tuple[int, str, float]:
+        """Return the session that runs, or 0; the newest one's assistant and start."""
+        since = time.time() - self.config.session.ttl
+        newest = await self.store.newest_session(openid, since)
+        number, name, opened_at, runs = newest or (0, "", 0.0, False)
+        if name not in self.config.assistants:
+            name = next(iter(self.config.assistants))
+        return number if runs else 0, name, opened_at
 
     async def begin_topic(self, openid: str, cookie_hash: str, assistant: str) -> None:
         """Open a session, if no such assistant is there with the one used last.
@@ -5772,6 +5800,29 @@ class Bot:
             if await self.store.device_owner(cookie_hash) == openid:
                 await self.store.start_session(openid, assistant, time.time())
                 self.end_queued(subscriber)
+
+    def stop_turn(self, openid: str, link_key: str) -> None:
+        """End an answer that is being written: what is there of it stays, as cut."""
+        for turn in list(self.turns.values()):
+            if turn.link_key != link_key or turn.openid != openid or not turn.is_open:
+                continue
+            if turn.is_queued:
+                self.end_unwritten(turn, "cut", "stopped")
+            elif turn.task:
+                turn.finish("cut", "stopped")
+                turn.task.cancel()  # which closes the upstream's call
+
+    async def claim_sign_in(self, openid: str, number: str) -> str:
+        """Return what is said to a number that a browser shows, or does not."""
+        texts = self.texts
+        if self.sign_ins.is_tried_too_often(openid):
+            return texts.sign_in_later
+        if await self.store.count_devices(openid) >= DEVICES:
+            tap = tap_link(texts.word_sign_out)
+            return texts.sign_in_full.format(count=DEVICES, tap=tap)
+        if not self.sign_ins.claim(openid, number):
+            return texts.sign_in_wrong
+        return texts.sign_in_ask.format(tap=tap_link(texts.word_let_in))
 
     async def let_in(self, sign_in: SignIn) -> str | None:
         """Sign a confirmed browser in; return its cookie.
@@ -5789,69 +5840,6 @@ class Bot:
             self.sign_ins.waiting.pop(sign_in.cookie_hash, None)
         return cookie if is_in else ""
 
-    async def until_ready(self, delivery: Delivery, deadline: float) -> bool:
-        """Wait until a message's reply can be complete; False at the deadline."""
-        news, tasks = delivery.news, self.tasks
-        if not await tasks.until(news, delivery.is_answered, deadline):
-            return False
-        if isinstance(delivery.source, tuple):
-            news = delivery.source[0].news
-        return await tasks.until(news, delivery.is_ready, deadline)
-
-    async def reply_to(
-        self, delivery: Delivery, number: int, arrived: float
-    ) -> Reply | None:
-        """Return the reply for this request, or None: WeChat is to ask again."""
-        wechat, loop = self.config.wechat, self.tasks.loop
-        over = arrived + wechat.attempt_timeout
-        # 1. Wait until the reply can be complete.
-        is_ready = await self.until_ready(delivery, over - wechat.margin)
-        # 2. If it is not, and WeChat will ask again, wait on. The last attempt is also
-        #    one that comes later than halfway between the last but one and the last. A
-        #    timeout is charged now: a burst of them, charged when WeChat hangs up,
-        #    would all pass the guard.
-        late = (wechat.attempts - 1.5) * wechat.attempt_timeout
-        is_last = number + delivery.seen_before >= wechat.attempts
-        is_last = is_last or arrived - delivery.first > late
-        if not (is_ready or is_last) and self.guard.charge(loop.time()):
-            if not await self.until_ready(delivery, over):
-                # WeChat has stopped reading, but an answer here would end its retries:
-                # say nothing, unless another request gets the reply, and hang up.
-                news = delivery.news
-                await self.tasks.until(
-                    news, lambda: delivery.reply is not None, over + HOLD_SECONDS
-                )
-                if delivery.reply is None:
-                    return None
-        # 3. Decide once for all requests: all there is, or a word of patience. Before
-        #    that, the parts of a long answer are counted unless it takes too long.
-        if delivery.reply is None and isinstance(delivery.source, tuple):
-            turn, part = delivery.source
-            is_long = not turn.is_open and len(turn.shown()) - part.start > SURE_CHARS
-            if is_long and part.start not in turn.left:
-                counted = self.work.run(self.count_parts, turn, part.start)
-                await asyncio.wait({counted}, timeout=wechat.margin / 4)
-        if delivery.reply is None:
-            self.decide(delivery)
-        # 4. It is stored before it is sent, if that does not take too long.
-        if delivery.stored and not delivery.stored.done():
-            left = over - wechat.margin / 2 - loop.time()
-            await asyncio.wait({delivery.stored}, timeout=max(0, left))
-            if not delivery.stored.done():
-                name = delivery.message.name
-                log.warning("%s replied before it was stored: a slow disk?", name)
-        return delivery.reply
-
-    def note_delivery(self, delivery: Delivery, number: int, is_taken: bool) -> None:
-        """Store for `stats` how text of an answer was delivered, or that it was not."""
-        reply = delivery.reply
-        part = reply.part if reply and delivery.is_kept else None
-        if reply is None or part is None or reply.stop <= part.start:
-            return
-        how = "part" if part.number else str(number + delivery.seen_before)
-        stored = self.store.mark_delivered(part.turn_id, how if is_taken else "lost")
-        stored.add_done_callback(functools.partial(log_failure, delivery.message.name))
-
     # What goes on beside the messages
 
     async def keep_saving(self) -> None:
@@ -5868,6 +5856,17 @@ class Bot:
                 await self.store.truncate_wal()
             if self.store.due:
                 await self.store.forget_due()
+
+    async def save_texts(self, turns: list[Turn]) -> bool:
+        """Store the text of unfinished answers; say whether that worked."""
+        turns = [turn for turn in turns if turn.answer]
+        try:
+            if turns:
+                await self.store.save_texts(turns)
+            return True
+        except sqlite3.Error as error:
+            log.error("text so far not stored: %s", error)
+            return False
 
     async def keep_pruning(self) -> None:
         """Delete what has served its time, every ten minutes, until cancelled.
