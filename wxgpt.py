@@ -102,7 +102,6 @@ import stat
 import time
 import tomllib
 import types
-import typing
 import unicodedata
 import urllib.parse
 import weakref
@@ -111,10 +110,13 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Iterable,
     Iterator,
+    Mapping,
     Sequence,
 )
 from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 from xml.parsers.expat import ExpatError
 
@@ -210,12 +212,12 @@ class Mistakes:
             self.add(name, FOUND, found=shown, expected=expected)
 
 
-def bounded(default: float, least: float, most: float) -> typing.Any:
+def bounded(default: float, least: float, most: float) -> Any:
     """Return the field of a number with the range it may have."""
     return field(default=default, metadata={"bounds": (least, most)})
 
 
-def secret(default: object = MISSING) -> typing.Any:
+def secret(default: object = MISSING) -> Any:
     """Return the field of a value that is never shown; without a default: required."""
     return field(default=default, metadata={"secret": True})
 
@@ -342,7 +344,7 @@ class DatabaseSettings:
 class Texts(types.SimpleNamespace):
     """Every line a subscriber can read, by its name in texts.toml: `texts.opened`."""
 
-    def __init__(self, lines: typing.Mapping[str, str]) -> None:
+    def __init__(self, lines: Mapping[str, str]) -> None:
         super().__init__(**lines)
 
     def __getattr__(self, name: str) -> str:  # only called for a name that is missing
@@ -393,7 +395,7 @@ class Config:
         return urllib.parse.urlsplit(self.public_url).path
 
 
-def read_toml(path: str | os.PathLike) -> dict[str, typing.Any]:
+def read_toml(path: str | os.PathLike) -> dict[str, Any]:
     """Return the contents of a TOML file; raise ConfigError with one line."""
     try:
         return tomllib.loads(pathlib.Path(path).read_text("utf-8-sig"))
@@ -417,7 +419,7 @@ TYPE_NAMES: dict[object, str] = {
 }
 
 
-def has_type(value: typing.Any, kind: object) -> bool:
+def has_type(value: Any, kind: object) -> bool:
     """Say whether a TOML value has the type of a setting."""
     if kind == tuple[str, ...]:
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
@@ -427,7 +429,7 @@ def has_type(value: typing.Any, kind: object) -> bool:
 
 
 def check_names(
-    table: dict, known: typing.Iterable[str], prefix: str, mistakes: Mistakes
+    table: dict, known: Iterable[str], prefix: str, mistakes: Mistakes
 ) -> None:
     """Note settings that do not exist."""
     for key in table:
@@ -437,9 +439,7 @@ def check_names(
             mistakes.add(prefix + shown, words, known=", ".join(known))
 
 
-def read_table(
-    kind: typing.Any, table: typing.Any, name: str, mistakes: Mistakes
-) -> typing.Any:
+def read_table(kind: Any, table: Any, name: str, mistakes: Mistakes) -> Any:
     """Return a TOML table as its settings class; note what cannot be used in it."""
     mistakes.require(isinstance(table, dict), name, table, "a table")
     table = table if isinstance(table, dict) else {}
@@ -476,7 +476,7 @@ CHATGPT_VARIABLES = {"api_key": "OPENAI_API_KEY", "base_url": "OPENAI_BASE_URL"}
 
 
 def setting_source(
-    name: str, key: str, one: AssistantSettings, environ: typing.Mapping[str, str]
+    name: str, key: str, one: AssistantSettings, environ: Mapping[str, str]
 ) -> str:
     """Return where an assistant's setting comes from: its name, or a variable."""
     variable = CHATGPT_VARIABLES.get(key, "")
@@ -486,7 +486,7 @@ def setting_source(
 
 
 def read_assistants(
-    table: typing.Any, environ: typing.Mapping[str, str], mistakes: Mistakes
+    table: Any, environ: Mapping[str, str], mistakes: Mistakes
 ) -> dict[str, AssistantSettings]:
     """Return the assistants by name."""
     tables = table.values() if isinstance(table, dict) else [table]
@@ -508,7 +508,7 @@ def read_assistants(
 TEXTS = pathlib.Path(__file__).with_name("texts.toml")
 
 
-def read_texts(changes: typing.Any, mistakes: Mistakes | None = None) -> Texts:
+def read_texts(changes: Any, mistakes: Mistakes | None = None) -> Texts:
     """Return the lines of texts.toml with an owner's changes, if any are expected.
 
     A changed line may leave out placeholders of the default, but not add any.
@@ -555,7 +555,7 @@ def is_public_url(url: str) -> bool:
 
 
 def check_values(
-    config: Config, environ: typing.Mapping[str, str], mistakes: Mistakes
+    config: Config, environ: Mapping[str, str], mistakes: Mistakes
 ) -> None:
     """Note values that cannot work."""
     require, names = mistakes.require, config.assistants.keys()
@@ -605,7 +605,7 @@ def check_values(
 
 def load_config(
     path: str | os.PathLike,
-    environ: typing.Mapping[str, str] = types.MappingProxyType({}),
+    environ: Mapping[str, str] = types.MappingProxyType({}),
     *checks: Callable[[Config, Mistakes], None],
 ) -> Config:
     """Return the checked settings of a TOML file; raise ConfigError with all mistakes.
@@ -908,7 +908,7 @@ def tap_link(words: str, content: str = "") -> str:
     return web_link(words, f"weixin://bizmsgmenu?msgmenucontent={sent}&msgmenuid=1")
 
 
-def with_taps(text: str, names: typing.Iterable[str]) -> str:
+def with_taps(text: str, names: Iterable[str]) -> str:
     """Return one of our own texts with each `/NAME` in it as a tap."""
     text = with_links(text)
     longest_first = sorted(map(re.escape, names), key=len, reverse=True)
@@ -1008,7 +1008,7 @@ def alphabet_text(alphabet: str, text: str) -> str:
 
 
 @functools.cache
-def formula_rules() -> dict[str, typing.Any]:
+def formula_rules() -> dict[str, Any]:
     """Return the tables of formulas.toml, which explains them; raise ConfigError."""
     return read_toml(FORMULAS)
 
@@ -2499,14 +2499,14 @@ class WordGuard:
 # ---------------------------------------------------------------------------
 
 
+@dataclass(slots=True, eq=False)
 class Signal:
     """A change that others wait for with Tasks.until, each with their own condition."""
 
-    __slots__ = ("waiting",)
-
-    def __init__(self) -> None:
-        # Condition and wake-up of each; Tasks.until adds them and takes them out.
-        self.waiting: list[tuple[Callable[[], bool], asyncio.Future[bool]]] = []
+    # Condition and wake-up of each; Tasks.until adds them and takes them out.
+    waiting: list[tuple[Callable[[], bool], asyncio.Future]] = field(
+        default_factory=list
+    )
 
     def look(self) -> None:
         """Wake those whose condition is met; to be called after every change."""
@@ -2794,7 +2794,7 @@ class Batch:
             self.hop = asyncio.ensure_future(self.carry())
         return result
 
-    async def call(self, function: Callable, *values: object) -> typing.Any:
+    async def call(self, function: Callable, *values: object) -> Any:
         """Run a function in the connection's thread, with the connection.
 
         aiosqlite has no public way to run more than one statement in a hop; a test
@@ -2831,7 +2831,7 @@ def beijing_day(now: float) -> str:
     return datetime.datetime.fromtimestamp(now, BEIJING).date().isoformat()
 
 
-class Recalled(typing.NamedTuple):
+class Recalled(NamedTuple):
     """What is stored about a message and its sender."""
 
     reply: Reply | None
@@ -2897,7 +2897,7 @@ SEARCH_SLICES = 40  # of them for one page
 PAGE_CHARS = 100_000  # of questions and answers on a page of the history
 
 
-def columns_of(record: typing.Any) -> dict[str, object]:
+def columns_of(record: Any) -> dict[str, object]:
     """Return a record's fields by name; a statement takes those that it names."""
     return {one.name: getattr(record, one.name) for one in fields(record)}
 
@@ -3797,7 +3797,7 @@ WORD = re.compile(r"[A-Za-z0-9_.:\[\]-]{1,64}")
 RETRY_AFTER_SECONDS = 120  # nobody waits longer: then the question has failed
 
 
-def retry_after(headers: typing.Mapping[str, str]) -> float | None:
+def retry_after(headers: Mapping[str, str]) -> float | None:
     """Return how many seconds the provider wants us to wait, None if it names none."""
     text, seconds = headers.get("retry-after", ""), 0.0
     with contextlib.suppress(ValueError, OverflowError):
@@ -3815,9 +3815,7 @@ def as_dict(value: object) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def make_error(
-    status: int, body: object, headers: typing.Mapping[str, str]
-) -> ChatError:
+def make_error(status: int, body: object, headers: Mapping[str, str]) -> ChatError:
     """Return the error that a response means; its body may have any shape."""
     outer = as_dict(body)
     inner = outer.get("error") or outer.get("errors") or outer.get("base_resp")
@@ -4389,7 +4387,7 @@ class LongWork:
         call = functools.partial(work, *args, **named)
         return asyncio.get_running_loop().run_in_executor(self.threads, call)
 
-    async def once(self, key: object, work: Callable, *args: object) -> typing.Any:
+    async def once(self, key: object, work: Callable, *args: object) -> Any:
         """Return what a function gives, or gave for this key a short time ago."""
         if key not in self.results:
             self.results[key] = self.run(work, *args)
@@ -4660,7 +4658,7 @@ def find_command(text: str) -> str:
     return name if name in COMMANDS else ""
 
 
-def find_assistant(text: str, names: typing.Iterable[str]) -> tuple[str, str] | None:
+def find_assistant(text: str, names: Iterable[str]) -> tuple[str, str] | None:
     """Return the assistant a text opens and the question after it, or None.
 
     `/chatgpt 问题` and `/chatgpt问题` are the same; of two names the longer one counts.
@@ -4676,7 +4674,7 @@ def find_assistant(text: str, names: typing.Iterable[str]) -> tuple[str, str] | 
     return None
 
 
-def is_command(text: str, names: typing.Iterable[str]) -> bool:
+def is_command(text: str, names: Iterable[str]) -> bool:
     """Say whether a whole text is a command, or opens one of these assistants."""
     return bool(find_command(text) or find_assistant(text, names))
 
@@ -4868,7 +4866,8 @@ class Bot:
 
         The first one also starts the task that finds out what answers the message.
         """
-        wechat, delivery = self.config.wechat, self.deliveries.get(message.key)
+        wechat, key = self.config.wechat, message.key
+        delivery = self.deliveries.get(key)
         if delivery is None:
             first = arrived
             if arrived - self.opened_at < 2 * wechat.attempt_timeout:
@@ -4877,10 +4876,10 @@ class Bot:
                 first -= max(0, time.time() - message.created - 1)
             subscriber = self.subscriber(message.openid)
             delivery = Delivery(message, subscriber, first, cookie_hash)
-            self.deliveries[message.key] = delivery
+            self.deliveries[key] = delivery
             # Long after the last attempt a copy is answered from the store.
             seconds = 4 * wechat.attempts * wechat.attempt_timeout
-            self.tasks.loop.call_later(seconds, self.deliveries.pop, message.key, None)
+            self.tasks.loop.call_later(seconds, self.deliveries.pop, key, None)
             trouble = functools.partial(delivery.answer_with, self.texts.trouble)
             self.tasks.start(self.find_source(delivery), message.name, trouble)
         return delivery, delivery.arrive(arrived, wechat.attempt_timeout / 2)
@@ -5623,7 +5622,7 @@ class Bot:
 
     def footers(
         self, delivery: Delivery, reply: Reply
-    ) -> Iterator[tuple[str, dict[str, typing.Any]]]:
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield what may stand below a reply, and the fields that this changes in it.
 
         In a conversation that is the introduction; nobody reads the privacy words
@@ -5768,16 +5767,12 @@ class Bot:
             return source  # refused, or the chat asks the same and will be answered
         turn, subscriber = source[0], delivery.subscriber
         if not subscriber.is_told:  # the words stood above the field
-            await self.note_told(openid)
+            subscriber.is_told = True
+            await self.store.note(openid, told_at=time.time())
         part = subscriber.offer(turn.id, 0)  # nobody may stay on the page for it
         await self.store.offer_unread(openid, part, time.time())
         subscriber.to_mention.setdefault(turn.id, (part.number, turn.question))
         return source
-
-    async def note_told(self, openid: str) -> None:
-        """Note that the privacy words were said to a subscriber outside the chat."""
-        self.subscriber(openid).is_told = True
-        await self.store.note(openid, told_at=time.time())
 
     async def newest_session(self, openid: str) -> tuple[int, str, float]:
         """Return the session that runs, or 0; the newest one's assistant and start."""
@@ -5804,11 +5799,10 @@ class Bot:
     def stop_turn(self, openid: str, link_key: str) -> None:
         """End an answer that is being written: what is there of it stays, as cut."""
         for turn in list(self.turns.values()):
-            if turn.link_key != link_key or turn.openid != openid or not turn.is_open:
-                continue
-            if turn.is_queued:
+            is_theirs = turn.link_key == link_key and turn.openid == openid
+            if is_theirs and turn.is_open and turn.is_queued:
                 self.end_unwritten(turn, "cut", "stopped")
-            elif turn.task:
+            elif is_theirs and turn.is_open and turn.task:
                 turn.finish("cut", "stopped")
                 turn.task.cancel()  # which closes the upstream's call
 
@@ -5890,10 +5884,8 @@ def check_commands(config: Config, mistakes: Mistakes) -> None:
     """Note names that mean two things, and replies that are too long."""
     require = mistakes.require
     replies, names = config.replies, [*config.assistants, *COMMANDS]
-    notice = config.texts.model_notice  # /help has room for so much
-    require(
-        len(notice) <= 100, "replies.model_notice", notice, "at most 100 characters"
-    )
+    notice, wanted = config.texts.model_notice, "at most 100 characters"
+    require(len(notice) <= 100, "replies.model_notice", notice, wanted)  # for /help
     welcome = f"{replies.subscribe}\n\n{notice}"
     for text in (welcome, replies.outside, *replies.keywords.values()):
         size = sent_size(with_taps(text, names))
@@ -6107,7 +6099,7 @@ class AnswerRenderer(RendererHTML):
     def __init__(self, texts: Texts) -> None:
         super().__init__()
         blocks = load_pages().get_template("blocks.html")
-        self.made: typing.Any = blocks.make_module({"texts": texts})  # its macros
+        self.made: Any = blocks.make_module({"texts": texts})  # its macros
         self.formulas = 0  # so far
 
     def link_open(self, tokens: Sequence[Token], index: int, *_: object) -> str:
@@ -6671,7 +6663,7 @@ def set_cookie(response: web.Response, name: str, value: str, seconds: float) ->
     response.set_cookie(name, value, max_age=age, **flags)  # type: ignore[arg-type]
 
 
-class Reader(typing.NamedTuple):
+class Reader(NamedTuple):
     """Whose exchanges are shown or added to, and by what right."""
 
     openid: str
@@ -6831,7 +6823,7 @@ async def answer_events(request: web.Request) -> web.StreamResponse:
     return response
 
 
-def number_in(fields: typing.Mapping[str, str], name: str, missing: int) -> int:
+def number_in(fields: Mapping[str, str], name: str, missing: int) -> int:
     """Return a number of a query or form, or another if it is missing or made up."""
     value = fields.get(name, "")
     return int(value) if re.fullmatch(r"[0-9]{1,15}", value) else missing
@@ -7458,7 +7450,7 @@ LANGUAGE.add_argument("--lang", choices=("zh", "en"), help=argparse.SUPPRESS)
 class Parser(argparse.ArgumentParser):
     """A command line's parser, which speaks the owner's language."""
 
-    def __init__(self, **options: typing.Any) -> None:
+    def __init__(self, **options: Any) -> None:
         # argparse's own words, and the description that its commands have not
         argparse._ = lambda text: text and tell(text)  # type: ignore[attr-defined]
         super().__init__(**options)
@@ -7537,7 +7529,7 @@ def check_placeholders(config: Config, mistakes: Mistakes) -> None:
         mistakes.require(is_own, "public_url", EXAMPLE_URL, expected)
 
 
-def read_settings(path: str, environ: typing.Mapping[str, str]) -> Config:
+def read_settings(path: str, environ: Mapping[str, str]) -> Config:
     """Return the settings to serve with; raise ConfigError."""
     return load_config(path, environ, check_commands, check_placeholders)
 

@@ -96,7 +96,7 @@ async def test_who_read_the_privacy_words_on_a_page_is_not_told_again(serve):
     """A page can ask and note it."""
     server = await serve()
     assert not await server.bot.store.was_told(ANN)
-    await server.bot.note_told(ANN)
+    await server.bot.store.note(ANN, told_at=time.time())
     assert await server.bot.store.was_told(ANN)
     assert (await server.ask("/chatgpt")).text == shown("opened", assistant="chatgpt")
 
