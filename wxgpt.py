@@ -4927,9 +4927,9 @@ class Bot:
                 elif idle < LAPSE_SECONDS:
                     delivery.lapsed = session
             source = await self.handle_message(delivery)
+            # Storing a question has extended the session.
             is_question = isinstance(source, tuple) and source[1].number == 0
             if delivery.session and message.msg_type != "event" and not is_question:
-                # storing a question has done it
                 await self.store.touch_session(delivery.session.id, time.time())
         delivery.answer_with(source)
 
@@ -5192,10 +5192,7 @@ class Bot:
         """Start the task that answers a question, after those before it."""
 
         def fail() -> None:
-            if turn.is_open:
-                self.end_unwritten(turn, failed_state(turn, "trouble"), "trouble")
-            else:
-                self.drop(turn)
+            self.end_unwritten(turn, failed_state(turn, "trouble"), "trouble")
 
         self.turns[turn.id] = turn
         subscriber.turns.append(turn)
@@ -5390,31 +5387,30 @@ class Bot:
 
     async def store_end(self, turn: Turn, ending: Ending | None = None) -> None:
         """Store how an answer ended, and log it; readers have it from memory before."""
-        # The next question of the session needs it stored, unless all is forgotten.
-        while turn.id in self.turns:
-            try:
-                await self.store.finish_turn(turn, ending)
-                break
-            except sqlite3.Error as error:
-                log.error("%s not stored yet: %s", turn.name, error)
-                await asyncio.sleep(STORE_SECONDS)
-        state = f"{turn.state} {turn.reason or ''}".strip()
-        ending, line = ending or Ending(), "%s %s after %.1f s, tokens %s in %s out"
-        tokens = ending.tokens_in, ending.tokens_out
-        log.info(line, turn.name, state, turn.age, *tokens)
-        self.drop(turn)
-
-    def drop(self, turn: Turn) -> None:
-        """Take a turn that has ended out of memory."""
-        self.turns.pop(turn.id, None)
-        subscriber = self.subscribers.get(turn.openid)
-        if subscriber and turn in subscriber.turns:
-            subscriber.turns.remove(turn)
+        try:
+            # The next question of the session needs it stored, unless all is forgotten.
+            while turn.id in self.turns:
+                try:
+                    await self.store.finish_turn(turn, ending)
+                    break
+                except sqlite3.Error as error:
+                    log.error("%s not stored yet: %s", turn.name, error)
+                    await asyncio.sleep(STORE_SECONDS)
+            state = f"{turn.state} {turn.reason or ''}".strip()
+            ending, line = ending or Ending(), "%s %s after %.1f s, tokens %s in %s out"
+            tokens = ending.tokens_in, ending.tokens_out
+            log.info(line, turn.name, state, turn.age, *tokens)
+        finally:
+            self.turns.pop(turn.id, None)
+            subscriber = self.subscribers.get(turn.openid)
+            if subscriber and turn in subscriber.turns:
+                subscriber.turns.remove(turn)
 
     def end_unwritten(self, turn: Turn, state: str, reason: str | None = None) -> None:
-        """End an answer that no task is writing."""
-        turn.finish(state, reason)
-        self.tasks.start(self.store_end(turn), turn.name, lambda: self.drop(turn))
+        """End an answer that no task is writing, unless it has ended."""
+        if turn.is_open:
+            turn.finish(state, reason)
+            self.tasks.start(self.store_end(turn), turn.name)
 
     def end_queued(self, subscriber: Subscriber) -> None:
         """End the questions that still wait in a session that has ended.
@@ -5447,9 +5443,9 @@ class Bot:
     ) -> Reply | None:
         """Return the reply for this request, or None: WeChat is to ask again."""
         wechat, loop = self.config.wechat, self.tasks.loop
-        over = arrived + wechat.attempt_timeout
+        over, margin = arrived + wechat.attempt_timeout, wechat.margin
         # 1. Wait until the reply can be complete.
-        is_ready = await self.until_ready(delivery, over - wechat.margin)
+        is_ready = await self.until_ready(delivery, over - margin)
         # 2. If it is not, and WeChat will ask again, wait on. The last attempt is also
         #    one that comes later than halfway between the last but one and the last. A
         #    timeout is charged now: a burst of them, charged when WeChat hangs up,
@@ -5474,12 +5470,12 @@ class Bot:
             is_long = not turn.is_open and len(turn.shown()) - part.start > SURE_CHARS
             if is_long and part.start not in turn.left:
                 counted = self.work.run(self.count_parts, turn, part.start)
-                await asyncio.wait({counted}, timeout=wechat.margin / 4)
+                await asyncio.wait({counted}, timeout=margin / 4)
         if delivery.reply is None:
             self.decide(delivery)
         # 4. It is stored before it is sent, if that does not take too long.
         if delivery.stored and not delivery.stored.done():
-            left = over - wechat.margin / 2 - loop.time()
+            left = over - margin / 2 - loop.time()
             await asyncio.wait({delivery.stored}, timeout=max(0, left))
             if not delivery.stored.done():
                 name = delivery.message.name
