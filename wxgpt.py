@@ -19,14 +19,15 @@ often need longer. So the first request of a message starts one task, every requ
 that message waits for it, and the last one is answered in time with what is written so
 far, a tap for the rest, and a link to a page that goes on live.
 
-The path of a message; a function stands above its callers:
+The path of a message; a function stands above its callers, but the methods of Bot in
+the order of the path:
 
     receive_message -> read_push: is_signed, parse_message
                     -> Bot.deliver -> Bot.reply_to -> render_text_reply
                                           |  waits for
     in the message's task:   Bot.find_source -> handle_message -> handle_text
                              -> a command, a part, or accept_question
-    in the question's task:  Bot.converse -> messages_for -> ChatClient.stream
+    in the question's task:  Bot.converse -> ask_models -> ChatClient.stream
                              -> Turn.append -> Store.finish_turn
 
 A question from a subscriber's own page comes by ask_on_page -> Bot.ask_here and goes
@@ -101,7 +102,6 @@ import stat
 import time
 import tomllib
 import types
-import typing
 import unicodedata
 import urllib.parse
 import weakref
@@ -110,10 +110,13 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Iterable,
     Iterator,
+    Mapping,
     Sequence,
 )
 from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 from xml.parsers.expat import ExpatError
 
@@ -208,20 +211,13 @@ class Mistakes:
             shown = "nothing" if found is None else repr(found)
             self.add(name, FOUND, found=shown, expected=expected)
 
-    def end(self) -> None:
-        """Raise ConfigError with all mistakes, if there are any."""
-        if self.lines:
-            error = ConfigError()
-            error.lines = [*self.lines.values()]
-            raise error
 
-
-def bounded(default: float, least: float, most: float) -> typing.Any:
+def bounded(default: float, least: float, most: float) -> Any:
     """Return the field of a number with the range it may have."""
     return field(default=default, metadata={"bounds": (least, most)})
 
 
-def secret(default: object = MISSING) -> typing.Any:
+def secret(default: object = MISSING) -> Any:
     """Return the field of a value that is never shown; without a default: required."""
     return field(default=default, metadata={"secret": True})
 
@@ -327,11 +323,6 @@ class ReplySettings:
     # Outside a session: exact text = reply; one that is a command is carried out.
     keywords: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def label_line(self) -> str:
-        """Return the label as the line it ends a part with."""
-        return "\n" + self.label if self.label else ""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HistorySettings:
@@ -350,20 +341,17 @@ class DatabaseSettings:
     path: str = ""  # a file; empty: wxgpt.db in the state directory
 
 
-class Texts:
+class Texts(types.SimpleNamespace):
     """Every line a subscriber can read, by its name in texts.toml: `texts.opened`."""
 
-    def __init__(self, lines: typing.Mapping[str, str]) -> None:
-        vars(self).update(lines)
+    def __init__(self, lines: Mapping[str, str]) -> None:
+        super().__init__(**lines)
 
     def __getattr__(self, name: str) -> str:  # only called for a name that is missing
         raise AttributeError(f"no text is named {name}")
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"{name} cannot be changed while the server runs")
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Texts) and vars(self) == vars(other)
 
 
 # Exact texts that mean a command, everywhere.
@@ -407,7 +395,7 @@ class Config:
         return urllib.parse.urlsplit(self.public_url).path
 
 
-def read_toml(path: str | os.PathLike) -> dict[str, typing.Any]:
+def read_toml(path: str | os.PathLike) -> dict[str, Any]:
     """Return the contents of a TOML file; raise ConfigError with one line."""
     try:
         return tomllib.loads(pathlib.Path(path).read_text("utf-8-sig"))
@@ -431,7 +419,7 @@ TYPE_NAMES: dict[object, str] = {
 }
 
 
-def has_type(value: typing.Any, kind: object) -> bool:
+def has_type(value: Any, kind: object) -> bool:
     """Say whether a TOML value has the type of a setting."""
     if kind == tuple[str, ...]:
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
@@ -440,26 +428,8 @@ def has_type(value: typing.Any, kind: object) -> bool:
     return type(value) is kind or (kind is float and type(value) is int)
 
 
-def read_value(
-    value: typing.Any, entry: dataclasses.Field, name: str, mistakes: Mistakes
-) -> object:
-    """Return the value of one setting, its default or "" if it cannot be used."""
-    expected, bounds = TYPE_NAMES[entry.type], entry.metadata.get("bounds")
-    if has_type(value, entry.type) and (not bounds or bounds[0] <= value <= bounds[1]):
-        return tuple(value) if isinstance(value, list) else value
-    found = "something else" if entry.metadata.get("secret") else repr(value)
-    found = "nothing" if value is MISSING else found
-    plain = (f"{bound:f}".rstrip("0").rstrip(".") for bound in bounds or ())
-    values = dict(zip(("least", "most"), plain, strict=False))
-    words = FOUND_WITHIN if bounds else FOUND
-    mistakes.add(name, words, found=found, expected=expected, **values)
-    if entry.default_factory is not MISSING:
-        return entry.default_factory()
-    return "" if entry.default is MISSING else entry.default
-
-
 def check_names(
-    table: dict, known: typing.Iterable[str], prefix: str, mistakes: Mistakes
+    table: dict, known: Iterable[str], prefix: str, mistakes: Mistakes
 ) -> None:
     """Note settings that do not exist."""
     for key in table:
@@ -469,24 +439,35 @@ def check_names(
             mistakes.add(prefix + shown, words, known=", ".join(known))
 
 
-def read_table(
-    kind: typing.Any, table: typing.Any, name: str, mistakes: Mistakes
-) -> typing.Any:
-    """Return a TOML table as an instance of its settings class."""
+def read_table(kind: Any, table: Any, name: str, mistakes: Mistakes) -> Any:
+    """Return a TOML table as its settings class; note what cannot be used in it."""
     mistakes.require(isinstance(table, dict), name, table, "a table")
     table = table if isinstance(table, dict) else {}
     prefix = f"{name}." if name else ""
     check_names(table, [entry.name for entry in fields(kind)], prefix, mistakes)
     values = {}
     for entry in fields(kind):
-        key, where = entry.name, prefix + entry.name
+        key, where, value = entry.name, prefix + entry.name, table.get(entry.name)
         is_required = entry.default is MISSING and entry.default_factory is MISSING
+        bounds = entry.metadata.get("bounds", ())
         if dataclasses.is_dataclass(entry.type):
             values[key] = read_table(entry.type, table.get(key, {}), where, mistakes)
-        elif key in table and entry.type not in TYPE_NAMES:  # read by load_config
-            values[key] = table[key]
+        elif entry.type not in TYPE_NAMES:  # read by load_config
+            values[key] = value
+        elif has_type(value, entry.type) and (
+            not bounds or bounds[0] <= value <= bounds[1]
+        ):
+            values[key] = tuple(value) if isinstance(value, list) else value
         elif key in table or is_required:
-            values[key] = read_value(table.get(key, MISSING), entry, where, mistakes)
+            found, words = "nothing", FOUND_WITHIN if bounds else FOUND
+            if key in table:
+                is_secret = entry.metadata.get("secret")
+                found = "something else" if is_secret else repr(value)
+            plain = (f"{bound:f}".rstrip("0").rstrip(".") for bound in bounds)
+            ends = dict(zip(("least", "most"), plain, strict=False))
+            expected = TYPE_NAMES[entry.type]
+            mistakes.add(where, words, found=found, expected=expected, **ends)
+            values |= {key: ""} if is_required else {}
     return kind(**values)
 
 
@@ -495,7 +476,7 @@ CHATGPT_VARIABLES = {"api_key": "OPENAI_API_KEY", "base_url": "OPENAI_BASE_URL"}
 
 
 def setting_source(
-    name: str, key: str, one: AssistantSettings, environ: typing.Mapping[str, str]
+    name: str, key: str, one: AssistantSettings, environ: Mapping[str, str]
 ) -> str:
     """Return where an assistant's setting comes from: its name, or a variable."""
     variable = CHATGPT_VARIABLES.get(key, "")
@@ -505,22 +486,19 @@ def setting_source(
 
 
 def read_assistants(
-    table: typing.Any, environ: typing.Mapping[str, str], mistakes: Mistakes
+    table: Any, environ: Mapping[str, str], mistakes: Mistakes
 ) -> dict[str, AssistantSettings]:
     """Return the assistants by name."""
-    is_table = isinstance(table, dict)
-    if not is_table or not all(isinstance(one, dict) for one in table.values()):
+    tables = table.values() if isinstance(table, dict) else [table]
+    if not all(isinstance(one, dict) for one in tables):
         # What was found is not shown: it may be a misplaced API key.
         mistakes.require(False, "assistants", "no tables", "a table of tables")
         return {}
-    if "chatgpt" not in table and not environ.get("OPENAI_API_KEY"):
-        mistakes.require(False, "assistants.chatgpt", None, "a table")
+    filled = {k: environ[v] for k, v in CHATGPT_VARIABLES.items() if environ.get(v)}
+    if "chatgpt" in table or "api_key" in filled:
+        table = {**table, "chatgpt": filled | table.get("chatgpt", {})}
     else:
-        chatgpt = dict(table.get("chatgpt", {}))
-        for key, variable in CHATGPT_VARIABLES.items():
-            if environ.get(variable):
-                chatgpt.setdefault(key, environ[variable])
-        table = {**table, "chatgpt": chatgpt}
+        mistakes.require(False, "assistants.chatgpt", None, "a table")
     return {
         name: read_table(AssistantSettings, one, f"assistants.{name}", mistakes)
         for name, one in table.items()
@@ -530,7 +508,7 @@ def read_assistants(
 TEXTS = pathlib.Path(__file__).with_name("texts.toml")
 
 
-def read_texts(changes: typing.Any, mistakes: Mistakes | None = None) -> Texts:
+def read_texts(changes: Any, mistakes: Mistakes | None = None) -> Texts:
     """Return the lines of texts.toml with an owner's changes, if any are expected.
 
     A changed line may leave out placeholders of the default, but not add any.
@@ -545,9 +523,10 @@ def read_texts(changes: typing.Any, mistakes: Mistakes | None = None) -> Texts:
     check_names(changes, lines, "texts.", mistakes)
     for name, line in changes.items():
         mistakes.require(isinstance(line, str), f"texts.{name}", line, "text")
-    texts = {k: v for k, v in changes.items() if k in lines and isinstance(v, str)}
-    for name, line in texts.items():
+        if name not in lines or not isinstance(line, str):
+            continue
         known = sorted(set(re.findall(r"\{(\w+)\}", lines[name])))
+        lines[name] = line
         try:
             # A placeholder gets a text or a number: its format must suit both.
             line.format_map(dict.fromkeys(known, ""))
@@ -558,49 +537,11 @@ def read_texts(changes: typing.Any, mistakes: Mistakes | None = None) -> Texts:
             mistakes.add(f"texts.{name}", FOUND, found=found, expected=names)
         except (ValueError, LookupError, AttributeError) as error:
             mistakes.add(f"texts.{name}", "{name}: wrong braces: {why}", why=error)
-    return Texts(lines | texts)
+    return Texts(lines)
 
 
 # What an HTTP header may be called, but for those that describe the request's body.
 HEADER_NAME = r"(?i)(?!content-|transfer-)[!#$%&'*+.^_`|~0-9a-z-]+"
-
-
-def check_assistant(
-    name: str,
-    one: AssistantSettings,
-    others: typing.Collection[str],
-    environ: typing.Mapping[str, str],
-    mistakes: Mistakes,
-) -> None:
-    """Note what keeps an assistant from working."""
-    require = mistakes.require
-    where = f"assistants.{name}"
-    is_name = name and not re.search(r"[\s/]", name)
-    require(is_name, where, name, "a name without spaces and slashes")
-    is_url = re.match(r"https?://[^/]", one.base_url.strip())
-    source = setting_source(name, "base_url", one, environ)
-    require(is_url, source, one.base_url, "an http(s) URL")
-    is_key = re.fullmatch(r"[!-~]+", one.api_key.strip())  # it goes into a header
-    found = "something else" if one.api_key.strip() else ""
-    source = setting_source(name, "api_key", one, environ)
-    require(is_key, source, found, "the key of the API, without blanks")
-    for header, content in one.headers.items():
-        is_header = re.fullmatch(HEADER_NAME, header)
-        require(is_header, f"{where}.headers", header, "names of further HTTP headers")
-        is_line = re.fullmatch(r"[!-~]([ -~]*[!-~])?", content)
-        expected = "one line of letters, digits and signs"
-        require(is_line, f"{where}.headers.{header}", "something else", expected)
-    is_proxy = re.match(r"(https?|socks[45]h?)://|$", one.proxy)
-    require(is_proxy, f"{where}.proxy", "***", "an http, https or socks URL")
-    if one.proxy.startswith("socks"):
-        has_package = importlib.util.find_spec("aiohttp_socks")
-        expected = "http(s), or socks after: pip install aiohttp-socks"
-        require(has_package, f"{where}.proxy", "***", expected)
-    is_other = not one.fallback or one.fallback in others
-    require(is_other, f"{where}.fallback", one.fallback, "another assistant's name")
-    for key in ("model", "messages", "stream"):
-        is_free, value = key not in one.extra, one.extra.get(key)
-        require(is_free, f"{where}.extra.{key}", value, "anything but this key")
 
 
 def is_public_url(url: str) -> bool:
@@ -614,10 +555,10 @@ def is_public_url(url: str) -> bool:
 
 
 def check_values(
-    config: Config, environ: typing.Mapping[str, str], mistakes: Mistakes
+    config: Config, environ: Mapping[str, str], mistakes: Mistakes
 ) -> None:
     """Note values that cannot work."""
-    require = mistakes.require
+    require, names = mistakes.require, config.assistants.keys()
     url, path, wechat = config.public_url, config.server.path, config.wechat
     require(is_public_url(url), "public_url", url, "http:// or https:// and a host")
     is_path = re.fullmatch(r"(/[\w.~-]+)+/?", path)
@@ -634,12 +575,37 @@ def check_values(
     found = f"{len(wechat.aes_key)} characters"
     require(is_key, "wechat.aes_key", found, "43 letters and digits")
     for name, one in config.assistants.items():
-        check_assistant(name, one, config.assistants.keys() - {name}, environ, mistakes)
+        where, url, key = f"assistants.{name}", one.base_url, one.api_key.strip()
+        is_name = name and not re.search(r"[\s/]", name)
+        require(is_name, where, name, "a name without spaces and slashes")
+        source = setting_source(name, "base_url", one, environ)
+        is_url = re.match(r"https?://[^/]", url.strip())
+        require(is_url, source, url, "an http(s) URL")
+        source, found = setting_source(name, "api_key", one, environ), "something else"
+        is_key = re.fullmatch(r"[!-~]+", key)  # it goes into a header
+        require(is_key, source, key and found, "the key of the API, without blanks")
+        for header, content in one.headers.items():
+            place, is_header = f"{where}.headers", re.fullmatch(HEADER_NAME, header)
+            require(is_header, place, header, "names of further HTTP headers")
+            is_line = re.fullmatch(r"[!-~]([ -~]*[!-~])?", content)
+            wanted = "one line of letters, digits and signs"
+            require(is_line, f"{place}.{header}", found, wanted)
+        is_proxy = re.match(r"(https?|socks[45]h?)://|$", one.proxy)
+        require(is_proxy, f"{where}.proxy", "***", "an http, https or socks URL")
+        if one.proxy.startswith("socks"):
+            has_package = importlib.util.find_spec("aiohttp_socks")
+            wanted = "http(s), or socks after: pip install aiohttp-socks"
+            require(has_package, f"{where}.proxy", "***", wanted)
+        is_other = one.fallback in {"", *names} - {name}
+        require(is_other, f"{where}.fallback", one.fallback, "another assistant's name")
+        for own in ("model", "messages", "stream"):
+            is_free, place = own not in one.extra, f"{where}.extra.{own}"
+            require(is_free, place, one.extra.get(own), "anything but this key")
 
 
 def load_config(
     path: str | os.PathLike,
-    environ: typing.Mapping[str, str] = types.MappingProxyType({}),
+    environ: Mapping[str, str] = types.MappingProxyType({}),
     *checks: Callable[[Config, Mistakes], None],
 ) -> Config:
     """Return the checked settings of a TOML file; raise ConfigError with all mistakes.
@@ -665,7 +631,10 @@ def load_config(
     check_values(config, environ, mistakes)
     for check in checks:
         check(config, mistakes)
-    mistakes.end()
+    if mistakes.lines:
+        error = ConfigError()
+        error.lines = [*mistakes.lines.values()]
+        raise error
     return config
 
 
@@ -759,32 +728,26 @@ def stream_safe(text: str) -> str:
     return RARE_RUN.sub(shorter, text)
 
 
-def read_xml(body: bytes) -> dict[str, str]:
-    """Return the text fields of a push; raise BadMessage."""
-    # Control characters that a subscriber pasted arrive as they are.
-    text = stream_safe(ILLEGAL.sub("", body.decode("utf-8", "ignore")))
-    try:
-        root = xmltodict.parse(text).get("xml")
-    except (ExpatError, ValueError) as error:
-        raise BadMessage(f"not readable as XML: {error}") from None
-    if not isinstance(root, dict):
-        raise BadMessage("no fields inside <xml>")
-    return {name: value for name, value in root.items() if isinstance(value, str)}
-
-
 def find_encrypted(body: bytes) -> str:
     """Return the encrypted part of a push in safe mode, without parsing; '' if none."""
     # The last one: in 兼容模式 what a subscriber wrote stands before it.
     _, tag, rest = body.rpartition(b"<Encrypt>")
     value = rest.partition(b"</Encrypt>")[0].strip() if tag else b""
-    return (
-        value.removeprefix(b"<![CDATA[").removesuffix(b"]]>").decode(errors="replace")
-    )
+    value = value.removeprefix(b"<![CDATA[").removesuffix(b"]]>")
+    return value.decode(errors="replace")
 
 
 def parse_message(body: bytes) -> Message:
     """Return the message of a push in plain mode; raise BadMessage."""
-    root = read_xml(body)
+    # Control characters that a subscriber pasted arrive as they are.
+    text = stream_safe(ILLEGAL.sub("", body.decode("utf-8", "ignore")))
+    try:
+        xml = xmltodict.parse(text).get("xml")
+    except (ExpatError, ValueError) as error:
+        raise BadMessage(f"not readable as XML: {error}") from None
+    if not isinstance(xml, dict):
+        raise BadMessage("no fields inside <xml>")
+    root = {name: value for name, value in xml.items() if isinstance(value, str)}
     if "FromUserName" not in root and "Encrypt" in root:
         raise BadMessage("encrypted, but app_id and aes_key are not set")
     if not all(map(root.get, ("FromUserName", "ToUserName", "MsgType"))):
@@ -924,6 +887,11 @@ def outgoing(text: str) -> str:
     return "".join([*kept, no_link(text[at:])])
 
 
+def sent_size(text: str) -> int:
+    """Return the size that a text has when it is sent."""
+    return size_of(outgoing(text))
+
+
 def excerpt(text: str, length: int = 12) -> str:
     """Return the beginning of a question as one line in which WeChat finds no link."""
     line = " ".join(text.split())
@@ -940,7 +908,7 @@ def tap_link(words: str, content: str = "") -> str:
     return web_link(words, f"weixin://bizmsgmenu?msgmenucontent={sent}&msgmenuid=1")
 
 
-def with_taps(text: str, names: typing.Iterable[str]) -> str:
+def with_taps(text: str, names: Iterable[str]) -> str:
     """Return one of our own texts with each `/NAME` in it as a tap."""
     text = with_links(text)
     longest_first = sorted(map(re.escape, names), key=len, reverse=True)
@@ -1040,7 +1008,7 @@ def alphabet_text(alphabet: str, text: str) -> str:
 
 
 @functools.cache
-def formula_rules() -> dict[str, typing.Any]:
+def formula_rules() -> dict[str, Any]:
     """Return the tables of formulas.toml, which explains them; raise ConfigError."""
     return read_toml(FORMULAS)
 
@@ -2531,14 +2499,14 @@ class WordGuard:
 # ---------------------------------------------------------------------------
 
 
+@dataclass(slots=True, eq=False)
 class Signal:
     """A change that others wait for with Tasks.until, each with their own condition."""
 
-    __slots__ = ("waiting",)
-
-    def __init__(self) -> None:
-        # Condition and wake-up of each; Tasks.until adds them and takes them out.
-        self.waiting: list[tuple[Callable[[], bool], asyncio.Future[bool]]] = []
+    # Condition and wake-up of each; Tasks.until adds them and takes them out.
+    waiting: list[tuple[Callable[[], bool], asyncio.Future]] = field(
+        default_factory=list
+    )
 
     def look(self) -> None:
         """Wake those whose condition is met; to be called after every change."""
@@ -2584,27 +2552,19 @@ class Reply:
     introduces: bool = False  # it says who answers here, and the privacy words
 
     @property
-    def has_text(self) -> bool:
-        """Say whether it carries text of an answer."""
-        return self.part is not None and self.stop > self.part.start
-
-    @property
     def is_patience(self) -> bool:
         """Say whether it only asks for patience: nothing can be shown yet."""
-        return self.is_early and not self.has_text
+        return self.is_early and self.part is not None and self.stop <= self.part.start
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
     """How a streamed answer ended."""
 
-    finish_reason: str
-    model: str | None
-    tokens_in: int | None
-    tokens_out: int | None
-
-
-NO_ENDING = Ending("", None, None, None)
+    finish_reason: str = ""
+    model: str | None = None
+    tokens_in: int | None = None
+    tokens_out: int | None = None
 
 
 SENTENCE_SIGN = re.compile(r"[。！？…!?.\n]")
@@ -2834,7 +2794,7 @@ class Batch:
             self.hop = asyncio.ensure_future(self.carry())
         return result
 
-    async def call(self, function: Callable, *values: object) -> typing.Any:
+    async def call(self, function: Callable, *values: object) -> Any:
         """Run a function in the connection's thread, with the connection.
 
         aiosqlite has no public way to run more than one statement in a hop; a test
@@ -2871,7 +2831,7 @@ def beijing_day(now: float) -> str:
     return datetime.datetime.fromtimestamp(now, BEIJING).date().isoformat()
 
 
-class Recalled(typing.NamedTuple):
+class Recalled(NamedTuple):
     """What is stored about a message and its sender."""
 
     reply: Reply | None
@@ -2937,7 +2897,7 @@ SEARCH_SLICES = 40  # of them for one page
 PAGE_CHARS = 100_000  # of questions and answers on a page of the history
 
 
-def columns_of(record: typing.Any) -> dict[str, object]:
+def columns_of(record: Any) -> dict[str, object]:
     """Return a record's fields by name; a statement takes those that it names."""
     return {one.name: getattr(record, one.name) for one in fields(record)}
 
@@ -3218,7 +3178,7 @@ class Store:
                 pictures = iif(:state IN ('failed', 'broken'), pictures, NULL)
             WHERE id = :id
         """
-        values = columns_of(turn) | columns_of(ending or NO_ENDING)
+        values = columns_of(turn) | columns_of(ending or Ending())
         now, seconds = time.time(), round(turn.age, 3)
         await self.rows(query, finished_at=now, seconds=seconds, **values)
 
@@ -3837,7 +3797,7 @@ WORD = re.compile(r"[A-Za-z0-9_.:\[\]-]{1,64}")
 RETRY_AFTER_SECONDS = 120  # nobody waits longer: then the question has failed
 
 
-def retry_after(headers: typing.Mapping[str, str]) -> float | None:
+def retry_after(headers: Mapping[str, str]) -> float | None:
     """Return how many seconds the provider wants us to wait, None if it names none."""
     text, seconds = headers.get("retry-after", ""), 0.0
     with contextlib.suppress(ValueError, OverflowError):
@@ -3855,9 +3815,7 @@ def as_dict(value: object) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def make_error(
-    status: int, body: object, headers: typing.Mapping[str, str]
-) -> ChatError:
+def make_error(status: int, body: object, headers: Mapping[str, str]) -> ChatError:
     """Return the error that a response means; its body may have any shape."""
     outer = as_dict(body)
     inner = outer.get("error") or outer.get("errors") or outer.get("base_resp")
@@ -4429,7 +4387,7 @@ class LongWork:
         call = functools.partial(work, *args, **named)
         return asyncio.get_running_loop().run_in_executor(self.threads, call)
 
-    async def once(self, key: object, work: Callable, *args: object) -> typing.Any:
+    async def once(self, key: object, work: Callable, *args: object) -> Any:
         """Return what a function gives, or gave for this key a short time ago."""
         if key not in self.results:
             self.results[key] = self.run(work, *args)
@@ -4675,27 +4633,16 @@ class ReplayGuard:
 # ---------------------------------------------------------------------------
 # 10. The bot
 #
-# Everything between a message and its reply, as methods of one class, in four pieces:
-# the question's task (converse), what answers a message (handle_), the commands, and
-# what a request does (deliver, reply_to, compose). It knows nothing of HTTP.
+# Everything between a message and its reply, as methods of one class, in the order of
+# its path: what answers a message (deliver, find_source, handle_), the question's task
+# (converse), what a request gets (reply_to, compose). It knows nothing of HTTP.
 #
-# A command is one method; its name in COMMANDS and its line in `texts.help` are all
-# there is to it. Assistants are commands too: `/NAME` opens a session with it.
+# A command is one method, its name in COMMANDS and its line in `texts.help`. Assistants
+# are commands too: `/NAME` opens a session with it.
 # ---------------------------------------------------------------------------
 
-Command = Callable[["Bot", Delivery], Awaitable[str]]
-COMMANDS: dict[str, Command] = {}
+COMMANDS = ("stop", "clear", "history", "help", "forget")
 COMMAND_CHARS = 64  # what is longer is no command and no tap
-
-
-def command(name: str) -> Callable[[Command], Command]:
-    """Register a method as the command `/name`."""
-
-    def register(method: Command) -> Command:
-        COMMANDS[name] = method
-        return method
-
-    return register
 
 
 def folded(text: str) -> str:
@@ -4704,13 +4651,14 @@ def folded(text: str) -> str:
     return unicodedata.normalize("NFKC", text).strip().casefold() if is_short else ""
 
 
-def find_command(text: str) -> Command | None:
-    """Return the command that a whole text is, or None."""
+def find_command(text: str) -> str:
+    """Return the name of the command that a whole text is, or ''."""
     name = folded(text)
-    return COMMANDS.get(name[1:].strip()) if name.startswith("/") else None
+    name = name[1:].strip() if name.startswith("/") else ""
+    return name if name in COMMANDS else ""
 
 
-def find_assistant(text: str, names: typing.Iterable[str]) -> tuple[str, str] | None:
+def find_assistant(text: str, names: Iterable[str]) -> tuple[str, str] | None:
     """Return the assistant a text opens and the question after it, or None.
 
     `/chatgpt 问题` and `/chatgpt问题` are the same; of two names the longer one counts.
@@ -4726,7 +4674,7 @@ def find_assistant(text: str, names: typing.Iterable[str]) -> tuple[str, str] | 
     return None
 
 
-def is_command(text: str, names: typing.Iterable[str]) -> bool:
+def is_command(text: str, names: Iterable[str]) -> bool:
     """Say whether a whole text is a command, or opens one of these assistants."""
     return bool(find_command(text) or find_assistant(text, names))
 
@@ -4755,19 +4703,6 @@ def spoken_age(texts: Texts, seconds: float) -> str:
     """Return in words how long something has taken."""
     ages = {10: texts.age_10, 20: texts.age_20, 60: texts.age_60, 120: texts.age_120}
     return next((ages[most] for most in ages if seconds < most), texts.age_more)
-
-
-SHARED_CHARS = 400  # of what an article or a place says
-
-
-def words_of(texts: Texts, message: Message) -> str:
-    """Return what an article or a place says; '' if nothing.
-
-    It begins with a newline: no URL of a picture does.
-    """
-    forms = {"link": texts.article, "location": texts.place}
-    said, form = message.said.strip()[:SHARED_CHARS], forms.get(message.msg_type)
-    return "\n" + form.format(words=said) if said and form else ""
 
 
 def shortened(messages: list[dict], is_last: bool) -> list[dict]:
@@ -4805,16 +4740,6 @@ def ending_words(texts: Texts, turn: Turn, retry: str, go_on: str = "") -> str:
     return getattr(texts, f"failed_{name}").format(tap=retry)
 
 
-def continue_tap(words: str, number: int) -> str:
-    """Return the tap for a numbered part."""
-    return tap_link(words, f"{CONTINUE}{number}")
-
-
-def sent_size(text: str) -> int:
-    """Return the size that a text has when it is sent."""
-    return size_of(outgoing(text))
-
-
 def cut_reply(text: str, room: int) -> int:
     """Return how much of a chat text fits `room` bytes once links are escaped."""
     cut = cut_text(text, room)
@@ -4841,6 +4766,7 @@ PRUNE_SECONDS = 600.0  # how often what has served its time is deleted
 HOLD_SECONDS = 3.0  # how long a timed-out request is kept open before it is dropped
 PAGES_AT_ONCE = 8  # that are loaded, rendered or written
 PAGE_SECONDS = 60.0  # for making a page and writing it
+SHARED_CHARS = 400  # of what an article or a place says
 SURE_CHARS = 300  # so many fit one reply with whatever stands below them
 DELTA_CHARS = 500  # what is appended at once; between two pieces others have a turn
 
@@ -4860,6 +4786,8 @@ class Bot:
         self.config = config
         lines = vars(config.texts).items()
         self.texts = Texts({name: with_links(line) for name, line in lines})
+        label = config.replies.label
+        self.label = "\n" + label if label else ""  # the line that ends a part
         self.tap_words = tap_words(config.texts)
         self.aliases = {folded(name): text for name, text in config.aliases.items()}
         self.store = store
@@ -4876,13 +4804,9 @@ class Bot:
         self.slots = asyncio.Semaphore(config.limits.at_once)  # first come first
         self.deliveries: dict[str, Delivery] = {}  # of the last minute, by message key
         self.turns: dict[int, Turn] = {}  # being written or waiting
-        self.subscribers: weakref.WeakValueDictionary[str, Subscriber] = (
-            weakref.WeakValueDictionary()
-        )
+        self.subscribers = weakref.WeakValueDictionary[str, Subscriber]()
         # By session: its questions are answered one after another.
-        self.locks: weakref.WeakValueDictionary[int, asyncio.Lock] = (
-            weakref.WeakValueDictionary()
-        )
+        self.locks = weakref.WeakValueDictionary[int, asyncio.Lock]()
         self.opened_at = self.tasks.loop.time()
         self.wechat_ahead = -math.inf  # WeChat's clock less the loop's, by the pushes
         # When something was warned of last, by the loop's clock, and in which words.
@@ -4923,12 +4847,407 @@ class Bot:
         """Return a link to an answer's page."""
         return web_link(words, f"{self.config.public_url}/a/{turn.link_key}")
 
+    def with_notice(self, text: str) -> str:
+        """Return one of our own texts, unless it is empty, with the model's notice."""
+        notice = self.texts.model_notice
+        return self.tappable(f"{text}\n\n{notice}" if text and notice else text)
+
+    def leave_alone(self, delivery: Delivery, reason: str) -> str:
+        """Log why a message is not answered; return the empty reply."""
+        log.info("%s left alone: %s", delivery.message.name, reason)
+        return ""
+
+    # What answers a message
+
+    def deliver(
+        self, message: Message, arrived: float, cookie_hash: str = ""
+    ) -> tuple[Delivery, int]:
+        """Return a request's delivery, made by the first, and which attempt it is.
+
+        The first one also starts the task that finds out what answers the message.
+        """
+        wechat, key = self.config.wechat, message.key
+        delivery = self.deliveries.get(key)
+        if delivery is None:
+            first = arrived
+            if arrived - self.opened_at < 2 * wechat.attempt_timeout:
+                # Attempts before this one may have found no server: estimate the first
+                # from CreateTime, which is rounded down to a second.
+                first -= max(0, time.time() - message.created - 1)
+            subscriber = self.subscriber(message.openid)
+            delivery = Delivery(message, subscriber, first, cookie_hash)
+            self.deliveries[key] = delivery
+            # Long after the last attempt a copy is answered from the store.
+            seconds = 4 * wechat.attempts * wechat.attempt_timeout
+            self.tasks.loop.call_later(seconds, self.deliveries.pop, key, None)
+            trouble = functools.partial(delivery.answer_with, self.texts.trouble)
+            self.tasks.start(self.find_source(delivery), message.name, trouble)
+        return delivery, delivery.arrive(arrived, wechat.attempt_timeout / 2)
+
+    async def find_source(self, delivery: Delivery) -> None:
+        """Find out what answers a message; a subscriber's messages take turns.
+
+        A message that is new extends its session.
+        """
+        message, subscriber = delivery.message, delivery.subscriber
+        async with subscriber.lock:
+            openid, now = message.openid, time.time()
+            if openid in self.store.due:
+                await self.store.forget_due()
+            if openid in self.store.due:
+                delivery.is_kept = False
+                delivery.answer_with(self.texts.forget_noted)
+                return
+            recalled = await self.store.recall(message.key, openid, now)
+            if subscriber.last_part is None:
+                subscriber.last_part = recalled.last_part
+                subscriber.is_told = recalled.is_told
+                if recalled.mention:
+                    number, missed_id, question = recalled.mention
+                    subscriber.to_mention[missed_id] = (number, question)
+            if recalled.reply:  # a copy of a message that was answered before
+                delivery.seen_before, delivery.reply = 1, recalled.reply
+                delivery.news.look()
+                return
+            if recalled.turn_id is not None:  # asked by a process before this one
+                delivery.seen_before = 1
+                # If the turn was deleted meanwhile, nothing is said: to ask it again
+                # would store it again.
+                source = await self.source_of(Part(0, recalled.turn_id)) or ""
+                if isinstance(source, tuple):
+                    delivery.first = min(delivery.first, source[0].asked_at)
+                delivery.answer_with(source)
+                return
+            session, delivery.pictures = recalled.session, recalled.pictures
+            delivery.hinted_at = recalled.hinted_at
+            if session and session.assistant in self.config.assistants:
+                idle = now - session.last_at - self.config.session.ttl
+                if idle <= 0 or session.is_busy:
+                    delivery.session = session
+                elif idle < LAPSE_SECONDS:
+                    delivery.lapsed = session
+            source = await self.handle_message(delivery)
+            # Storing a question has extended the session.
+            is_question = isinstance(source, tuple) and source[1].number == 0
+            if delivery.session and message.msg_type != "event" and not is_question:
+                await self.store.touch_session(delivery.session.id, time.time())
+        delivery.answer_with(source)
+
+    async def source_of(self, part: Part) -> Source | None:
+        """Return a part with its turn; None if that was deleted meanwhile."""
+        turn = self.turns.get(part.turn_id)
+        if turn is None:
+            turn = await self.store.turn(part.turn_id)
+            if turn is None:
+                return None
+            turn = await self.work.once(("turn", turn.id), turn.read)
+        return turn, part
+
+    async def handle_message(self, delivery: Delivery) -> Source:
+        """Return what answers a message that has no reply yet."""
+        message, limits = delivery.message, self.config.limits
+        if message.openid in limits.deny and message.event != "unsubscribe":
+            return self.leave_alone(delivery, "the sender is in limits.deny")
+        if delivery.cookie_hash:
+            return await self.ask_on_page(delivery)
+        match message.msg_type, message.event:
+            case "text", _:
+                return await self.handle_text(delivery)
+            case "event", "subscribe":
+                return self.with_notice(self.config.replies.subscribe)
+            case "event", "unsubscribe":
+                await self.forget_all(delivery, "")
+                return ""
+            case "event", _:
+                return self.leave_alone(delivery, "no event of its kind is answered")
+        if delivery.session is None:
+            return self.leave_alone(delivery, "no text, and no session is open")
+        texts, said = self.texts, message.said.strip()[:SHARED_CHARS]
+        kept, line, word = "", texts.words_kept, texts.word_place
+        match message.msg_type:  # words begin with a newline, which no URL does
+            case "image":
+                kept, line = message.picture_url.strip(), texts.picture_kept
+                word = texts.word_describe
+            case "link" if said:
+                kept, word = "\n" + texts.article.format(words=said), texts.word_article
+            case "location" if said:
+                kept = "\n" + texts.place.format(words=said)
+        if not kept:
+            return texts.unsupported
+        await self.store.add_picture(message.openid, kept, time.time())
+        return line.format(tap=tap_link(word))
+
+    async def handle_text(self, delivery: Delivery) -> Source:
+        """Return what answers a text: the first of these cases that applies."""
+        text, session = delivery.message.content.strip(), delivery.session
+        config, is_words = self.config, bool(text) and text not in STICKER_TEXTS
+        meant = self.aliases.get(folded(text), text)
+        keyword = "" if session else config.replies.keywords.get(text, "")
+        if keyword and is_command(keyword, config.assistants):
+            meant = keyword
+        if name := find_command(meant):
+            log.info("%s command %s", delivery.message.name, name)
+            return await getattr(self, name)(delivery)
+        if opened := find_assistant(meant, config.assistants):
+            return await self.open_and_ask(delivery, *opened)
+        if session and not is_words:
+            return self.texts.unsupported
+        if (source := await self.handle_tap(delivery, folded(text))) is not None:
+            return source
+        if session:
+            return await self.accept_question(delivery, text)
+        if text in config.replies.keywords:
+            return self.tappable(config.replies.keywords[text])
+        if not is_words:
+            return self.leave_alone(delivery, "no words, and no session is open")
+        return await self.handle_outside(delivery, text)
+
+    async def handle_tap(self, delivery: Delivery, words: str) -> Source | None:
+        """Return what answers a tap, or the same words typed; None if they are a text.
+
+        继续 and 重试 with a number never are; the others if nothing is left to act on.
+        """
+        openid, texts, lapsed = delivery.message.openid, self.texts, delivery.lapsed
+        if numbered := re.fullmatch(r"(.+?)\s*([0-9]{1,9})", words):
+            word, number = numbered[1], int(numbered[2])
+            if word == CONTINUE:
+                return await self.continue_part(delivery, number)
+            if self.tap_words.get(word) == "retry":
+                turn = await self.store.turn(number)
+                return await self.retry(delivery, turn) or texts.no_retry
+            if self.tap_words.get(word) == "sign_in" and self.config.is_secure:
+                return await self.claim_sign_in(openid, numbered[2])
+        session, since = delivery.session or lapsed, time.time() - RECENT_SECONDS
+        match self.tap_words.get(re.sub(r"\s*\(\d+/\d+\)$", "", words)):
+            case "continue":  # of the answer shown last, else the oldest not sent
+                session_id = delivery.session.id if delivery.session else None
+                unsent = await self.store.next_unsent(openid, session_id, since)
+                return await self.unsent_source(delivery, unsent) if unsent else None
+            case "retry":
+                turn = await self.store.newest_failed(openid, since)
+                return await self.retry(delivery, turn)
+            case "forget":
+                return await self.confirm_forget(delivery)
+            case "resume" if session and session.late_text:
+                delivery.session = session
+                return await self.accept_question(delivery, session.late_text)
+            case "go_on" if lapsed:
+                delivery.session = lapsed
+                return await self.accept_question(delivery, texts.word_go_on)
+            # Never a question: a model would say that it is done.
+            case "let_in" if self.config.is_secure:
+                is_in = self.sign_ins.confirm(openid)
+                return texts.signed_in if is_in else texts.sign_in_wrong
+            case "sign_out" if self.config.is_secure:
+                count = self.sign_ins.end(openid) + await self.store.sign_out(openid)
+                return texts.signed_out.format(count=count) if count else texts.all_out
+        return None
+
+    async def continue_part(self, delivery: Delivery, number: int) -> Source:
+        """Return part N of this subscriber: the same text again if it was sent."""
+        part = await self.store.part(delivery.message.openid, number)
+        if part and part.reply is not None:
+            await self.store.note(delivery.message.openid, shown_turn=part.turn_id)
+            return Reply(part.reply, int(time.time()))
+        source = await self.source_of(part) if part else None
+        return source or self.texts.no_part.format(number=number)
+
+    async def unsent_source(self, delivery: Delivery, turn_id: int) -> Source | None:
+        """Return what a turn has unsent, with a number; None if it was deleted."""
+        part = await self.store.unsent_part(turn_id)
+        return await self.source_of(part or delivery.subscriber.offer(turn_id, 0))
+
+    async def retry(self, delivery: Delivery, turn: Turn | None) -> Source | None:
+        """Ask a failed question of theirs again; None if there is none to be asked."""
+        if turn is None or turn.openid != delivery.message.openid:
+            return None
+        is_known = turn.assistant in self.config.assistants
+        if not is_known or turn.state not in ("failed", "broken"):
+            return None
+        if delivery.session is None:
+            await self.open_session(delivery, turn.assistant)
+        words, pictures = self.question_words(turn), turn.pictures or "[]"
+        return await self.accept_question(delivery, words, pictures)
+
+    async def open_and_ask(
+        self, delivery: Delivery, assistant: str, question: str
+    ) -> Source:
+        """Open a session unless this assistant has one open; ask any question."""
+        session, allow = delivery.session, self.config.limits.allow
+        if allow and delivery.message.openid not in allow:
+            return self.texts.not_allowed
+        is_open = session is not None and session.assistant == assistant
+        if not is_open:
+            await self.open_session(delivery, assistant)
+        if question:
+            return await self.accept_question(delivery, question)
+        if is_open:
+            return self.texts.still_open
+        if not delivery.subscriber.is_told:
+            return self.texts.greeting  # and the introduction below it
+        return self.tappable(self.texts.opened.format(assistant=assistant))
+
+    async def handle_outside(self, delivery: Delivery, text: str) -> Source:
+        """Return what answers words outside a session that mean nothing else."""
+        config, texts, now = self.config, self.texts, time.time()
+        replies, lapsed = config.replies, delivery.lapsed
+        if folded(text[:1]) == "/":
+            word = excerpt(text.split()[0])
+            return self.tappable(texts.no_command).format(word=word)
+        if config.session.auto_open:
+            first = next(iter(config.assistants))
+            return await self.open_and_ask(delivery, first, text)
+        if lapsed:
+            await self.store.keep_late_text(lapsed.id, text)
+            tap, question = tap_link(texts.word_resume), excerpt(text)
+            return texts.session_lapsed.format(tap=tap, question=question)
+        if replies.outside == "wechat_ai":
+            return Reply(WECHAT_AI, int(now))
+        if not replies.outside:
+            return self.leave_alone(delivery, "replies.outside is empty")
+        hours = replies.outside_hours
+        if hours and now - delivery.hinted_at < hours * 3600:
+            return self.leave_alone(delivery, f"a hint was sent within {hours:g} h")
+        if hours:
+            await self.store.note(delivery.message.openid, hinted_at=now)
+        return self.tappable(replies.outside)
+
+    async def open_session(self, delivery: Delivery, assistant: str) -> None:
+        """Open a session; one that was open ends."""
+        openid, now = delivery.message.openid, time.time()
+        delivery.session = await self.store.start_session(openid, assistant, now)
+        delivery.lapsed = None
+        self.end_queued(delivery.subscriber)
+
+    async def accept_question(
+        self, delivery: Delivery, question: str, pictures: str | None = None
+    ) -> Source:
+        """Store a question of the delivery's session, start its answer; or say why not.
+
+        `pictures` are those of a question that is asked again.
+        """
+        subscriber, limits = delivery.subscriber, self.config.limits
+        session = delivery.session
+        assert session
+        before = [t for t in subscriber.turns if t.session_id == session.id]
+        # With a picture that came since, the same words are a new question.
+        for turn in before if delivery.pictures == "[]" else []:
+            if self.question_words(turn) == question and turn.age < REPEAT_SECONDS:
+                if source := await self.unsent_source(delivery, turn.id):
+                    return source
+        kept = json.loads(delivery.pictures if pictures is None else pictures)
+        urls = [one for one in kept if not one.startswith("\n")]
+        said = "".join(one for one in kept if one.startswith("\n"))
+        checked = (question, said) if pictures is None else ("", question)
+        if refusal := self.refuse_question(delivery, *checked):
+            return refusal
+        marks = self.texts.word_picture * len(urls)
+        turn = Turn(
+            id=0,
+            session_id=session.id,
+            openid=delivery.message.openid,
+            msg_key=delivery.message.key,
+            link_key=secrets.token_urlsafe(16),
+            question=f"{marks}{question}\n{said}" if said else marks + question,
+            pictures=json.dumps(urls) if kept else None,
+            created_at=time.time(),
+            asked=0 if before else 1,  # it goes to the upstream at once
+            assistant=session.assistant,
+        )
+        most, cookie_hash = limits.questions_per_day, delivery.cookie_hash
+        if not await self.store.add_turn(turn, most, limits.all_per_day, cookie_hash):
+            if cookie_hash and not await self.store.device_owner(cookie_hash):
+                return self.texts.page_signed_out
+            asked = await self.store.questions_of_day(turn.openid, turn.created_at)
+            day_over = self.texts.day_over.format(count=most)
+            return day_over if most and asked >= most else self.texts.all_over
+        self.start_turn(turn, subscriber)
+        log.info("%s accepted, %d waiting", turn.name, len(subscriber.turns))
+        return turn, Part(0, turn.id)
+
+    def refuse_question(self, delivery: Delivery, question: str, said: str) -> str:
+        """Return why a question is not accepted, '' if it is; nothing is counted.
+
+        `said` may have any length: what it is about, or one that is asked again.
+        """
+        texts, limits = self.texts, self.config.limits
+        waiting = sum(turn.is_open for turn in delivery.subscriber.turns)
+        try:
+            self.blocked.refresh()
+        except (OSError, UnicodeError) as error:
+            log.error("blocked words not read, the last ones stay in force: %s", error)
+        if limits.allow and delivery.message.openid not in limits.allow:
+            return texts.not_allowed
+        if len(question) > limits.question_chars:
+            most = limits.question_chars
+            return texts.too_long.format(count=len(question), most=most)
+        if waiting >= limits.waiting:
+            return texts.too_many.format(count=waiting)
+        is_blocked = self.blocked.are_in_question(question + said)
+        return texts.blocked_question if is_blocked else ""
+
     # The question's task
 
-    def question_words(self, turn: Turn) -> str:
-        """Return a question without the marks of its pictures."""
-        count = len(json.loads(turn.pictures or "[]"))
-        return turn.question.removeprefix(self.texts.word_picture * count)
+    def start_turn(self, turn: Turn, subscriber: Subscriber) -> None:
+        """Start the task that answers a question, after those before it."""
+
+        def fail() -> None:
+            self.end_unwritten(turn, failed_state(turn, "trouble"), "trouble")
+
+        self.turns[turn.id] = turn
+        subscriber.turns.append(turn)
+        turn.is_queued = True
+        turn.task = self.tasks.start(self.converse(turn, subscriber), turn.name, fail)
+
+    async def converse(self, turn: Turn, subscriber: Subscriber) -> None:
+        """Answer a question after those before it, and store how that ended.
+
+        The subscriber's state is kept alive until then.
+        """
+        async with self.locks.setdefault(turn.session_id, asyncio.Lock()):
+            if not turn.is_open:  # its session has ended meanwhile
+                return
+            turn.is_queued = False
+            turn.deltas.look()
+            ending: Ending | None = None
+            try:
+                ending = await self.ask_models(turn)
+                turn.model = ending.model
+                turn.finish("cut" if ending.finish_reason == "length" else "done")
+            except ChatError as error:
+                level = logging.ERROR if error.kind == "setup" else logging.WARNING
+                log.log(level, "%s failed: %s", turn.name, error)
+                if error.kind == "blocked":
+                    await self.rewrite(turn, turn.as_sent)
+                elif turn.earlier and not turn.answer:
+                    await self.rewrite(turn, lambda _: turn.earlier or "")
+                turn.finish(failed_state(turn, error.kind), error.kind)
+            finally:
+                if turn.is_open:  # cancelled: the next process goes on from this text
+                    await self.save_texts([turn])
+                else:
+                    await self.store_end(turn, ending)
+
+    async def ask_models(self, turn: Turn) -> Ending:
+        """Let the assistant's model answer, or its fallback's if that fails.
+
+        Raise ChatError if both fail, or the first one did when text of it was sent.
+        """
+        settings = self.config.assistants[turn.assistant]
+        fallback, urls = settings.fallback, json.loads(turn.pictures or "[]")
+        within = settings.fallback_after or None if fallback else None
+        async with self.slots, self.pictures.fetch_all(urls) as pictures:
+            messages = await self.messages_for(turn, pictures)
+            if turn.earlier is not None or not turn.asked:
+                await self.store.count_asking(turn.id)
+            try:
+                return await self.ask_model(turn, turn.assistant, messages, within)
+            except ChatError as error:
+                if not fallback or turn.stops or error.kind == "blocked":
+                    raise
+                log.warning("%s goes to %s after %s", turn.name, fallback, error)
+            turn.restart()
+            return await self.ask_model(turn, fallback, messages, None)
 
     async def messages_for(self, turn: Turn, pictures: list[Picture]) -> list[dict]:
         """Return what the model gets: prompt, the session so far, the question."""
@@ -4947,78 +5266,10 @@ class Bot:
             content += [{"type": "image_url", "image_url": url} for url in urls]
         return [*messages, {"role": "user", "content": content}]
 
-    def show(self, turn: Turn, guard: WordGuard, delta: str, is_end: bool) -> None:
-        """Append what of a stream may be shown; raise ChatError for a blocked word.
-
-        Links and tags part a word in the Markdown that is whole in the chat or on the
-        page: so what they show is looked through as well, before anybody is told.
-        """
-        text, is_blocked = guard.feed(delta, is_end)
-        answer, has_words = turn.answer, bool(self.blocked.words)
-        before = len(turn.shown()) if has_words else 0
-        if text and not is_blocked:
-            turn.append(text)
-        if has_words and not is_blocked:
-            # The end is final now: no sign waits any more for what may follow it.
-            is_blocked = guard.sees(turn.chat.text(is_end)[before:])
-        if is_blocked:
-            turn.answer = answer  # nobody is told before it is rewritten
-            raise ChatError("blocked", "a blocked word in the answer")
-
-    async def write_text(
-        self, turn: Turn, stream: AsyncGenerator[str | Ending, None]
-    ) -> Ending:
-        """Append what the model streams; return the Ending, or raise ChatError."""
-        guard = WordGuard(self.blocked)
-        ending = Ending("length", "", None, None)  # of an answer that goes on for ever
-        async with contextlib.aclosing(stream):
-            async for item in stream:
-                if isinstance(item, Ending):
-                    ending = item
-                    break
-                if turn.earlier is not None and not turn.answer:
-                    await self.begin_anew(turn)
-                if isinstance(item, ThoughtEnd):
-                    await self.rewrite(turn, turn.without_thought)
-                    guard = WordGuard(self.blocked)
-                rest = item[: ANSWER_CHARS - len(turn.answer)]
-                while len(rest) > DELTA_CHARS:
-                    self.show(turn, guard, rest[:DELTA_CHARS], False)
-                    rest = rest[DELTA_CHARS:]
-                    await asyncio.sleep(0)
-                self.show(turn, guard, rest, False)
-                if len(turn.answer) >= ANSWER_CHARS:
-                    break
-        self.show(turn, guard, "", True)
-        if not turn.answer.strip():
-            reason = f"finish_reason {ending.finish_reason}"
-            # A limit that thoughts alone reach will be reached again.
-            is_retryable = ending.finish_reason != "length"
-            raise ChatError("empty", reason, is_retryable)
-        return ending
-
-    async def rewrite(self, turn: Turn, change: Callable[[str], str]) -> None:
-        """Change what was written; nobody sees any of it meanwhile."""
-        text = turn.answer
-        turn.restart()
-
-        def read() -> tuple[str, ChatText]:
-            changed = change(text)
-            chat = ChatText(changed)
-            chat.text(has_ended=False)
-            return changed, chat
-
-        turn.answer, turn.chat = await self.work.run(read)
-        turn.deltas.look()
-
-    async def begin_anew(self, turn: Turn) -> None:
-        """Move unsent parts of what an earlier process wrote to the answer's start."""
-        await self.store.begin_anew(turn.id)
-        for delivery in self.deliveries.values():
-            if isinstance(delivery.source, tuple) and delivery.source[0] is turn:
-                part = delivery.source[1]
-                is_anew = part.is_anew or part.start > 0
-                delivery.source = turn, replace(part, start=0, is_anew=is_anew)
+    def question_words(self, turn: Turn) -> str:
+        """Return a question without the marks of its pictures."""
+        count = len(json.loads(turn.pictures or "[]"))
+        return turn.question.removeprefix(self.texts.word_picture * count)
 
     async def ask_model(
         self, turn: Turn, name: str, messages: list[dict], begin_within: float | None
@@ -5061,113 +5312,105 @@ class Bot:
             await asyncio.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
 
-    async def ask_models(self, turn: Turn, messages: list[dict]) -> Ending:
-        """Let the assistant's model answer, or its fallback's if that fails.
+    async def write_text(
+        self, turn: Turn, stream: AsyncGenerator[str | Ending, None]
+    ) -> Ending:
+        """Append what the model streams; return the Ending, or raise ChatError."""
+        guard = WordGuard(self.blocked)
+        ending = Ending("length", "")  # of an answer that goes on for ever
+        async with contextlib.aclosing(stream):
+            async for item in stream:
+                if isinstance(item, Ending):
+                    ending = item
+                    break
+                if turn.earlier is not None and not turn.answer:
+                    await self.begin_anew(turn)
+                if isinstance(item, ThoughtEnd):
+                    await self.rewrite(turn, turn.without_thought)
+                    guard = WordGuard(self.blocked)
+                rest = item[: ANSWER_CHARS - len(turn.answer)]
+                while len(rest) > DELTA_CHARS:
+                    self.show(turn, guard, rest[:DELTA_CHARS], False)
+                    rest = rest[DELTA_CHARS:]
+                    await asyncio.sleep(0)
+                self.show(turn, guard, rest, False)
+                if len(turn.answer) >= ANSWER_CHARS:
+                    break
+        self.show(turn, guard, "", True)
+        if not turn.answer.strip():
+            reason = f"finish_reason {ending.finish_reason}"
+            # A limit that thoughts alone reach will be reached again.
+            is_retryable = ending.finish_reason != "length"
+            raise ChatError("empty", reason, is_retryable)
+        return ending
 
-        Raise ChatError if both fail, or the first one did when text of it was sent.
+    async def begin_anew(self, turn: Turn) -> None:
+        """Move unsent parts of what an earlier process wrote to the answer's start."""
+        await self.store.begin_anew(turn.id)
+        for delivery in self.deliveries.values():
+            if isinstance(delivery.source, tuple) and delivery.source[0] is turn:
+                part = delivery.source[1]
+                is_anew = part.is_anew or part.start > 0
+                delivery.source = turn, replace(part, start=0, is_anew=is_anew)
+
+    def show(self, turn: Turn, guard: WordGuard, delta: str, is_end: bool) -> None:
+        """Append what of a stream may be shown; raise ChatError for a blocked word.
+
+        Links and tags part a word in the Markdown that is whole in the chat or on the
+        page: so what they show is looked through as well, before anybody is told.
         """
-        settings = self.config.assistants[turn.assistant]
-        fallback = settings.fallback
-        within = settings.fallback_after or None if fallback else None
-        try:
-            return await self.ask_model(turn, turn.assistant, messages, within)
-        except ChatError as error:
-            if not fallback or turn.stops or error.kind == "blocked":
-                raise
-            log.warning("%s goes to %s after %s", turn.name, fallback, error)
+        text, is_blocked = guard.feed(delta, is_end)
+        answer, has_words = turn.answer, bool(self.blocked.words)
+        before = len(turn.shown()) if has_words else 0
+        if text and not is_blocked:
+            turn.append(text)
+        if has_words and not is_blocked:
+            # The end is final now: no sign waits any more for what may follow it.
+            is_blocked = guard.sees(turn.chat.text(is_end)[before:])
+        if is_blocked:
+            turn.answer = answer  # nobody is told before it is rewritten
+            raise ChatError("blocked", "a blocked word in the answer")
+
+    async def rewrite(self, turn: Turn, change: Callable[[str], str]) -> None:
+        """Change what was written; nobody sees any of it meanwhile."""
+        text = turn.answer
         turn.restart()
-        return await self.ask_model(turn, fallback, messages, None)
 
-    async def write(self, turn: Turn) -> None:
-        """Let the model answer a question, and store how that ended."""
-        ending: Ending | None = None
-        try:
-            urls = json.loads(turn.pictures or "[]")
-            async with self.slots, self.pictures.fetch_all(urls) as pictures:
-                messages = await self.messages_for(turn, pictures)
-                if turn.earlier is not None or not turn.asked:
-                    await self.store.count_asking(turn.id)
-                ending = await self.ask_models(turn, messages)
-            turn.model = ending.model
-            turn.finish("cut" if ending.finish_reason == "length" else "done")
-        except ChatError as error:
-            level = logging.ERROR if error.kind == "setup" else logging.WARNING
-            log.log(level, "%s failed: %s", turn.name, error)
-            if error.kind == "blocked":
-                await self.rewrite(turn, turn.as_sent)
-            elif turn.earlier and not turn.answer:
-                await self.rewrite(turn, lambda _: turn.earlier or "")
-            turn.finish(failed_state(turn, error.kind), error.kind)
-        finally:
-            if turn.is_open:  # cancelled: the next process goes on from the text so far
-                await self.save_texts([turn])
-            else:
-                await self.store_end(turn, ending)
+        def read() -> tuple[str, ChatText]:
+            changed = change(text)
+            chat = ChatText(changed)
+            chat.text(has_ended=False)
+            return changed, chat
 
-    async def converse(self, turn: Turn, subscriber: Subscriber) -> None:
-        """Answer a question after those before it, unless its session ends meanwhile.
-
-        The subscriber's state is kept alive until the answer has ended.
-        """
-        lock = self.locks.setdefault(turn.session_id, asyncio.Lock())
-        async with lock:
-            if turn.is_open:
-                turn.is_queued = False
-                turn.deltas.look()
-                await self.write(turn)
-
-    async def save_texts(self, turns: list[Turn]) -> bool:
-        """Store the text of unfinished answers; say whether that worked."""
-        turns = [turn for turn in turns if turn.answer]
-        try:
-            if turns:
-                await self.store.save_texts(turns)
-            return True
-        except sqlite3.Error as error:
-            log.error("text so far not stored: %s", error)
-            return False
+        turn.answer, turn.chat = await self.work.run(read)
+        turn.deltas.look()
 
     async def store_end(self, turn: Turn, ending: Ending | None = None) -> None:
         """Store how an answer ended, and log it; readers have it from memory before."""
-        # The next question of the session needs it stored, unless all is forgotten.
-        while turn.id in self.turns:
-            try:
-                await self.store.finish_turn(turn, ending)
-                break
-            except sqlite3.Error as error:
-                log.error("%s not stored yet: %s", turn.name, error)
-                await asyncio.sleep(STORE_SECONDS)
-        state = f"{turn.state} {turn.reason or ''}".strip()
-        given, taken = (ending.tokens_in, ending.tokens_out) if ending else (None, None)
-        line = "%s %s after %.1f s, tokens %s in %s out"
-        log.info(line, turn.name, state, turn.age, given, taken)
-        self.drop(turn)
-
-    def drop(self, turn: Turn) -> None:
-        """Take a turn that has ended out of memory."""
-        self.turns.pop(turn.id, None)
-        subscriber = self.subscribers.get(turn.openid)
-        if subscriber and turn in subscriber.turns:
-            subscriber.turns.remove(turn)
+        try:
+            # The next question of the session needs it stored, unless all is forgotten.
+            while turn.id in self.turns:
+                try:
+                    await self.store.finish_turn(turn, ending)
+                    break
+                except sqlite3.Error as error:
+                    log.error("%s not stored yet: %s", turn.name, error)
+                    await asyncio.sleep(STORE_SECONDS)
+            state = f"{turn.state} {turn.reason or ''}".strip()
+            ending, line = ending or Ending(), "%s %s after %.1f s, tokens %s in %s out"
+            tokens = ending.tokens_in, ending.tokens_out
+            log.info(line, turn.name, state, turn.age, *tokens)
+        finally:
+            self.turns.pop(turn.id, None)
+            subscriber = self.subscribers.get(turn.openid)
+            if subscriber and turn in subscriber.turns:
+                subscriber.turns.remove(turn)
 
     def end_unwritten(self, turn: Turn, state: str, reason: str | None = None) -> None:
-        """End an answer that no task is writing."""
-        turn.finish(state, reason)
-        self.tasks.start(self.store_end(turn), turn.name, lambda: self.drop(turn))
-
-    def start_turn(self, turn: Turn, subscriber: Subscriber) -> None:
-        """Start the task that answers a question, after those before it."""
-
-        def fail() -> None:
-            if turn.is_open:
-                self.end_unwritten(turn, failed_state(turn, "trouble"), "trouble")
-            else:
-                self.drop(turn)
-
-        self.turns[turn.id] = turn
-        subscriber.turns.append(turn)
-        turn.is_queued = True
-        turn.task = self.tasks.start(self.converse(turn, subscriber), turn.name, fail)
+        """End an answer that no task is writing, unless it has ended."""
+        if turn.is_open:
+            turn.finish(state, reason)
+            self.tasks.start(self.store_end(turn), turn.name)
 
     def end_queued(self, subscriber: Subscriber) -> None:
         """End the questions that still wait in a session that has ended.
@@ -5193,334 +5436,221 @@ class Bot:
                 self.start_turn(turn, self.subscriber(turn.openid))
                 log.info("%s resumed, asked %d times before", turn.name, turn.asked)
 
-    # What answers a message
+    # What a request gets
 
-    async def source_of(self, turn_id: int, part: Part | None) -> Source | None:
-        """Return a part of a turn, or all of it; None if it was deleted meanwhile."""
-        turn = self.turns.get(turn_id)
-        if turn is None:
-            turn = await self.store.turn(turn_id)
-            if turn is None:
-                return None
-            turn = await self.work.once(("turn", turn_id), turn.read)
-        return turn, part or Part(0, turn_id)
+    async def reply_to(
+        self, delivery: Delivery, number: int, arrived: float
+    ) -> Reply | None:
+        """Return the reply for this request, or None: WeChat is to ask again."""
+        wechat, loop = self.config.wechat, self.tasks.loop
+        over, margin = arrived + wechat.attempt_timeout, wechat.margin
+        # 1. Wait until the reply can be complete.
+        is_ready = await self.until_ready(delivery, over - margin)
+        # 2. If it is not, and WeChat will ask again, wait on. The last attempt is also
+        #    one that comes later than halfway between the last but one and the last. A
+        #    timeout is charged now: a burst of them, charged when WeChat hangs up,
+        #    would all pass the guard.
+        late = (wechat.attempts - 1.5) * wechat.attempt_timeout
+        is_last = number + delivery.seen_before >= wechat.attempts
+        is_last = is_last or arrived - delivery.first > late
+        if not (is_ready or is_last) and self.guard.charge(loop.time()):
+            if not await self.until_ready(delivery, over):
+                # WeChat has stopped reading, but an answer here would end its retries:
+                # say nothing, unless another request gets the reply, and hang up.
+                news = delivery.news
+                await self.tasks.until(
+                    news, lambda: delivery.reply is not None, over + HOLD_SECONDS
+                )
+                if delivery.reply is None:
+                    return None
+        # 3. Decide once for all requests: all there is, or a word of patience. Before
+        #    that, the parts of a long answer are counted unless it takes too long.
+        if delivery.reply is None and isinstance(delivery.source, tuple):
+            turn, part = delivery.source
+            is_long = not turn.is_open and len(turn.shown()) - part.start > SURE_CHARS
+            if is_long and part.start not in turn.left:
+                counted = self.work.run(self.count_parts, turn, part.start)
+                await asyncio.wait({counted}, timeout=margin / 4)
+        if delivery.reply is None:
+            self.decide(delivery)
+        # 4. It is stored before it is sent, if that does not take too long.
+        if delivery.stored and not delivery.stored.done():
+            left = over - margin / 2 - loop.time()
+            await asyncio.wait({delivery.stored}, timeout=max(0, left))
+            if not delivery.stored.done():
+                name = delivery.message.name
+                log.warning("%s replied before it was stored: a slow disk?", name)
+        return delivery.reply
 
-    async def unsent_source(self, delivery: Delivery, turn_id: int) -> Source | None:
-        """Return what a turn has unsent, with a number; None if it was deleted."""
-        part = await self.store.unsent_part(turn_id)
-        part = part or delivery.subscriber.offer(turn_id, 0)
-        return await self.source_of(turn_id, part)
+    async def until_ready(self, delivery: Delivery, deadline: float) -> bool:
+        """Wait until a message's reply can be complete; False at the deadline."""
+        news, tasks = delivery.news, self.tasks
+        if not await tasks.until(news, delivery.is_answered, deadline):
+            return False
+        if isinstance(delivery.source, tuple):
+            news = delivery.source[0].news
+        return await tasks.until(news, delivery.is_ready, deadline)
 
-    def refuse_question(self, delivery: Delivery, question: str, said: str) -> str:
-        """Return why a question is not accepted, '' if it is; nothing is counted.
+    def decide(self, delivery: Delivery) -> None:
+        """Fix the reply of a message for all its requests, and start to store it."""
+        subscriber, message = delivery.subscriber, delivery.message
+        source, reply = delivery.source, self.compose(delivery)
+        if reply.content and reply is not source:
+            for words, changes in self.footers(delivery, reply):
+                content = f"{reply.content}\n\n{words}"
+                if not reply.mentions and sent_size(content) <= REPLY_BYTES:
+                    reply = replace(reply, content=content, **changes)
+            reply = replace(reply, content=outgoing(reply.content))
+        subscriber.is_told |= reply.introduces
+        if reply.mentions:
+            del subscriber.to_mention[reply.mentions]
+        if isinstance(source, tuple):
+            turn, part = source
+            if reply.stop > part.start:
+                turn.stops[part.start] = reply.stop
+            if reply.offered and reply.is_early and part.number == 0:
+                subscriber.to_mention[turn.id] = (reply.offered.number, turn.question)
+            elif not reply.is_patience:
+                subscriber.to_mention.pop(turn.id, None)
+        if reply.content and delivery.is_kept:
+            delivery.stored = self.store.save_reply(message.key, message.openid, reply)
+            failed = functools.partial(log_failure, f"{message.name} reply")
+            delivery.stored.add_done_callback(failed)
+        # Later copies need the reply alone; the answer would stay in memory with them.
+        delivery.source = delivery.reply = reply
+        delivery.news.look()
+        if isinstance(source, tuple):  # others wait for more of the answer
+            source[0].news.look()
 
-        `said` may have any length: what it is about, or one that is asked again.
-        """
-        texts, limits = self.texts, self.config.limits
-        waiting = sum(turn.is_open for turn in delivery.subscriber.turns)
-        try:
-            self.blocked.refresh()
-        except (OSError, UnicodeError) as error:
-            log.error("blocked words not read, the last ones stay in force: %s", error)
-        if limits.allow and delivery.message.openid not in limits.allow:
-            return texts.not_allowed
-        if len(question) > limits.question_chars:
-            most = limits.question_chars
-            return texts.too_long.format(count=len(question), most=most)
-        if waiting >= limits.waiting:
-            return texts.too_many.format(count=waiting)
-        is_blocked = self.blocked.are_in_question(question + said)
-        return texts.blocked_question if is_blocked else ""
-
-    async def accept_question(
-        self,
-        delivery: Delivery,
-        session: Session,
-        question: str,
-        pictures: str | None = None,
-    ) -> Source:
-        """Store a question and start its answer; or say why not.
-
-        `pictures` are those of a question that is asked again.
-        """
-        subscriber, limits = delivery.subscriber, self.config.limits
-        before = [t for t in subscriber.turns if t.session_id == session.id]
-        # With a picture that came since, the same words are a new question.
-        for turn in before if delivery.pictures == "[]" else []:
-            if self.question_words(turn) == question and turn.age < REPEAT_SECONDS:
-                if source := await self.unsent_source(delivery, turn.id):
-                    return source
-        kept = json.loads(delivery.pictures if pictures is None else pictures)
-        urls = [one for one in kept if not one.startswith("\n")]
-        said = "".join(one for one in kept if one.startswith("\n"))
-        checked = (question, said) if pictures is None else ("", question)
-        if refusal := self.refuse_question(delivery, *checked):
-            return refusal
-        marks = self.texts.word_picture * len(urls)
-        turn = Turn(
-            id=0,
-            session_id=session.id,
-            openid=delivery.message.openid,
-            msg_key=delivery.message.key,
-            link_key=secrets.token_urlsafe(16),
-            question=f"{marks}{question}\n{said}" if said else marks + question,
-            pictures=json.dumps(urls) if kept else None,
-            created_at=time.time(),
-            asked=0 if before else 1,  # it goes to the upstream at once
-            assistant=session.assistant,
-        )
-        most, most_of_all = limits.questions_per_day, limits.all_per_day
-        cookie_hash = delivery.cookie_hash
-        if not await self.store.add_turn(turn, most, most_of_all, cookie_hash):
-            if cookie_hash and not await self.store.device_owner(cookie_hash):
-                return self.texts.page_signed_out
-            asked = await self.store.questions_of_day(turn.openid, turn.created_at)
-            day_over = self.texts.day_over.format(count=most)
-            return day_over if most and asked >= most else self.texts.all_over
-        self.start_turn(turn, subscriber)
-        log.info("%s accepted, %d waiting", turn.name, len(subscriber.turns))
-        return turn, Part(0, turn.id)
-
-    async def handle_message(self, delivery: Delivery) -> Source:
-        """Return what answers a message that has no reply yet."""
-        message, limits = delivery.message, self.config.limits
-        if message.openid in limits.deny and message.event != "unsubscribe":
-            return self.leave_alone(delivery, "the sender is in limits.deny")
-        if delivery.cookie_hash:
-            return await self.ask_on_page(delivery)
-        match message.msg_type, message.event:
-            case "text", _:
-                return await self.handle_text(delivery)
-            case "event", "subscribe":
-                return self.with_notice(self.config.replies.subscribe)
-            case "event", "unsubscribe":
-                await self.forget_all(delivery, "")
-                return ""
-            case "event", _:
-                return self.leave_alone(delivery, "no event of its kind is answered")
-        if delivery.session is None:
-            return self.leave_alone(delivery, "no text, and no session is open")
-        texts = self.texts
-        is_article = message.msg_type == "link"
-        kept, line = words_of(texts, message), texts.words_kept
-        word = texts.word_article if is_article else texts.word_place
-        if message.msg_type == "image":
-            kept, line = message.picture_url.strip(), texts.picture_kept
-            word = texts.word_describe
-        if not kept:
-            return texts.unsupported
-        await self.store.add_picture(message.openid, kept, time.time())
-        return line.format(tap=tap_link(word))
-
-    def leave_alone(self, delivery: Delivery, reason: str) -> str:
-        """Log why a message is not answered; return the empty reply."""
-        log.info("%s left alone: %s", delivery.message.name, reason)
-        return ""
-
-    def with_notice(self, text: str) -> str:
-        """Return one of our own texts, unless it is empty, with the model's notice."""
-        notice = self.texts.model_notice
-        return self.tappable(f"{text}\n\n{notice}" if text and notice else text)
-
-    async def handle_text(self, delivery: Delivery) -> Source:
-        """Return what answers a text: the first of these cases that applies."""
-        text, session = delivery.message.content.strip(), delivery.session
-        config, is_words = self.config, bool(text) and text not in STICKER_TEXTS
-        meant = self.aliases.get(folded(text), text)
-        keyword = "" if session else config.replies.keywords.get(text, "")
-        if keyword and is_command(keyword, config.assistants):
-            meant = keyword
-        if method := find_command(meant):
-            log.info("%s command %s", delivery.message.name, method.__name__)
-            return await method(self, delivery)
-        if opened := find_assistant(meant, config.assistants):
-            return await self.open_and_ask(delivery, *opened)
-        if session and not is_words:
-            return self.texts.unsupported
-        if (source := await self.handle_tap(delivery, folded(text))) is not None:
+    def compose(self, delivery: Delivery) -> Reply:
+        """Return the reply a message gets now: a fixed text, or part of an answer."""
+        now, source = int(time.time()), delivery.source
+        if isinstance(source, Reply):
             return source
-        if session:
-            return await self.accept_question(delivery, session, text)
-        if text in config.replies.keywords:
-            return self.tappable(config.replies.keywords[text])
-        if not is_words:
-            return self.leave_alone(delivery, "no words, and no session is open")
-        return await self.handle_outside(delivery, text)
+        if not isinstance(source, tuple):
+            return Reply(self.texts.trouble if source is None else source, now)
+        turn, part = source
+        shown, subscriber = turn.shown(), delivery.subscriber
+        head = self.texts.anew + "\n" if part.is_anew else ""
+        if not turn.is_open:
+            content = self.rest_of(turn, part.start, head)
+            if sent_size(content) <= REPLY_BYTES:
+                return Reply(content, now, part, stop=len(shown))
+        # Not all of it. The first reply that shows a part fixes where it ends.
+        is_early = not turn.has_part(part.start)
+        room = self.room_in(turn) - sent_size(head)
+        rest = shown[part.start : part.start + 2 * REPLY_BYTES]
+        stop = turn.stops.get(part.start) or part.start + cut_reply(rest, room)
+        text = shown[part.start : stop].strip("\n")
+        if text:
+            place = part.place and part.place + 1
+            offered = subscriber.offer(turn.id, stop, place)
+            left = None if turn.is_open else turn.left.get(stop, 0)
+            content = head + text + self.tail(turn, offered, left)
+            return Reply(content, now, part, stop, offered, is_early)
+        offered = part if part.number else subscriber.offer(turn.id, part.start)
+        content = self.patience(delivery, turn, offered.number)
+        return Reply(content, now, part, part.start, offered, is_early=True)
 
-    async def handle_outside(self, delivery: Delivery, text: str) -> Source:
-        """Return what answers words outside a session that mean nothing else."""
-        config, texts, now = self.config, self.texts, time.time()
-        replies, lapsed = config.replies, delivery.lapsed
-        if folded(text[:1]) == "/":
-            word = excerpt(text.split()[0])
-            return self.tappable(texts.no_command).format(word=word)
-        if config.session.auto_open:
-            first = next(iter(config.assistants))
-            return await self.open_and_ask(delivery, first, text)
-        if lapsed:
-            await self.store.keep_late_text(lapsed.id, text)
-            tap, question = tap_link(texts.word_resume), excerpt(text)
-            return texts.session_lapsed.format(tap=tap, question=question)
-        if replies.outside == "wechat_ai":
-            return Reply(WECHAT_AI, int(now))
-        if not replies.outside:
-            return self.leave_alone(delivery, "replies.outside is empty")
-        hours = replies.outside_hours
-        if hours and now - delivery.hinted_at < hours * 3600:
-            return self.leave_alone(delivery, f"a hint was sent within {hours:g} h")
-        if hours:
-            await self.store.note(delivery.message.openid, hinted_at=now)
-        return self.tappable(replies.outside)
+    def rest_of(self, turn: Turn, start: int, head: str) -> str:
+        """Return all that is left to say of an ended answer, of any size."""
+        text = turn.shown()[start:].strip("\n")
+        retry = tap_link(self.texts.word_retry, f"{RETRY}{turn.id}")
+        go_on = tap_link(self.texts.word_go_on)
+        words = ending_words(self.texts, turn, retry, go_on)
+        if not text:
+            return words or self.texts.no_more
+        content = f"{head}{text}{self.label}"
+        if words:
+            content += f"\n\n{words}"
+        if turn.chat.has_more_on_page():
+            link = "\n" + self.page_link(turn, self.texts.word_page)
+            content += link if sent_size(content + link) <= REPLY_BYTES else ""
+        return content
 
-    async def handle_tap(self, delivery: Delivery, words: str) -> Source | None:
-        """Return what answers a tap, or the same words typed; None if they are a text.
+    def tail(self, turn: Turn, part: Part, left: int | None) -> str:
+        """Return the lines under a part that another one, `part`, follows.
 
-        继续 and 重试 with a number never are; the others if nothing is left to act on.
+        `left` is how many there are from that on, 0 if that is not known; None: the
+        answer is being written.
         """
-        if numbered := re.fullmatch(r"(.+?)\s*([0-9]{1,9})", words):
-            number = int(numbered[2])
-            if numbered[1] == CONTINUE:
-                return await self.continue_part(delivery, number)
-            if self.tap_words.get(numbered[1]) == "retry":
-                turn = await self.store.turn(number)
-                return await self.retry(delivery, turn) or self.texts.no_retry
-            is_sign_in = self.tap_words.get(numbered[1]) == "sign_in"
-            if is_sign_in and self.config.is_secure:
-                return await self.claim_sign_in(delivery.message.openid, numbered[2])
-        session = delivery.session or delivery.lapsed
-        match self.tap_words.get(re.sub(r"\s*\(\d+/\d+\)$", "", words)):
-            case "continue":
-                return await self.continue_next(delivery)
-            case "retry":
-                since = time.time() - RECENT_SECONDS
-                turn = await self.store.newest_failed(delivery.message.openid, since)
-                return await self.retry(delivery, turn)
-            case "forget":
-                return await self.confirm_forget(delivery)
-            case "resume" if session and session.late_text:
-                return await self.resume_session(delivery, session, session.late_text)
-            case "go_on" if delivery.lapsed:
-                text = self.texts.word_go_on
-                return await self.resume_session(delivery, delivery.lapsed, text)
-            # Never a question: a model would say that it is done.
-            case "let_in" if self.config.is_secure:
-                is_in = self.sign_ins.confirm(delivery.message.openid)
-                return self.texts.signed_in if is_in else self.texts.sign_in_wrong
-            case "sign_out" if self.config.is_secure:
-                openid, texts = delivery.message.openid, self.texts
-                count = self.sign_ins.end(openid) + await self.store.sign_out(openid)
-                return texts.signed_out.format(count=count) if count else texts.all_out
-        return None
+        texts, page = self.texts, self.page_link(turn, self.texts.word_page)
+        line, words = texts.more, texts.word_next
+        if left is None:
+            line, words = texts.writing, texts.word_writing
+        elif left and part.place:
+            words += f"（{part.place}/{part.place - 1 + left}）"
+        tap = tap_link(words, f"{CONTINUE}{part.number}")
+        return f"{self.label}\n\n{line.format(tap=tap, page=page)}"
 
-    async def continue_part(self, delivery: Delivery, number: int) -> Source:
-        """Return part N of this subscriber: the same text again if it was sent."""
-        part = await self.store.part(delivery.message.openid, number)
-        if part and part.reply is not None:
-            await self.store.note(delivery.message.openid, shown_turn=part.turn_id)
-            return Reply(part.reply, int(time.time()))
-        source = await self.source_of(part.turn_id, part) if part else None
-        return source or self.texts.no_part.format(number=number)
+    def room_in(self, turn: Turn) -> int:
+        """Return how many bytes a part may have beside its tail, whichever that is."""
+        last = Part(10**9 - 1, turn.id, place=999)
+        tails = [self.tail(turn, last, left) for left in (None, 1)]
+        return REPLY_BYTES - max(map(sent_size, tails))
 
-    async def continue_next(self, delivery: Delivery) -> Source | None:
-        """Return the next part of the answer shown last, else the oldest not sent."""
-        openid, since = delivery.message.openid, time.time() - RECENT_SECONDS
-        session_id = delivery.session.id if delivery.session else None
-        turn_id = await self.store.next_unsent(openid, session_id, since)
-        return None if turn_id is None else await self.unsent_source(delivery, turn_id)
+    def count_parts(self, turn: Turn, start: int) -> None:
+        """Count the parts of an ended answer from a start on; it may take a second."""
+        starts, shown, room = [start], turn.shown(), self.room_in(turn)
+        while (at := starts[-1]) not in turn.left:
+            is_short = len(shown) - at <= REPLY_BYTES
+            if is_short and sent_size(self.rest_of(turn, at, "")) <= REPLY_BYTES:
+                turn.left[at] = 1
+            else:
+                rest = shown[at : at + 2 * REPLY_BYTES]
+                starts.append(turn.stops.get(at) or at + cut_reply(rest, room))
+        for number, start in enumerate(reversed(starts), turn.left[at]):
+            turn.left[start] = number
 
-    async def retry(self, delivery: Delivery, turn: Turn | None) -> Source | None:
-        """Ask a failed question of theirs again; None if there is none to be asked."""
-        if turn is None or turn.openid != delivery.message.openid:
-            return None
-        is_known = turn.assistant in self.config.assistants
-        if not is_known or turn.state not in ("failed", "broken"):
-            return None
-        session = delivery.session or await self.open_session(delivery, turn.assistant)
-        words, pictures = self.question_words(turn), turn.pictures or "[]"
-        return await self.accept_question(delivery, session, words, pictures)
+    def patience(self, delivery: Delivery, turn: Turn, number: int) -> str:
+        """Return what is said while nothing can be shown yet."""
+        texts, session_id = self.texts, turn.session_id
+        turns = [t for t in delivery.subscriber.turns if t.session_id == session_id]
+        before = sum(t.is_open and t.id < turn.id for t in turns)
+        text = texts.queued if turn.is_queued else texts.thinking
+        return text.format(
+            question=excerpt(turn.question),
+            before=max(1, before),
+            time=spoken_age(texts, turn.age),
+            tap=tap_link(texts.word_answer, f"{CONTINUE}{number}"),
+            page=self.page_link(turn, texts.word_page),
+        )
 
-    async def resume_session(
-        self, delivery: Delivery, session: Session, text: str
-    ) -> Source:
-        """Ask a text that came after a session had run out in that session."""
-        delivery.session = session
-        await self.store.touch_session(session.id, time.time())
-        return await self.accept_question(delivery, session, text)
+    def footers(
+        self, delivery: Delivery, reply: Reply
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield what may stand below a reply, and the fields that this changes in it.
 
-    async def claim_sign_in(self, openid: str, number: str) -> str:
-        """Return what is said to a number that a browser shows, or does not."""
-        texts = self.texts
-        if self.sign_ins.is_tried_too_often(openid):
-            return texts.sign_in_later
-        if await self.store.count_devices(openid) >= DEVICES:
-            tap = tap_link(texts.word_sign_out)
-            return texts.sign_in_full.format(count=DEVICES, tap=tap)
-        if not self.sign_ins.claim(openid, number):
-            return texts.sign_in_wrong
-        return texts.sign_in_ask.format(tap=tap_link(texts.word_let_in))
+        In a conversation that is the introduction; nobody reads the privacy words
+        twice, except after /forget. Then come answers that were not read yet.
+        """
+        texts, source, subscriber = self.texts, delivery.source, delivery.subscriber
+        talk = source[0] if isinstance(source, tuple) else delivery.session
+        if talk and delivery.is_kept and not subscriber.is_told:
+            one, two = tap_link(texts.word_example_1), tap_link(texts.word_example_2)
+            words = texts.introduction.format(
+                assistant=talk.assistant, one=one, two=two
+            )
+            yield f"{words}\n{self.tappable(texts.privacy)}", {"introduces": True}
+        own_id = reply.part.turn_id if reply.part else None
+        for turn_id, (number, question) in subscriber.to_mention.items():
+            if turn_id != own_id and turn_id not in self.turns:
+                tap = tap_link(texts.word_answer, f"{CONTINUE}{number}")
+                line = texts.unread.format(question=excerpt(question), tap=tap)
+                yield line, {"mentions": turn_id}
 
-    async def newest_session(self, openid: str) -> tuple[int, str, float]:
-        """Return the session that runs, or 0; the newest one's assistant and start."""
-        since = time.time() - self.config.session.ttl
-        newest = await self.store.newest_session(openid, since)
-        number, name, opened_at, runs = newest or (0, "", 0.0, False)
-        if name not in self.config.assistants:
-            name = next(iter(self.config.assistants))
-        return number if runs else 0, name, opened_at
-
-    async def ask_on_page(self, delivery: Delivery) -> Source:
-        """Ask what was written on a page, in the session that runs or in a new one."""
-        text, openid = delivery.message.content, delivery.message.openid
-        if await self.store.device_owner(delivery.cookie_hash) != openid:
-            return self.texts.page_signed_out
-        if is_command(self.aliases.get(folded(text), text), self.config.assistants):
-            return self.texts.page_command.format(text=excerpt(text))
-        session = delivery.session
-        if session is None:
-            if refusal := self.refuse_question(delivery, text, ""):
-                return refusal
-            _, assistant, _ = await self.newest_session(openid)
-            session = await self.open_session(delivery, assistant)
-        source = await self.accept_question(delivery, session, text)
-        if not isinstance(source, tuple) or source[0].msg_key != delivery.message.key:
-            return source  # refused, or the chat asks the same and will be answered
-        turn, subscriber = source[0], delivery.subscriber
-        if not subscriber.is_told:  # the words stood above the field
-            await self.note_told(openid)
-        part = subscriber.offer(turn.id, 0)  # nobody may stay on the page for it
-        await self.store.offer_unread(openid, part, time.time())
-        subscriber.to_mention.setdefault(turn.id, (part.number, turn.question))
-        return source
-
-    async def open_and_ask(
-        self, delivery: Delivery, assistant: str, question: str
-    ) -> Source:
-        """Open a session unless this assistant has one open; ask any question."""
-        session, allow = delivery.session, self.config.limits.allow
-        if allow and delivery.message.openid not in allow:
-            return self.texts.not_allowed
-        is_new = session is None or session.assistant != assistant
-        if session is None or is_new:
-            session = await self.open_session(delivery, assistant)
-        if question:
-            return await self.accept_question(delivery, session, question)
-        if not is_new:
-            return self.texts.still_open
-        if not delivery.subscriber.is_told:
-            return self.texts.greeting  # and the introduction below it
-        return self.tappable(self.texts.opened.format(assistant=assistant))
-
-    async def open_session(self, delivery: Delivery, assistant: str) -> Session:
-        """Open a session; one that was open ends."""
-        openid = delivery.message.openid
-        session = await self.store.start_session(openid, assistant, time.time())
-        self.end_queued(delivery.subscriber)
-        delivery.session, delivery.lapsed = session, None
-        return session
+    def note_delivery(self, delivery: Delivery, number: int, is_taken: bool) -> None:
+        """Store for `stats` how text of an answer was delivered, or that it was not."""
+        reply = delivery.reply
+        part = reply.part if reply and delivery.is_kept else None
+        if reply is None or part is None or reply.stop <= part.start:
+            return
+        how = "part" if part.number else str(number + delivery.seen_before)
+        stored = self.store.mark_delivered(part.turn_id, how if is_taken else "lost")
+        stored.add_done_callback(functools.partial(log_failure, delivery.message.name))
 
     # Commands
 
-    @command("stop")
     async def stop(self, delivery: Delivery) -> str:
         """End the session; what is being written goes on, what waits is not asked."""
         session = delivery.session or delivery.lapsed
@@ -5530,7 +5660,6 @@ class Bot:
         self.end_queued(delivery.subscriber)
         return self.texts.stopped.format(tap=tap_link(f"/{session.assistant}"))
 
-    @command("clear")
     async def clear(self, delivery: Delivery) -> str:
         """End the session and open a new one with the same assistant."""
         session = delivery.session or delivery.lapsed
@@ -5539,7 +5668,6 @@ class Bot:
         await self.open_session(delivery, session.assistant)
         return self.texts.cleared
 
-    @command("history")
     async def history(self, delivery: Delivery) -> str:
         """Return a link to the subscriber's history; the one before ends."""
         minutes = self.config.history.history_minutes
@@ -5552,7 +5680,6 @@ class Bot:
             text += "\n" + self.texts.history_devices.format(count=count, tap=tap)
         return text
 
-    @command("help")
     async def help(self, delivery: Delivery) -> str:
         """Say how to ask, and list the assistants and commands."""
         texts, names = self.texts, self.config.assistants
@@ -5562,7 +5689,6 @@ class Bot:
         ask = texts.help_ask if is_open else texts.help_begin
         return self.with_notice(texts.help.format(ask=ask, assistants="\n".join(lines)))
 
-    @command("forget")
     async def forget(self, delivery: Delivery) -> str:
         """Ask for the confirmation without which nothing is deleted."""
         await self.store.ask_forget(delivery.message.openid, time.time())
@@ -5599,265 +5725,6 @@ class Bot:
         is_due = message.openid in self.store.due
         return self.texts.forget_noted if is_due else reply
 
-    # The message's task
-
-    async def take_up(self, delivery: Delivery, recalled: Recalled) -> Source:
-        """Return what answers a new message; it extends its session."""
-        session, now = recalled.session, time.time()
-        delivery.pictures, delivery.hinted_at = recalled.pictures, recalled.hinted_at
-        if session and session.assistant in self.config.assistants:
-            idle = now - session.last_at - self.config.session.ttl
-            if idle <= 0 or session.is_busy:
-                delivery.session = session
-            elif idle < LAPSE_SECONDS:
-                delivery.lapsed = session
-        source = await self.handle_message(delivery)
-        is_question = isinstance(source, tuple) and source[1].number == 0
-        if delivery.session and delivery.message.msg_type != "event":
-            if not is_question:  # storing one has done it
-                await self.store.touch_session(delivery.session.id, time.time())
-        return source
-
-    async def find_source(self, delivery: Delivery) -> None:
-        """Find out what answers a message; a subscriber's messages take turns."""
-        message, subscriber = delivery.message, delivery.subscriber
-        async with subscriber.lock:
-            openid = message.openid
-            if openid in self.store.due:
-                await self.store.forget_due()
-            if openid in self.store.due:
-                delivery.is_kept = False
-                delivery.answer_with(self.texts.forget_noted)
-                return
-            recalled = await self.store.recall(message.key, openid, time.time())
-            if subscriber.last_part is None:
-                subscriber.last_part = recalled.last_part
-                subscriber.is_told = recalled.is_told
-                if recalled.mention:
-                    number, missed_id, question = recalled.mention
-                    subscriber.to_mention[missed_id] = (number, question)
-            if recalled.reply:  # a copy of a message that was answered before
-                delivery.seen_before = 1
-                delivery.reply = recalled.reply
-                delivery.news.look()
-                return
-            if recalled.turn_id is not None:  # asked by a process before this one
-                delivery.seen_before = 1
-                # If the turn was deleted meanwhile, nothing is said: to ask it again
-                # would store it again.
-                source = await self.source_of(recalled.turn_id, None) or ""
-                if isinstance(source, tuple):
-                    delivery.first = min(delivery.first, source[0].asked_at)
-                delivery.answer_with(source)
-                return
-            source = await self.take_up(delivery, recalled)
-        delivery.answer_with(source)
-
-    # What a request does
-
-    def patience(self, delivery: Delivery, turn: Turn, number: int) -> str:
-        """Return what is said while nothing can be shown yet."""
-        texts, session_id = self.texts, turn.session_id
-        turns = [t for t in delivery.subscriber.turns if t.session_id == session_id]
-        before = sum(t.is_open and t.id < turn.id for t in turns)
-        text = texts.queued if turn.is_queued else texts.thinking
-        return text.format(
-            question=excerpt(turn.question),
-            before=max(1, before),
-            time=spoken_age(texts, turn.age),
-            tap=continue_tap(texts.word_answer, number),
-            page=self.page_link(turn, texts.word_page),
-        )
-
-    def tail(self, turn: Turn, number: int, count: str | None) -> str:
-        """Return the lines under a part that another one follows.
-
-        `count` is which of how many that is; None: the answer is being written.
-        """
-        texts, page = self.texts, self.page_link(turn, self.texts.word_page)
-        line, words = texts.more, f"{texts.word_next}{count}"
-        if count is None:
-            line, words = texts.writing, texts.word_writing
-        more = line.format(tap=continue_tap(words, number), page=page)
-        return f"{self.config.replies.label_line}\n\n{more}"
-
-    def room_in(self, turn: Turn) -> int:
-        """Return how many bytes a part may have beside its tail, whichever that is."""
-        tails = [self.tail(turn, 10**9 - 1, count) for count in (None, "（999/999）")]
-        return REPLY_BYTES - max(map(sent_size, tails))
-
-    def count_of(self, turn: Turn, part: Part) -> str | None:
-        """Return which of how many a part is; None: the answer is being written."""
-        if turn.is_open:
-            return None
-        left = turn.left.get(part.start) if part.place else None
-        return f"（{part.place}/{part.place - 1 + left}）" if left else ""
-
-    def cut_rest(self, turn: Turn, start: int) -> None:
-        """Count the parts of an ended answer from a start on; it may take a second."""
-        starts, shown, room = [start], turn.shown(), self.room_in(turn)
-        while (at := starts[-1]) not in turn.left:
-            is_short = len(shown) - at <= REPLY_BYTES
-            if is_short and sent_size(self.rest_of(turn, at, "")) <= REPLY_BYTES:
-                turn.left[at] = 1
-            else:
-                rest = shown[at : at + 2 * REPLY_BYTES]
-                starts.append(turn.stops.get(at) or at + cut_reply(rest, room))
-        for number, start in enumerate(reversed(starts), turn.left[at]):
-            turn.left[start] = number
-
-    async def count_parts(self, delivery: Delivery) -> None:
-        """Let the parts of an ended answer be counted, unless that takes too long."""
-        if isinstance(delivery.source, tuple):
-            turn, part = delivery.source
-            is_long = not turn.is_open and len(turn.shown()) - part.start > SURE_CHARS
-            if is_long and part.start not in turn.left:
-                counted = self.work.run(self.cut_rest, turn, part.start)
-                await asyncio.wait({counted}, timeout=self.config.wechat.margin / 4)
-
-    def rest_of(self, turn: Turn, start: int, head: str) -> str:
-        """Return all that is left to say of an ended answer, of any size."""
-        text = turn.shown()[start:].strip("\n")
-        retry = tap_link(self.texts.word_retry, f"{RETRY}{turn.id}")
-        go_on = tap_link(self.texts.word_go_on)
-        words = ending_words(self.texts, turn, retry, go_on)
-        if not text:
-            return words or self.texts.no_more
-        content = f"{head}{text}{self.config.replies.label_line}"
-        if words:
-            content += f"\n\n{words}"
-        if turn.chat.has_more_on_page():
-            link = "\n" + self.page_link(turn, self.texts.word_page)
-            content += link if sent_size(content + link) <= REPLY_BYTES else ""
-        return content
-
-    def compose(self, delivery: Delivery) -> Reply:
-        """Return the reply a message gets now: a fixed text, or part of an answer."""
-        now, source = int(time.time()), delivery.source
-        if isinstance(source, Reply):
-            return source
-        if not isinstance(source, tuple):
-            return Reply(self.texts.trouble if source is None else source, now)
-        turn, part = source
-        shown, subscriber = turn.shown(), delivery.subscriber
-        head = self.texts.anew + "\n" if part.is_anew else ""
-        if not turn.is_open:
-            content = self.rest_of(turn, part.start, head)
-            if sent_size(content) <= REPLY_BYTES:
-                return Reply(content, now, part, stop=len(shown))
-        # Not all of it. The first reply that shows a part fixes where it ends.
-        is_early = not turn.has_part(part.start)
-        room = self.room_in(turn) - sent_size(head)
-        rest = shown[part.start : part.start + 2 * REPLY_BYTES]
-        stop = turn.stops.get(part.start) or part.start + cut_reply(rest, room)
-        text = shown[part.start : stop].strip("\n")
-        if text:
-            place = part.place and part.place + 1
-            offered = subscriber.offer(turn.id, stop, place)
-            count = self.count_of(turn, offered)
-            content = head + text + self.tail(turn, offered.number, count)
-            return Reply(content, now, part, stop, offered, is_early)
-        offered = part if part.number else subscriber.offer(turn.id, part.start)
-        content = self.patience(delivery, turn, offered.number)
-        return Reply(content, now, part, part.start, offered, is_early=True)
-
-    def mention(self, delivery: Delivery, reply: Reply) -> Reply:
-        """Return a reply, if possible with a line about an answer not read yet."""
-        own_id = reply.part.turn_id if reply.part else None
-        for turn_id, (number, question) in delivery.subscriber.to_mention.items():
-            if turn_id == own_id or turn_id in self.turns:
-                continue
-            tap = continue_tap(self.texts.word_answer, number)
-            line = self.texts.unread.format(question=excerpt(question), tap=tap)
-            content = f"{reply.content}\n\n{line}"
-            if sent_size(content) <= REPLY_BYTES:
-                return replace(reply, content=content, mentions=turn_id)
-        return reply
-
-    def introduce(self, delivery: Delivery, reply: Reply) -> Reply:
-        """Return a reply in a conversation with the introduction, once it has room.
-
-        Nobody reads the privacy words twice, except after /forget.
-        """
-        source = delivery.source
-        talk = source[0] if isinstance(source, tuple) else delivery.session
-        if talk is None or delivery.subscriber.is_told or not delivery.is_kept:
-            return reply
-        texts = self.texts
-        one, two = tap_link(texts.word_example_1), tap_link(texts.word_example_2)
-        words = texts.introduction.format(assistant=talk.assistant, one=one, two=two)
-        content = f"{reply.content}\n\n{words}\n{self.tappable(texts.privacy)}"
-        if sent_size(content) > REPLY_BYTES:
-            return reply
-        return replace(reply, content=content, introduces=True)
-
-    async def note_told(self, openid: str) -> None:
-        """Note that the privacy words were said to a subscriber outside the chat."""
-        self.subscriber(openid).is_told = True
-        await self.store.note(openid, told_at=time.time())
-
-    def decide(self, delivery: Delivery) -> None:
-        """Fix the reply of a message for all its requests, and start to store it."""
-        reply = self.compose(delivery)
-        if reply.content and reply is not delivery.source:
-            reply = self.mention(delivery, self.introduce(delivery, reply))
-            reply = replace(reply, content=outgoing(reply.content))
-        delivery.subscriber.is_told |= reply.introduces
-        to_mention = delivery.subscriber.to_mention
-        if reply.mentions:
-            del to_mention[reply.mentions]
-        if isinstance(delivery.source, tuple):
-            turn, part = delivery.source
-            if reply.has_text:
-                turn.stops[part.start] = reply.stop
-            if reply.offered and reply.is_early and part.number == 0:
-                to_mention[turn.id] = (reply.offered.number, turn.question)
-            elif not reply.is_patience:
-                to_mention.pop(turn.id, None)
-        if reply.content and delivery.is_kept:
-            message = delivery.message
-            delivery.stored = self.store.save_reply(message.key, message.openid, reply)
-            delivery.stored.add_done_callback(
-                functools.partial(log_failure, f"{message.name} reply")
-            )
-        # Later copies need the reply alone; the answer would stay in memory with them.
-        source, delivery.source, delivery.reply = delivery.source, reply, reply
-        delivery.news.look()
-        if isinstance(source, tuple):  # others wait for more of the answer
-            source[0].news.look()
-
-    def is_last_chance(self, delivery: Delivery, number: int, arrived: float) -> bool:
-        """Say whether WeChat will not ask again after this request."""
-        wechat = self.config.wechat
-        # Halfway between the last attempt but one and the last.
-        late = (wechat.attempts - 1.5) * wechat.attempt_timeout
-        is_last = number + delivery.seen_before >= wechat.attempts
-        return is_last or arrived - delivery.first > late
-
-    def deliver(
-        self, message: Message, arrived: float, cookie_hash: str = ""
-    ) -> tuple[Delivery, int]:
-        """Return a request's delivery, made by the first, and which attempt it is.
-
-        The first one also starts the task that finds out what answers the message.
-        """
-        wechat, delivery = self.config.wechat, self.deliveries.get(message.key)
-        if delivery is None:
-            first = arrived
-            if arrived - self.opened_at < 2 * wechat.attempt_timeout:
-                # Attempts before this one may have found no server: estimate the first
-                # from CreateTime, which is rounded down to a second.
-                first -= max(0, time.time() - message.created - 1)
-            subscriber = self.subscriber(message.openid)
-            delivery = Delivery(message, subscriber, first, cookie_hash)
-            self.deliveries[message.key] = delivery
-            # Long after the last attempt a copy is answered from the store.
-            seconds = 4 * wechat.attempts * wechat.attempt_timeout
-            self.tasks.loop.call_later(seconds, self.deliveries.pop, message.key, None)
-            trouble = functools.partial(delivery.answer_with, self.texts.trouble)
-            self.tasks.start(self.find_source(delivery), message.name, trouble)
-        return delivery, delivery.arrive(arrived, wechat.attempt_timeout / 2)
-
     # What a page does
 
     async def ask_here(
@@ -5879,16 +5746,38 @@ class Bot:
         self.deliveries.pop(message.key, None)  # another try may be accepted
         return str(delivery.source or self.texts.trouble)
 
-    def stop_turn(self, openid: str, link_key: str) -> None:
-        """End an answer that is being written: what is there of it stays, as cut."""
-        for turn in list(self.turns.values()):
-            if turn.link_key != link_key or turn.openid != openid or not turn.is_open:
-                continue
-            if turn.is_queued:
-                self.end_unwritten(turn, "cut", "stopped")
-            elif turn.task:
-                turn.finish("cut", "stopped")
-                turn.task.cancel()  # which closes the upstream's call
+    async def ask_on_page(self, delivery: Delivery) -> Source:
+        """Ask what was written on a page, in the session that runs or in a new one."""
+        text, openid = delivery.message.content, delivery.message.openid
+        if await self.store.device_owner(delivery.cookie_hash) != openid:
+            return self.texts.page_signed_out
+        if is_command(self.aliases.get(folded(text), text), self.config.assistants):
+            return self.texts.page_command.format(text=excerpt(text))
+        if delivery.session is None:
+            if refusal := self.refuse_question(delivery, text, ""):
+                return refusal
+            _, assistant, _ = await self.newest_session(openid)
+            await self.open_session(delivery, assistant)
+        source = await self.accept_question(delivery, text)
+        if not isinstance(source, tuple) or source[0].msg_key != delivery.message.key:
+            return source  # refused, or the chat asks the same and will be answered
+        turn, subscriber = source[0], delivery.subscriber
+        if not subscriber.is_told:  # the words stood above the field
+            subscriber.is_told = True
+            await self.store.note(openid, told_at=time.time())
+        part = subscriber.offer(turn.id, 0)  # nobody may stay on the page for it
+        await self.store.offer_unread(openid, part, time.time())
+        subscriber.to_mention.setdefault(turn.id, (part.number, turn.question))
+        return source
+
+    async def newest_session(self, openid: str) -> tuple[int, str, float]:
+        """Return the session that runs, or 0; the newest one's assistant and start."""
+        since = time.time() - self.config.session.ttl
+        newest = await self.store.newest_session(openid, since)
+        number, name, opened_at, runs = newest or (0, "", 0.0, False)
+        if name not in self.config.assistants:
+            name = next(iter(self.config.assistants))
+        return number if runs else 0, name, opened_at
 
     async def begin_topic(self, openid: str, cookie_hash: str, assistant: str) -> None:
         """Open a session, if no such assistant is there with the one used last.
@@ -5902,6 +5791,28 @@ class Bot:
             if await self.store.device_owner(cookie_hash) == openid:
                 await self.store.start_session(openid, assistant, time.time())
                 self.end_queued(subscriber)
+
+    def stop_turn(self, openid: str, link_key: str) -> None:
+        """End an answer that is being written: what is there of it stays, as cut."""
+        for turn in list(self.turns.values()):
+            is_theirs = turn.link_key == link_key and turn.openid == openid
+            if is_theirs and turn.is_open and turn.is_queued:
+                self.end_unwritten(turn, "cut", "stopped")
+            elif is_theirs and turn.is_open and turn.task:
+                turn.finish("cut", "stopped")
+                turn.task.cancel()  # which closes the upstream's call
+
+    async def claim_sign_in(self, openid: str, number: str) -> str:
+        """Return what is said to a number that a browser shows, or does not."""
+        texts = self.texts
+        if self.sign_ins.is_tried_too_often(openid):
+            return texts.sign_in_later
+        if await self.store.count_devices(openid) >= DEVICES:
+            tap = tap_link(texts.word_sign_out)
+            return texts.sign_in_full.format(count=DEVICES, tap=tap)
+        if not self.sign_ins.claim(openid, number):
+            return texts.sign_in_wrong
+        return texts.sign_in_ask.format(tap=tap_link(texts.word_let_in))
 
     async def let_in(self, sign_in: SignIn) -> str | None:
         """Sign a confirmed browser in; return its cookie.
@@ -5919,61 +5830,6 @@ class Bot:
             self.sign_ins.waiting.pop(sign_in.cookie_hash, None)
         return cookie if is_in else ""
 
-    async def until_ready(self, delivery: Delivery, deadline: float) -> bool:
-        """Wait until a message's reply can be complete; False at the deadline."""
-        news, tasks = delivery.news, self.tasks
-        if not await tasks.until(news, delivery.is_answered, deadline):
-            return False
-        if isinstance(delivery.source, tuple):
-            news = delivery.source[0].news
-        return await tasks.until(news, delivery.is_ready, deadline)
-
-    async def reply_to(
-        self, delivery: Delivery, number: int, arrived: float
-    ) -> Reply | None:
-        """Return the reply for this request, or None: WeChat is to ask again."""
-        wechat, loop = self.config.wechat, self.tasks.loop
-        over = arrived + wechat.attempt_timeout
-        # 1. Wait until the reply can be complete.
-        is_ready = await self.until_ready(delivery, over - wechat.margin)
-        # 2. If it is not, and WeChat will ask again, wait on. A timeout is charged now:
-        #    a burst of them, charged when WeChat hangs up, would all pass the guard.
-        is_last = is_ready or self.is_last_chance(delivery, number, arrived)
-        if not is_last and self.guard.charge(loop.time()):
-            if not await self.until_ready(delivery, over):
-                # WeChat has stopped reading, but an answer here would end its retries:
-                # say nothing, unless another request gets the reply, and hang up.
-                news = delivery.news
-                await self.tasks.until(
-                    news, lambda: delivery.reply is not None, over + HOLD_SECONDS
-                )
-                if delivery.reply is None:
-                    return None
-        # 3. Decide once for all requests: all there is, or a word of patience. It is
-        #    stored before it is sent, if that does not take too long.
-        if delivery.reply is None:
-            await self.count_parts(delivery)
-        if delivery.reply is None:
-            self.decide(delivery)
-        if delivery.stored and not delivery.stored.done():
-            left = over - wechat.margin / 2 - loop.time()
-            await asyncio.wait({delivery.stored}, timeout=max(0, left))
-            if not delivery.stored.done():
-                name = delivery.message.name
-                log.warning("%s replied before it was stored: a slow disk?", name)
-        return delivery.reply
-
-    def note_delivery(self, delivery: Delivery, number: int, is_taken: bool) -> None:
-        """Store for `stats` how text of an answer was delivered, or that it was not."""
-        reply = delivery.reply
-        if not (delivery.is_kept and reply and reply.part and reply.has_text):
-            return
-        how = "lost"
-        if is_taken:
-            how = "part" if reply.part.number else str(number + delivery.seen_before)
-        stored = self.store.mark_delivered(reply.part.turn_id, how)
-        stored.add_done_callback(functools.partial(log_failure, delivery.message.name))
-
     # What goes on beside the messages
 
     async def keep_saving(self) -> None:
@@ -5990,6 +5846,17 @@ class Bot:
                 await self.store.truncate_wal()
             if self.store.due:
                 await self.store.forget_due()
+
+    async def save_texts(self, turns: list[Turn]) -> bool:
+        """Store the text of unfinished answers; say whether that worked."""
+        turns = [turn for turn in turns if turn.answer]
+        try:
+            if turns:
+                await self.store.save_texts(turns)
+            return True
+        except sqlite3.Error as error:
+            log.error("text so far not stored: %s", error)
+            return False
 
     async def keep_pruning(self) -> None:
         """Delete what has served its time, every ten minutes, until cancelled.
@@ -6013,10 +5880,8 @@ def check_commands(config: Config, mistakes: Mistakes) -> None:
     """Note names that mean two things, and replies that are too long."""
     require = mistakes.require
     replies, names = config.replies, [*config.assistants, *COMMANDS]
-    notice = config.texts.model_notice  # /help has room for so much
-    require(
-        len(notice) <= 100, "replies.model_notice", notice, "at most 100 characters"
-    )
+    notice, wanted = config.texts.model_notice, "at most 100 characters"
+    require(len(notice) <= 100, "replies.model_notice", notice, wanted)  # for /help
     welcome = f"{replies.subscribe}\n\n{notice}"
     for text in (welcome, replies.outside, *replies.keywords.values()):
         size = sent_size(with_taps(text, names))
@@ -6230,7 +6095,7 @@ class AnswerRenderer(RendererHTML):
     def __init__(self, texts: Texts) -> None:
         super().__init__()
         blocks = load_pages().get_template("blocks.html")
-        self.made: typing.Any = blocks.make_module({"texts": texts})  # its macros
+        self.made: Any = blocks.make_module({"texts": texts})  # its macros
         self.formulas = 0  # so far
 
     def link_open(self, tokens: Sequence[Token], index: int, *_: object) -> str:
@@ -6794,7 +6659,7 @@ def set_cookie(response: web.Response, name: str, value: str, seconds: float) ->
     response.set_cookie(name, value, max_age=age, **flags)  # type: ignore[arg-type]
 
 
-class Reader(typing.NamedTuple):
+class Reader(NamedTuple):
     """Whose exchanges are shown or added to, and by what right."""
 
     openid: str
@@ -6954,7 +6819,7 @@ async def answer_events(request: web.Request) -> web.StreamResponse:
     return response
 
 
-def number_in(fields: typing.Mapping[str, str], name: str, missing: int) -> int:
+def number_in(fields: Mapping[str, str], name: str, missing: int) -> int:
     """Return a number of a query or form, or another if it is missing or made up."""
     value = fields.get(name, "")
     return int(value) if re.fullmatch(r"[0-9]{1,15}", value) else missing
@@ -7581,7 +7446,7 @@ LANGUAGE.add_argument("--lang", choices=("zh", "en"), help=argparse.SUPPRESS)
 class Parser(argparse.ArgumentParser):
     """A command line's parser, which speaks the owner's language."""
 
-    def __init__(self, **options: typing.Any) -> None:
+    def __init__(self, **options: Any) -> None:
         # argparse's own words, and the description that its commands have not
         argparse._ = lambda text: text and tell(text)  # type: ignore[attr-defined]
         super().__init__(**options)
@@ -7592,62 +7457,54 @@ class Parser(argparse.ArgumentParser):
         return re.sub(r"(?m)^(\S+):(?=\S*$)", rf"\1{colon}", super().format_help())
 
 
+COMMAND_HELP = {
+    "serve": "serve (the default)",
+    "check": "test each thing that usually goes wrong, and say how to mend it",
+    "stats": "who asked how much",
+    "logs": "follow the service's log",
+    "update": "bring a newer version, or this one again if it does not start",
+    "backup": "copy the database",
+    "setup": "from nothing to a served account",
+    "demo": "try it all with no account and no key",
+}
+COMMAND_WORDS = (*COMMAND_HELP, "--version", "-h", "--help")
+
+
 def make_parser() -> Parser:
     """Return the command line's parser."""
     common = Parser(add_help=False)
-    common.add_argument(
-        "--config",
-        metavar="FILE",
-        help=tell("settings (the service's, else wxgpt.toml)"),
-    )
+    text = tell("settings (the service's, else wxgpt.toml)")
+    common.add_argument("--config", metavar="FILE", help=text)
     parser = Parser(
         parents=[common],
         prog="wxgpt.py",
         usage="wxgpt.py [COMMAND] [--config FILE] [--lang en] [-h] [--version]",
         description=tell("Subscribers of a WeChat Official Account talk with a model."),
     )
-    parser.add_argument(
-        "--version",
-        action="version",
-        version=f"wxgpt {VERSION}",
-        help=tell("show program's version number and exit"),
-    )
+    version, text = f"wxgpt {VERSION}", tell("show program's version number and exit")
+    parser.add_argument("--version", action="version", version=version, help=text)
     text = tell("zh: Chinese (the default), en: English")  # LANGUAGE has taken it
     parser.add_argument("--lang", metavar="zh|en", help=text)
     commands = parser.add_subparsers(
         title=tell("commands"), dest="command", metavar="COMMAND", prog="wxgpt.py"
     )
-    commands.add_parser("serve", parents=[common], help=tell("serve (the default)"))
-    text = tell("test each thing that usually goes wrong, and say how to mend it")
-    commands.add_parser("check", parents=[common], help=text)
-    text = tell("who asked how much")
-    stats = commands.add_parser("stats", parents=[common], help=text)
+    add = {}
+    for name, words in COMMAND_HELP.items():
+        parents = [] if name in ("setup", "demo") else [common]
+        one = commands.add_parser(name, parents=parents, help=tell(words))
+        add[name] = one.add_argument
     text = tell("Beijing days, today included (7); 0: all")
-    stats.add_argument("--days", type=int, default=7, metavar="N", help=text)
+    add["stats"]("--days", type=int, default=7, metavar="N", help=text)
     text = tell("all subscribers, with whole openids")
-    stats.add_argument("--full", action="store_true", help=text)
-    stats.add_argument("--json", action="store_true", help=tell("for machines"))
-    text = tell("follow the service's log")
-    logs = commands.add_parser("logs", parents=[common], help=text)
+    add["stats"]("--full", action="store_true", help=text)
+    add["stats"]("--json", action="store_true", help=tell("for machines"))
     text = tell("older lines (50)")
-    logs.add_argument("-n", dest="lines", type=int, default=50, help=text)
-    text = tell("bring a newer version, or this one again if it does not start")
-    update = commands.add_parser("update", parents=[common], help=text)
+    add["logs"]("-n", dest="lines", type=int, default=50, help=text)
     text = tell("the new version (.tar.gz or .zip); without one: git pull")
-    update.add_argument("archive", nargs="?", default="", metavar="ARCHIVE", help=text)
-    text = tell("copy the database")
-    backup = commands.add_parser("backup", parents=[common], help=text)
+    add["update"]("archive", nargs="?", default="", metavar="ARCHIVE", help=text)
     text = tell("new file; without one it is named by the time")
-    backup.add_argument("file", nargs="?", default="", metavar="FILE", help=text)
-    commands.add_parser("setup", help=tell("from nothing to a served account"))
-    commands.add_parser("demo", help=tell("try it all with no account and no key"))
+    add["backup"]("file", nargs="?", default="", metavar="FILE", help=text)
     return parser
-
-
-COMMAND_WORDS = (
-    *("serve", "check", "stats", "logs", "update", "backup"),
-    *("--version", "-h", "--help"),
-)
 
 
 def check_placeholders(config: Config, mistakes: Mistakes) -> None:
@@ -7668,7 +7525,7 @@ def check_placeholders(config: Config, mistakes: Mistakes) -> None:
         mistakes.require(is_own, "public_url", EXAMPLE_URL, expected)
 
 
-def read_settings(path: str, environ: typing.Mapping[str, str]) -> Config:
+def read_settings(path: str, environ: Mapping[str, str]) -> Config:
     """Return the settings to serve with; raise ConfigError."""
     return load_config(path, environ, check_commands, check_placeholders)
 

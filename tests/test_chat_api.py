@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -235,7 +236,7 @@ async def ask_all(server, upstream, texts):
     """Let a subscriber for each name ask, all at once; none is new to the account."""
     server.wechat.attempt_timeout = PATIENT["attempt_timeout"]
     for name in texts:
-        await server.bot.note_told(f"oSubscriber{name}")
+        await server.bot.store.note(f"oSubscriber{name}", told_at=time.time())
     asking = [server.ask(text, f"oSubscriber{name}") for name, text in texts.items()]
     answered = await within(60, "answers to all", asyncio.gather(*asking))
     seen = dict(zip(texts, answered))

@@ -563,7 +563,7 @@ async def test_strangers_cost_nobody_an_answer(serve, monkeypatch, mode):
     """200 lines with 5,800 requests of 60 KB: no body is read, and everybody answered."""
     served = await serve(wechat=mode | PATIENT)
     read, parsed = [], []
-    real_read, real_parse = web.Request.read, wxgpt.read_xml
+    real_read, real_parse = web.Request.read, wxgpt.parse_message
 
     async def count_read(request):
         read.append(request)
@@ -574,7 +574,7 @@ async def test_strangers_cost_nobody_an_answer(serve, monkeypatch, mode):
         return real_parse(body)
 
     monkeypatch.setattr(web.Request, "read", count_read)
-    monkeypatch.setattr(wxgpt, "read_xml", count_parsed)
+    monkeypatch.setattr(wxgpt, "parse_message", count_parsed)
     async with platform(served.port, **mode) as server:
         server.wechat.attempt_timeout = PATIENT["attempt_timeout"]
         knocking = [

@@ -524,7 +524,9 @@ async def test_the_upstream_says_how_long_to_wait(server, upstream):
         upstream.will(
             Script(status=429, headers=named), "这次好了。", when=f"（{name}）"
         )
-    await asyncio.gather(*(server.bot.note_told(f"o{name}") for name in WAITS))
+    await asyncio.gather(
+        *(server.bot.store.note(f"o{name}", told_at=time.time()) for name in WAITS)
+    )
     asking = (server.ask(f"/chatgpt 问（{name}）", f"o{name}") for name in WAITS)
     seen = await within(60, "answers to all", asyncio.gather(*asking))
     assert {one.text for one in seen} == {"这次好了。" + LABEL}
@@ -976,7 +978,9 @@ async def test_garbled_bytes_are_asked_again(serve, wire, caplog):
     """Whatever HTTP makes of them, the second answer is the answer."""
     server = await talking(serve, assistants={"chatgpt": wire.settings})
     wire.named = dict(GARBLED)
-    await asyncio.gather(*(server.bot.note_told(f"o{name}") for name in GARBLED))
+    await asyncio.gather(
+        *(server.bot.store.note(f"o{name}", told_at=time.time()) for name in GARBLED)
+    )
     asking = [server.ask(f"/chatgpt {name}", f"o{name}") for name in GARBLED]
     answered = await within(60, "answers to all", asyncio.gather(*asking))
     for name, seen in zip(GARBLED, answered):

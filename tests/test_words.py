@@ -96,7 +96,7 @@ async def test_who_read_the_privacy_words_on_a_page_is_not_told_again(serve):
     """A page can ask and note it."""
     server = await serve()
     assert not await server.bot.store.was_told(ANN)
-    await server.bot.note_told(ANN)
+    await server.bot.store.note(ANN, told_at=time.time())
     assert await server.bot.store.was_told(ANN)
     assert (await server.ask("/chatgpt")).text == shown("opened", assistant="chatgpt")
 
@@ -332,21 +332,14 @@ async def test_every_tail_fits(server, upstream, size, reason):
     assert count >= size / 1800
 
 
-def tail_of(bot, turn, part):
-    """Return the tail under the part before this one."""
-    return bot.tail(turn, part.number, bot.count_of(turn, part))
-
-
 async def test_the_worst_tail_is_what_cuts_are_measured_with(server):
     """Whatever number, place and state an answer has."""
     turn = wxgpt.Turn(1, 1, ANN, f"{ANN} 1", "k" * 22, "问", None, time.time(), 1, "c")
     room = server.bot.room_in(turn)
     part = wxgpt.Part(10**9 - 1, 1, 0, place=500)
     sizes = []
-    for state in ("open", "done"):
-        turn.state = state
-        turn.left[0] = 400
-        sizes.append(wxgpt.sent_size(tail_of(server.bot, turn, part)))
+    for left in (None, 400):
+        sizes.append(wxgpt.sent_size(server.bot.tail(turn, part, left)))
     assert room + max(sizes) == wxgpt.REPLY_BYTES
 
 
