@@ -4637,12 +4637,19 @@ class ReplayGuard:
 # its path: what answers a message (deliver, find_source, handle_), the question's task
 # (converse), what a request gets (reply_to, compose). It knows nothing of HTTP.
 #
-# A command is one method, its name in COMMANDS and its line in `texts.help`. Assistants
-# are commands too: `/NAME` opens a session with it.
+# A command is one method, decorated with @command, and its line in `texts.help`.
+# Assistants are commands too: `/NAME` opens a session with it.
 # ---------------------------------------------------------------------------
 
-COMMANDS = ("stop", "clear", "history", "help", "forget")
+Command = Callable[["Bot", Delivery], Awaitable[str]]
+COMMANDS: dict[str, Command] = {}
 COMMAND_CHARS = 64  # what is longer is no command and no tap
+
+
+def command(method: Command) -> Command:
+    """Register a method as the command of its name."""
+    COMMANDS[method.__name__] = method
+    return method
 
 
 def folded(text: str) -> str:
@@ -4651,11 +4658,10 @@ def folded(text: str) -> str:
     return unicodedata.normalize("NFKC", text).strip().casefold() if is_short else ""
 
 
-def find_command(text: str) -> str:
-    """Return the name of the command that a whole text is, or ''."""
+def find_command(text: str) -> Command | None:
+    """Return the command that a whole text is, or None."""
     name = folded(text)
-    name = name[1:].strip() if name.startswith("/") else ""
-    return name if name in COMMANDS else ""
+    return COMMANDS.get(name[1:].strip()) if name.startswith("/") else None
 
 
 def find_assistant(text: str, names: Iterable[str]) -> tuple[str, str] | None:
@@ -4985,9 +4991,9 @@ class Bot:
         keyword = "" if session else config.replies.keywords.get(text, "")
         if keyword and is_command(keyword, config.assistants):
             meant = keyword
-        if name := find_command(meant):
-            log.info("%s command %s", delivery.message.name, name)
-            return await getattr(self, name)(delivery)
+        if method := find_command(meant):
+            log.info("%s command %s", delivery.message.name, method.__name__)
+            return await method(self, delivery)
         if opened := find_assistant(meant, config.assistants):
             return await self.open_and_ask(delivery, *opened)
         if session and not is_words:
@@ -5651,6 +5657,7 @@ class Bot:
 
     # Commands
 
+    @command
     async def stop(self, delivery: Delivery) -> str:
         """End the session; what is being written goes on, what waits is not asked."""
         session = delivery.session or delivery.lapsed
@@ -5660,6 +5667,7 @@ class Bot:
         self.end_queued(delivery.subscriber)
         return self.texts.stopped.format(tap=tap_link(f"/{session.assistant}"))
 
+    @command
     async def clear(self, delivery: Delivery) -> str:
         """End the session and open a new one with the same assistant."""
         session = delivery.session or delivery.lapsed
@@ -5668,6 +5676,7 @@ class Bot:
         await self.open_session(delivery, session.assistant)
         return self.texts.cleared
 
+    @command
     async def history(self, delivery: Delivery) -> str:
         """Return a link to the subscriber's history; the one before ends."""
         minutes = self.config.history.history_minutes
@@ -5680,6 +5689,7 @@ class Bot:
             text += "\n" + self.texts.history_devices.format(count=count, tap=tap)
         return text
 
+    @command
     async def help(self, delivery: Delivery) -> str:
         """Say how to ask, and list the assistants and commands."""
         texts, names = self.texts, self.config.assistants
@@ -5689,6 +5699,7 @@ class Bot:
         ask = texts.help_ask if is_open else texts.help_begin
         return self.with_notice(texts.help.format(ask=ask, assistants="\n".join(lines)))
 
+    @command
     async def forget(self, delivery: Delivery) -> str:
         """Ask for the confirmation without which nothing is deleted."""
         await self.store.ask_forget(delivery.message.openid, time.time())
