@@ -4287,9 +4287,6 @@ class Pictures:
 
         Inside the block they take their room.
         """
-        if not urls:
-            yield []
-            return
         size = len(urls) * PICTURE_BYTES
         async with self.news:
             await self.news.wait_for(lambda: self.room >= size)
@@ -6194,8 +6191,8 @@ def closed(markdown: str) -> str:
 def load_pages() -> jinja2.Environment:
     """Return the templates; raise ConfigError if one is missing or broken.
 
-    First called at the start; files changed later wait for the next start. A template
-    is compiled when it is first shown; all of them at the start took a tenth of it.
+    First called at the start; files changed later wait for the next start. Compiling
+    all of them took a tenth of it: each waits until it is shown.
     """
     folder = jinja2.FileSystemLoader(PAGES)
     pages = jinja2.Environment(
