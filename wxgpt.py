@@ -162,9 +162,7 @@ STICKER_TEXTS = ("【收到不支持的消息类型，暂无法显示】", "[Uns
 
 # What no text of others keeps: what XML 1.0 cannot contain, lone surrogates included
 # (WeChat shows an error for it), and Unicode's characters for internal use: our links.
-ILLEGAL = re.compile(
-    "[^\t\n\r\x20-\ud7ff\ue000-\ufdcf\ufdf0-\ufffd\U00010000-\U0010ffff]"
-)
+ILLEGAL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
 
 # ---------------------------------------------------------------------------
@@ -908,7 +906,8 @@ def tap_link(words: str, content: str = "") -> str:
     return web_link(words, f"weixin://bizmsgmenu?msgmenucontent={sent}&msgmenuid=1")
 
 
-def with_taps(text: str, names: Iterable[str]) -> str:
+@functools.lru_cache
+def with_taps(text: str, *names: str) -> str:
     """Return one of our own texts with each `/NAME` in it as a tap."""
     text = with_links(text)
     longest_first = sorted(map(re.escape, names), key=len, reverse=True)
@@ -2512,7 +2511,7 @@ class Signal:
         """Wake those whose condition is met; to be called after every change."""
         for is_wanted, future in self.waiting:
             if not future.done() and is_wanted():
-                future.set_result(True)
+                future.set_result(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -2874,8 +2873,8 @@ async def lock_file(file: int, path: str) -> None:
 def read_due(file: int) -> Due:
     """Return the deletions that a process before this one left undone."""
     due = {}
-    for line in os.pread(file, os.fstat(file).st_size, 0).splitlines():
-        with contextlib.suppress(ValueError):  # empty, or torn: not promised yet
+    for line in os.pread(file, os.fstat(file).st_size, 0).strip().splitlines():
+        with contextlib.suppress(ValueError):  # torn: not promised yet
             openid, key, reply = json.loads(line)
             due[openid] = (key, reply)
     return due
@@ -2899,7 +2898,7 @@ PAGE_CHARS = 100_000  # of questions and answers on a page of the history
 
 def columns_of(record: Any) -> dict[str, object]:
     """Return a record's fields by name; a statement takes those that it names."""
-    return {one.name: getattr(record, one.name) for one in fields(record)}
+    return {name: getattr(record, name) for name in record.__slots__}
 
 
 def noted(openid: str, **values: float | None) -> Statement:
@@ -3142,7 +3141,7 @@ class Store:
 
     def keyed_hash(self, name: str) -> str:
         """Return what outlives a deletion in place of an openid or a message's key."""
-        return hmac.new(self.secret, name.encode(), "sha256").hexdigest()[:32]
+        return hmac.digest(self.secret, name.encode(), "sha256").hex()[:32]
 
     async def questions_of_day(self, openid: str, now: float) -> int:
         """Return how many questions a subscriber asked on this Beijing day."""
@@ -4051,21 +4050,21 @@ class Picture:
 
 
 PIECE_BYTES = 48 * 1024  # of a picture that is encoded at once; a multiple of three
+PLACE = secrets.token_hex(16)  # where a picture belongs; nobody's text has it
 
 
 def render_request(body: dict) -> tuple[int, bytes | AsyncIterator[bytes]]:
     """Return the length of a request's JSON, and it, with pictures in pieces."""
     pictures: list[bytes] = []
-    mark = secrets.token_hex(16)  # where one belongs; nobody's text has it
 
     def place(picture: Picture) -> str:
         pictures.append(picture.body)
-        return f"data:{picture.kind};base64,{mark}"
+        return f"data:{picture.kind};base64,{PLACE}"
 
     text = json.dumps(body, default=place)
     if not pictures:
         return len(text), text.encode()
-    texts = text.split(mark)
+    texts = text.split(PLACE)
     length = sum(map(len, texts)) + sum((len(one) + 2) // 3 * 4 for one in pictures)
 
     async def pieces() -> AsyncIterator[bytes]:
@@ -4304,13 +4303,19 @@ class Pictures:
 # ---------------------------------------------------------------------------
 
 
+def wake(future: asyncio.Future[None]) -> None:
+    """Let a wait look at its condition and its deadline."""
+    if not future.done():
+        future.set_result(None)
+
+
 class Tasks:
     """Every task of the process, and every wait, so that a shutdown can end them."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.running: set[asyncio.Task] = set()
-        self.waits: set[asyncio.Timeout] = set()
+        self.waits: set[asyncio.Future[None]] = set()
         self.closes_at: float | None = None  # loop's clock; set at a shutdown
 
     def start(
@@ -4344,26 +4349,25 @@ class Tasks:
         while not is_wanted():
             if self.closes_at is not None:
                 deadline = min(deadline, self.closes_at)
-            future: asyncio.Future[bool] = self.loop.create_future()
-            limit = asyncio.timeout_at(deadline)
-            self.waits.add(limit)
+            if self.loop.time() >= deadline:
+                return False
+            future: asyncio.Future[None] = self.loop.create_future()
+            timer = self.loop.call_at(deadline, wake, future)
+            self.waits.add(future)
             news.waiting.append((is_wanted, future))
             try:
-                async with limit:
-                    await future
-            except TimeoutError:
-                return is_wanted()
+                await future
             finally:
-                self.waits.remove(limit)
+                timer.cancel()
+                self.waits.remove(future)
                 news.waiting.remove((is_wanted, future))
         return True
 
     def end_waits(self, at: float) -> None:
         """End all waits at that time at the latest, those to come as well."""
         self.closes_at = at
-        for limit in self.waits:
-            if not limit.expired():
-                limit.reschedule(min(at, limit.when() or at))
+        for future in self.waits:
+            self.loop.call_at(at, wake, future)
 
     async def close(self) -> None:
         """Cancel all tasks, and wait until they have ended."""
@@ -4847,7 +4851,7 @@ class Bot:
 
     def tappable(self, text: str) -> str:
         """Return one of our own texts with the commands in it as taps."""
-        return with_taps(text, [*self.config.assistants, *COMMANDS])
+        return with_taps(text, *self.config.assistants, *COMMANDS)
 
     def page_link(self, turn: Turn, words: str) -> str:
         """Return a link to an answer's page."""
@@ -5895,7 +5899,7 @@ def check_commands(config: Config, mistakes: Mistakes) -> None:
     require(len(notice) <= 100, "replies.model_notice", notice, wanted)  # for /help
     welcome = f"{replies.subscribe}\n\n{notice}"
     for text in (welcome, replies.outside, *replies.keywords.values()):
-        size = sent_size(with_taps(text, names))
+        size = sent_size(with_taps(text, *names))
         wanted = "at most 1800 bytes with taps"
         require(size <= REPLY_BYTES, "replies", f"{size} bytes", wanted)
     for name in config.assistants:
@@ -6061,12 +6065,13 @@ def closed(markdown: str) -> str:
 
 @functools.cache
 def load_pages() -> jinja2.Environment:
-    """Return the templates, compiled; raise ConfigError if one is missing or broken.
+    """Return the templates; raise ConfigError if one is missing or broken.
 
-    First called at the start; files changed later wait for the next start.
+    First called at the start; files changed later wait for the next start. Compiling
+    all of them took a tenth of it: each waits until it is shown.
     """
+    folder = jinja2.FileSystemLoader(PAGES)
     pages = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(PAGES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -6082,8 +6087,10 @@ def load_pages() -> jinja2.Environment:
             pages.globals[name.replace(".", "_")] = minified(PAGES / name)
         code_rules()
         formula_rules()
-        for name in TEMPLATES:
-            pages.get_template(name)
+        sources = {name: folder.get_source(pages, name)[0] for name in TEMPLATES}
+        for name, source in sources.items():
+            pages.parse(source, name)
+        pages.loader = jinja2.DictLoader(sources)
     except jinja2.TemplateNotFound as error:
         raise ConfigError("{path}: not found", path=PAGES / str(error.name)) from None
     except jinja2.TemplateSyntaxError as error:
@@ -6519,11 +6526,11 @@ BODY_SECONDS = 10.0  # how long a push's body may take to arrive
 
 async def read_push(request: web.Request) -> Message | web.Response:
     """Return the message of a rightly signed push, or the response to anything else."""
-    bot, refusal = request.app[BOT], web.Response(status=403)
+    bot = request.app[BOT]
     if not is_from_wechat(request, "signature"):
         if "signature" in request.query:  # else it is a stranger's
             bot.warn("push with a wrong signature or time: is the token the same?")
-        return refusal
+        return web.Response(status=403)
     try:
         async with asyncio.timeout(BODY_SECONDS):
             body = await request.read()
@@ -6536,7 +6543,7 @@ async def read_push(request: web.Request) -> Message | web.Response:
             sealed = find_encrypted(body)
             if not sealed or not is_from_wechat(request, "msg_signature", sealed):
                 bot.warn("a push is not rightly encrypted: is the console in 安全模式?")
-                return refusal
+                return web.Response(status=403)
             body = bot.cipher.open(sealed)
         message = parse_message(body)
     except BadMessage as error:
@@ -6544,7 +6551,7 @@ async def read_push(request: web.Request) -> Message | web.Response:
         return web.Response(body=b"success")
     same = message.key, message.msg_type, message.content  # on every attempt
     if not bot.replays.is_first(request.query["signature"], same):
-        return refusal
+        return web.Response(status=403)
     bot.heard_at = bot.tasks.loop.time()
     bot.wechat_ahead = max(bot.wechat_ahead, message.created - bot.heard_at)
     return message

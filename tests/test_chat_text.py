@@ -628,7 +628,7 @@ PURE = {
     "find_assistant": lambda text: wxgpt.find_assistant(text, ["chatgpt"]),
     "find_command": wxgpt.find_command,
     "cdata": wxgpt.cdata,
-    "with_taps": lambda text: wxgpt.with_taps(text, ["chatgpt", "help"]),
+    "with_taps": lambda text: wxgpt.with_taps(text, "chatgpt", "help"),
 }
 
 

@@ -117,7 +117,7 @@ def test_what_was_sent_is_sent_again_as_it_was(text):
 def test_an_owner_may_write_links():
     """They are tapped as before; what looks like a command in them stays a word."""
     text = '看<a href="https://shop.cn/help">/help 与店</a>，或发 /help'
-    sent = wxgpt.outgoing(wxgpt.with_taps(text, ["help"]))
+    sent = wxgpt.outgoing(wxgpt.with_taps(text, "help"))
     assert sent.startswith(
         '看<a href="https://shop.cn/help">/help 与店</a>，或发 <a href="weixin:'
     )

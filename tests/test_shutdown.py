@@ -163,7 +163,8 @@ async def test_a_wait_that_ends_with_the_shutdown_is_answered(serve, upstream):
     waiting = asyncio.create_task(server.wechat.attempt(push))
     await upstream.arrival("问")
     tasks, loop = server.bot.tasks, asyncio.get_running_loop()
-    [at] = {limit.when() for limit in tasks.waits}
+    [delivery] = server.bot.deliveries.values()
+    at = delivery.newest + 1 - server.bot.config.wechat.margin
     shutting = loop.create_future()
     loop.call_at(at, lambda: shutting.set_result(tasks.end_waits(at)))
     await within(30, "moment of the shutdown", shutting)

@@ -63,6 +63,17 @@ async def test_the_database_is_private(start, container):
     assert container.path(STATE).stat().st_mode & 0o777 == 0o700
 
 
+async def test_the_server_finds_its_bytecode(start, container):
+    """It may write none itself: the unit compiles it before, for everybody to read."""
+    await start()
+    folder = container.path("opt/wxgpt/__pycache__")
+    [bytecode] = folder.glob("wxgpt.*.pyc")
+    assert (folder.stat().st_mode & 0o777, bytecode.stat().st_mode & 0o777) == (
+        0o755,
+        0o644,
+    )
+
+
 async def test_a_push_that_a_kill_cuts_is_answered_by_the_next_process(start, upstream):
     """Killed in mid-answer: the retry waits at the kept socket and gets the answer."""
     server, unit = await start()

@@ -15,6 +15,7 @@ Figures of one run are to be compared with each other, and with no other machine
 
 import argparse
 import asyncio
+import compileall
 import contextlib
 import importlib.metadata
 import itertools
@@ -201,6 +202,7 @@ class Bench:
     ) -> None:
         self.folder, self.upstream = folder, upstream
         self.program, self.is_quick = program, is_quick
+        compileall.compile_file(program, quiet=1)  # as the unit does
         self.base_url = f"http://127.0.0.1:{upstream.port}/v1"
         self.schema = program.with_name("schema.sql").read_text("utf-8")
         self.rows: list[dict[str, Any]] = []
