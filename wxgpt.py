@@ -962,11 +962,11 @@ def with_taps(text: str, names: typing.Iterable[str]) -> str:
 
 FORMULAS = pathlib.Path(__file__).parent / "pages" / "formulas.toml"
 SUPERSCRIPTS = str.maketrans(
-    "0123456789+−=()abcdefghijklmnoprstuvwxyzABDEGHIJKLMNOPRTUVW′∘",
-    "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖʳˢᵗᵘᵛʷˣʸᶻᴬᴮᴰᴱᴳᴴᴵᴶᴷᴸᴹᴺᴼᴾᴿᵀᵁⱽᵂ′°",
+    "0123456789+−-=()abcdefghijklmnoprstuvwxyzABDEGHIJKLMNOPRTUVW′∘",
+    "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁼⁽⁾ᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖʳˢᵗᵘᵛʷˣʸᶻᴬᴮᴰᴱᴳᴴᴵᴶᴷᴸᴹᴺᴼᴾᴿᵀᵁⱽᵂ′°",
 )
 SUBSCRIPTS = str.maketrans(
-    "0123456789+−=()aehijklmnoprstuvx", "₀₁₂₃₄₅₆₇₈₉₊₋₌₍₎ₐₑₕᵢⱼₖₗₘₙₒₚᵣₛₜᵤᵥₓ"
+    "0123456789+−-=()aehijklmnoprstuvx", "₀₁₂₃₄₅₆₇₈₉₊₋₋₌₍₎ₐₑₕᵢⱼₖₗₘₙₒₚᵣₛₜᵤᵥₓ"
 )
 SMALL_SIGNS = "".join(map(chr, [*SUPERSCRIPTS.values(), *SUBSCRIPTS.values()]))
 SCRIPTED = rf"(?:[{SMALL_SIGNS}'!%]|[_^](?:\([^()]*\)|\w))*"
@@ -997,6 +997,12 @@ def script_text(mark: str, script: str, base: str) -> str:
         return base + script.translate(small)
     is_closed = len(script) == 1 or re.fullmatch(IN_BRACKETS, script)
     return base + mark + (script if is_closed else f"({script})")
+
+
+def over_text(over: str, under: str) -> str:
+    """Write words over a sign: in an arrow (—Δ→), beside others as a power."""
+    form = formula_rules()["over"].get(under)
+    return form.format(over) if form else script_text("^", over, under)
 
 
 def fraction_text(over: str, under: str) -> str:
@@ -1033,12 +1039,6 @@ def symbol_text(name: str) -> str:
     return char
 
 
-def alphabet_text(alphabet: str, text: str) -> str:
-    """Write one letter in its alphabet (ℝ, 𝐯), and words as they are."""
-    is_letter = re.fullmatch("[A-Za-z]", text)
-    return symbol_text(f"{alphabet}{{{text}}}") if is_letter else bracketed(text)
-
-
 @functools.cache
 def formula_rules() -> dict[str, typing.Any]:
     """Return the tables of formulas.toml, which explains them; raise ConfigError."""
@@ -1052,7 +1052,8 @@ def formula_commands() -> dict[str, tuple[str, Callable[..., str], str]]:
     commands: dict[str, tuple[str, Callable[..., str], str]] = {
         "frac": ("mm", fraction_text, "fraction"),
         "sqrt": ("om", root_text, "root"),
-        "overset": ("mm", functools.partial(script_text, "^"), ""),
+        "overset": ("mm", over_text, ""),
+        "substack": ("M", lambda lines: lines.replace("\n", ", "), ""),
         "underset": ("mm", functools.partial(script_text, "_"), ""),
         "overbrace": ("m", bracketed, ""),
         "not": ("m", lambda s: unicodedata.normalize("NFC", s + "\u0338"), "symbol"),
@@ -1061,8 +1062,6 @@ def formula_commands() -> dict[str, tuple[str, Callable[..., str], str]]:
         commands[name] = arguments, text.format, kind
     for name in rules["names"].split():
         commands[name] = "", name.format, "name"
-    for name in rules["alphabets"].split():
-        commands[name] = "m", functools.partial(alphabet_text, name), ""
     for name, accent in rules["accents"].items():
         commands[name] = "m", functools.partial(accented_text, accent), ""
     return commands
@@ -1194,10 +1193,9 @@ class FormulaReader:
         """Read one argument of a command as text."""
         if kind == "t":
             words = re.sub(r"\\(?:[ ,:;>]|q?quad)|~|\s+", " ", self.source())
-            words = re.sub(r"\\([%&_#{}])|[{}]", r"\1", words)
-            if "\\" in words or "$" in words:
+            if re.search(r"\\[^%&_#{}$]|(?<!\\)\$", words):
                 raise ValueError("mathematics among words")
-            return words
+            return re.sub(r"\\([%&_#{}$])|[{}]", r"\1", words)
         if kind == "o":
             is_given = self.tokens[-1] == "[" and self.tokens.pop()
             return render_pieces(self.row("]")) if is_given else ""
@@ -1235,6 +1233,10 @@ class FormulaReader:
             pieces = [Piece(write(*map(self.argument, arguments)), kind)]
         elif name == "mathrm":
             pieces = self.pieces()
+        elif name in formula_rules()["alphabets"]:  # of one letter: ℝ, 𝐯
+            pieces = self.pieces()
+            if len(pieces) == 1 and re.fullmatch("[A-Za-z]", pieces[0].text):
+                pieces = [Piece(symbol_text(f"{name}{{{pieces[0].text}}}"))]
         elif name == "begin":
             pieces = [Piece(self.environment())]
         else:
@@ -1288,6 +1290,9 @@ def simpler_latex(latex: str) -> str:
         r"\\ce\s*\{((?:[^{}]|\{[^{}]*\})*)\}",
         lambda reaction: rf"\mathrm{{{rewritten(reaction[1], 'chemistry')}}}",
         latex,
+    )
+    latex = re.sub(
+        r"\\textcircled\s*\{?([1-9])\}?", lambda n: chr(0x245F + int(n[1])), latex
     )
     return rewritten(latex, "latex").strip()
 
@@ -1372,7 +1377,9 @@ DOUBLE_CLOSES = re.compile(  # `**Note:**text`, but neither `f(**a,**b)` nor `ab
 )
 DOUBTFUL = re.compile(r"/.|./|[字）】][x_([{+.=-]")  # `边长**2`, `/**…**/`: no pair
 SINGLE_OPENS = re.compile(r"[^字x_)\]}）】》”’/\\=+<>^|&%.~-][x字“‘《「『（(\[`$\\\"']")
-SINGLE_CLOSES = re.compile(r"[x字。！？….!?)）”’\"'」』】》%℃`$\]>+#][^字x_/(=\[\\:]")
+SINGLE_CLOSES = re.compile(  # `*Note:* text`, `*注*说明`, but not `5*，6*，`
+    r"[x字。！？….!?)）”’\"'」』】》%℃`$\]>+#:：][^字x_/(=\[\\:]|[字：。！？]字"
+)
 BRACKETS = [("(", ")"), ("[", "]"), ("（", "）")]
 
 
@@ -1401,22 +1408,24 @@ LABEL = (
 )
 # The first that matches counts; it is read by the method of its name: `read_code`.
 INLINE_MARKS = {
-    "newline": r"\n",
+    "newline": r"\n|(?<=[，。！？；：、…”’）」』》])\\\n|(?<=[a-z][.,;:!?])\\\n",
     "formula": r"\$\$|\\[(\[]|\\begin\{(?P<environment>\w{1,20}\*?)\}|<!--",
     "backslash": r"\\\\|\\",
     "code": r"(?<!`)(?P<ticks>`+)(?!`)(?P<inside>[^\n]{1,1000}?)(?<!`)(?P=ticks)(?!`)",
     "stars": r"\*+|＊+|~~+",
-    "dollars": r"(?<![0-9A-Za-z])\$(?![\s$])"  # in a line, but not `从 $5 涨到 $10`
-    r"(?P<latex>[^$\n。！？]{0,299}?[^\s$\\。！？])\$(?![0-9A-Za-z_${])",
+    "dollars": r"(?<![0-9A-Za-z])\$(?:"  # in a line, but not `从 $5 涨到 $10`
+    r"(?![\s$])(?P<latex>(?:\\\$|[^$\n。！？]){0,299}?(?:\\\$|[^\s$\\。！？]))"
+    r"|(?<!\d \$)(?P<spaced> [^$\n。！？]{1,298}? ))\$(?![0-9A-Za-z_${])",
     "link": rf"(?P<picture>!?)\[(?P<label>{LABEL})\]"
     r"(?u:\([ \t]*(?:<(?P<whole>[^<>\n]*)>|(?P<plain>(?:[^\s()<>]++|\([^\s()]*+\))*+))"
     r"(?:[ \t]+(?P<title>\"[^\"\n]*\"|'[^'\n]*'|\([^()\n]*\)))?[ \t]*\))",
     # Nothing comes behind it yet but what may become code, a link or a formula.
-    "open": r"`++(?=.{0,999}+\Z)|(?<![0-9A-Za-z])\$(?!\s)(?=[^\n。！？]{0,999}+\Z)"
+    "open": r"`++(?=.{0,999}+\Z)|(?<![0-9A-Za-z])\$(?=[^\n。！？]{0,999}+\Z)"
     rf"|!?\[(?={LABEL}(?:!?\[[^\[\]\n]*+)?(?:\](?:\(.*+)?)?\Z)",
     "url": r"<(?:https?://|mailto:)[^\s<>]+>|<[\w.+-]+@[\w-]+(?:\.[\w-]+)+>"
     r"|https?://[\w./?#%&=+~:;@!$',*()-]+",
-    "tag": r"<(?P<closes>/?)(?P<name>br|b|i|u|em|strong|span|div|p|center|font|mark"
+    "break": r"<br\s*/?>[ \t]*",
+    "tag": r"<(?P<closes>/?)(?P<name>b|i|u|em|strong|span|div|p|center|font|mark"
     r"|kbd|details|summary|sub|sup)(?:\s+(?:open\b|[\w-]+\s*=\s*(?:\"[^\"]{0,300}\""
     r"|'[^']{0,300}'|[^\s\"'<>=]+)))*\s*/?>",
     "entity": ENTITY,
@@ -1432,15 +1441,22 @@ LATEX_SIGN = re.compile(r"\\[A-Za-z]|\^|_\{|_\w")
 FORMULA = re.compile(  # not words in brackets
     rf".*(?:{LATEX_SIGN.pattern})|(?!.*{CJK.pattern}).*[\w+=<>-]", re.DOTALL
 )
+# Between spaces: LaTeX, or single letters among signs, but not a shell's `$ ls`.
+SPACED = re.compile(
+    r".*(?:\\[A-Za-z]|[_^]\{).*"
+    rf"|(?!.*{CJK.pattern})(?=.*[A-Za-z])(?:[^A-Za-z]|[A-Za-z](?![A-Za-z]))+"
+)
 ESCAPE = re.compile(
     r"\\[*_`~$<>|\[\]&!]|(?<![^\W_])\\#|(?<=\b[A-Z])\\#"
     r"|^[ \t]*(?:\\[-+>=]|\d{1,3}\\[.)])",
     re.MULTILINE,
 )
-# Words with backslashes that are paths or patterns: `D:\a\_b`, `\\nas\x`, `^\d+\.$`.
+# Words with backslashes that are paths or patterns: `D:\a\_b`, `\\nas\x`, `^\d+\.$`;
+# or a face: `¯\_(ツ)_/¯`.
 WORD_WITH_SIGNS = re.compile(r"[^\s，。：；！？、（）“”…!?]+")
 PATH = re.compile(
-    r"\\[^\W_]|^\\\\|\b[A-Za-z]:\\|\\\W[+?{]|^[\^.]+\\|\\$|(?<!^\d)(?<!^\d\d)\\\."
+    r"\\[^\W_]|^\\\\|\b[A-Za-z]:\\|\\\W[+?{]|^[\^.¯]+\\|\\$|(?<!^\d)(?<!^\d\d)\\\."
+    r"|\.[*+?]|\[\^"
 )
 DATA_PICTURE = re.compile(r"data:image/(?:png|jpeg|gif|webp);base64,[A-Za-z0-9+/=]+")
 
@@ -1468,10 +1484,10 @@ class InlineReader:
         self.is_held = False  # something is open that can change all that follows
         self.closer = ""  # what closes the formula or comment that is open
         words = WORD_WITH_SIGNS.finditer(self.text) if "\\" in text else ()
-        paths = [range(*word.span()) for word in words if PATH.search(word[0])]
+        self.paths = [range(*word.span()) for word in words if PATH.search(word[0])]
         # Where a backslash, the last but one character of a match, escapes the last.
         self.escapes = {found.end() - 2 for found in ESCAPE.finditer(self.text, 1)}
-        self.escapes.difference_update(*paths)
+        self.escapes.difference_update(*self.paths)
 
     def read(self) -> None:
         """Read all of the text, as far as it can be told by now."""
@@ -1511,7 +1527,7 @@ class InlineReader:
         """Add a mark that is text until it is closed."""
         if len(self.openers) < MAX_OPENERS:
             self.openers.append(Opener(mark, len(self.tokens), end, is_doubtful))
-        self.add_text(text)
+        self.add("text", content=text)
 
     def find(self, mark: str) -> Opener | None:
         return next((o for o in reversed(self.openers) if o.mark == mark), None)
@@ -1567,9 +1583,10 @@ class InlineReader:
         return mark.end()
 
     def read_dollars(self, mark: re.Match[str]) -> int:
-        latex = mark["latex"]
-        if LATEX_SIGN.search(latex) or FORMULA.match(latex) and not PRICE.match(latex):
-            self.add("math_inline", "math", content=latex, markup="$")
+        latex, spaced = mark["latex"] or "", mark["spaced"] or ""
+        is_formula = FORMULA.match(latex) and not PRICE.match(latex)
+        if is_formula or LATEX_SIGN.search(latex) or SPACED.fullmatch(spaced):
+            self.add("math_inline", "math", content=latex + spaced, markup="$")
             return mark.end()
         self.add_text("$")
         return mark.start() + 1
@@ -1594,7 +1611,9 @@ class InlineReader:
             self.add(kind, "math", content=opener + latex + closer)
         elif opener in CLOSERS and FORMULA.match(latex):
             self.add(kind, "math", content=latex, markup=opener)
-        elif opener in CLOSERS:  # `\[words\]` are brackets
+        elif opener in CLOSERS:  # `\[words\]` are brackets, but not in a pattern
+            if any(mark.start() in path for path in self.paths):
+                return 0
             self.add_text(opener.removeprefix("\\"))
             self.escapes.add(end)
             return inside
@@ -1648,6 +1667,10 @@ class InlineReader:
         self.add_text(char)
         return mark.end()
 
+    def read_break(self, mark: re.Match[str]) -> int:
+        self.add("hardbreak", "br")
+        return mark.end()
+
     def read_tag(self, tag: re.Match[str]) -> int:
         """Read a tag: markup in a pair, or among tags alone on a line."""
         name = tag["name"].lower()
@@ -1656,10 +1679,8 @@ class InlineReader:
         is_alone = before in ("\n", ">") and after in ("", "\n", "<")
         opener = self.find(name) if tag["closes"] else None
         inside = self.text[opener.end : tag.start()] if opener else ""
-        if name == "br":
-            self.add("hardbreak", "br")
-        elif not tag["closes"] and not is_alone:
-            self.open(name, tag[0], tag.end())
+        if not tag["closes"] and (after == "<" or not is_alone):
+            self.open(name, "" if is_alone else tag[0], tag.end())
         elif opener is None:
             return tag.end() if is_alone else 0
         elif not inside or inside != inside.strip(" "):
@@ -1718,13 +1739,15 @@ LATE_FENCE = re.compile(  # after words: `代码如下：` and three backticks
     r"(?<=[:：])[ \t]*(?P<mark>`{3,})(?P<info>[\w+#.-]*)[ \t\r]*\Z", re.ASCII
 )
 HEADING = re.compile(r"[ \t]*(#{1,6})[ \t]+(\S.*)")
-QUOTE = re.compile(r"[ \t]*>(?!>>|=) ?(.*)")
+QUOTE = re.compile(r"[ \t]*>(?!>>|=) ?(.*)")  # `>>>` is Python's prompt, but not in
+QUOTE_IN_TWO = re.compile(r"[ \t]*>(?!=) ?(.*)")  # a quote in a quote
 BLOCK = re.compile(r"[ \t]*(?:`{3}|~{3}|#{1,6}[ \t]+\S|>(?!>>|=))")
 ITEM = re.compile(r"[ \t]*([-*+]|\d{1,3}[.)])[ \t]+(\S.*)", re.ASCII)
 TASK = re.compile(r"\[([ xX])\][ \t]+(?=\S)")
 # After a sign: `- 100 元`, `+ 300 元`, `> 60 分`; neither `2024 年` nor `1. 甲`.
 AMOUNT = re.compile(
-    r"[约近]?[^\w\s`。！？…!?]{0,3}\d[\d,.]*+(?! ?[年月日号点时:：、/)）])"
+    r"[约近]?[^\w\s`。！？…!?]{0,3}(?!\d{1,3}\.\s)\d[\d,.]*+"
+    r"(?! ?[年月日号点时:：、/)）])"
 )
 BAR = re.compile(  # a bar, or code and formulas that may hold one
     r"(`+)(?!`).{1,300}?(?<!`)\1(?!`)|\\\(.{1,300}?\\\)"
@@ -1853,7 +1876,8 @@ class MarkdownReader:
             cells = split_cells(line)
             if self.cells + len(cells) <= MAX_CELLS:
                 return self.add_row("td", cells)
-        quote = QUOTE.fullmatch(line)
+        is_in_two = self.quote and self.quote.quote
+        quote = (QUOTE_IN_TWO if is_in_two else QUOTE).fullmatch(line)
         is_new = not (self.quote or self.depth == MAX_QUOTES)
         if quote and is_new and not AMOUNT.match(quote[1]):  # not `> 60 分`
             self.close_to(indent_of(line))
@@ -2093,7 +2117,10 @@ def inline_text(children: list[Token]) -> str:
                 out.append("[图片]" if url[:5].lower() == "data:" else shown)
             case "math_inline" | "math_block":
                 source = child.markup + child.content + CLOSERS.get(child.markup, "")
-                out.append(formula_text(child.content) or source)
+                text = formula_text(child.content) or source
+                if "\n" in text:  # no other text on its lines, except a comma behind it
+                    text = ("" if re.match(".*=\n", text) else "\n") + text + "\v"
+                out.append(text)
             case "s_open" | "s_close":
                 out.append("~~")  # without them it would say the opposite
             case "link_open" | "sub_open" | "sup_open":
@@ -2107,11 +2134,12 @@ def inline_text(children: list[Token]) -> str:
                     out.append(f"（{url}）")  # phones draw other brackets into the link
             case "sub_close" | "sup_close":
                 begin, _ = begins.pop()
-                mark = "_" if child.tag == "sub" else "^"
-                out[begin:] = [script_text(mark, "".join(out[begin:]), "")]
+                mark, script = "_" if child.tag == "sub" else "^", "".join(out[begin:])
+                is_note = script.startswith("[")  # the number of a source
+                out[begin:] = [script if is_note else script_text(mark, script, "")]
             case _:
                 out.append(child.content)
-    return "".join(out)
+    return re.sub(r"\v\s*([，。；：、,.;:）)]?)", lambda m: m[1] or "\n", "".join(out))
 
 
 class ChatWriter:
