@@ -1273,7 +1273,7 @@ class FormulaReader:
                 line = re.sub(r"(?<![,，])\t(?=[=<>≤≥]\S)", "", line)
                 line = re.sub(r"(?<![,，])\t(?![=<>≤≥≠+−])", ",\t", line)
                 row[:] = [line.replace("\t", " ")]
-        lines = [gap.join(row).rstrip() for row in rows]
+        lines = [re.sub(f"(?:{gap})+$", "", gap.join(row)).rstrip() for row in rows]
         opening, closing, end = formula_rules()["environments"][name]
         return opening + re.sub("———,? ", "———\n", end.join(lines)) + closing
 
@@ -1376,9 +1376,11 @@ DOUBLE_CLOSES = re.compile(  # `**Note:**text`, but neither `f(**a,**b)` nor `ab
     r"(?![ （【《「『“‘(\[{<=|/])(?:.[^x_]|[:.!?%\x80-\U0010ffff][x_])"
 )
 DOUBTFUL = re.compile(r"/.|./|[字）】][x_([{+.=-]")  # `边长**2`, `/**…**/`: no pair
-SINGLE_OPENS = re.compile(r"[^字x_)\]}）】》”’/\\=+<>^|&%.~-][x字“‘《「『（(\[`$\\\"']")
+SINGLE_OPENS = re.compile(
+    r"[^字x_)\]}）】》”’/\\=+<>^|&%.~-][x字“‘《「『（(\[`$\\\"'—]"
+)
 SINGLE_CLOSES = re.compile(  # `*Note:* text`, `*注*说明`, but not `5*，6*，`
-    r"[x字。！？….!?)）”’\"'」』】》%℃`$\]>+#:：][^字x_/(=\[\\:]|[字：。！？]字"
+    r"[x字。！？….!?)）”’\"'」』】》%℃`$\]>+#:：,，][^字x_/(=\[\\]|[字：。！？]字"
 )
 BRACKETS = [("(", ")"), ("[", "]"), ("（", "）")]
 
@@ -1408,7 +1410,8 @@ LABEL = (
 )
 # The first that matches counts; it is read by the method of its name: `read_code`.
 INLINE_MARKS = {
-    "newline": r"\n|(?<=[，。！？；：、…”’）」』》])\\\n|(?<=[a-z][.,;:!?])\\\n",
+    "newline": r"\n|(?:(?<=[\n，。！？；：、…”’）」』》,!?])"
+    rf"|(?<={CJK.pattern}))\\\n",  # a backslash that only stands for the line's end
     "formula": r"\$\$|\\[(\[]|\\begin\{(?P<environment>\w{1,20}\*?)\}|<!--",
     "backslash": r"\\\\|\\",
     "code": r"(?<!`)(?P<ticks>`+)(?!`)(?P<inside>[^\n]{1,1000}?)(?<!`)(?P=ticks)(?!`)",
@@ -1424,7 +1427,7 @@ INLINE_MARKS = {
     rf"|!?\[(?={LABEL}(?:!?\[[^\[\]\n]*+)?(?:\](?:\(.*+)?)?\Z)",
     "url": r"<(?:https?://|mailto:)[^\s<>]+>|<[\w.+-]+@[\w-]+(?:\.[\w-]+)+>"
     r"|https?://[\w./?#%&=+~:;@!$',*()-]+",
-    "break": r"<br\s*/?>[ \t]*",
+    "break": r"</?br\s*/?>[ \t]*",
     "tag": r"<(?P<closes>/?)(?P<name>b|i|u|em|strong|span|div|p|center|font|mark"
     r"|kbd|details|summary|sub|sup)(?:\s+(?:open\b|[\w-]+\s*=\s*(?:\"[^\"]{0,300}\""
     r"|'[^']{0,300}'|[^\s\"'<>=]+)))*\s*/?>",
@@ -1455,7 +1458,7 @@ ESCAPE = re.compile(
 # or a face: `¯\_(ツ)_/¯`.
 WORD_WITH_SIGNS = re.compile(r"[^\s，。：；！？、（）“”…!?]+")
 PATH = re.compile(
-    r"\\[^\W_]|^\\\\|\b[A-Za-z]:\\|\\\W[+?{]|^[\^.¯]+\\|\\$|(?<!^\d)(?<!^\d\d)\\\."
+    r"\\[^\W_]|^\\\\|\b[A-Za-z]:\\|\\\W[+?{]|^[\^.¯]+\\|[\\/].*\\$|(?<!^\d)(?<!^\d\d)\\\."
     r"|\.[*+?]|\[\^"
 )
 DATA_PICTURE = re.compile(r"data:image/(?:png|jpeg|gif|webp);base64,[A-Za-z0-9+/=]+")
@@ -1488,6 +1491,9 @@ class InlineReader:
         # Where a backslash, the last but one character of a match, escapes the last.
         self.escapes = {found.end() - 2 for found in ESCAPE.finditer(self.text, 1)}
         self.escapes.difference_update(*self.paths)
+
+    def is_in_path(self, at: int) -> bool:
+        return any(at in path for path in self.paths)
 
     def read(self) -> None:
         """Read all of the text, as far as it can be told by now."""
@@ -1543,7 +1549,12 @@ class InlineReader:
     # One method for each mark, which returns where the markup ends, or 0 if it is text.
 
     def read_newline(self, mark: re.Match[str]) -> int:
-        """Read a line's end; a mark may close one line later, but not a single star."""
+        """Read a line's end, which may have a backslash that only stands for it.
+
+        A mark may close one line later, but not a single star.
+        """
+        if mark[0][0] == "\\" and self.is_in_path(mark.start()):
+            self.add_text("\\")
         openers = [o for o in self.openers if o.end > self.line_start]
         openers = [o for o in openers if o.mark not in ("*", "＊")]
         if not openers and not self.is_held:
@@ -1612,7 +1623,7 @@ class InlineReader:
         elif opener in CLOSERS and FORMULA.match(latex):
             self.add(kind, "math", content=latex, markup=opener)
         elif opener in CLOSERS:  # `\[words\]` are brackets, but not in a pattern
-            if any(mark.start() in path for path in self.paths):
+            if self.is_in_path(mark.start()):
                 return 0
             self.add_text(opener.removeprefix("\\"))
             self.escapes.add(end)
