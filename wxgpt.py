@@ -1382,7 +1382,6 @@ SINGLE_OPENS = re.compile(
 SINGLE_CLOSES = re.compile(  # `*Note:* text`, `*注*说明`, but not `5*，6*，`
     r"[x字。！？….!?)）”’\"'」』】》%℃`$\]>+#:：,，][^字x_/(=\[\\]|[字：。！？]字"
 )
-BRACKETS = [("(", ")"), ("[", "]"), ("（", "）")]
 
 
 def shape(char: str) -> str:
@@ -1487,13 +1486,11 @@ class InlineReader:
         self.is_held = False  # something is open that can change all that follows
         self.closer = ""  # what closes the formula or comment that is open
         words = WORD_WITH_SIGNS.finditer(self.text) if "\\" in text else ()
-        self.paths = [range(*word.span()) for word in words if PATH.search(word[0])]
+        paths = [range(*word.span()) for word in words if PATH.search(word[0])]
+        self.in_paths = set(itertools.chain(*paths))
         # Where a backslash, the last but one character of a match, escapes the last.
         self.escapes = {found.end() - 2 for found in ESCAPE.finditer(self.text, 1)}
-        self.escapes.difference_update(*self.paths)
-
-    def is_in_path(self, at: int) -> bool:
-        return any(at in path for path in self.paths)
+        self.escapes -= self.in_paths
 
     def read(self) -> None:
         """Read all of the text, as far as it can be told by now."""
@@ -1549,11 +1546,8 @@ class InlineReader:
     # One method for each mark, which returns where the markup ends, or 0 if it is text.
 
     def read_newline(self, mark: re.Match[str]) -> int:
-        """Read a line's end, which may have a backslash that only stands for it.
-
-        A mark may close one line later, but not a single star.
-        """
-        if mark[0][0] == "\\" and self.is_in_path(mark.start()):
+        """Read a line's end; a mark may close one line later, but not a single star."""
+        if mark.start() in self.in_paths:
             self.add_text("\\")
         openers = [o for o in self.openers if o.end > self.line_start]
         openers = [o for o in openers if o.mark not in ("*", "＊")]
@@ -1576,7 +1570,8 @@ class InlineReader:
         inside = self.text[opener.end : begin] if opener else ""
         is_phrase = bool(inside.strip())
         if is_single:  # may be a footnote's, or an operator: `(*p)*(*q)`
-            is_balanced = all(inside.count(a) == inside.count(b) for a, b in BRACKETS)
+            pairs = ("()", "[]", "（）")
+            is_balanced = all(inside.count(a) == inside.count(b) for a, b in pairs)
             is_phrase = is_balanced and any(char.isalpha() for char in inside)
         if opener and is_phrase and not (opener.is_doubtful and is_doubtful):
             self.close(opener, *names)
@@ -1623,7 +1618,7 @@ class InlineReader:
         elif opener in CLOSERS and FORMULA.match(latex):
             self.add(kind, "math", content=latex, markup=opener)
         elif opener in CLOSERS:  # `\[words\]` are brackets, but not in a pattern
-            if self.is_in_path(mark.start()):
+            if mark.start() in self.in_paths:
                 return 0
             self.add_text(opener.removeprefix("\\"))
             self.escapes.add(end)
@@ -1645,9 +1640,8 @@ class InlineReader:
         if not (ADDRESS.match(url) or is_path and shape(before) not in "x_" or is_data):
             self.add_text(mark["picture"] + "[")
             return mark.start("label")
-        inside = InlineReader(mark["label"], "[", is_whole=True)
-        inside.read()  # but no link is inside a link
-        label = [token for token in inside.tokens if token.tag != "a"]
+        inside, *_ = read_inline(mark["label"], "[")
+        label = [token for token in inside if token.tag != "a"]  # no link in a link
         if is_picture:
             attrs = {"src": url, "alt": ""}
             self.add("image", "img", attrs=attrs, children=label, content=mark["label"])
@@ -1750,15 +1744,14 @@ LATE_FENCE = re.compile(  # after words: `代码如下：` and three backticks
     r"(?<=[:：])[ \t]*(?P<mark>`{3,})(?P<info>[\w+#.-]*)[ \t\r]*\Z", re.ASCII
 )
 HEADING = re.compile(r"[ \t]*(#{1,6})[ \t]+(\S.*)")
-QUOTE = re.compile(r"[ \t]*>(?!>>|=) ?(.*)")  # `>>>` is Python's prompt, but not in
-QUOTE_IN_TWO = re.compile(r"[ \t]*>(?!=) ?(.*)")  # a quote in a quote
+QUOTE = re.compile(r"[ \t]*>(?!>>|=) ?(.*)")
+QUOTE_IN_TWO = re.compile(r"[ \t]*>(?!=) ?(.*)")  # where `>>>` is not Python's prompt
 BLOCK = re.compile(r"[ \t]*(?:`{3}|~{3}|#{1,6}[ \t]+\S|>(?!>>|=))")
 ITEM = re.compile(r"[ \t]*([-*+]|\d{1,3}[.)])[ \t]+(\S.*)", re.ASCII)
 TASK = re.compile(r"\[([ xX])\][ \t]+(?=\S)")
 # After a sign: `- 100 元`, `+ 300 元`, `> 60 分`; neither `2024 年` nor `1. 甲`.
 AMOUNT = re.compile(
-    r"[约近]?[^\w\s`。！？…!?]{0,3}(?!\d{1,3}\.\s)\d[\d,.]*+"
-    r"(?! ?[年月日号点时:：、/)）])"
+    r"[约近]?[^\w\s`。！？…!?]{0,3}\d[\d,.]*+(?<!\.)(?! ?[年月日号点时:：、/)）])"
 )
 BAR = re.compile(  # a bar, or code and formulas that may hold one
     r"(`+)(?!`).{1,300}?(?<!`)\1(?!`)|\\\(.{1,300}?\\\)"
@@ -2092,7 +2085,7 @@ class MarkdownReader:
         self.cells += len(cells)
         self.open("tr")
         for cell, side in itertools.zip_longest(cells, self.sides[: len(cells)]):
-            self.open(tag, attrs={"style": f"text-align:{side}"} if side else {})
+            self.open(tag, info=side or "")
             self.add("inline", children=read_inline(cell)[0], content=cell)
             self.close(tag)
         self.close("tr")
@@ -2176,7 +2169,7 @@ class ChatWriter:
         match token.type:
             case "inline" if self.captured is not None:
                 text = inline_text(token.children or [])
-                self.captured.append(text.replace("\n", " "))
+                self.captured.append(text.strip().replace("\n", " "))
             case "inline":
                 self.put(inline_text(token.children or []))
             case "blank":
@@ -2391,21 +2384,15 @@ def is_combining(char: str) -> bool:
     return unicodedata.category(first)[0] == "M" or "\u1160" <= first <= "\u11ff"
 
 
-def tears_character(text: str, at: int) -> bool:
-    """Say whether a cut would tear an accented letter, an emoji or a flag."""
-    after = text[at : at + 1] or "\n"
-    flags = at - len(text[:at].rstrip(FLAG))
-    is_in_flag = after in FLAG and flags % 2 == 1
-    return is_in_flag or is_combining(after) or EMOJI_TAIL.match(text, at) is not None
-
-
 def may_end(text: str, end: int) -> bool:
-    """Say whether a part may end here, behind a sentence or a line that is whole."""
+    """Say whether a part may end here, where a sentence, a line, a sign is whole."""
     line = text[:end].rstrip().rpartition("\n")[2]
     is_sentence = line != "" and not UNFINISHED.fullmatch(line)
     is_last = is_sentence and end_before_leading(text[:end]) == end
     is_in_heading = OPEN_HEADING.fullmatch(line) and HEADING_REST.match(text, end)
-    return is_last and not is_in_heading and not tears_character(text, end)
+    after, flags = text[end : end + 1] or "\n", end - len(text[:end].rstrip(FLAG))
+    is_in_sign = after in FLAG and flags % 2 or is_combining(after)
+    return is_last and not (is_in_heading or is_in_sign or EMOJI_TAIL.match(text, end))
 
 
 def best_end(masked: str, most: int) -> int:
@@ -6310,9 +6297,7 @@ class AnswerRenderer(RendererHTML):
         return str(self.made.table_close())
 
     def td_open(self, tokens: Sequence[Token], index: int, *_: object) -> str:
-        # The library would write a style, which the policy forbids.
-        side = str(tokens[index].attrGet("style") or "").removeprefix("text-align:")
-        kinds = [side] if side in ("right", "center") else []
+        kinds = [tokens[index].info] if tokens[index].info else []
         if len(tokens[index + 1].content) > SHORT_CELL:
             kinds.append("long")
         kind = f' class="{" ".join(kinds)}"' if kinds else ""

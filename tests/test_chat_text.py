@@ -388,6 +388,13 @@ SHAPES = [
     '[a](b "c',
     "![a](data:",
     "![a](data:image/png;base64,AA)",
+    "$ a ",
+    "$ a $ ",
+    "$\\$",
+    "，\\\n",
+    "\\a \\[ ",
+    "<b><i>",
+    "\n>>> ",
 ]
 
 PIECES = r"""
