@@ -1417,7 +1417,7 @@ INLINE_MARKS = {
     "stars": r"\*+|＊+|~~+",
     "dollars": r"(?<![0-9A-Za-z])\$(?:"  # in a line, but not `从 $5 涨到 $10`
     r"(?![\s$])(?P<latex>(?:\\\$|[^$\n。！？]){0,299}?(?:\\\$|[^\s$\\。！？]))"
-    r"|(?<!\d \$)(?P<spaced> [^$\n。！？]{1,298}? ))\$(?![0-9A-Za-z_${])",
+    r"|(?<!\d \$)(?P<spaced> [^$\n。！？]{1,298}? ))\$(?![0-9A-Za-z${]|_(?!_))",
     "link": rf"(?P<picture>!?)\[(?P<label>{LABEL})\]"
     r"(?u:\([ \t]*(?:<(?P<whole>[^<>\n]*)>|(?P<plain>(?:[^\s()<>]++|\([^\s()]*+\))*+))"
     r"(?:[ \t]+(?P<title>\"[^\"\n]*\"|'[^'\n]*'|\([^()\n]*\)))?[ \t]*\))",
@@ -1571,7 +1571,7 @@ class InlineReader:
         is_phrase = bool(inside.strip())
         if is_single:  # may be a footnote's, or an operator: `(*p)*(*q)`
             pairs = ("()", "[]", "（）")
-            is_balanced = all(inside.count(a) == inside.count(b) for a, b in pairs)
+            is_balanced = all(inside.count(p[0]) == inside.count(p[1]) for p in pairs)
             is_phrase = is_balanced and any(char.isalpha() for char in inside)
         if opener and is_phrase and not (opener.is_doubtful and is_doubtful):
             self.close(opener, *names)
@@ -1686,10 +1686,8 @@ class InlineReader:
         inside = self.text[opener.end : tag.start()] if opener else ""
         if not tag["closes"] and (after == "<" or not is_alone):
             self.open(name, "" if is_alone else tag[0], tag.end())
-        elif opener is None:
+        elif not opener or not inside or inside != inside.strip(" "):
             return tag.end() if is_alone else 0
-        elif not inside or inside != inside.strip(" "):
-            return 0
         else:
             self.close(opener, *([name] if name in ("sub", "sup") else []))
         return tag.end()
