@@ -1445,16 +1445,14 @@ FORMULA = re.compile(  # not words in brackets
 )
 # Between spaces: LaTeX, or single letters among signs, but not a shell's `$ ls`.
 SPACED = re.compile(
-    r".*(?:\\[A-Za-z]|[_^]\{).*"
-    rf"|(?!.*{CJK.pattern})(?=.*[A-Za-z])(?:[^A-Za-z]|[A-Za-z](?![A-Za-z]))+"
+    r"(?i).*(?:\\[a-z]|[_^]\{).*|(?=.*[a-z])(?:[^a-z\u2e80-\u9fff]|(?<![a-z])[a-z])+"
 )
 ESCAPE = re.compile(
     r"\\[*_`~$<>|\[\]&!]|(?<![^\W_])\\#|(?<=\b[A-Z])\\#"
     r"|^[ \t]*(?:\\[-+>=]|\d{1,3}\\[.)])",
     re.MULTILINE,
 )
-# Words with backslashes that are paths or patterns: `D:\a\_b`, `\\nas\x`, `^\d+\.$`;
-# or a face: `¯\_(ツ)_/¯`.
+# Words with backslashes that are paths, patterns, faces: `D:\_b`, `^\d+\.$`, `¯\_(ツ)`.
 WORD_WITH_SIGNS = re.compile(r"[^\s，。：；！？、（）“”…!?]+")
 PATH = re.compile(
     r"\\[^\W_]|^\\\\|\b[A-Za-z]:\\|\\\W[+?{]|^[\^.¯]+\\|[\\/].*\\$|(?<!^\d)(?<!^\d\d)\\\."
