@@ -929,11 +929,11 @@ def with_taps(text: str, *names: str) -> str:
 
 FORMULAS = pathlib.Path(__file__).parent / "pages" / "formulas.toml"
 SUPERSCRIPTS = str.maketrans(
-    "0123456789+−=()abcdefghijklmnoprstuvwxyzABDEGHIJKLMNOPRTUVW′∘",
-    "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖʳˢᵗᵘᵛʷˣʸᶻᴬᴮᴰᴱᴳᴴᴵᴶᴷᴸᴹᴺᴼᴾᴿᵀᵁⱽᵂ′°",
+    "0123456789+−-=()abcdefghijklmnoprstuvwxyzABDEGHIJKLMNOPRTUVW′∘",
+    "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁼⁽⁾ᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖʳˢᵗᵘᵛʷˣʸᶻᴬᴮᴰᴱᴳᴴᴵᴶᴷᴸᴹᴺᴼᴾᴿᵀᵁⱽᵂ′°",
 )
 SUBSCRIPTS = str.maketrans(
-    "0123456789+−=()aehijklmnoprstuvx", "₀₁₂₃₄₅₆₇₈₉₊₋₌₍₎ₐₑₕᵢⱼₖₗₘₙₒₚᵣₛₜᵤᵥₓ"
+    "0123456789+−-=()aehijklmnoprstuvx", "₀₁₂₃₄₅₆₇₈₉₊₋₋₌₍₎ₐₑₕᵢⱼₖₗₘₙₒₚᵣₛₜᵤᵥₓ"
 )
 SMALL_SIGNS = "".join(map(chr, [*SUPERSCRIPTS.values(), *SUBSCRIPTS.values()]))
 SCRIPTED = rf"(?:[{SMALL_SIGNS}'!%]|[_^](?:\([^()]*\)|\w))*"
@@ -964,6 +964,12 @@ def script_text(mark: str, script: str, base: str) -> str:
         return base + script.translate(small)
     is_closed = len(script) == 1 or re.fullmatch(IN_BRACKETS, script)
     return base + mark + (script if is_closed else f"({script})")
+
+
+def over_text(over: str, under: str) -> str:
+    """Write words over a sign: in an arrow (—Δ→), beside others as a power."""
+    form = formula_rules()["over"].get(under)
+    return form.format(over) if form else script_text("^", over, under)
 
 
 def fraction_text(over: str, under: str) -> str:
@@ -1000,12 +1006,6 @@ def symbol_text(name: str) -> str:
     return char
 
 
-def alphabet_text(alphabet: str, text: str) -> str:
-    """Write one letter in its alphabet (ℝ, 𝐯), and words as they are."""
-    is_letter = re.fullmatch("[A-Za-z]", text)
-    return symbol_text(f"{alphabet}{{{text}}}") if is_letter else bracketed(text)
-
-
 @functools.cache
 def formula_rules() -> dict[str, Any]:
     """Return the tables of formulas.toml, which explains them; raise ConfigError."""
@@ -1019,7 +1019,8 @@ def formula_commands() -> dict[str, tuple[str, Callable[..., str], str]]:
     commands: dict[str, tuple[str, Callable[..., str], str]] = {
         "frac": ("mm", fraction_text, "fraction"),
         "sqrt": ("om", root_text, "root"),
-        "overset": ("mm", functools.partial(script_text, "^"), ""),
+        "overset": ("mm", over_text, ""),
+        "substack": ("M", lambda lines: lines.replace("\n", ", "), ""),
         "underset": ("mm", functools.partial(script_text, "_"), ""),
         "overbrace": ("m", bracketed, ""),
         "not": ("m", lambda s: unicodedata.normalize("NFC", s + "\u0338"), "symbol"),
@@ -1028,8 +1029,6 @@ def formula_commands() -> dict[str, tuple[str, Callable[..., str], str]]:
         commands[name] = arguments, text.format, kind
     for name in rules["names"].split():
         commands[name] = "", name.format, "name"
-    for name in rules["alphabets"].split():
-        commands[name] = "m", functools.partial(alphabet_text, name), ""
     for name, accent in rules["accents"].items():
         commands[name] = "m", functools.partial(accented_text, accent), ""
     return commands
@@ -1161,10 +1160,9 @@ class FormulaReader:
         """Read one argument of a command as text."""
         if kind == "t":
             words = re.sub(r"\\(?:[ ,:;>]|q?quad)|~|\s+", " ", self.source())
-            words = re.sub(r"\\([%&_#{}])|[{}]", r"\1", words)
-            if "\\" in words or "$" in words:
+            if re.search(r"\\[^%&_#{}$]|(?<!\\)\$", words):
                 raise ValueError("mathematics among words")
-            return words
+            return re.sub(r"\\([%&_#{}$])|[{}]", r"\1", words)
         if kind == "o":
             is_given = self.tokens[-1] == "[" and self.tokens.pop()
             return render_pieces(self.row("]")) if is_given else ""
@@ -1202,6 +1200,10 @@ class FormulaReader:
             pieces = [Piece(write(*map(self.argument, arguments)), kind)]
         elif name == "mathrm":
             pieces = self.pieces()
+        elif name in formula_rules()["alphabets"]:  # of one letter: ℝ, 𝐯
+            pieces = self.pieces()
+            if len(pieces) == 1 and re.fullmatch("[A-Za-z]", pieces[0].text):
+                pieces = [Piece(symbol_text(f"{name}{{{pieces[0].text}}}"))]
         elif name == "begin":
             pieces = [Piece(self.environment())]
         else:
@@ -1238,7 +1240,7 @@ class FormulaReader:
                 line = re.sub(r"(?<![,，])\t(?=[=<>≤≥]\S)", "", line)
                 line = re.sub(r"(?<![,，])\t(?![=<>≤≥≠+−])", ",\t", line)
                 row[:] = [line.replace("\t", " ")]
-        lines = [gap.join(row).rstrip() for row in rows]
+        lines = [re.sub(f"(?:{gap})+$", "", gap.join(row)).rstrip() for row in rows]
         opening, closing, end = formula_rules()["environments"][name]
         return opening + re.sub("———,? ", "———\n", end.join(lines)) + closing
 
@@ -1255,6 +1257,9 @@ def simpler_latex(latex: str) -> str:
         r"\\ce\s*\{((?:[^{}]|\{[^{}]*\})*)\}",
         lambda reaction: rf"\mathrm{{{rewritten(reaction[1], 'chemistry')}}}",
         latex,
+    )
+    latex = re.sub(
+        r"\\textcircled\s*\{?([1-9])\}?", lambda n: chr(0x245F + int(n[1])), latex
     )
     return rewritten(latex, "latex").strip()
 
@@ -1338,9 +1343,12 @@ DOUBLE_CLOSES = re.compile(  # `**Note:**text`, but neither `f(**a,**b)` nor `ab
     r"(?![ （【《「『“‘(\[{<=|/])(?:.[^x_]|[:.!?%\x80-\U0010ffff][x_])"
 )
 DOUBTFUL = re.compile(r"/.|./|[字）】][x_([{+.=-]")  # `边长**2`, `/**…**/`: no pair
-SINGLE_OPENS = re.compile(r"[^字x_)\]}）】》”’/\\=+<>^|&%.~-][x字“‘《「『（(\[`$\\\"']")
-SINGLE_CLOSES = re.compile(r"[x字。！？….!?)）”’\"'」』】》%℃`$\]>+#][^字x_/(=\[\\:]")
-BRACKETS = [("(", ")"), ("[", "]"), ("（", "）")]
+SINGLE_OPENS = re.compile(
+    r"[^字x_)\]}）】》”’/\\=+<>^|&%.~-][x字“‘《「『（(\[`$\\\"'—]"
+)
+SINGLE_CLOSES = re.compile(  # `*Note:* text`, `*注*说明`, but not `5*，6*，`
+    r"[x字。！？….!?)）”’\"'」』】》%℃`$\]>+#:：,，][^字x_/(=\[\\]|[字：。！？]字"
+)
 
 
 def shape(char: str) -> str:
@@ -1368,22 +1376,25 @@ LABEL = (
 )
 # The first that matches counts; it is read by the method of its name: `read_code`.
 INLINE_MARKS = {
-    "newline": r"\n",
+    "newline": r"\n|(?:(?<=[\n，。！？；：、…”’）」』》,!?])"
+    rf"|(?<={CJK.pattern}))\\\n",  # a backslash that only stands for the line's end
     "formula": r"\$\$|\\[(\[]|\\begin\{(?P<environment>\w{1,20}\*?)\}|<!--",
     "backslash": r"\\\\|\\",
     "code": r"(?<!`)(?P<ticks>`+)(?!`)(?P<inside>[^\n]{1,1000}?)(?<!`)(?P=ticks)(?!`)",
     "stars": r"\*+|＊+|~~+",
-    "dollars": r"(?<![0-9A-Za-z])\$(?![\s$])"  # in a line, but not `从 $5 涨到 $10`
-    r"(?P<latex>[^$\n。！？]{0,299}?[^\s$\\。！？])\$(?![0-9A-Za-z_${])",
+    "dollars": r"(?<![0-9A-Za-z])\$(?:"  # in a line, but not `从 $5 涨到 $10`
+    r"(?![\s$])(?P<latex>(?:\\\$|[^$\n。！？]){0,299}?(?:\\\$|[^\s$\\。！？]))"
+    r"|(?<!\d \$)(?P<spaced> [^$\n。！？]{1,298}? ))\$(?![0-9A-Za-z${]|_(?!_))",
     "link": rf"(?P<picture>!?)\[(?P<label>{LABEL})\]"
     r"(?u:\([ \t]*(?:<(?P<whole>[^<>\n]*)>|(?P<plain>(?:[^\s()<>]++|\([^\s()]*+\))*+))"
     r"(?:[ \t]+(?P<title>\"[^\"\n]*\"|'[^'\n]*'|\([^()\n]*\)))?[ \t]*\))",
     # Nothing comes behind it yet but what may become code, a link or a formula.
-    "open": r"`++(?=.{0,999}+\Z)|(?<![0-9A-Za-z])\$(?!\s)(?=[^\n。！？]{0,999}+\Z)"
+    "open": r"`++(?=.{0,999}+\Z)|(?<![0-9A-Za-z])\$(?=[^\n。！？]{0,999}+\Z)"
     rf"|!?\[(?={LABEL}(?:!?\[[^\[\]\n]*+)?(?:\](?:\(.*+)?)?\Z)",
     "url": r"<(?:https?://|mailto:)[^\s<>]+>|<[\w.+-]+@[\w-]+(?:\.[\w-]+)+>"
     r"|https?://[\w./?#%&=+~:;@!$',*()-]+",
-    "tag": r"<(?P<closes>/?)(?P<name>br|b|i|u|em|strong|span|div|p|center|font|mark"
+    "break": r"</?br\s*/?>[ \t]*",
+    "tag": r"<(?P<closes>/?)(?P<name>b|i|u|em|strong|span|div|p|center|font|mark"
     r"|kbd|details|summary|sub|sup)(?:\s+(?:open\b|[\w-]+\s*=\s*(?:\"[^\"]{0,300}\""
     r"|'[^']{0,300}'|[^\s\"'<>=]+)))*\s*/?>",
     "entity": ENTITY,
@@ -1399,15 +1410,20 @@ LATEX_SIGN = re.compile(r"\\[A-Za-z]|\^|_\{|_\w")
 FORMULA = re.compile(  # not words in brackets
     rf".*(?:{LATEX_SIGN.pattern})|(?!.*{CJK.pattern}).*[\w+=<>-]", re.DOTALL
 )
+# Between spaces: LaTeX, or single letters among signs, but not a shell's `$ ls`.
+SPACED = re.compile(
+    r"(?i).*(?:\\[a-z]|[_^]\{).*|(?=.*[a-z])(?:[^a-z\u2e80-\u9fff]|(?<![a-z])[a-z])+"
+)
 ESCAPE = re.compile(
     r"\\[*_`~$<>|\[\]&!]|(?<![^\W_])\\#|(?<=\b[A-Z])\\#"
     r"|^[ \t]*(?:\\[-+>=]|\d{1,3}\\[.)])",
     re.MULTILINE,
 )
-# Words with backslashes that are paths or patterns: `D:\a\_b`, `\\nas\x`, `^\d+\.$`.
+# Words with backslashes that are paths, patterns, faces: `D:\_b`, `^\d+\.$`, `¯\_(ツ)`.
 WORD_WITH_SIGNS = re.compile(r"[^\s，。：；！？、（）“”…!?]+")
 PATH = re.compile(
-    r"\\[^\W_]|^\\\\|\b[A-Za-z]:\\|\\\W[+?{]|^[\^.]+\\|\\$|(?<!^\d)(?<!^\d\d)\\\."
+    r"\\[^\W_]|^\\\\|\b[A-Za-z]:\\|\\\W[+?{]|^[\^.¯]+\\|[\\/].*\\$|(?<!^\d)(?<!^\d\d)\\\."
+    r"|\.[*+?]|\[\^"
 )
 DATA_PICTURE = re.compile(r"data:image/(?:png|jpeg|gif|webp);base64,[A-Za-z0-9+/=]+")
 
@@ -1436,9 +1452,10 @@ class InlineReader:
         self.closer = ""  # what closes the formula or comment that is open
         words = WORD_WITH_SIGNS.finditer(self.text) if "\\" in text else ()
         paths = [range(*word.span()) for word in words if PATH.search(word[0])]
+        self.in_paths = set(itertools.chain(*paths))
         # Where a backslash, the last but one character of a match, escapes the last.
         self.escapes = {found.end() - 2 for found in ESCAPE.finditer(self.text, 1)}
-        self.escapes.difference_update(*paths)
+        self.escapes -= self.in_paths
 
     def read(self) -> None:
         """Read all of the text, as far as it can be told by now."""
@@ -1478,7 +1495,7 @@ class InlineReader:
         """Add a mark that is text until it is closed."""
         if len(self.openers) < MAX_OPENERS:
             self.openers.append(Opener(mark, len(self.tokens), end, is_doubtful))
-        self.add_text(text)
+        self.add("text", content=text)
 
     def find(self, mark: str) -> Opener | None:
         return next((o for o in reversed(self.openers) if o.mark == mark), None)
@@ -1495,6 +1512,8 @@ class InlineReader:
 
     def read_newline(self, mark: re.Match[str]) -> int:
         """Read a line's end; a mark may close one line later, but not a single star."""
+        if mark.start() in self.in_paths:
+            self.add_text("\\")
         openers = [o for o in self.openers if o.end > self.line_start]
         openers = [o for o in openers if o.mark not in ("*", "＊")]
         if not openers and not self.is_held:
@@ -1516,7 +1535,8 @@ class InlineReader:
         inside = self.text[opener.end : begin] if opener else ""
         is_phrase = bool(inside.strip())
         if is_single:  # may be a footnote's, or an operator: `(*p)*(*q)`
-            is_balanced = all(inside.count(a) == inside.count(b) for a, b in BRACKETS)
+            pairs = ("()", "[]", "（）")
+            is_balanced = all(inside.count(p[0]) == inside.count(p[1]) for p in pairs)
             is_phrase = is_balanced and any(char.isalpha() for char in inside)
         if opener and is_phrase and not (opener.is_doubtful and is_doubtful):
             self.close(opener, *names)
@@ -1534,9 +1554,10 @@ class InlineReader:
         return mark.end()
 
     def read_dollars(self, mark: re.Match[str]) -> int:
-        latex = mark["latex"]
-        if LATEX_SIGN.search(latex) or FORMULA.match(latex) and not PRICE.match(latex):
-            self.add("math_inline", "math", content=latex, markup="$")
+        latex, spaced = mark["latex"] or "", mark["spaced"] or ""
+        is_formula = FORMULA.match(latex) and not PRICE.match(latex)
+        if is_formula or LATEX_SIGN.search(latex) or SPACED.fullmatch(spaced):
+            self.add("math_inline", "math", content=latex + spaced, markup="$")
             return mark.end()
         self.add_text("$")
         return mark.start() + 1
@@ -1561,7 +1582,9 @@ class InlineReader:
             self.add(kind, "math", content=opener + latex + closer)
         elif opener in CLOSERS and FORMULA.match(latex):
             self.add(kind, "math", content=latex, markup=opener)
-        elif opener in CLOSERS:  # `\[words\]` are brackets
+        elif opener in CLOSERS:  # `\[words\]` are brackets, but not in a pattern
+            if mark.start() in self.in_paths:
+                return 0
             self.add_text(opener.removeprefix("\\"))
             self.escapes.add(end)
             return inside
@@ -1582,9 +1605,8 @@ class InlineReader:
         if not (ADDRESS.match(url) or is_path and shape(before) not in "x_" or is_data):
             self.add_text(mark["picture"] + "[")
             return mark.start("label")
-        inside = InlineReader(mark["label"], "[", is_whole=True)
-        inside.read()  # but no link is inside a link
-        label = [token for token in inside.tokens if token.tag != "a"]
+        inside, *_ = read_inline(mark["label"], "[")
+        label = [token for token in inside if token.tag != "a"]  # no link in a link
         if is_picture:
             attrs = {"src": url, "alt": ""}
             self.add("image", "img", attrs=attrs, children=label, content=mark["label"])
@@ -1615,6 +1637,10 @@ class InlineReader:
         self.add_text(char)
         return mark.end()
 
+    def read_break(self, mark: re.Match[str]) -> int:
+        self.add("hardbreak", "br")
+        return mark.end()
+
     def read_tag(self, tag: re.Match[str]) -> int:
         """Read a tag: markup in a pair, or among tags alone on a line."""
         name = tag["name"].lower()
@@ -1623,14 +1649,10 @@ class InlineReader:
         is_alone = before in ("\n", ">") and after in ("", "\n", "<")
         opener = self.find(name) if tag["closes"] else None
         inside = self.text[opener.end : tag.start()] if opener else ""
-        if name == "br":
-            self.add("hardbreak", "br")
-        elif not tag["closes"] and not is_alone:
-            self.open(name, tag[0], tag.end())
-        elif opener is None:
+        if not tag["closes"] and (after == "<" or not is_alone):
+            self.open(name, "" if is_alone else tag[0], tag.end())
+        elif not opener or not inside or inside != inside.strip(" "):
             return tag.end() if is_alone else 0
-        elif not inside or inside != inside.strip(" "):
-            return 0
         else:
             self.close(opener, *([name] if name in ("sub", "sup") else []))
         return tag.end()
@@ -1686,12 +1708,13 @@ LATE_FENCE = re.compile(  # after words: `代码如下：` and three backticks
 )
 HEADING = re.compile(r"[ \t]*(#{1,6})[ \t]+(\S.*)")
 QUOTE = re.compile(r"[ \t]*>(?!>>|=) ?(.*)")
+QUOTE_IN_TWO = re.compile(r"[ \t]*>(?!=) ?(.*)")  # where `>>>` is not Python's prompt
 BLOCK = re.compile(r"[ \t]*(?:`{3}|~{3}|#{1,6}[ \t]+\S|>(?!>>|=))")
 ITEM = re.compile(r"[ \t]*([-*+]|\d{1,3}[.)])[ \t]+(\S.*)", re.ASCII)
 TASK = re.compile(r"\[([ xX])\][ \t]+(?=\S)")
 # After a sign: `- 100 元`, `+ 300 元`, `> 60 分`; neither `2024 年` nor `1. 甲`.
 AMOUNT = re.compile(
-    r"[约近]?[^\w\s`。！？…!?]{0,3}\d[\d,.]*+(?! ?[年月日号点时:：、/)）])"
+    r"[约近]?[^\w\s`。！？…!?]{0,3}\d[\d,.]*+(?<!\.)(?! ?[年月日号点时:：、/)）])"
 )
 BAR = re.compile(  # a bar, or code and formulas that may hold one
     r"(`+)(?!`).{1,300}?(?<!`)\1(?!`)|\\\(.{1,300}?\\\)"
@@ -1820,7 +1843,8 @@ class MarkdownReader:
             cells = split_cells(line)
             if self.cells + len(cells) <= MAX_CELLS:
                 return self.add_row("td", cells)
-        quote = QUOTE.fullmatch(line)
+        is_in_two = self.quote and self.quote.quote
+        quote = (QUOTE_IN_TWO if is_in_two else QUOTE).fullmatch(line)
         is_new = not (self.quote or self.depth == MAX_QUOTES)
         if quote and is_new and not AMOUNT.match(quote[1]):  # not `> 60 分`
             self.close_to(indent_of(line))
@@ -2024,7 +2048,7 @@ class MarkdownReader:
         self.cells += len(cells)
         self.open("tr")
         for cell, side in itertools.zip_longest(cells, self.sides[: len(cells)]):
-            self.open(tag, attrs={"style": f"text-align:{side}"} if side else {})
+            self.open(tag, info=side or "")
             self.add("inline", children=read_inline(cell)[0], content=cell)
             self.close(tag)
         self.close("tr")
@@ -2060,7 +2084,10 @@ def inline_text(children: list[Token]) -> str:
                 out.append("[图片]" if url[:5].lower() == "data:" else shown)
             case "math_inline" | "math_block":
                 source = child.markup + child.content + CLOSERS.get(child.markup, "")
-                out.append(formula_text(child.content) or source)
+                text = formula_text(child.content) or source
+                if "\n" in text:  # no other text on its lines, except a comma behind it
+                    text = ("" if re.match(".*=\n", text) else "\n") + text + "\v"
+                out.append(text)
             case "s_open" | "s_close":
                 out.append("~~")  # without them it would say the opposite
             case "link_open" | "sub_open" | "sup_open":
@@ -2074,11 +2101,12 @@ def inline_text(children: list[Token]) -> str:
                     out.append(f"（{url}）")  # phones draw other brackets into the link
             case "sub_close" | "sup_close":
                 begin, _ = begins.pop()
-                mark = "_" if child.tag == "sub" else "^"
-                out[begin:] = [script_text(mark, "".join(out[begin:]), "")]
+                mark, script = "_" if child.tag == "sub" else "^", "".join(out[begin:])
+                is_note = script.startswith("[")  # the number of a source
+                out[begin:] = [script if is_note else script_text(mark, script, "")]
             case _:
                 out.append(child.content)
-    return "".join(out)
+    return re.sub(r"\v\s*([，。；：、,.;:）)]?)", lambda m: m[1] or "\n", "".join(out))
 
 
 class ChatWriter:
@@ -2104,7 +2132,7 @@ class ChatWriter:
         match token.type:
             case "inline" if self.captured is not None:
                 text = inline_text(token.children or [])
-                self.captured.append(text.replace("\n", " "))
+                self.captured.append(text.strip().replace("\n", " "))
             case "inline":
                 self.put(inline_text(token.children or []))
             case "blank":
@@ -2319,21 +2347,15 @@ def is_combining(char: str) -> bool:
     return unicodedata.category(first)[0] == "M" or "\u1160" <= first <= "\u11ff"
 
 
-def tears_character(text: str, at: int) -> bool:
-    """Say whether a cut would tear an accented letter, an emoji or a flag."""
-    after = text[at : at + 1] or "\n"
-    flags = at - len(text[:at].rstrip(FLAG))
-    is_in_flag = after in FLAG and flags % 2 == 1
-    return is_in_flag or is_combining(after) or EMOJI_TAIL.match(text, at) is not None
-
-
 def may_end(text: str, end: int) -> bool:
-    """Say whether a part may end here, behind a sentence or a line that is whole."""
+    """Say whether a part may end here, where a sentence, a line, a sign is whole."""
     line = text[:end].rstrip().rpartition("\n")[2]
     is_sentence = line != "" and not UNFINISHED.fullmatch(line)
     is_last = is_sentence and end_before_leading(text[:end]) == end
     is_in_heading = OPEN_HEADING.fullmatch(line) and HEADING_REST.match(text, end)
-    return is_last and not is_in_heading and not tears_character(text, end)
+    after, flags = text[end : end + 1] or "\n", end - len(text[:end].rstrip(FLAG))
+    is_in_sign = after in FLAG and flags % 2 or is_combining(after)
+    return is_last and not (is_in_heading or is_in_sign or EMOJI_TAIL.match(text, end))
 
 
 def best_end(masked: str, most: int) -> int:
@@ -6154,9 +6176,7 @@ class AnswerRenderer(RendererHTML):
         return str(self.made.table_close())
 
     def td_open(self, tokens: Sequence[Token], index: int, *_: object) -> str:
-        # The library would write a style, which the policy forbids.
-        side = str(tokens[index].attrGet("style") or "").removeprefix("text-align:")
-        kinds = [side] if side in ("right", "center") else []
+        kinds = [tokens[index].info] if tokens[index].info else []
         if len(tokens[index + 1].content) > SHORT_CELL:
             kinds.append("long")
         kind = f' class="{" ".join(kinds)}"' if kinds else ""
