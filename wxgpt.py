@@ -110,6 +110,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Coroutine,
     Iterable,
     Iterator,
     Mapping,
@@ -4341,23 +4342,26 @@ class Tasks:
         self.closes_at: float | None = None  # loop's clock; set at a shutdown
 
     def start(
-        self, work: Awaitable[None], name: str, fail: Callable[[], None] | None = None
+        self,
+        work: Coroutine[None, None, None],
+        name: str,
+        fail: Callable[[], None] | None = None,
     ) -> asyncio.Task:
         """Run work as a task; if it raises, `fail` is called, so nobody waits on."""
-        task = self.loop.create_task(self.run(work, name, fail))
+        task = self.loop.create_task(work)
         self.running.add(task)
-        task.add_done_callback(self.running.discard)
+        task.add_done_callback(functools.partial(self.end, name, fail))
         return task
 
-    async def run(
-        self, work: Awaitable[None], name: str, fail: Callable[[], None] | None
+    def end(
+        self, name: str, fail: Callable[[], None] | None, task: asyncio.Task
     ) -> None:
-        """Await the work of a task, and log what it raises: nobody awaits the task."""
-        try:
-            await work
-        except Exception as error:
+        """Log what a task raised: nobody awaits it."""
+        self.running.discard(task)
+        if error := None if task.cancelled() else task.exception():
             is_known = isinstance(error, sqlite3.Error)  # a full or locked disk
-            log.error("%s broke off: %s", name, error, exc_info=not is_known)
+            trace = None if is_known else error
+            log.error("%s broke off: %s", name, error, exc_info=trace)
             if fail:
                 fail()
 
