@@ -948,6 +948,12 @@ UNDER_ROOT = re.compile(rf"\d+(?:\.\d+)?|[^\W\d_][₀-₉]*|{IN_BRACKETS}")
 DIFFERENTIAL = re.compile(rf"[d∂Δ][{SMALL_SIGNS}]{{0,4}}[^\W\d_]?{SCRIPTED}")
 
 
+@functools.cache
+def formula_rules() -> dict[str, Any]:
+    """Return the tables of formulas.toml, which explains them; raise ConfigError."""
+    return read_toml(FORMULAS)
+
+
 def bracketed(text: str) -> str:
     """Put a text in brackets if a slash beside it would take only a part of it."""
     return text if ONE_SIGN.fullmatch(text) else f"({text})"
@@ -1005,12 +1011,6 @@ def symbol_text(name: str) -> str:
     if unicodedata.category(char)[0] in "MCZ" or char in "√\\":
         raise ValueError(f"unknown command {name}")
     return char
-
-
-@functools.cache
-def formula_rules() -> dict[str, Any]:
-    """Return the tables of formulas.toml, which explains them; raise ConfigError."""
-    return read_toml(FORMULAS)
 
 
 @functools.cache
@@ -1606,8 +1606,9 @@ class InlineReader:
         if not (ADDRESS.match(url) or is_path and shape(before) not in "x_" or is_data):
             self.add_text(mark["picture"] + "[")
             return mark.start("label")
-        inside, *_ = read_inline(mark["label"], "[")
-        label = [token for token in inside if token.tag != "a"]  # no link in a link
+        inside = InlineReader(mark["label"], "[", is_whole=True)
+        inside.read()  # but no link is inside a link
+        label = [token for token in inside.tokens if token.tag != "a"]
         if is_picture:
             attrs = {"src": url, "alt": ""}
             self.add("image", "img", attrs=attrs, children=label, content=mark["label"])
