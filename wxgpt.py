@@ -6050,7 +6050,8 @@ PAGES = pathlib.Path(__file__).with_name("pages")
 TEMPLATES = """page.html parts.html blocks.html answer.html history.html found.html
     sign_in.html error.html export.md""".split()
 # What a page has of style and script; it takes no more of them than it needs.
-PIECES = "page.css page.js live.js ask.css ask.js".split()
+PIECES = """page.css notice.css history.css ask.css
+    page.js live.js ask.js fold.js found.js sign_in.js""".split()
 POLICY = (
     "default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action {forms}; "
@@ -6169,11 +6170,17 @@ def snippet(text: str, words: list[str]) -> Markup:
 COMMENT = r"(?ms)^\s*(//[^\n]*|/\*((?!\*/).)*\*/)\s*$|  // [^\n]*"
 
 
+# A string of a script, or a sign that needs no spaces around it.
+SPACED = r"('[^'\n]*'|`[^`]*`)| *([=,{}()?:&|<>]+) *"
+
+
 def minified(path: pathlib.Path) -> Markup:
-    """Return a style or script without comments and indents."""
+    """Return a style or script without comments, indents and spaces between signs."""
     text = re.sub(r"(?m)^\s+", "", re.sub(COMMENT, "", path.read_text("utf-8")))
     if path.suffix == ".css":
-        text = re.sub(r"\s*([{},;>]|:(?= ))\s*", r"\1", text)
+        text = re.sub(r"\s*([{},;>]|:(?= ))\s*", r"\1", text).replace(";}", "}")
+    else:
+        text = re.sub(SPACED, r"\1\2", text)
     return Markup(text)
 
 
@@ -6221,6 +6228,7 @@ def load_pages() -> jinja2.Environment:
 
 MAX_FORMULAS = 500  # typeset on a page; each takes a fifth of a millisecond
 DATA_PICTURE_CHARS = 4 * 1024 * 1024 * 4 // 3
+BOX = re.compile(r'<menclose notation="box">((?:(?!<menclose).)*?)</menclose>')
 RENDER_OPTIONS = MarkdownIt("zero", {"breaks": True}).options
 
 
@@ -6253,7 +6261,8 @@ class AnswerRenderer(RendererHTML):
         if self.formulas <= MAX_FORMULAS:
             if rendered := formula_mathml(token.content, is_block):
                 source = html.escape(token.content)
-                return rendered.replace("<math ", f'<math data-tex="{source}" ', 1)
+                rendered = BOX.sub(r'<mrow class="boxed">\1</mrow>', rendered)
+                return rendered.replace("<math ", f'<math data-copy="{source}" ', 1)
         written = token.markup + token.content + CLOSERS.get(token.markup, "")
         return element("code", written)
 
@@ -7047,9 +7056,7 @@ async def history_page(request: web.Request) -> web.Response:
 
 def led_back(request: web.Request, **values: str) -> web.Response:
     """Return what was done to the script, or lead the browser back."""
-    if wants_json(request):
-        return web.json_response(values)
-    return redirect("../me")
+    return web.json_response(values) if wants_json(request) else redirect("../me")
 
 
 async def ask_on_page(request: web.Request) -> web.StreamResponse:
