@@ -1284,6 +1284,7 @@ async def test_a_question_that_failed_is_asked_once_more(
 
 async def test_nothing_lies_over_the_field(browse, mine, upstream, gate):
     """However many lines are in it, and also in a browser where it does not grow."""
+    browse.excused = REFUSED  # the icon, which only the policy keeps it from asking for
     old = "CSS.supports = () => false"
     page = await signed_in(browse, mine, init=old, bypass_csp=True)
     await page.add_style_tag(content="textarea { field-sizing: fixed !important }")
