@@ -1092,6 +1092,7 @@ async def test_a_search_leaves_no_way_back_that_shows_nothing(browse, server):
     for words in ("没有的", "问题"):
         await page.get_by_role("searchbox").fill(words)
         await page.get_by_role("button", name="搜索").click()
+    await expect(page.get_by_role("contentinfo")).to_contain_text("AI 生成")
     await page.get_by_role("button", name="更早的记录").click()
     await expect(page.locator("article")).to_have_count(30)
     await expect(page.get_by_role("button", name="更早的记录")).to_have_count(0)
