@@ -5957,7 +5957,8 @@ PAGES = pathlib.Path(__file__).with_name("pages")
 TEMPLATES = """page.html parts.html blocks.html answer.html history.html found.html
     sign_in.html error.html export.md""".split()
 # What a page has of style and script; it takes no more of them than it needs.
-PIECES = "page.css page.js live.js ask.css ask.js".split()
+PIECES = """page.css notice.css history.css ask.css
+    page.js live.js ask.js fold.js found.js sign_in.js""".split()
 POLICY = (
     "default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action {forms}; "
@@ -6076,11 +6077,17 @@ def snippet(text: str, words: list[str]) -> Markup:
 COMMENT = r"(?ms)^\s*(//[^\n]*|/\*((?!\*/).)*\*/)\s*$|  // [^\n]*"
 
 
+# A string of a script, or a sign that needs no spaces around it.
+SPACED = r"('[^'\n]*'|`[^`]*`)| *([=,{}()?:&|<>]+) *"
+
+
 def minified(path: pathlib.Path) -> Markup:
-    """Return a style or script without comments and indents."""
+    """Return a style or script without comments, indents and spaces between signs."""
     text = re.sub(r"(?m)^\s+", "", re.sub(COMMENT, "", path.read_text("utf-8")))
     if path.suffix == ".css":
-        text = re.sub(r"\s*([{},;>]|:(?= ))\s*", r"\1", text)
+        text = re.sub(r"\s*([{},;>]|:(?= ))\s*", r"\1", text).replace(";}", "}")
+    else:
+        text = re.sub(SPACED, r"\1\2", text)
     return Markup(text)
 
 
@@ -6131,6 +6138,7 @@ def load_pages() -> jinja2.Environment:
 
 MAX_FORMULAS = 500  # typeset on a page; each takes a fifth of a millisecond
 DATA_PICTURE_CHARS = 4 * 1024 * 1024 * 4 // 3
+BOX = re.compile(r'<menclose notation="box">((?:(?!<menclose).)*?)</menclose>')
 RENDER_OPTIONS = MarkdownIt("zero", {"breaks": True}).options
 
 
@@ -6163,7 +6171,8 @@ class AnswerRenderer(RendererHTML):
         if self.formulas <= MAX_FORMULAS:
             if rendered := formula_mathml(token.content, is_block):
                 source = html.escape(token.content)
-                return rendered.replace("<math ", f'<math data-tex="{source}" ', 1)
+                rendered = BOX.sub(r'<mrow class="boxed">\1</mrow>', rendered)
+                return rendered.replace("<math ", f'<math data-copy="{source}" ', 1)
         written = token.markup + token.content + CLOSERS.get(token.markup, "")
         return element("code", written)
 
@@ -6358,16 +6367,6 @@ def open_turns(turns: list[Turn]) -> list[Turn]:
         if is_newest or len(turn.answer) <= FOLD_CHARS:
             shown.append(turn)
     return shown
-
-
-def exchanges_of(
-    config: Config, turns: list[Turn], shown: list[Turn], live: dict[int, list[str]]
-) -> list[Shown]:
-    """Return exchanges for a history; the answers that are not `shown` are folded."""
-    return [
-        exchange_of(config, turn, live.get(turn.id), 3, turn not in shown)
-        for turn in turns
-    ]
 
 
 def sse_event(data: dict, event: str = "", number: str = "") -> bytes:
@@ -6644,11 +6643,9 @@ def a_few_at_once(make: Handler) -> Handler:
     """Let a handler's pages be loaded, rendered and written a few at a time."""
 
     @functools.wraps(make)
-    async def write(
-        request: web.Request, *values: object, **named: object
-    ) -> web.StreamResponse:
+    async def write(request: web.Request, *values: object) -> web.StreamResponse:
         async with request.app[BOT].pages, asyncio.timeout(PAGE_SECONDS):
-            response = await make(request, *values, **named)
+            response = await make(request, *values)
             await response.prepare(request)
             await response.write_eof()
         return response
@@ -6743,10 +6740,11 @@ def form_token(bot: Bot, reader: Reader) -> str:
     return bot.store.keyed_hash(f"form {reader.cookie_hash}")
 
 
+Form = dict[str, str]
 FORM_FIELDS = 9
 
 
-async def read_form(request: web.Request) -> tuple[Reader, dict[str, str]]:
+async def read_form(request: web.Request) -> tuple[Reader, Form]:
     """Return who sends a form, and its fields; raise Refusal unless they may.
 
     A device's cookie alone would not do: a page of somebody else may send it, too.
@@ -6754,7 +6752,7 @@ async def read_form(request: web.Request) -> tuple[Reader, dict[str, str]]:
     bot, reader = request.app[BOT], await find_reader(request)
     if reader is None:
         raise Refusal(request, 401, bot.texts.page_signed_out)
-    form: dict[str, str] = {}
+    form: Form = {}
     if request.content_type == "application/x-www-form-urlencoded":
         async with asyncio.timeout(BODY_SECONDS):
             text = (await request.read()).decode("utf-8", "replace")
@@ -6767,6 +6765,16 @@ async def read_form(request: web.Request) -> tuple[Reader, dict[str, str]]:
         if not is_ours or request.headers.get("Origin") != origin:
             raise Refusal(request, 403, bot.texts.page_failed)
     return reader, form
+
+
+def by_form(act: Handler) -> Handler:
+    """Let a handler have who sends a form, and its fields, once they are read."""
+
+    @functools.wraps(act)
+    async def read(request: web.Request) -> web.StreamResponse:
+        return await act(request, *await read_form(request))
+
+    return read
 
 
 async def asking_of(
@@ -6931,13 +6939,19 @@ async def show_history(
         asking = await asking_of(bot, reader, typed, refusal)
         if query:  # what has just begun stands on the first page
             asking = replace(asking, session=0)
+    exchanges = await bot.work.run(
+        lambda: [
+            exchange_of(bot.config, turn, live.get(turn.id), 3, turn not in shown)
+            for turn in turns
+        ]
+    )
     return await bot.work.run(
         page_response,
         bot.config,
         "history",
         409 if refusal else 200,
         home=request.match_info.get("key") or f"{bot.config.root}/me",
-        exchanges=await bot.work.run(exchanges_of, bot.config, turns, shown, live),
+        exchanges=exchanges,
         older=older,
         is_whole=only < 0,
         asking=asking,
@@ -6955,14 +6969,14 @@ async def history_page(request: web.Request) -> web.Response:
 
 def led_back(request: web.Request, **values: str) -> web.Response:
     """Return what was done to the script, or lead the browser back."""
-    if wants_json(request):
-        return web.json_response(values)
-    return redirect("../me")
+    return web.json_response(values) if wants_json(request) else redirect("../me")
 
 
-async def ask_on_page(request: web.Request) -> web.StreamResponse:
+@by_form
+async def ask_on_page(
+    request: web.Request, device: Reader, form: Form
+) -> web.StreamResponse:
     """Take up a question; a refused one stays in its field."""
-    device, form = await read_form(request)
     bot, form_id = request.app[BOT], form.get("id", "")
     text = stream_safe(ILLEGAL.sub("", form.get("question", ""))).strip()
     if not text or not re.fullmatch(r"[A-Za-z0-9_-]{8,64}", form_id):
@@ -6976,59 +6990,51 @@ async def ask_on_page(request: web.Request) -> web.StreamResponse:
     return await a_few_at_once(show_history)(request, device, text, source)
 
 
-async def stop_answer(request: web.Request) -> web.Response:
+@by_form
+async def stop_answer(request: web.Request, device: Reader, form: Form) -> web.Response:
     """End an answer that is being written for a device's subscriber."""
-    device, form = await read_form(request)
     request.app[BOT].stop_turn(device.openid, form.get("key", ""))
     return led_back(request)
 
 
-async def begin_topic(request: web.Request) -> web.Response:
+@by_form
+async def begin_topic(request: web.Request, device: Reader, form: Form) -> web.Response:
     """Open a new session, with another assistant if one is named."""
-    bot, (device, form) = request.app[BOT], await read_form(request)
-    await bot.begin_topic(*device, form.get("assistant", ""))
+    await request.app[BOT].begin_topic(*device, form.get("assistant", ""))
     return led_back(request)
 
 
-async def leave(request: web.Request) -> web.Response:
+@by_form
+async def leave(request: web.Request, device: Reader, _: Form) -> web.Response:
     """Sign this device out."""
-    device, _ = await read_form(request)
     await request.app[BOT].store.sign_out(*device)
     response = led_back(request)
     set_cookie(response, COOKIE, "", 0)
     return response
 
 
+@by_form
 @a_few_at_once
-async def show_found(
-    request: web.Request, openid: str, words: list[str], before: int, **values: str
-) -> web.Response:
-    """Return a page of where in all of a subscriber's exchanges words are."""
-    bot = request.app[BOT]
-    turns, older = await bot.store.search(openid, words, before, FOUND_COUNT)
-    found = {"words": words, "turns": turns, "older": older} | values
-    return await bot.work.run(page_response, bot.config, "found", **found)
+async def search_page(request: web.Request, reader: Reader, form: Form) -> web.Response:
+    """Show where in all of a subscriber's exchanges the words of a form are.
 
-
-async def search_page(request: web.Request) -> web.StreamResponse:
-    """Look for the words of a form.
-
-    Without words lead to the history, also when a form's address is opened as a page.
+    Without words lead to the history.
     """
-    reader, form = await read_form(request)
-    home = "../" + request.match_info.get("key", "me")
+    bot, home = request.app[BOT], "../" + request.match_info.get("key", "me")
     words = form.get("words", "")[:SEARCH_CHARS].replace("\0", "").split()
     if not words:
         return redirect(home)
     before, token = number_in(form, "before", 2**62), form.get("token", "")
-    return await show_found(
-        request, reader.openid, words, before, home=home, token=token
-    )
+    turns, older = await bot.store.search(reader.openid, words, before, FOUND_COUNT)
+    values = {"home": home, "token": token, "words": words, "turns": turns}
+    run, config = bot.work.run, bot.config
+    return await run(page_response, config, "found", older=older, **values)
 
 
+@by_form
 @a_few_at_once
-async def send_export(request: web.Request, openid: str) -> web.StreamResponse:
-    """Write the file, a few exchanges at a time."""
+async def export(request: web.Request, reader: Reader, _: Form) -> web.StreamResponse:
+    """Send all of a subscriber's exchanges as a Markdown file, a few at a time."""
     bot = request.app[BOT]
     last, session, day = 0, 0, clock(time.time(), "%Y-%m-%d")
     name = urllib.parse.quote(f"{bot.texts.page_history}-{day}.md")
@@ -7039,7 +7045,7 @@ async def send_export(request: web.Request, openid: str) -> web.StreamResponse:
     host = yarl.URL(bot.config.public_url).host
     head = render(bot.config, "export.md", turn=None, host=host)
     await response.write(head.encode())
-    while turns := await bot.store.turns_after(openid, last):
+    while turns := await bot.store.turns_after(reader.openid, last):
         for turn in turns:
             values = {"turn": turn, "is_first": turn.session_id != session}
             text = await bot.work.run(render, bot.config, "export.md", **values)
@@ -7048,10 +7054,9 @@ async def send_export(request: web.Request, openid: str) -> web.StreamResponse:
     return response
 
 
-async def export(request: web.Request) -> web.StreamResponse:
-    """Send all of a subscriber's exchanges as a Markdown file."""
-    reader, _ = await read_form(request)
-    return await send_export(request, reader.openid)
+async def form_page(request: web.Request) -> web.Response:
+    """Lead who opens a form's address as a page, or again, to where the form is."""
+    return redirect("../" + request.match_info.get("key", "me"))
 
 
 async def health(request: web.Request) -> web.Response:
@@ -7213,7 +7218,8 @@ def make_app(bot: Bot) -> web.Application:
         web.post("/me/export", export),
         web.post("/h/{key}/search", search_page),
         web.post("/h/{key}/export", export),
-        web.get("/h/{key}/{form:search|export}", search_page),
+        web.get("/h/{key}/{form:search|export}", form_page),
+        web.get("/me/{form:ask|stop|new|leave|search|export}", form_page),
         web.get("/healthz", health),
         web.get(PROBE_PATH, probe_stream),
         web.get("/{name:[A-Za-z0-9_-]+[.]txt}", root_file),

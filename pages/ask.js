@@ -1,31 +1,32 @@
 // What a page does for its reader who is signed in: asks, and stops an answer, without
-// leaving it. live.js and page.js go with this file; page.js says how they are loaded.
+// leaving it. page.js follows this file, and its head says how both are loaded; where
+// answers are shown live.js goes with them.
 
 async function post(form) {
   const body = new URLSearchParams(new FormData(form));
-  const headers = {Accept: 'application/json'};
-  return (await fetch(form.action, {method: 'POST', body, headers})).json();
+  const headers = {Accept: 'application/json'}, signal = AbortSignal.timeout(30_000);
+  return (await fetch(form.action, {method: 'POST', body, headers, signal})).json();
 }
 
 // Shows a question at once, and its answer in its place; what is refused stays in the
-// field, with the reason.
-async function ask(form) {
-  const field = form.elements.question, id = form.elements.id;
+// field, with the reason. `source` is the form that has the question.
+async function ask(form, source) {
+  const {question, id} = source.elements, field = form.elements.question;
   const draft = document.createElement('article');
   const section = document.querySelector('section') ?? document.createElement('section');
   for (const old of form.querySelectorAll('.failed')) old.remove();
   draft.innerHTML = '<h3 class="question"></h3><p class="asking"></p>';
   [draft.firstChild.textContent, draft.lastChild.textContent] =
-    [field.value, form.dataset.sending];
+    [question.value, form.dataset.sending];
   if (!section.parentNode) form.before(section);
   document.querySelector('.empty')?.remove();
   section.append(draft);
   draft.scrollIntoView({block: 'end'});
-  form.inert = true;
+  form.inert = source.inert = true;
   try {
-    const {key, session, error} = await post(form);
+    const {key, session, error} = await post(source);
     if (error) throw error;
-    const page = form.action.replace(/me\/ask$/, 'a/' + key);
+    const page = source.action.replace(/me\/ask$/, 'a/' + key);
     const article = (await readMain(page)).querySelector('article');
     const title = article.querySelector('h1'), smaller = document.createElement('h3');
     smaller.className = title.className;
@@ -40,7 +41,7 @@ async function ask(form) {
     draft.replaceWith(article);
     begin(article);
     article.scrollIntoView({block: 'nearest'});
-    field.value = '';
+    if (source === form) field.value = '';
     id.value = crypto.randomUUID();  // until then the same words join the first
   } catch (error) {
     draft.remove();
@@ -50,17 +51,35 @@ async function ask(form) {
     why.textContent = typeof error === 'string' ? error : form.dataset.failed;
     form.prepend(why);
   }
-  form.inert = false;
+  form.inert = source.inert = false;
+  grow();
   field.focus();
 }
 
+const foot = document.querySelector('.ask');
+
+// Makes the field as high as its text where the browser does not.
+function grow() {
+  if (CSS.supports('field-sizing', 'content')) return;
+  const field = foot.elements.question;
+  field.style.height = '';
+  field.style.height = field.scrollHeight + 2 + 'px';
+}
+
+foot.addEventListener('input', grow);
+
+// What stands over the page stays above the field.
+new ResizeObserver(() => {
+  document.documentElement.style.setProperty('--foot', foot.offsetHeight + 'px');
+}).observe(foot);
+
 document.addEventListener('submit', event => {
   const form = event.target;
-  const isHere = form.matches('.ask') && document.querySelector('.menu');
+  const isHere = form.matches('.ask, .again') && document.querySelector('.menu');
   if (!isHere && !form.matches('.stop')) return;
   event.preventDefault();
-  if (isHere) ask(form);
-  else post(form).catch(() => say(document.querySelector('.ask').dataset.failed));
+  if (isHere) ask(foot, form);
+  else post(form).catch(() => say(foot.dataset.failed));
 });
 
 document.addEventListener('keydown', event => {

@@ -75,6 +75,7 @@ function follow(article) {
     // Nothing is taken away while more is on its way.
     const last = more ? keep + html.length : live.children.length;
     fill(live, [...live.children].slice(keep, last), [...fresh.children]);
+    stretch(live);
     if (live.firstElementChild) {
       clearInterval(clock);
       time.textContent = '';
@@ -107,8 +108,9 @@ function take(old, fresh) {
   const live = old.querySelector('.live'), answer = fresh.querySelector('.answer');
   const note = old.querySelector('.asking');
   if (!answer) {
-    old.replaceWith(fresh);
-    return fresh;
+    for (const node of following(old.firstElementChild)) node.remove();
+    old.append(...following(fresh.firstElementChild));
+    return;
   }
   fill(live, [...live.children], [...answer.children]);
   live.className = answer.className;
@@ -124,7 +126,6 @@ function take(old, fresh) {
     note.firstElementChild.textContent = note.dataset.written;
     setTimeout(() => note.remove(), 4000);
   }
-  return old;
 }
 
 async function renew(article) {
@@ -132,8 +133,9 @@ async function renew(article) {
     const main = await readMain(article.dataset.page);
     const fresh = main.querySelector('article');
     // Without one the exchange is gone, and the page says why.
-    if (fresh) begin(take(article, fresh));
+    if (fresh) take(article, fresh);
     else article.replaceWith(...main.children);
+    begin(article);
   } catch {
     setTimeout(() => renew(article), 3000);
   }

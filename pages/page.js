@@ -1,17 +1,17 @@
-// What pages do with script: copying, long lines, the contents of a long answer, folded
-// answers that are typeset when they are opened; live.js is for an answer that is being
-// written. Without script all can be read, too: a live page then reloads itself.
+// What pages do with script: copying, long lines, the contents of a long answer; live.js
+// is for an answer that is being written. Without script all can be read, too: a live
+// page then reloads itself.
 //
-// When the server loads this file it leaves out indents and comments, of which those
-// behind code follow two spaces.
+// When the server loads this file it leaves out comments, of which those behind code
+// follow two spaces, indents, and spaces around signs that are not in a string.
 
 const words = document.body.dataset;
 const toast = document.querySelector('.toast');
 
 // Returns the <main> of a page. Throws if there is none, or if the server is in trouble:
 // whoever reads a page that is being written tries again then.
-async function readMain(address) {
-  const page = await fetch(address);
+async function readMain(address, options) {
+  const page = await fetch(address, options);
   const text = await page.text();
   const start = text.indexOf('<main>');
   if (page.status > 499 || start < 0) throw page.status;
@@ -77,9 +77,9 @@ document.addEventListener('click', ({target}) => {
   const contents = document.querySelector('.contents[open]');
   if (contents && !contents.contains(target)) contents.open = false;
   const button = target.closest('[data-do]');
-  const formula = target.closest('[data-tex]');
+  const whole = target.closest('[data-copy]');
   if (button) deeds[button.dataset.do](button, button.closest('.code, .table, article'));
-  else if (formula) copy(formula.dataset.tex, formula);
+  else if (whole) copy(whole.dataset.copy, whole);
 });
 
 // Puts a round button above a long answer that opens a list of its headings.
@@ -104,33 +104,25 @@ function addContents(answer) {
   answer.closest('main').append(box);
 }
 
-// Puts the typeset answer in place of the plain text that was folded away.
-async function typeset(link) {
-  const page = await readMain(link.href);
-  const answer = page.querySelector('.answer');
-  if (!answer) return;
-  link.previousElementSibling.replaceWith(answer);
-  link.replaceWith(page.querySelector('.actions'));
+// Makes the brackets around a matrix as high as that: for want of a font for formulas most
+// phones do not.
+function stretch(part) {
+  for (const matrix of part.querySelectorAll('mtable')) {
+    const {height} = matrix.getBoundingClientRect();
+    for (const sign of [matrix.previousElementSibling, matrix.nextElementSibling]) {
+      if (!/^[()[\]{}|‖]$/.test(sign?.textContent)) continue;
+      const times = height / sign.getBoundingClientRect().height;
+      if (times > 1.2) sign.style.transform = `scaleY(${times})`;
+    }
+  }
 }
 
 // Gives life to what a page holds, or to an exchange that came later.
 function begin(part) {
+  stretch(part);
   const main = document.querySelector('main');
   addContents(main.querySelector('main > article > .answer:not(.live)'));
-  for (const link of part.querySelectorAll('details > .typeset')) {
-    // Without the typeset answer there is still its text, and the link.
-    const open = () => typeset(link).catch(() => {});
-    link.parentNode.addEventListener('toggle', open, {once: true});
-  }
   for (const live of part.querySelectorAll('.live')) follow(live.closest('article'));
 }
 
-// Goes on when the number that the page shows was confirmed, or is over.
-async function wait() {
-  const main = await readMain('me').catch(() => null);
-  if (main && !main.querySelector('.number')) location.replace('me');
-  else setTimeout(wait, 3000);
-}
-
 begin(document.querySelector('main'));
-if (document.querySelector('.number')) setTimeout(wait, 3000);

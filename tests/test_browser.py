@@ -586,6 +586,41 @@ async def test_a_formula_is_typeset(browse, server, upstream):
     await expect(page.locator("p code").last).to_have_text(r"$\unknown{x}$")
 
 
+FORMULAS = r"""$$f(x)=\begin{cases}x^2 & x\ge 0\\-x & x<0\\0 & x=9\end{cases}$$
+
+$$\begin{aligned}a &= b+c\\ &= d\end{aligned}$$
+
+所以 $\boxed{x=3}$，还有 $$12345678901234567890+12345678901234567890+12345678901234567890$$
+"""
+
+
+async def test_a_formula_looks_right_without_a_font_for_formulas(
+    browse, server, upstream
+):
+    """Brackets as high as what is in them, lines below each other, a box; one that is
+    wide scrolls and says so."""
+    page = await browse.open(await page_of(server, upstream, FORMULAS))
+    brace, cases, aligned, boxed, wide = [
+        page.locator(f"math {part}").first
+        for part in (
+            "mo:has(+ mtable)",
+            "mtable",
+            "mtd[columnalign=left]",
+            ".boxed",
+            "",
+        )
+    ]
+    heights = [(await box.bounding_box())["height"] for box in (brace, cases)]
+    assert abs(heights[0] - heights[1]) < 5
+    await expect(cases.locator("mtd").first).to_have_css("text-align", "left")
+    await expect(aligned).to_have_css("text-align", "left")
+    await expect(boxed).to_have_css("border-top-width", "1px")
+    wide = page.locator("math").last
+    assert await wide.evaluate("box => box.scrollWidth > box.clientWidth")
+    shadow = "box => getComputedStyle(box).backgroundAttachment"
+    assert await wide.evaluate(shadow) == "local, scroll"
+
+
 async def test_the_copy_button_copies(browse, server, upstream):
     """The code and nothing but the code; the button says that it did."""
     page = await browse.open(await page_of(server, upstream, RICH))
@@ -983,6 +1018,27 @@ async def test_a_folded_answer_is_typeset_when_it_is_opened(browse, server, upst
     await expect(page.locator("details .typeset, .plain")).to_have_count(0)
 
 
+async def test_who_comes_back_to_a_history_finds_their_place(browse, server, upstream):
+    """What was open is open again, and as far scrolled."""
+    for number in range(4):
+        await page_of(server, upstream, LONG * 3, f"第{number}个")
+    url = await folded_history_of(server, upstream)
+    # A browser may keep the page as it was; this one does not.
+    page = await browse.open(url, init="addEventListener('unload', () => 0)")
+    fold = page.locator("article > details").nth(2)
+    await fold.locator("summary").click()
+    await expect(fold.locator("table").first).to_be_visible()
+    link = fold.get_by_role("link", name="单独看")
+    await link.scroll_into_view_if_needed()
+    place = await page.evaluate("scrollY")
+    await link.click()
+    await expect(page).not_to_have_url(url)
+    await page.evaluate("history.back()")
+    await page.wait_for_function(f"scrollY == {place}")
+    await expect(fold.locator("table").first).to_be_visible()
+    await expect(page.locator("article > details[open]")).to_have_count(1)
+
+
 async def test_a_folded_answer_opens_without_script(browse, server, upstream):
     """As it was written, with a link to where it is typeset."""
     await page_of(server, upstream, LONG)
@@ -1024,7 +1080,29 @@ async def test_sixty_exchanges_are_browsed_and_searched(browse, server):
         await page.keyboard.press("Enter")
         await expect(page.locator("article")).to_have_count(20)
         await page.get_by_role("button", name="更早的记录").click()
-        await expect(page.locator(".question").first).to_have_text("问题40")
+        await expect(page.locator(".question", has_text="问题40")).to_be_visible()
+        await expect(page.locator("article")).to_have_count(40 if script else 20)
+
+
+async def test_a_search_leaves_no_way_back_that_shows_nothing(browse, server):
+    """A browser does not come back to what was sent: all that follows is in its place."""
+    await server.bot.store.rows(TURNS, count=30, o=ANN, at=time.time() - 3600)
+    history = await history_of(server)
+    page = await browse.open(history)
+    for words in ("没有的", "问题"):
+        await page.get_by_role("searchbox").fill(words)
+        await page.get_by_role("button", name="搜索").click()
+    await expect(page.get_by_role("contentinfo")).to_contain_text("AI 生成")
+    await page.get_by_role("button", name="更早的记录").click()
+    await expect(page.locator("article")).to_have_count(30)
+    await expect(page.get_by_role("button", name="更早的记录")).to_have_count(0)
+    await page.get_by_role("link", name="看整条").nth(1).click()
+    await expect(page.locator("article strong")).to_have_text("案")
+    await expect(page.locator("h2")).to_have_count(30)
+    assert "/search" in page.url
+    await page.evaluate("history.back()")
+    await expect(page).to_have_url(history)
+    await expect(page.locator("article")).to_have_count(30)
 
 
 async def test_the_history_is_saved_as_a_file(browse, server, upstream):
@@ -1163,6 +1241,85 @@ async def test_without_script_a_page_asks_too(browse, mine, upstream, gate):
     await expect(page.locator(".number")).to_be_visible()
 
 
+async def test_without_script_no_reload_takes_what_is_typed(
+    browse, mine, upstream, gate
+):
+    """A page that reloads itself has no field; one with a field does not reload."""
+    browse.excused = REFUSED
+    page = await signed_in(browse, mine, java_script_enabled=False)
+    field, reload = page.locator(".ask textarea"), page.locator("[http-equiv=refresh]")
+    await expect(reload).to_have_count(0)
+    await field.fill("太长" * 2000)
+    upstream.will(Script(["写着。", gate, "完"]))
+    await mine.ask("从公众号问的")
+    await page.get_by_role("button", name="发送").click()
+    await expect(page.locator(".live")).to_have_text("写着。")
+    await expect(field).to_have_value("太长" * 2000)
+    await expect(reload).to_have_count(0)
+    await page.goto(mine.url + "/me")
+    for typed in (field, page.get_by_role("searchbox"), page.locator(".menu")):
+        await expect(typed).to_be_hidden()
+    await expect(page.get_by_role("button", name="停")).to_be_visible()
+    gate.set()
+    await expect(field).to_be_visible()
+    await expect(reload).to_have_count(0)
+
+
+@pytest.mark.parametrize("script", [True, False])
+async def test_a_question_that_failed_is_asked_once_more(
+    browse, mine, upstream, script
+):
+    """By a button; what is typed meanwhile stays, if nothing is loaded for that."""
+    page = await signed_in(browse, mine, java_script_enabled=script)
+    upstream.will(Script("", status=401))
+    await put(page, "两行的\n问题")
+    await expect(page.locator(".failed")).to_contain_text(said("failed_setup"))
+    await expect(page.locator(".failed")).not_to_contain_text(TEXTS.page_retry)
+    await expect(page.locator("main h1")).to_have_count(1)
+    await page.locator(".ask textarea").fill("草稿")
+    await page.get_by_role("button", name="再试一次").click()
+    await expect(page.locator(".answer")).to_contain_text("关于「两行的")
+    await expect(page.locator(".question")).to_have_text(["两行的\n问题"] * 2)
+    await expect(page.locator(".ask textarea")).to_have_value("草稿" * script)
+
+
+async def test_nothing_lies_over_the_field(browse, mine, upstream, gate):
+    """However many lines are in it, and also in a browser where it does not grow."""
+    browse.excused = REFUSED  # the icon, which only the policy keeps it from asking for
+    old = "CSS.supports = () => false"
+    page = await signed_in(browse, mine, init=old, bypass_csp=True)
+    await page.add_style_tag(content="textarea { field-sizing: fixed !important }")
+    upstream.will(Script(["一段话。\n\n" * 40, gate, "完"]))
+    await put(page, "很长的")
+    await expect(page.locator(".live")).to_contain_text("一段话。")
+    await page.locator(".ask textarea").fill("一行\n" * 9)
+    await page.evaluate("scrollTo(0, 0)")
+    foot = await page.locator(".ask").bounding_box()
+    assert foot["height"] > 200
+    button = page.get_by_role("button", name="还在写 ↓")
+    for over in (button, page.locator(".written")):
+        await expect(over).to_be_visible()
+        box = await over.bounding_box()
+        assert box["y"] + box["height"] < foot["y"]
+        gate.set()
+    await page.get_by_role("button", name="发送").click()
+    await expect(page.locator(".ask textarea")).to_have_value("")
+    assert (await page.locator(".ask").bounding_box())["height"] < 90
+
+
+async def test_the_own_page_says_that_ai_writes_before_it_does(browse, mine):
+    """The first answer comes without a reload."""
+    page = await signed_in(browse, mine)
+    await expect(page.get_by_role("contentinfo")).to_contain_text("AI 生成")
+
+
+async def test_the_words_that_sign_in_are_copied(browse, mine):
+    """On a phone nobody can look at the number while they type it."""
+    page = await browse.open(mine.url + "/me")
+    words = await page.locator(".number").text_content()
+    assert await copied(page, "复制") == words
+
+
 async def test_axe_finds_nothing_where_one_asks(browse, mine, upstream, gate, axe):
     """The number, the empty page, an answer that grows, a refusal, on any screen."""
     browse.excused = REFUSED
@@ -1224,7 +1381,7 @@ async def test_a_page_weighs_less_than_12_kb(server, upstream, gate):
     """Style and script included, for want of content; a live one has its own, too."""
     live = await page_of(server, upstream, Script([gate, "完"]), "问")
     for url, most in (
-        (live, 16),
+        (live, 15),
         (await history_of(server, BOB), 12),
         (server.url + "/a/nothing", 12),
     ):

@@ -188,6 +188,13 @@ async def test_a_refused_question_keeps_its_words(serve, upstream):
     assert len(upstream.requests) == 1
 
 
+async def test_a_forms_address_opened_as_a_page_leads_to_the_form(phone):
+    """A browser may load again what a form has led to."""
+    for form in ("ask", "search", "export"):
+        page = await phone.open(f"/me/{form}")
+        assert page.status == 200 and 'name="question"' in page.text
+
+
 async def test_a_command_is_no_question_here(phone, upstream):
     """A model would say yes to /forget, and nothing would be deleted."""
     for text in ("/forget", "／stop", "/chatgpt 你好"):

@@ -298,7 +298,7 @@ async def test_a_pending_answer_is_hostile_text_too(server, upstream):
 
 async def test_a_pending_page_refreshes_itself_without_script(server, addresses):
     """Every three seconds, until the answer is complete."""
-    refresh = '<noscript><meta http-equiv="refresh" content="3"></noscript>'
+    refresh = '<noscript><meta http-equiv="refresh" content="3">'
     assert refresh in (await server.get(addresses["pending"]))[1]
     assert "写到这里。" in (await server.get(addresses["pending"]))[1]
     assert "refresh" not in (await server.get(addresses["answer"]))[1]
