@@ -6666,8 +6666,7 @@ async def read_push(request: web.Request) -> Message | web.Response:
     except BadMessage as error:
         bot.warn("unreadable push: %s", error)
         return web.Response(body=b"success")
-    same = message.key, message.msg_type, message.content  # on every attempt
-    if not bot.replays.is_first(request.query["signature"], same):
+    if not bot.replays.is_first(request.query["signature"], message):
         return refusal
     bot.heard_at = bot.tasks.loop.time()
     bot.wechat_ahead = max(bot.wechat_ahead, message.created - bot.heard_at)
