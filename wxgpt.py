@@ -1387,7 +1387,7 @@ def shape(char: str) -> str:
 
 MAX_WINDOW = 4000  # characters read at once, which bounds what a search can cost
 MAX_FORMULA_SPAN = 2000  # characters up to its closing mark, or a comment's
-MAX_OPENERS = 20
+MAX_OPENERS = 20  # in a line
 
 # The HTML tags of tokens, where the two names differ.
 TAGS = {"link": "a", "paragraph": "p", "list_item": "li"}
@@ -1465,6 +1465,8 @@ class InlineReader:
         self.openers: list[Opener] = []
         self.line_start = 1
         self.sure = 1, 0  # the text and the tokens before these ends cannot change
+        # The end of the line before, unless a mark was closed across it.
+        self.line_before = 1, 0
         self.is_held = False  # something is open that can change all that follows
         self.closer = ""  # what closes the formula or comment that is open
         words = WORD_WITH_SIGNS.finditer(self.text) if "\\" in text else ()
@@ -1509,7 +1511,7 @@ class InlineReader:
 
     def open(self, mark: str, text: str, end: int, is_doubtful: bool = False) -> None:
         """Add a mark that is text until it is closed."""
-        if len(self.openers) < MAX_OPENERS:
+        if sum(one.end > self.line_start for one in self.openers) < MAX_OPENERS:
             self.openers.append(Opener(mark, len(self.tokens), end, is_doubtful))
         self.add_text(text)
 
@@ -1518,6 +1520,8 @@ class InlineReader:
 
     def close(self, opener: Opener, *names: str) -> None:
         """Pair an open mark with the one just read; marks open in between are text."""
+        if opener.end < self.line_start:
+            self.line_before = self.sure
         del self.openers[self.openers.index(opener) :]
         opened = [Token(f"{name}_open", TAGS.get(name, name), 1) for name in names]
         self.tokens[opener.index : opener.index + 1] = opened
@@ -1530,8 +1534,10 @@ class InlineReader:
         """Read a line's end; a mark may close one line later, but not a single star."""
         openers = [o for o in self.openers if o.end > self.line_start]
         openers = [o for o in openers if o.mark not in ("*", "＊")]
-        if not openers and not self.is_held:
-            self.sure = mark.start(), len(self.tokens)
+        here = mark.start(), len(self.tokens)
+        if not self.is_held:
+            self.sure = max(self.sure, self.line_before if openers else here)
+        self.line_before = here
         self.add("softbreak", "br")
         self.openers, self.line_start = openers, mark.end()
         return mark.end()
@@ -1727,7 +1733,7 @@ AMOUNT = re.compile(
     r"[约近]?[^\w\s`。！？…!?]{0,3}\d[\d,.]*+(?! ?[年月日号点时:：、/)）])"
 )
 BAR = re.compile(  # a bar, or code and formulas that may hold one
-    r"(`+)(?!`).{1,300}?(?<!`)\1(?!`)|\\\(.{1,300}?\\\)"
+    r"(?<!`)(`++).{1,300}?(?<!`)\1(?!`)|\\\(.{1,300}?\\\)"
     r"|\$(?![\s\d$])[^$]{0,300}[^\s$]\$(?!\w)|\\\||\|"
 )
 SIDES = {":": "center", "-": "right"}  # by how a column's rule begins that ends with :
@@ -1791,6 +1797,7 @@ class MarkdownReader:
         *lines, self.rest = (self.rest + text).split("\n")
         for line in lines:
             self.read_line(line.removesuffix("\r"))
+        self.rest = self.read_pieces(self.rest)
         if self.is_in_line:
             self.pending += self.rest
         elif self.is_settled(self.rest):
@@ -1827,8 +1834,18 @@ class MarkdownReader:
         has_words = bool(line.strip(" \t-*"))  # is no rule
         return has_words and (len(line) > MAX_WINDOW or bool(SENTENCE_END.search(line)))
 
+    def read_pieces(self, line: str) -> str:
+        """Read a heading, quote or row that is too long as lines; return the rest."""
+        while not (self.is_in_line or self.fence) and len(line) > MAX_WINDOW:
+            if self.is_settled(line[: MAX_WINDOW + 1]):
+                break
+            self.read_line(line[:MAX_WINDOW])
+            line = line[MAX_WINDOW:]
+        return line
+
     def read_line(self, line: str) -> None:
         """Read a complete line, or the end of one whose beginning was read."""
+        line = self.read_pieces(line)
         if self.is_in_line:
             self.is_in_line, self.closer = False, ""
             self.pending += line
@@ -2076,7 +2093,8 @@ def read_markdown(markdown: str) -> list[Token]:
 MAX_HEADING_CHARS = 30  # a longer one is shown as it is
 MAX_ROW_CHARS = 20  # of a header whose table is shown in rows
 MAX_BLANKS = 10  # newlines in a row
-SPACES = re.compile(r"[^\S\n]{200,}")  # a reply of nothing but spaces would be empty
+# A reply of nothing but spaces would be empty.
+SPACES = re.compile(r"(?<![^\S\n])[^\S\n]{200,}")
 
 
 def inline_text(children: list[Token]) -> str:
@@ -2364,7 +2382,7 @@ def may_end(text: str, end: int) -> bool:
     """Say whether a part may end here, behind a sentence or a line that is whole."""
     line = text[:end].rstrip().rpartition("\n")[2]
     is_sentence = line != "" and not UNFINISHED.fullmatch(line)
-    is_last = is_sentence and end_before_leading(text[:end]) == end
+    is_last = is_sentence and not LEADING.fullmatch(line)
     is_in_heading = OPEN_HEADING.fullmatch(line) and HEADING_REST.match(text, end)
     return is_last and not is_in_heading and not tears_character(text, end)
 
@@ -3711,14 +3729,14 @@ class EventDecoder:
         return payload
 
 
-TAG = r"[\w:]*(?:think|thought|reasoning)\w*"
+TAG = r"[\w:]{0,40}(?:think|thought|reasoning)\w{0,40}"
 CHANNEL = r"(?:<\|start\|>assistant)?<\|channel\|>"
 # How thoughts begin and end.
 THOUGHTS = (
     (rf"<(?P<tag>{TAG})(?:\s[^<>]*)?>", r"</(?P=tag)>"),  # DeepSeek, Qwen, Seed
     (r"\[THINK\]", r"\[/THINK\]"),  # Magistral
     (r"◁think▷", r"◁/think▷"),  # Kimi-VL
-    (r'<details\s[^<>]*type="reasoning"[^<>]*>', r"</details>"),  # Open WebUI
+    (r'<details\s[^<>]{0,99}type="reasoning"[^<>]{0,99}>', r"</details>"),  # Open WebUI
     (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),  # OpenThinker
     (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),  # Command A
     (r"<\|channel>thought", r"<channel\|>"),  # Gemma
@@ -4053,7 +4071,7 @@ async def read_error(response: aiohttp.ClientResponse) -> ChatError:
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError):
-        fields = re.sub(r"<[^>]*>|\s+", " ", text).strip()
+        fields = re.sub(r"<[^<>]*>|\s+", " ", text).strip()
     return make_error(response.status, fields, response.headers)
 
 

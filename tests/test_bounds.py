@@ -97,6 +97,12 @@ ANSWERS = {
     "formulas": "$a^{b^{c^{d^{e}}}}$ " * 4000,
     "one long line": "字" * 100_000,
     "a thought at its end": "想" * 100_000 + "</think>答。",
+    "marks that nothing closes": "🏻</b>\n***" * 2000,
+    "tags that nothing closes": "</<b></\n" * 2500,
+    "a long heading": "# " + "**a** " * 33_000,
+    "a long row": "a|b\n-|-\n" + "**a** |" * 28_000,
+    "ticks in a row": "a|b\n-|-\n" + "`" * 20_000 + "|\n",
+    "bare list marks": "1.\n" * 3000,
 }
 
 LONGER = {
@@ -150,12 +156,26 @@ async def test_a_live_page_of_it_holds_nobody_up(watch, tmp_path, name):
     assert gap <= MOST_UNITS
 
 
+@pytest.mark.parametrize("unit", ["*a* $x_1$ 字。\n", "think"])
 @pytest.mark.parametrize("piece", ["whole", "json"])
-async def test_a_long_answer_at_once_holds_nobody_up(watch, piece):
+async def test_a_long_answer_at_once_holds_nobody_up(watch, unit, piece):
     """One event, or one body of JSON."""
-    watched, text = await watch(), "*a* $x_1$ 字。\n" * 8000
+    watched, text = await watch(), "<" + repeated(unit, 80_000)
     script = Script([text]) if piece == "whole" else says(text, streamed=False)
     gap = await watched.least_gap(lambda: watched.read_answer(text, script=script))
+    print(gap)
+    assert gap <= MOST_UNITS
+
+
+async def test_an_error_of_many_tags_holds_nobody_up(watch):
+    """A gateway's page that is no JSON, as long as we read it."""
+    watched = await watch()
+
+    async def bring():
+        watched.upstream.will(Script(status=400, body="<" * 65_000))
+        assert (await watched.server.ask("问")).text.startswith("AI 暂时用不了")
+
+    gap = await watched.least_gap(bring)
     print(gap)
     assert gap <= MOST_UNITS
 
