@@ -2933,8 +2933,9 @@ def read_due(file: int) -> Due:
     """Return the deletions that a process before this one left undone."""
     due = {}
     for line in os.pread(file, os.fstat(file).st_size, 0).splitlines():
-        with contextlib.suppress(ValueError):  # empty, or torn: not promised yet
-            openid, key, reply = json.loads(line)
+        # Empty, or torn: not promised yet; what is no line of ours ends no start.
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            openid, key, reply = map(str, json.loads(line))
             due[openid] = (key, reply)
     return due
 
@@ -2948,8 +2949,8 @@ def write_due(_: sqlite3.Connection, file: int, due: Due) -> None:
     os.fsync(file)
 
 
-SEARCH_SLICE = 50  # exchanges that are looked through in one go
-SEARCH_SLICES = 40  # of them for one page
+SEARCH_SLICE = 10  # exchanges that are looked through in one go
+SEARCH_SLICES = 200  # of them for one page
 
 
 PAGE_CHARS = 100_000  # of questions and answers on a page of the history
@@ -4465,6 +4466,9 @@ class Subscriber:
 
     # Messages are taken up in the order they came.
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    # Of their pages few are made or written at once: readers who stall keep no others.
+    pages: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
+    viewers: int = 0  # event streams of their answers
     turns: list[Turn] = field(default_factory=list)  # unfinished, the oldest first
     last_part: int | None = None  # the highest number; None: not read yet
     is_told: bool = True  # the privacy words were said; the store may know better
@@ -6166,7 +6170,7 @@ def preview(markdown: str) -> str:
     return excerpt(text.replace("】", "】 "), 80)
 
 
-SEARCH_CHARS = 100  # of words that are looked for
+SEARCH_CHARS, SEARCH_WORDS = 100, 9  # that are looked for
 SNIPPET_CHARS = 80  # shown after the first of them
 
 
@@ -6750,14 +6754,19 @@ async def refuse_kindly(request: web.Request, handler: Handler) -> web.StreamRes
 
 
 def a_few_at_once(make: Handler) -> Handler:
-    """Let a handler's pages be loaded, rendered and written a few at a time."""
+    """Let pages be loaded, rendered and written a few at once, also of a subscriber.
+
+    The second argument says whose they are by its `openid`.
+    """
 
     @functools.wraps(make)
     async def write(
-        request: web.Request, *values: object, **named: object
+        request: web.Request, whose: Turn | Reader, *values: object, **named: object
     ) -> web.StreamResponse:
-        async with request.app[BOT].pages, asyncio.timeout(PAGE_SECONDS):
-            response = await make(request, *values, **named)
+        bot = request.app[BOT]
+        subscriber = bot.subscriber(whose.openid)
+        async with subscriber.pages, bot.pages, asyncio.timeout(PAGE_SECONDS):
+            response = await make(request, whose, *values, **named)
             await response.prepare(request)
             await response.write_eof()
         return response
@@ -6895,10 +6904,15 @@ async def asking_of(
     )
 
 
-@a_few_at_once
-async def answer_page(request: web.Request) -> web.Response:
+async def answer_page(request: web.Request) -> web.StreamResponse:
     """Show one question and its answer, live while it is being written."""
-    bot, turn = request.app[BOT], await find_linked(request)
+    return await show_answer(request, await find_linked(request))
+
+
+@a_few_at_once
+async def show_answer(request: web.Request, turn: Turn) -> web.Response:
+    """Return the page of an answer."""
+    bot = request.app[BOT]
     turn = bot.turns.get(turn.id, turn)  # newer than what is stored
     device = await find_device(request)
     is_theirs = device is not None and device.openid == turn.openid
@@ -6913,6 +6927,7 @@ async def answer_page(request: web.Request) -> web.Response:
     return await bot.work.run(page_response, bot.config, "answer", **values)
 
 
+VIEWERS = 50  # who may follow answers of one subscriber at the same time
 PING_SECONDS = 15.0  # how long a live page's stream may be silent
 EVENT_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -6964,10 +6979,18 @@ async def answer_events(request: web.Request) -> web.StreamResponse:
     turn = bot.turns.get(found.id) or await bot.store.turn(found.id)  # if it has ended
     if turn is None:  # deleted meanwhile
         raise Refusal(request, 404)
+    subscriber = bot.subscriber(turn.openid)
+    if subscriber.viewers >= VIEWERS:  # their pages look again by themselves
+        raise Refusal(request, 503, bot.texts.page_failed)
     response = web.StreamResponse(headers=EVENT_HEADERS)
-    await response.prepare(request)
-    async for event in follow(bot, turn, request.headers.get("Last-Event-ID", "")):
-        await response.write(event)
+    subscriber.viewers += 1
+    try:
+        await response.prepare(request)
+        async for event in follow(bot, turn, request.headers.get("Last-Event-ID", "")):
+            async with asyncio.timeout(PAGE_SECONDS):
+                await response.write(event)
+    finally:
+        subscriber.viewers -= 1
     return response
 
 
@@ -7013,6 +7036,7 @@ async def sign_in_page(request: web.Request) -> web.Response:
     return response
 
 
+@a_few_at_once
 async def show_history(
     request: web.Request, reader: Reader, typed: str = "", refusal: str = ""
 ) -> web.Response:
@@ -7053,8 +7077,7 @@ async def show_history(
     )
 
 
-@a_few_at_once
-async def history_page(request: web.Request) -> web.Response:
+async def history_page(request: web.Request) -> web.StreamResponse:
     """Show a history by its link, or by a device, with a field to ask."""
     reader = await find_reader(request)
     if reader is None:
@@ -7082,7 +7105,7 @@ async def ask_on_page(request: web.Request) -> web.StreamResponse:
         return led_back(request, key=turn.link_key, session=str(turn.session_id))
     if wants_json(request):
         raise Refusal(request, 409, source)
-    return await a_few_at_once(show_history)(request, device, text, source)
+    return await show_history(request, device, text, source)
 
 
 async def stop_answer(request: web.Request) -> web.Response:
@@ -7110,11 +7133,11 @@ async def leave(request: web.Request) -> web.Response:
 
 @a_few_at_once
 async def show_found(
-    request: web.Request, openid: str, words: list[str], before: int, **values: str
+    request: web.Request, reader: Reader, words: list[str], before: int, **values: str
 ) -> web.Response:
     """Return a page of where in all of a subscriber's exchanges words are."""
     bot = request.app[BOT]
-    turns, older = await bot.store.search(openid, words, before, FOUND_COUNT)
+    turns, older = await bot.store.search(reader.openid, words, before, FOUND_COUNT)
     found = {"words": words, "turns": turns, "older": older} | values
     return await bot.work.run(page_response, bot.config, "found", **found)
 
@@ -7127,16 +7150,15 @@ async def search_page(request: web.Request) -> web.StreamResponse:
     reader, form = await read_form(request)
     home = "../" + request.match_info.get("key", "me")
     words = form.get("words", "")[:SEARCH_CHARS].replace("\0", "").split()
+    words = list(dict.fromkeys(words))[:SEARCH_WORDS]
     if not words:
         return redirect(home)
     before, token = number_in(form, "before", 2**62), form.get("token", "")
-    return await show_found(
-        request, reader.openid, words, before, home=home, token=token
-    )
+    return await show_found(request, reader, words, before, home=home, token=token)
 
 
 @a_few_at_once
-async def send_export(request: web.Request, openid: str) -> web.StreamResponse:
+async def send_export(request: web.Request, reader: Reader) -> web.StreamResponse:
     """Write the file, a few exchanges at a time."""
     bot = request.app[BOT]
     last, session, day = 0, 0, clock(time.time(), "%Y-%m-%d")
@@ -7148,7 +7170,7 @@ async def send_export(request: web.Request, openid: str) -> web.StreamResponse:
     host = yarl.URL(bot.config.public_url).host
     head = render(bot.config, "export.md", turn=None, host=host)
     await response.write(head.encode())
-    while turns := await bot.store.turns_after(openid, last):
+    while turns := await bot.store.turns_after(reader.openid, last):
         for turn in turns:
             values = {"turn": turn, "is_first": turn.session_id != session}
             text = await bot.work.run(render, bot.config, "export.md", **values)
@@ -7160,7 +7182,7 @@ async def send_export(request: web.Request, openid: str) -> web.StreamResponse:
 async def export(request: web.Request) -> web.StreamResponse:
     """Send all of a subscriber's exchanges as a Markdown file."""
     reader, _ = await read_form(request)
-    return await send_export(request, reader.openid)
+    return await send_export(request, reader)
 
 
 async def health(request: web.Request) -> web.Response:
