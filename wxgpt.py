@@ -4058,6 +4058,16 @@ async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
         return whole.partial
 
 
+CHUNK_BYTES = 16 * 1024  # at once: gzip may hold a thousand times its size
+
+
+async def read_chunk(response: aiohttp.ClientResponse) -> bytes:
+    """Return what came of a body, b"" at its end; others have a turn if it is much."""
+    chunk = await response.content.read(CHUNK_BYTES)
+    await asyncio.sleep(0)
+    return chunk
+
+
 ERROR_BYTES = 64 * 1024  # it may be a web page, which says all in its first lines
 ERROR_SECONDS = 2  # for its body: the status alone says most
 
@@ -4252,7 +4262,7 @@ class ChatClient:
         completion, chunk = Completion(self.settings.model, self.opening), b"\n"
         loop, idle = asyncio.get_running_loop(), self.settings.idle_timeout
         while chunk and not completion.reason:
-            chunk = await response.content.readany()
+            chunk = await read_chunk(response)
             text = completion.feed(chunk)
             if completion.has_progress and (is_patient or completion.has_begun):
                 over = min(end, loop.time() + idle)
@@ -4270,7 +4280,7 @@ class ChatClient:
         with contextlib.suppress(TimeoutError, aiohttp.ClientError, ConnectionError):
             async with asyncio.timeout(USAGE_SECONDS):
                 while chunk and not completion.is_over and not completion.error:
-                    chunk = await response.content.readany()
+                    chunk = await read_chunk(response)
                     text += completion.feed(chunk)
         ending = completion.ending()
         text += completion.thoughts.flush(ending.finish_reason == "length")

@@ -5,15 +5,17 @@ hostile, whole and as everybody meets it: message, reply, parts, stream, page, h
 """
 
 import asyncio
+import gzip
 import itertools
 import re
 import signal
 import sys
 
 import pytest
+from aiohttp import web
 
 import wxgpt
-from conftest import ANN, PATIENT, ROOT, with_session
+from conftest import ANN, PATIENT, ROOT, serving, with_session
 from fake_openai import Script, says
 from test_chat_text import SHAPES
 from test_pictures import HOSTS, PNG, host  # noqa: F401
@@ -163,6 +165,22 @@ async def test_a_long_answer_at_once_holds_nobody_up(watch, unit, piece):
     watched, text = await watch(), "<" + repeated(unit, 80_000)
     script = Script([text]) if piece == "whole" else says(text, streamed=False)
     gap = await watched.least_gap(lambda: watched.read_answer(text, script=script))
+    print(gap)
+    assert gap <= MOST_UNITS
+
+
+async def test_an_answer_that_unpacks_to_much_holds_nobody_up(watch):
+    """Two megabytes of events that say nothing come in one packet."""
+    body = gzip.compress(b"data: {}\n\n" * 200_000)
+    headers = {"Content-Encoding": "gzip", "Content-Type": "text/event-stream"}
+
+    async def answer(request):
+        return web.Response(body=body, headers=headers)
+
+    async with serving(answer) as port:
+        chatgpt = {"base_url": f"http://127.0.0.1:{port}/v1"}
+        watched = await watch(assistants={"chatgpt": chatgpt})
+        gap = await watched.least_gap(lambda: watched.server.ask("问"))
     print(gap)
     assert gap <= MOST_UNITS
 
