@@ -1363,7 +1363,7 @@ def shape(char: str) -> str:
 
 MAX_WINDOW = 4000  # characters read at once, which bounds what a search can cost
 MAX_FORMULA_SPAN = 2000  # characters up to its closing mark, or a comment's
-MAX_OPENERS = 20
+MAX_OPENERS = 20  # in a line
 
 # The HTML tags of tokens, where the two names differ.
 TAGS = {"link": "a", "paragraph": "p", "list_item": "li"}
@@ -1449,6 +1449,8 @@ class InlineReader:
         self.openers: list[Opener] = []
         self.line_start = 1
         self.sure = 1, 0  # the text and the tokens before these ends cannot change
+        # The end of the line before, unless a mark was closed across it.
+        self.line_before = 1, 0
         self.is_held = False  # something is open that can change all that follows
         self.closer = ""  # what closes the formula or comment that is open
         words = WORD_WITH_SIGNS.finditer(self.text) if "\\" in text else ()
@@ -1494,7 +1496,7 @@ class InlineReader:
 
     def open(self, mark: str, text: str, end: int, is_doubtful: bool = False) -> None:
         """Add a mark that is text until it is closed."""
-        if len(self.openers) < MAX_OPENERS:
+        if sum(one.end > self.line_start for one in self.openers) < MAX_OPENERS:
             self.openers.append(Opener(mark, len(self.tokens), end, is_doubtful))
         self.add("text", content=text)
 
@@ -1503,6 +1505,8 @@ class InlineReader:
 
     def close(self, opener: Opener, *names: str) -> None:
         """Pair an open mark with the one just read; marks open in between are text."""
+        if opener.end < self.line_start:
+            self.line_before = self.sure
         del self.openers[self.openers.index(opener) :]
         opened = [Token(f"{name}_open", TAGS.get(name, name), 1) for name in names]
         self.tokens[opener.index : opener.index + 1] = opened
@@ -1517,8 +1521,10 @@ class InlineReader:
             self.add_text("\\")
         openers = [o for o in self.openers if o.end > self.line_start]
         openers = [o for o in openers if o.mark not in ("*", "＊")]
-        if not openers and not self.is_held:
-            self.sure = mark.start(), len(self.tokens)
+        here = mark.start(), len(self.tokens)
+        if not self.is_held:
+            self.sure = max(self.sure, self.line_before if openers else here)
+        self.line_before = here
         self.add("softbreak", "br")
         self.openers, self.line_start = openers, mark.end()
         return mark.end()
@@ -1719,7 +1725,7 @@ AMOUNT = re.compile(
     r"[约近]?[^\w\s`。！？…!?]{0,3}\d[\d,.]*+(?<!\.)(?! ?[年月日号点时:：、/)）])"
 )
 BAR = re.compile(  # a bar, or code and formulas that may hold one
-    r"(`+)(?!`).{1,300}?(?<!`)\1(?!`)|\\\(.{1,300}?\\\)"
+    r"(?<!`)(`++).{1,300}?(?<!`)\1(?!`)|\\\(.{1,300}?\\\)"
     r"|\$(?![\s\d$])[^$]{0,300}[^\s$]\$(?!\w)|\\\||\|"
 )
 SIDES = {":": "center", "-": "right"}  # by how a column's rule begins that ends with :
@@ -1783,6 +1789,7 @@ class MarkdownReader:
         *lines, self.rest = (self.rest + text).split("\n")
         for line in lines:
             self.read_line(line.removesuffix("\r"))
+        self.rest = self.read_pieces(self.rest)
         if self.is_in_line:
             self.pending += self.rest
         elif self.is_settled(self.rest):
@@ -1819,8 +1826,18 @@ class MarkdownReader:
         has_words = bool(line.strip(" \t-*"))  # is no rule
         return has_words and (len(line) > MAX_WINDOW or bool(SENTENCE_END.search(line)))
 
+    def read_pieces(self, line: str) -> str:
+        """Read a heading, quote or row that is too long as lines; return the rest."""
+        while not (self.is_in_line or self.fence) and len(line) > MAX_WINDOW:
+            if self.is_settled(line[: MAX_WINDOW + 1]):
+                break
+            self.read_line(line[:MAX_WINDOW])
+            line = line[MAX_WINDOW:]
+        return line
+
     def read_line(self, line: str) -> None:
         """Read a complete line, or the end of one whose beginning was read."""
+        line = self.read_pieces(line)
         if self.is_in_line:
             self.is_in_line, self.closer = False, ""
             self.pending += line
@@ -2069,7 +2086,8 @@ def read_markdown(markdown: str) -> list[Token]:
 MAX_HEADING_CHARS = 30  # a longer one is shown as it is
 MAX_ROW_CHARS = 20  # of a header whose table is shown in rows
 MAX_BLANKS = 10  # newlines in a row
-SPACES = re.compile(r"[^\S\n]{200,}")  # a reply of nothing but spaces would be empty
+# A reply of nothing but spaces would be empty.
+SPACES = re.compile(r"(?<![^\S\n])[^\S\n]{200,}")
 
 
 def inline_text(children: list[Token]) -> str:
@@ -2353,7 +2371,7 @@ def may_end(text: str, end: int) -> bool:
     """Say whether a part may end here, where a sentence, a line, a sign is whole."""
     line = text[:end].rstrip().rpartition("\n")[2]
     is_sentence = line != "" and not UNFINISHED.fullmatch(line)
-    is_last = is_sentence and end_before_leading(text[:end]) == end
+    is_last = is_sentence and not LEADING.fullmatch(line)
     is_in_heading = OPEN_HEADING.fullmatch(line) and HEADING_REST.match(text, end)
     after, flags = text[end : end + 1] or "\n", end - len(text[:end].rstrip(FLAG))
     is_in_sign = after in FLAG and flags % 2 or is_combining(after)
@@ -2898,8 +2916,9 @@ def read_due(file: int) -> Due:
     """Return the deletions that a process before this one left undone."""
     due = {}
     for line in os.pread(file, os.fstat(file).st_size, 0).strip().splitlines():
-        with contextlib.suppress(ValueError):  # torn: not promised yet
-            openid, key, reply = json.loads(line)
+        # Torn: not promised yet; what is no line of ours ends no start.
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            openid, key, reply = map(str, json.loads(line))
             due[openid] = (key, reply)
     return due
 
@@ -2913,8 +2932,8 @@ def write_due(_: sqlite3.Connection, file: int, due: Due) -> None:
     os.fsync(file)
 
 
-SEARCH_SLICE = 50  # exchanges that are looked through in one go
-SEARCH_SLICES = 40  # of them for one page
+SEARCH_SLICE = 10  # exchanges that are looked through in one go
+SEARCH_SLICES = 200  # of them for one page
 
 
 PAGE_CHARS = 100_000  # of questions and answers on a page of the history
@@ -3694,14 +3713,14 @@ class EventDecoder:
         return payload
 
 
-TAG = r"[\w:]*(?:think|thought|reasoning)\w*"
+TAG = r"[\w:]{0,40}(?:think|thought|reasoning)\w{0,40}"
 CHANNEL = r"(?:<\|start\|>assistant)?<\|channel\|>"
 # How thoughts begin and end.
 THOUGHTS = (
     (rf"<(?P<tag>{TAG})(?:\s[^<>]*)?>", r"</(?P=tag)>"),  # DeepSeek, Qwen, Seed
     (r"\[THINK\]", r"\[/THINK\]"),  # Magistral
     (r"◁think▷", r"◁/think▷"),  # Kimi-VL
-    (r'<details\s[^<>]*type="reasoning"[^<>]*>', r"</details>"),  # Open WebUI
+    (r'<details\s[^<>]{0,99}type="reasoning"[^<>]{0,99}>', r"</details>"),  # Open WebUI
     (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),  # OpenThinker
     (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),  # Command A
     (r"<\|channel>thought", r"<channel\|>"),  # Gemma
@@ -4020,6 +4039,16 @@ async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
         return whole.partial
 
 
+CHUNK_BYTES = 16 * 1024  # at once: gzip may hold a thousand times its size
+
+
+async def read_chunk(response: aiohttp.ClientResponse) -> bytes:
+    """Return what came of a body, b"" at its end; others have a turn if it is much."""
+    chunk = await response.content.read(CHUNK_BYTES)
+    await asyncio.sleep(0)
+    return chunk
+
+
 ERROR_BYTES = 64 * 1024  # it may be a web page, which says all in its first lines
 ERROR_SECONDS = 2  # for its body: the status alone says most
 
@@ -4034,7 +4063,7 @@ async def read_error(response: aiohttp.ClientResponse) -> ChatError:
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError):
-        fields = re.sub(r"<[^>]*>|\s+", " ", text).strip()
+        fields = re.sub(r"<[^<>]*>|\s+", " ", text).strip()
     return make_error(response.status, fields, response.headers)
 
 
@@ -4214,7 +4243,7 @@ class ChatClient:
         completion, chunk = Completion(self.settings.model, self.opening), b"\n"
         loop, idle = asyncio.get_running_loop(), self.settings.idle_timeout
         while chunk and not completion.reason:
-            chunk = await response.content.readany()
+            chunk = await read_chunk(response)
             text = completion.feed(chunk)
             if completion.has_progress and (is_patient or completion.has_begun):
                 over = min(end, loop.time() + idle)
@@ -4232,7 +4261,7 @@ class ChatClient:
         with contextlib.suppress(TimeoutError, aiohttp.ClientError, ConnectionError):
             async with asyncio.timeout(USAGE_SECONDS):
                 while chunk and not completion.is_over and not completion.error:
-                    chunk = await response.content.readany()
+                    chunk = await read_chunk(response)
                     text += completion.feed(chunk)
         ending = completion.ending()
         text += completion.thoughts.flush(ending.finish_reason == "length")
@@ -4436,6 +4465,9 @@ class Subscriber:
 
     # Messages are taken up in the order they came.
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    # Of their pages few are made or written at once: readers who stall keep no others.
+    pages: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
+    viewers: int = 0  # event streams of their answers
     turns: list[Turn] = field(default_factory=list)  # unfinished, the oldest first
     last_part: int | None = None  # the highest number; None: not read yet
     is_told: bool = True  # the privacy words were said; the store may know better
@@ -6056,7 +6088,7 @@ def preview(markdown: str) -> str:
     return excerpt(text.replace("】", "】 "), 80)
 
 
-SEARCH_CHARS = 100  # of words that are looked for
+SEARCH_CHARS, SEARCH_WORDS = 100, 9  # that are looked for
 SNIPPET_CHARS = 80  # shown after the first of them
 
 
@@ -6069,16 +6101,14 @@ def snippet(text: str, words: list[str]) -> Markup:
     part = text[begin : begin + SNIPPET_CHARS + SEARCH_CHARS]
     bare = re.sub(r"\*\*|`+|(?m:^\s*(?:[#>*+-]+ |\|))", "", part)
     line = excerpt(bare if pattern.search(bare) else part, len(part))
-    pieces = enumerate(pattern.split("…" * (begin > 0) + line))
+    pieces = enumerate(pattern.split(("…" if begin else "") + line))
     marked = [element("mark", p) if i % 2 else html.escape(p) for i, p in pieces]
     return Markup("".join(marked))
 
 
 COMMENT = r"(?ms)^\s*(//[^\n]*|/\*((?!\*/).)*\*/)\s*$|  // [^\n]*"
-
-
 # A string of a script, or a sign that needs no spaces around it.
-SPACED = r"('[^'\n]*'|`[^`]*`)| *([=,{}()?:&|<>]+) *"
+SCRIPT_SIGN = r"('[^'\n]*'|`[^`]*`)| *([=,{}()?:&|<>]+) *"
 
 
 def minified(path: pathlib.Path) -> Markup:
@@ -6087,7 +6117,7 @@ def minified(path: pathlib.Path) -> Markup:
     if path.suffix == ".css":
         text = re.sub(r"\s*([{},;>]|:(?= ))\s*", r"\1", text).replace(";}", "}")
     else:
-        text = re.sub(SPACED, r"\1\2", text)
+        text = re.sub(SCRIPT_SIGN, r"\1\2", text)
     return Markup(text)
 
 
@@ -6573,8 +6603,7 @@ async def read_push(request: web.Request) -> Message | web.Response:
     except BadMessage as error:
         bot.warn("unreadable push: %s", error)
         return web.Response(body=b"success")
-    same = message.key, message.msg_type, message.content  # on every attempt
-    if not bot.replays.is_first(request.query["signature"], same):
+    if not bot.replays.is_first(request.query["signature"], message):
         return web.Response(status=403)
     bot.heard_at = bot.tasks.loop.time()
     bot.wechat_ahead = max(bot.wechat_ahead, message.created - bot.heard_at)
@@ -6640,12 +6669,19 @@ async def refuse_kindly(request: web.Request, handler: Handler) -> web.StreamRes
 
 
 def a_few_at_once(make: Handler) -> Handler:
-    """Let a handler's pages be loaded, rendered and written a few at a time."""
+    """Let pages be loaded, rendered and written a few at once, also of a subscriber.
+
+    The second argument says whose they are by its `openid`.
+    """
 
     @functools.wraps(make)
-    async def write(request: web.Request, *values: object) -> web.StreamResponse:
-        async with request.app[BOT].pages, asyncio.timeout(PAGE_SECONDS):
-            response = await make(request, *values)
+    async def write(
+        request: web.Request, whose: Turn | Reader, *values: object, **named: object
+    ) -> web.StreamResponse:
+        bot = request.app[BOT]
+        subscriber = bot.subscriber(whose.openid)
+        async with subscriber.pages, bot.pages, asyncio.timeout(PAGE_SECONDS):
+            response = await make(request, whose, *values, **named)
             await response.prepare(request)
             await response.write_eof()
         return response
@@ -6794,10 +6830,15 @@ async def asking_of(
     )
 
 
-@a_few_at_once
-async def answer_page(request: web.Request) -> web.Response:
+async def answer_page(request: web.Request) -> web.StreamResponse:
     """Show one question and its answer, live while it is being written."""
-    bot, turn = request.app[BOT], await find_linked(request)
+    return await show_answer(request, await find_linked(request))
+
+
+@a_few_at_once
+async def show_answer(request: web.Request, turn: Turn) -> web.Response:
+    """Return the page of an answer."""
+    bot = request.app[BOT]
     turn = bot.turns.get(turn.id, turn)  # newer than what is stored
     device = await find_device(request)
     is_theirs = device is not None and device.openid == turn.openid
@@ -6812,6 +6853,7 @@ async def answer_page(request: web.Request) -> web.Response:
     return await bot.work.run(page_response, bot.config, "answer", **values)
 
 
+VIEWERS = 50  # who may follow answers of one subscriber at the same time
 PING_SECONDS = 15.0  # how long a live page's stream may be silent
 EVENT_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -6863,10 +6905,18 @@ async def answer_events(request: web.Request) -> web.StreamResponse:
     turn = bot.turns.get(found.id) or await bot.store.turn(found.id)  # if it has ended
     if turn is None:  # deleted meanwhile
         raise Refusal(request, 404)
+    subscriber = bot.subscriber(turn.openid)
+    if subscriber.viewers >= VIEWERS:  # their pages look again by themselves
+        raise Refusal(request, 503, bot.texts.page_failed)
     response = web.StreamResponse(headers=EVENT_HEADERS)
-    await response.prepare(request)
-    async for event in follow(bot, turn, request.headers.get("Last-Event-ID", "")):
-        await response.write(event)
+    subscriber.viewers += 1
+    try:
+        await response.prepare(request)
+        async for event in follow(bot, turn, request.headers.get("Last-Event-ID", "")):
+            async with asyncio.timeout(PAGE_SECONDS):
+                await response.write(event)
+    finally:
+        subscriber.viewers -= 1
     return response
 
 
@@ -6912,6 +6962,7 @@ async def sign_in_page(request: web.Request) -> web.Response:
     return response
 
 
+@a_few_at_once
 async def show_history(
     request: web.Request, reader: Reader, typed: str = "", refusal: str = ""
 ) -> web.Response:
@@ -6958,8 +7009,7 @@ async def show_history(
     )
 
 
-@a_few_at_once
-async def history_page(request: web.Request) -> web.Response:
+async def history_page(request: web.Request) -> web.StreamResponse:
     """Show a history by its link, or by a device, with a field to ask."""
     reader = await find_reader(request)
     if reader is None:
@@ -6987,7 +7037,7 @@ async def ask_on_page(
         return led_back(request, key=turn.link_key, session=str(turn.session_id))
     if wants_json(request):
         raise Refusal(request, 409, source)
-    return await a_few_at_once(show_history)(request, device, text, source)
+    return await show_history(request, device, text, source)
 
 
 @by_form
@@ -7022,6 +7072,7 @@ async def search_page(request: web.Request, reader: Reader, form: Form) -> web.R
     """
     bot, home = request.app[BOT], "../" + request.match_info.get("key", "me")
     words = form.get("words", "")[:SEARCH_CHARS].replace("\0", "").split()
+    words = list(dict.fromkeys(words))[:SEARCH_WORDS]
     if not words:
         return redirect(home)
     before, token = number_in(form, "before", 2**62), form.get("token", "")
@@ -7207,7 +7258,7 @@ def make_app(bot: Bot) -> web.Application:
         web.get(path + "{slash:/?}", verify_url),
         web.post(path + "{slash:/?}", receive_message),
         web.get("/a/{key}", answer_page),
-        web.get("/a/{key}/events", answer_events),
+        web.get("/a/{key}/events", answer_events, allow_head=False),
         web.get("/h/{key}", history_page),
         web.get("/me", history_page),
         web.post("/me/ask", ask_on_page),
@@ -7221,7 +7272,7 @@ def make_app(bot: Bot) -> web.Application:
         web.get("/h/{key}/{form:search|export}", form_page),
         web.get("/me/{form:ask|stop|new|leave|search|export}", form_page),
         web.get("/healthz", health),
-        web.get(PROBE_PATH, probe_stream),
+        web.get(PROBE_PATH, probe_stream, allow_head=False),
         web.get("/{name:[A-Za-z0-9_-]+[.]txt}", root_file),
         web.get("/", front_page),
         web.get("/{path:.*}", missing_page),

@@ -5,15 +5,17 @@ hostile, whole and as everybody meets it: message, reply, parts, stream, page, h
 """
 
 import asyncio
+import gzip
 import itertools
 import re
 import signal
 import sys
 
 import pytest
+from aiohttp import web
 
 import wxgpt
-from conftest import ANN, PATIENT, ROOT, with_session
+from conftest import ANN, PATIENT, ROOT, serving, with_session
 from fake_openai import Script, says
 from test_chat_text import SHAPES
 from test_pictures import HOSTS, PNG, host  # noqa: F401
@@ -97,6 +99,12 @@ ANSWERS = {
     "formulas": "$a^{b^{c^{d^{e}}}}$ " * 4000,
     "one long line": "字" * 100_000,
     "a thought at its end": "想" * 100_000 + "</think>答。",
+    "marks that nothing closes": "🏻</b>\n***" * 2000,
+    "tags that nothing closes": "</<b></\n" * 2500,
+    "a long heading": "# " + "**a** " * 33_000,
+    "a long row": "a|b\n-|-\n" + "**a** |" * 28_000,
+    "ticks in a row": "a|b\n-|-\n" + "`" * 20_000 + "|\n",
+    "bare list marks": "1.\n" * 3000,
 }
 
 LONGER = {
@@ -150,12 +158,42 @@ async def test_a_live_page_of_it_holds_nobody_up(watch, tmp_path, name):
     assert gap <= MOST_UNITS
 
 
+@pytest.mark.parametrize("unit", ["*a* $x_1$ 字。\n", "think"])
 @pytest.mark.parametrize("piece", ["whole", "json"])
-async def test_a_long_answer_at_once_holds_nobody_up(watch, piece):
+async def test_a_long_answer_at_once_holds_nobody_up(watch, unit, piece):
     """One event, or one body of JSON."""
-    watched, text = await watch(), "*a* $x_1$ 字。\n" * 8000
+    watched, text = await watch(), "<" + repeated(unit, 80_000)
     script = Script([text]) if piece == "whole" else says(text, streamed=False)
     gap = await watched.least_gap(lambda: watched.read_answer(text, script=script))
+    print(gap)
+    assert gap <= MOST_UNITS
+
+
+async def test_an_answer_that_unpacks_to_much_holds_nobody_up(watch):
+    """Two megabytes of events that say nothing come in one packet."""
+    body = gzip.compress(b"data: {}\n\n" * 200_000)
+    headers = {"Content-Encoding": "gzip", "Content-Type": "text/event-stream"}
+
+    async def answer(request):
+        return web.Response(body=body, headers=headers)
+
+    async with serving(answer) as port:
+        chatgpt = {"base_url": f"http://127.0.0.1:{port}/v1"}
+        watched = await watch(assistants={"chatgpt": chatgpt})
+        gap = await watched.least_gap(lambda: watched.server.ask("问"))
+    print(gap)
+    assert gap <= MOST_UNITS
+
+
+async def test_an_error_of_many_tags_holds_nobody_up(watch):
+    """A gateway's page that is no JSON, as long as we read it."""
+    watched = await watch()
+
+    async def bring():
+        watched.upstream.will(Script(status=400, body="<" * 65_000))
+        assert (await watched.server.ask("问")).text.startswith("AI 暂时用不了")
+
+    gap = await watched.least_gap(bring)
     print(gap)
     assert gap <= MOST_UNITS
 

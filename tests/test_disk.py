@@ -328,6 +328,22 @@ async def test_what_broke_off_is_read_until_its_end_is_stored(
 NOTED, GONE = said("forget_noted"), shown("forgotten", tap="/chatgpt")
 
 
+@pytest.mark.parametrize("line", ["null", "5", "[[1], 2, 3]", "[" * 99_999, '"abc"'])
+async def test_a_list_of_deletions_that_others_wrote_ends_no_start(
+    spawn, tmp_path, line
+):
+    """What is in it that can be read is done all the same."""
+    database = tmp_path / "test.db"
+    server, process = await spawn()
+    await server.ask("/chatgpt")
+    await process.end()
+    due = f'{line}\n["{ANN}", "key", "reply"]\n'
+    (tmp_path / "test.db-duty").write_text(due, "utf-8")
+    await process.start()
+    assert "Traceback" not in "".join(process.log)
+    assert rows(database, "SELECT * FROM session") == []
+
+
 def holds(database, *words: str) -> list[str]:
     """Say which words the database's files still hold, its list of deletions too."""
     paths = (f"{database}{end}" for end in ("", "-wal", "-duty"))

@@ -1,6 +1,7 @@
 """An answer that is being written: its typeset blocks, and the stream of them."""
 
 import asyncio
+import contextlib
 import html.parser
 
 import pytest
@@ -8,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import wxgpt
-from conftest import ANN, blocks_of
+from conftest import ANN, BOB, blocks_of
 from fake_openai import Script
 from test_chat_text import SHAPES
 from test_pages import events_of, next_event
+from waiting import limit
 
 TEXTS = wxgpt.read_texts({})
 PIECES = [
@@ -52,6 +54,30 @@ def render(markdown):
 def changes():
     """The server lets no attempt time out."""
     return {"wechat": {"mute_guard": 0}}
+
+
+async def test_who_opens_many_streams_keeps_none_from_others(server, upstream, gate):
+    """A page that gets none looks again by itself; whoever goes makes room."""
+    upstream.will(Script(["开头。", gate]), Script(["开头。", gate]))
+    anns, bobs = [
+        (await server.ask(f"/chatgpt 问{who}", who)).links[0][1] for who in (ANN, BOB)
+    ]
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def status_of(link):
+            stream = server.open(f"{link}/events")
+            return (await stack.enter_async_context(stream)).status
+
+        async with contextlib.AsyncExitStack() as few:
+            for _ in range(wxgpt.VIEWERS):
+                await few.enter_async_context(server.open(f"{anns}/events"))
+            assert await status_of(anns) == 503
+            assert await status_of(bobs) == 200
+            assert (await server.get(anns))[0] == 200
+        async with limit(20, "end of the streams"):
+            while server.bot.subscriber(ANN).viewers:
+                await asyncio.sleep(0.01)
+        assert await status_of(anns) == 200
 
 
 async def stream_of(server, upstream, script, question="给安看的"):

@@ -8,8 +8,9 @@ import shutil
 
 import pytest
 
-from conftest import ANN, BOB, blocks_of, said, with_session
+from conftest import ANN, BOB, LONG, blocks_of, said, with_session
 from fake_openai import Script
+from waiting import within
 
 KINDS = ["answer", "pending", "history", "expired", "missing", "missing history"]
 KINDS += ["unknown", "front"]
@@ -481,6 +482,24 @@ async def test_a_made_up_page_number_does_no_harm(server, before):
 
 
 # Health
+
+
+@pytest.mark.parametrize("path", ["", "/events", "/healthz", "/healthz/stream"])
+async def test_what_answers_head_has_no_body(server, upstream, path):
+    """A proxy would take it for the next response on its connection."""
+    if not path.startswith("/healthz"):
+        upstream.will(Script(LONG))
+        path = server.at((await server.ask("问")).links[-1][1] + path)
+        path = path.removeprefix(server.url)
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(f"HEAD {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    head = await within(10, "head", reader.readuntil(b"\r\n\r\n"))
+    assert b" 200 " in head or b" 404 " in head
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert b"HTTP/1.1 200 OK\r\n" == await within(
+        10, "next response", reader.readline()
+    )
+    writer.close()
 
 
 async def test_health_is_told(server):

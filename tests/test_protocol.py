@@ -282,6 +282,32 @@ async def test_an_event_lends_its_query_to_no_text(server, stored):
     assert (await posted(server, event, stamp))[0] == 200
 
 
+async def test_an_event_lends_its_query_to_no_unfollowing(server, stored):
+    """One that has the event's key as its MsgId would delete all that is stored."""
+    stamp, now = (str(int(time.time())), "4711"), int(time.time())
+    view = server.wechat.event(ANN, "VIEW", CreateTime=now, EventKey="https://a.cn/")
+    assert await posted(server, view, stamp) == (200, b"success")
+    server.bot.deliveries.clear()  # as a minute later
+    before = stored()
+    key = f"{now} view https://a.cn/"
+    forged = server.wechat.event(ANN, "unsubscribe", CreateTime=now, MsgId=key)
+    assert await posted(server, forged, stamp) == (403, b"")
+    assert stored() == before
+
+
+@pytest.mark.parametrize("changed", [{"PicUrl": "https://a.cn/2"}, {"CreateTime": 5}])
+async def test_a_query_covers_all_fields_of_its_message(server, stored, changed):
+    """Another picture with the MsgId of the first one is another message."""
+    stamp = str(int(time.time())), "4711"
+    image = server.wechat.image(ANN, "https://a.cn/1", msg_id=7)
+    assert (await posted(server, image, stamp))[0] == 200
+    server.bot.deliveries.clear()
+    before = stored()
+    forged = server.wechat.image(ANN, "https://a.cn/1", msg_id=7, **changed)
+    assert await posted(server, forged, stamp) == (403, b"")
+    assert stored() == before
+
+
 async def test_another_message_with_a_signature_is_told_once_a_minute(server, caplog):
     """The owner reads that somebody sends captured queries."""
     stamp = str(int(time.time())), "4711"

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import re
 import time
 
@@ -112,6 +113,13 @@ async def test_a_search_of_nothing_leads_back(server, talk):
             assert str(page.url) == url and page.status == 200
 
 
+async def test_a_few_words_are_looked_for(server, talk):
+    """Each is looked for in much text; the same one once, and no more than nine."""
+    eight = "怎 么 选 颜 色 闻 味 道"
+    assert (await search(server, f"{eight} " * 4 + "苹果 香蕉"))[0] == ["苹果怎么选"]
+    assert (await search(server, f"{eight} 香蕉 苹果"))[0] == []
+
+
 async def test_many_matches_come_in_pages(server, database):
     """Twenty at once, the rest from there on; nothing is found twice or left out."""
     fill(database, 50)
@@ -127,7 +135,7 @@ async def test_a_search_through_much_goes_on_where_it_stopped(
     server, database, monkeypatch
 ):
     """It looks through a bounded number of exchanges, then offers to go on."""
-    monkeypatch.setattr(wxgpt, "SEARCH_SLICES", 2)
+    monkeypatch.setattr(wxgpt, "SEARCH_SLICES", 10)
     await server.ask("头一个")
     fill(database, 150)
     found, page = await search(server, "头一个")
@@ -307,6 +315,27 @@ async def test_a_link_that_shows_nothing_does_nothing(serve, form):
         server, f"{server.url}/h/x/{form}", status=404, words="苹果"
     )
     assert "苹果" not in due + expired + unknown
+
+
+async def test_who_does_not_read_keeps_no_page_from_others(server, database):
+    """A file has a minute to be written, but not all the places that there are."""
+    url = (await history_of(server)).removeprefix(server.url)
+    others = await history_of(server, BOB)
+    fill(database, 60)
+    database("UPDATE turn SET answer = ?", "字" * 150_000)
+    head = f"POST {url}/export HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
+    async with contextlib.AsyncExitStack() as stack:
+        begun = []
+        for _ in range(wxgpt.PAGES_AT_ONCE + 1):
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            stack.callback(writer.close)
+            writer.write(head.encode())
+            begun.append(reader.readline())
+        for first in itertools.islice(asyncio.as_completed(begun), 2):
+            assert b" 200 " in await within(20, "beginning of a file", first)
+        for _ in range(5):  # by the last one all files have begun that may
+            page = server.get(others)
+            assert (await within(30, "a page of Bob's", page))[0] == 200
 
 
 async def test_an_export_stops_when_its_subscriber_is_deleted(server, monkeypatch):
