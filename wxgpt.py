@@ -3738,9 +3738,7 @@ BEFORE = "|".join(f"{opening}.*?{closing}" for opening, closing in THOUGHTS)
 BEFORE += rf"|{CLOSING}|{CHANNEL}final[^<]*<\|message\|>|(?P<wrapper>{WRAPPER})"
 BEFORE_ANSWER = re.compile(rf"\s*(?:{BEFORE})", re.IGNORECASE | re.DOTALL)
 TAG_CHARS = 200  # no tag is longer
-TAG_BEGUN = re.compile(
-    rf"(?s:<\|.{{0,{TAG_CHARS}}})|[<\[◁][^>\]▷\n]{{0,{TAG_CHARS}}}|analysis"
-)
+TAG_BEGUN = re.compile(rf"(?s:<\|.{{0,{TAG_CHARS}}})|[<\[◁][^>\]▷\n]{{0,{TAG_CHARS}}}")
 # The first tag inside an answer. One that is quoted, or code, is only spoken of.
 QUOTED = r"""(?<![`“‘「『])(?<!\s["'])(?<!`\n)(?<!`xml\n)(?<!`(?:html|text)\n)"""
 LATE = re.compile(rf"(?i){QUOTED}({CLOSING})|(?<!`)(?:<{TAG}[\s>]|\[THINK\]|◁think▷)")
@@ -3802,7 +3800,9 @@ class ThoughtFilter:
                 self.kept = (self.kept + self.held[found.end() : end])[:ANSWER_CHARS]
             self.held = found[0] + self.held[end:]
             return False
-        return self.held != "" and not TAG_BEGUN.fullmatch(self.held)
+        if "analysis".startswith(self.held):
+            return False
+        return not TAG_BEGUN.fullmatch(self.held)
 
     def flush(self, is_cut: bool) -> str:
         """Return the text still held at the end; an unclosed thought is not shown."""
