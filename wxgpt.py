@@ -3728,7 +3728,7 @@ THOUGHTS = (
     (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),  # Command A
     (r"<\|channel>thought", r"<channel\|>"),  # Gemma
     (rf"{CHANNEL}(?:analysis|commentary)[^<]*<\|message\|>", r"<\|end\|>"),  # gpt-oss
-    (r"analysis(?-i:(?=[A-Z]))", "assistantfinal"),  # the same, its tags dropped
+    (r"analysis(?-i:[A-Z])", "assistantfinal"),  # the same, its tags dropped
 )
 CLOSING = rf"</{TAG}>|\[/THINK\]|◁/think▷|<channel\|>"
 OPEN = re.compile("|".join(opening for opening, _ in THOUGHTS), re.IGNORECASE)

@@ -561,7 +561,7 @@ THOUGHTS = {
         "好的。",
     ),
     "gpt-oss without its marks": (
-        ["analysis", "We need 秘密", " to.assistant", "final", "好的。"],
+        ["analysis", "We need 秘密" + "x" * 999, ".assistantfinal", "好的。"],
         "好的。",
     ),
     "the word": (["analysis", "的意思是分析。"], "analysis的意思是分析。"),
