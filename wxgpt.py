@@ -3672,13 +3672,13 @@ class EventDecoder:
         payloads, self.has_comment = [], False
         for line in self.split(chunk or b"\n\n"):
             if found := self.field.match(line):
-                *pieces, value = GLUED.split(line[found.end() :])
-                whole = (one for one in pieces if one.rstrip().endswith(b"}"))
-                payloads += [one.decode("utf-8", "replace") for one in whole]
-                is_new = value.startswith((b"{", b"[DONE]"))
-                if is_new and self.data and self.data[-1].rstrip().endswith(b"}"):
-                    payloads.append(self.take())
-                self.data.append(value)
+                for number, value in enumerate(GLUED.split(line[found.end() :])):
+                    is_new = value.startswith((b"{", b"[DONE]"))
+                    if is_new and self.data and self.data[-1].rstrip().endswith(b"}"):
+                        payloads.append(self.take())
+                    if number:
+                        self.data.clear()  # without its end
+                    self.data.append(value)
                 self.size += len(line)
             elif not line and self.data and self.field is DATA:
                 payloads.append(self.take())
@@ -3800,7 +3800,7 @@ class ThoughtFilter:
                 self.kept = (self.kept + self.held[found.end() : end])[:ANSWER_CHARS]
             self.held = found[0] + self.held[end:]
             return False
-        if "analysis".startswith(self.held):
+        if "analysis".startswith(self.held):  # of gpt-oss, perhaps
             return False
         return not TAG_BEGUN.fullmatch(self.held)
 
@@ -3995,7 +3995,8 @@ class Completion:
             self.stray = payload or self.stray
             return ""
         event = read_event(payload)
-        if "choices" not in event and any(name in event for name in MESSAGE_NAMES):
+        is_told = any(name in event for name in MESSAGE_NAMES)
+        if "choices" not in event and (is_told or self.decoder.field is JSON_LINE):
             self.stray = event  # it may say why there is no answer
         choices = event.get("choices")
         items = choices if isinstance(choices, list) else []
