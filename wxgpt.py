@@ -3732,7 +3732,9 @@ THOUGHTS = (
 )
 CLOSING = rf"</{TAG}>|\[/THINK\]|◁/think▷|<channel\|>"
 OPEN = re.compile("|".join(opening for opening, _ in THOUGHTS), re.IGNORECASE)
-WRAPPER = r"<(?:answer|response)>|<\|START_RESPONSE\|>"  # Hunyuan, ERNIE, Command A
+# Hunyuan, ERNIE, Command A, GLM-4.5V, and models whose template is not known.
+WRAPPER = r"<(?:answer|response)>|<\|(?:START_RESPONSE|begin_of_box)\|>"
+WRAPPER += r"|<\|im_start\|>assistant"
 # What comes before an answer: a thought, what is left of one, or how it is wrapped.
 BEFORE = "|".join(f"{opening}.*?{closing}" for opening, closing in THOUGHTS)
 BEFORE += rf"|{CLOSING}|{CHANNEL}final[^<]*<\|message\|>|(?P<wrapper>{WRAPPER})"
@@ -3944,6 +3946,7 @@ def text_of(content: object) -> str:
 
 
 MID_SENTENCE = re.compile(r"[\w,，、:：;；(（《“-]\s*$")
+REPEATED_CHARS = 8  # a last delta that says all again is longer; some gateways send one
 # The fields of a delta that show that the model is at work.
 ALIVE = re.compile("content|refusal|reason|think|thought")
 
@@ -3961,6 +3964,7 @@ class Completion:
         # Puts a character together of which the next event has the other half.
         self.utf16 = codecs.getincrementaldecoder("utf-16-le")("ignore")
         self.last = ""  # the last visible text
+        self.said = ""  # all text, thoughts included
         self.stray: object = ""  # the last payload that is no part of an answer
         self.has_progress = False  # the last chunk had text, thoughts or a comment
         self.has_begun = False  # some event had text or thoughts
@@ -4031,6 +4035,9 @@ class Completion:
         text = text_of(delta.get("content")) or text_of(delta.get("refusal"))
         if text or any(delta[name] for name in delta if ALIVE.search(name)):
             self.has_progress = self.has_begun = True
+        if self.reason and len(text) > REPEATED_CHARS and text == self.said:
+            return ""
+        self.said += text
         text = self.utf16.decode(text.encode("utf-16-le", "surrogatepass"))
         text = self.thoughts.feed(text)
         self.last = text if text.strip() else self.last

@@ -528,6 +528,14 @@ def test_an_answer_is_told_by_what_it_says(name):
     assert outcome(FORMS[name]) == ("好的。", "stop")
 
 
+def test_a_last_delta_may_say_all_again():
+    """It is not shown twice; a short word may well be said twice."""
+    deltas = [chunk("<think>秘密</think>这是一个"), chunk("回答。")]
+    again = chunk("<think>秘密</think>这是一个回答。", "stop")
+    assert outcome(sse(*deltas, again)) == ("这是一个回答。", "stop")
+    assert outcome(sse(chunk("哈哈"), chunk("哈哈", "stop"))) == ("哈哈哈哈", "stop")
+
+
 def test_halves_of_a_character_become_whole():
     """Some servers cut their text by UTF-16; a half alone is dropped."""
     high, low = EMOJI[1:7], EMOJI[7:13]
@@ -560,6 +568,11 @@ THOUGHTS = {
         + ["<|message|>好的。"],
         "好的。",
     ),
+    "GLM-4.5V": (
+        ["<think>秘密</think>", "<|begin_of_box|>", "好的。<|end_of_box|>"],
+        "好的。",
+    ),
+    "a template": (["<|im_start|>assistant\n", "好的。", "<|im_end|>"], "好的。"),
     "gpt-oss without its marks": (
         ["analysis", "We need 秘密" + "x" * 999, ".assistantfinal", "好的。"],
         "好的。",
