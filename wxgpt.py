@@ -3747,7 +3747,7 @@ LATE = re.compile(rf"(?i){QUOTED}({CLOSING})|(?<!`)(?:<{TAG}[\s>]|\[THINK\]|◁t
 # What may follow an answer: the end of its wrapper, or a token that stops a model.
 STOPPED = re.compile(r"\s*(?:</(?:answer|response)>|<\|\w+\|>)\s*$")
 STOP = re.compile(r"\s*(?:</s>|<\|\w+\|>)\s*$")
-STOP_CHARS = 24  # no such token is longer
+STOP_BEGUN = re.compile(r"<(?:[/|][\w|]{0,20}>?\s*)?$")
 ANSWER_CHARS = 200_000  # an answer that goes on and on is cut there
 
 
@@ -3784,8 +3784,8 @@ class ThoughtFilter:
             self.opening = found[1].replace("/", "")
             text, self.is_late = self.feed(""), True
             return text
-        end = self.held.rfind("<", -STOP_CHARS)
-        end = len(self.held) if end < 0 else end
+        begun = STOP_BEGUN.search(self.held)
+        end = begun.start() if begun else len(self.held)
         text, self.held = self.held[:end], self.held[end:]
         self.tail = None if self.tail is None else (self.tail + text)[-TAG_CHARS:]
         return text
