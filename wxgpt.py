@@ -3964,7 +3964,7 @@ class Completion:
         # Puts a character together of which the next event has the other half.
         self.utf16 = codecs.getincrementaldecoder("utf-16-le")("ignore")
         self.last = ""  # the last visible text
-        self.said = ""  # all text, thoughts included
+        self.said = hashlib.sha256()  # of all text, thoughts included
         self.stray: object = ""  # the last payload that is no part of an answer
         self.has_progress = False  # the last chunk had text, thoughts or a comment
         self.has_begun = False  # some event had text or thoughts
@@ -4035,10 +4035,12 @@ class Completion:
         text = text_of(delta.get("content")) or text_of(delta.get("refusal"))
         if text or any(delta[name] for name in delta if ALIVE.search(name)):
             self.has_progress = self.has_begun = True
-        if self.reason and len(text) > REPEATED_CHARS and text == self.said:
-            return ""
-        self.said += text
-        text = self.utf16.decode(text.encode("utf-16-le", "surrogatepass"))
+        raw = text.encode("utf-16-le", "surrogatepass")
+        if self.reason and len(text) > REPEATED_CHARS:
+            if hashlib.sha256(raw).digest() == self.said.digest():
+                return ""
+        self.said.update(raw)
+        text = self.utf16.decode(raw)
         text = self.thoughts.feed(text)
         self.last = text if text.strip() else self.last
         return text
