@@ -3641,6 +3641,9 @@ class ChatError(Exception):
 
 EVENT_BYTES = 1 << 20  # more in one event would only fill the memory
 BLANKS = b" \t\r\n\xef\xbb\xbf"  # may stand before a body, the last as byte order mark
+# What begins a second event in a line: GLM loses the end of the one before it. Inside
+# JSON the quote had a backslash.
+GLUED = re.compile(rb'data: ?(?=\{"\w)')
 # The fields of an event stream that matter (llama.cpp has errors in one of that name),
 # those that do not, and the lines of a body that is JSON.
 DATA = re.compile(rb"(?:data: ?)+|(?:data|error)(?:: ?|$)")
@@ -3671,11 +3674,13 @@ class EventDecoder:
         payloads, self.has_comment = [], False
         for line in self.split(chunk or b"\n\n"):
             if found := self.field.match(line):
-                value = line[found.end() :]
-                is_new = value.startswith((b"{", b"[DONE]"))
-                if is_new and self.data and self.data[-1].rstrip().endswith(b"}"):
-                    payloads.append(self.take())
-                self.data.append(value)
+                for number, value in enumerate(GLUED.split(line[found.end() :])):
+                    is_new = value.startswith((b"{", b"[DONE]"))
+                    if is_new and self.data and self.data[-1].rstrip().endswith(b"}"):
+                        payloads.append(self.take())
+                    if number:
+                        self.data.clear()  # without its end
+                    self.data.append(value)
                 self.size += len(line)
             elif not line and self.data and self.field is DATA:
                 payloads.append(self.take())
@@ -3725,19 +3730,26 @@ THOUGHTS = (
     (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),  # Command A
     (r"<\|channel>thought", r"<channel\|>"),  # Gemma
     (rf"{CHANNEL}(?:analysis|commentary)[^<]*<\|message\|>", r"<\|end\|>"),  # gpt-oss
+    (r"analysis(?-i:[A-Z])", "assistantfinal"),  # the same, its tags dropped
 )
 CLOSING = rf"</{TAG}>|\[/THINK\]|◁/think▷|<channel\|>"
 OPEN = re.compile("|".join(opening for opening, _ in THOUGHTS), re.IGNORECASE)
+# Hunyuan, ERNIE, Command A, GLM-4.5V, and models whose template is not known.
+WRAPPER = r"<(?:answer|response)>|<\|(?:START_RESPONSE|begin_of_box)\|>"
+WRAPPER += r"|<\|im_start\|>assistant"
 # What comes before an answer: a thought, what is left of one, or how it is wrapped.
 BEFORE = "|".join(f"{opening}.*?{closing}" for opening, closing in THOUGHTS)
-BEFORE += rf"|{CLOSING}|{CHANNEL}final[^<]*<\|message\|>|(?P<wrapper><answer>)"
+BEFORE += rf"|{CLOSING}|{CHANNEL}final[^<]*<\|message\|>|(?P<wrapper>{WRAPPER})"
 BEFORE_ANSWER = re.compile(rf"\s*(?:{BEFORE})", re.IGNORECASE | re.DOTALL)
 TAG_CHARS = 200  # no tag is longer
 TAG_BEGUN = re.compile(rf"(?s:<\|.{{0,{TAG_CHARS}}})|[<\[◁][^>\]▷\n]{{0,{TAG_CHARS}}}")
 # The first tag inside an answer. One that is quoted, or code, is only spoken of.
 QUOTED = r"""(?<![`“‘「『])(?<!\s["'])(?<!`\n)(?<!`xml\n)(?<!`(?:html|text)\n)"""
 LATE = re.compile(rf"(?i){QUOTED}({CLOSING})|(?<!`)(?:<{TAG}[\s>]|\[THINK\]|◁think▷)")
-ANSWER_END = "</answer>"  # Hunyuan's
+# What may follow an answer: the end of its wrapper, or a token that stops a model.
+STOPPED = re.compile(r"\s*(?:</(?:answer|response)>|<\|\w+\|>)\s*$")
+STOP = re.compile(r"\s*(?:</s>|<\|\w+\|>)\s*$")
+STOP_BEGUN = re.compile(r"<(?:[/|][\w|]{0,20}>?\s*)?$")
 ANSWER_CHARS = 200_000  # an answer that goes on and on is cut there
 
 
@@ -3774,7 +3786,8 @@ class ThoughtFilter:
             self.opening = found[1].replace("/", "")
             text, self.is_late = self.feed(""), True
             return text
-        end = max(0, len(self.held) - 2 * len(ANSWER_END) * self.is_wrapped)
+        begun = STOP_BEGUN.search(self.held)
+        end = begun.start() if begun else len(self.held)
         text, self.held = self.held[:end], self.held[end:]
         self.tail = None if self.tail is None else (self.tail + text)[-TAG_CHARS:]
         return text
@@ -3791,13 +3804,14 @@ class ThoughtFilter:
                 self.kept = (self.kept + self.held[found.end() : end])[:ANSWER_CHARS]
             self.held = found[0] + self.held[end:]
             return False
-        return self.held != "" and not TAG_BEGUN.fullmatch(self.held)
+        if "analysis".startswith(self.held):  # of gpt-oss, perhaps
+            return False
+        return not TAG_BEGUN.fullmatch(self.held)
 
     def flush(self, is_cut: bool) -> str:
         """Return the text still held at the end; an unclosed thought is not shown."""
         if self.is_answer or not OPEN.match(self.held):
-            text = self.held
-            return text.rstrip().removesuffix(ANSWER_END) if self.is_wrapped else text
+            return (STOPPED if self.is_wrapped else STOP).sub("", self.held)
         text = self.kept + self.held.removeprefix(self.opening)
         is_shown, self.opening = self.is_inside and not is_cut, ""
         return text if is_shown else ""
@@ -3829,9 +3843,14 @@ def meaning_of(text: str, table: str) -> str:
     return next((meaning for meaning, words in rows if words.search(text)), "")
 
 
-KINDS = ("refused", "busy", "long", "blind", "broken")  # others are settings
+KINDS = ("refused", "busy", "long", "blind", "picture", "broken")  # others: settings
 # A limit that is not over within the minutes that somebody waits for an answer.
-LASTING = re.compile(r"(?i)\b[rt]pd|hour|da[iy]|week|month|[每今当][日天周月]|使用上限")
+LASTING = re.compile(
+    r"(?i)\b[rt]pd|hour|(?<!to)day|today's|daily|tomorrow|week|month"
+    r"|[每今当][日天周月]|使用上限|日流控"
+)
+# How long to wait, in a message.
+WAIT = re.compile(r"(?i)(?:again in|after|wait|retry in) *(\d+(?:\.\d+)?) *(ms|[mh])?")
 ERROR_NAMES = ("code", "status_code", "http_code", "type", "status", "param")
 MESSAGE_NAMES = ("message", "detail", "msg", "status_msg", "error_msg", "statusText")
 # A code or an id. Anything longer or with blanks may be what a subscriber wrote.
@@ -3877,7 +3896,11 @@ def make_error(status: int, body: object, headers: Mapping[str, str]) -> ChatErr
     meaning = meaning_of(f"status {status} {summary} {message}", "errors")
     kind, setting = (meaning, "") if meaning in KINDS else ("setup", meaning)
     retry_in = retry_after(headers)
-    is_passing = retry_in is not None or not LASTING.search(message)
+    words = f"{message} {error.get('details')}"  # Gemini's name the limit
+    is_passing = retry_in is not None or not LASTING.search(words)
+    if retry_in is None and (wait := WAIT.search(message)):
+        unit = {"ms": 0.001, "m": 60, "h": 3600}
+        retry_in = float(wait[1]) * unit.get(str(wait[2]).lower(), 1)
     is_retryable = kind in ("busy", "broken") and is_passing
     if retry_in is not None and retry_in > RETRY_AFTER_SECONDS:
         is_retryable, retry_in = False, None
@@ -3892,13 +3915,15 @@ def make_error(status: int, body: object, headers: Mapping[str, str]) -> ChatErr
 def read_event(payload: str) -> dict:
     """Return the JSON object of an event; raise ChatError, also for an error in it."""
     try:
-        event = json.loads(payload)
+        event = json.loads(payload, strict=False)
     except (ValueError, RecursionError) as error:
         raise ChatError("broken", "an event is not JSON", is_retryable=True) from error
     fields = as_dict(event)
     code = as_dict(fields.get("base_resp")).get("status_code")
-    code = code or (fields.get("code") if "choices" not in fields else 0)
-    is_failed = fields.get("error") or fields.get("errors") or (event and not fields)
+    if "choices" not in fields:
+        code = code or fields.get("code") or fields.get("error_code")
+    inner = fields.get("error") or fields.get("errors") or (event and not fields)
+    is_failed = any(inner.values()) if isinstance(inner, dict) else inner
     is_named = "error" in (fields.get("object"), fields.get("type"))
     if is_failed or is_named or code not in (None, "", 0, "0", 200, "200"):
         raise make_error(200, event, {})
@@ -3921,6 +3946,7 @@ def text_of(content: object) -> str:
 
 
 MID_SENTENCE = re.compile(r"[\w,，、:：;；(（《“-]\s*$")
+REPEATED_CHARS = 8  # a last delta that says all again is longer; some gateways send one
 # The fields of a delta that show that the model is at work.
 ALIVE = re.compile("content|refusal|reason|think|thought")
 
@@ -3938,6 +3964,7 @@ class Completion:
         # Puts a character together of which the next event has the other half.
         self.utf16 = codecs.getincrementaldecoder("utf-16-le")("ignore")
         self.last = ""  # the last visible text
+        self.said = hashlib.sha256()  # of all text, thoughts included
         self.stray: object = ""  # the last payload that is no part of an answer
         self.has_progress = False  # the last chunk had text, thoughts or a comment
         self.has_begun = False  # some event had text or thoughts
@@ -3972,7 +3999,8 @@ class Completion:
             self.stray = payload or self.stray
             return ""
         event = read_event(payload)
-        if self.decoder.field is JSON_LINE and "choices" not in event:
+        is_told = any(name in event for name in MESSAGE_NAMES)
+        if "choices" not in event and (is_told or self.decoder.field is JSON_LINE):
             self.stray = event  # it may say why there is no answer
         choices = event.get("choices")
         items = choices if isinstance(choices, list) else []
@@ -3993,7 +4021,7 @@ class Completion:
         """Take the finish_reason of an event; a filter's may follow another one."""
         self.is_named |= "finish_reason" in choice
         reason = str(choice.get("finish_reason") or "")
-        if not reason:
+        if reason.lower() in ("", "null", "none"):
             return
         # OpenRouter says stop for some failures of the providers behind it.
         native = str(choice.get("native_finish_reason") or "")
@@ -4007,7 +4035,12 @@ class Completion:
         text = text_of(delta.get("content")) or text_of(delta.get("refusal"))
         if text or any(delta[name] for name in delta if ALIVE.search(name)):
             self.has_progress = self.has_begun = True
-        text = self.utf16.decode(text.encode("utf-16-le", "surrogatepass"))
+        raw = text.encode("utf-16-le", "surrogatepass")
+        if self.reason and len(text) > REPEATED_CHARS:
+            if hashlib.sha256(raw).digest() == self.said.digest():
+                return ""
+        self.said.update(raw)
+        text = self.utf16.decode(raw)
         text = self.thoughts.feed(text)
         self.last = text if text.strip() else self.last
         return text
@@ -4182,7 +4215,7 @@ class ChatClient:
 
     def leaves_out(self, error: ChatError, body: dict) -> bool:
         """Leave out what an error refuses from now on; say whether that may help."""
-        if error.setting != "extra" or error.status not in (400, 422):
+        if error.setting != "extra":
             return False
         name = refused_field(f"{error.detail} {error.words}", body)
         if name and name not in self.refused:  # else another question found it out

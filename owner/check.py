@@ -142,12 +142,11 @@ SWITCHES = (
 
 # The faults of a certificate, by OpenSSL's X509_V_ERR_… (9: not valid yet, 64: of an IP)
 FAULTS = {9: "expired", 10: "expired", 20: "issuer", 62: "mismatch", 64: "mismatch"}
-# What a provider may say with any status, in its code or message.
-WORDS = {
-    "balance": r"insufficient_quota|balance|arrearage|\b1113\b|(spend|usage)_limit",
-    "country": r"\b(country|region)",
-    "model": r"model_not_found|无可用渠道|model.{0,40}\b(not|unknown)|invalid model",
-}
+# What a provider says when it refuses the key for want of money.
+MONEY = (
+    r"^402|quota|balance|arrear|overdue|credits?\b|fund|budget|\b1113\b"
+    r"|(spend\w*|usage)[ _]limit|[余额]|欠费|充值|资源包|套餐"
+)
 BALANCE = "balance: {detail} → top up the account, or raise its limit"
 CONNECTION = (
     "connection: {host}: {detail} → look at {way}; "
@@ -186,18 +185,17 @@ TROUBLES: dict[object, str] = {
     # The fault of a certificate
     "expired": TLS + "is the date here right? Then its owner must renew it",
     "mismatch": TLS + "look at the host in {way}",
-    # The words
+    # The words, or the setting that they are about
     "balance": BALANCE,
-    "country": (
+    "api_key": KEY,
+    "base_url": NO_API,
+    "extra": OTHER,
+    "proxy": (
         "country: {detail} → the provider does not serve this machine: set {proxy}"
     ),
     "model": "model: {host} does not know {name}: {detail} → look at {model}",
     # The status
-    **dict.fromkeys((300, 301, 302, 303, 307, 308, 404, 405), NO_API),
     200: "answer: {detail} → try again later",
-    401: KEY,
-    402: BALANCE,
-    403: KEY,
     407: (
         "proxy: it wants a user and a password → "
         'write {proxy} = "http://USER:PASSWORD@HOST:PORT"'
@@ -284,9 +282,10 @@ def signs_of(error: ChatError, words: str) -> typing.Iterator[object]:
     if isinstance(cause, aiohttp.ClientHttpProxyError) and cause.status == 407:
         yield cause.status
     yield from type(cause).__mro__
-    for name, pattern in WORDS.items():
-        if re.search(pattern, f"{error.code} {words}", re.IGNORECASE):
-            yield name
+    said = f"{error.status} {error.code} {words}"
+    if error.setting == "api_key" and re.search(MONEY, said, re.IGNORECASE):
+        yield "balance"
+    yield error.setting
     yield error.status
     yield error.kind
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import re
 import time
 
@@ -493,6 +494,14 @@ FORMS = {
     "two ends": sse(*ANSWER[:3], chunk("", "stop"), "[DONE]"),
     "an error behind the end": sse(*ANSWER[:3], failure("x", code=502)),
     "another event first": sse({"status": "running"}, *ANSWER),
+    "the words null and none": sse(chunk("好", "null"), chunk("的。", "None"), *END),
+    "an error of empty fields": sse(chunk("好的。", **failure("", code=None)), *END),
+    "two events in a line": sse(json.dumps(chunk("好")) + sse(*ANSWER[1:]).decode()),
+    "an event without its end": sse('{"object":"chat.comp' + sse(*ANSWER).decode()),
+    "NaN": sse(chunk("好的。", timings=math.nan), *END),
+    "a token that stops": sse(chunk("好的。"), chunk("<|im_end|>"), *END),
+    "a token that stops, in the text": sse(chunk("好的。<|return|>\n"), *END),
+    "a tag that stops": sse(chunk("好的。"), chunk("</s>"), *END),
 }
 
 
@@ -518,6 +527,14 @@ def outcome(raw, cuts=(), opening=""):
 def test_an_answer_is_told_by_what_it_says(name):
     """Whatever its content type, its line ends, and the shape of its events."""
     assert outcome(FORMS[name]) == ("好的。", "stop")
+
+
+def test_a_last_delta_may_say_all_again():
+    """It is not shown twice; a short word may well be said twice."""
+    deltas = [chunk("<think>秘密</think>这是一个"), chunk("回答。")]
+    again = chunk("<think>秘密</think>这是一个回答。", "stop")
+    assert outcome(sse(*deltas, again)) == ("这是一个回答。", "stop")
+    assert outcome(sse(chunk("哈哈"), chunk("哈哈", "stop"))) == ("哈哈哈哈", "stop")
 
 
 def test_halves_of_a_character_become_whole():
@@ -550,6 +567,22 @@ THOUGHTS = {
         ["<|channel|>analysis<|message|>秘密<|end|><|start|>assistant<|channel|>"]
         + ["commentary<|message|>秘密<|end|><|start|>assistant<|channel|>final"]
         + ["<|message|>好的。"],
+        "好的。",
+    ),
+    "GLM-4.5V": (
+        ["<think>秘密</think>", "<|begin_of_box|>", "好的。<|end_of_box|>"],
+        "好的。",
+    ),
+    "a template": (["<|im_start|>assistant\n", "好的。", "<|im_end|>"], "好的。"),
+    "gpt-oss without its marks": (
+        ["analysis", "We need 秘密" + "x" * 999, ".assistantfinal", "好的。"],
+        "好的。",
+    ),
+    "the word": (["analysis", "的意思是分析。"], "analysis的意思是分析。"),
+    "ERNIE": (["<think>秘密</think>\n<response>\n好的。\n</resp", "onse>"], "好的。"),
+    "Command A, wrapped": (
+        ["<|START_THINKING|>秘密<|END_THINKING|><|START_RESPONSE|>好的。"]
+        + ["<|END_RESPONSE|>"],
         "好的。",
     ),
     "gpt-oss without a thought": (["<|channel|>final<|message|>好的。"], "好的。"),
@@ -599,6 +632,11 @@ THOUGHTS = {
             "< 5 的数有四个。",
             "<!DOCTYPE html>\n<p>好</p>",
             "<thead><tr></tr></thead>",
+            "<p>好</p><answer>",
+            "答案写在 <answer>好</answer>",
+            '一行是 data: {"x": 1}',
+            "以 `<|im_end|>` 结束",
+            "3 < 5",
             "Error: 429 too many requests 的意思是请求太多。",
         )
     },
@@ -639,6 +677,7 @@ def test_an_answer_known_to_begin_inside_a_thought(name):
 ENDS = {
     **dict.fromkeys(("stop", "STOP", "eos", "end_turn", "stop_sequence"), "stop"),
     **dict.fromkeys(("tool_calls", "completed", "FINISH_REASON_STOP"), "stop"),
+    **dict.fromkeys(("FinishReason.STOP", "success", "eot_id"), "stop"),
     **dict.fromkeys(("COMPLETE", "eos_token", "normal", "end_of_turn"), "stop"),
     **dict.fromkeys(("length", "max_tokens", "MAX_TOKENS", "model_length"), "length"),
     **dict.fromkeys(("max_output_tokens", "token_limit"), "length"),
@@ -755,6 +794,11 @@ FAILED_200 = {
     ),
     "JSON of words": (b'"insufficient balance"', "early end"),
     "nothing but the words of it": (b'{"detail": "Not Found"}', "early end"),
+    "words without an error": (sse({"detail": "Content Exists Risk"}), "early end"),
+    "a code by another name": (
+        sse({"error_code": 18, "error_msg": "qps limit"}),
+        "busy",
+    ),
     "nobody knows": (sse(failure("x")), "broken"),
     "half an event": (sse(chunk("写"), '{"choi'), "broken"),
     "nothing": (b"", "early end"),
@@ -891,6 +935,69 @@ ANSWERS = r"""
 200 | api_key | FastGPT, key | - | {"code": 514, "statusText": "unAuthApiKey", "message": "Key is illegal"}
 400 | api_key | Dify, quota | - | {"code": "provider_quota_exceeded", "message": "Your quota for Dify Hosted OpenAI has been exhausted."}
 200 | api_key | a body of its own | - | {"success": false, "message": "Insufficient credits"}
+429 | busy | Groq, minute, and an offer | rate_limit_exceeded | Rate limit reached on tokens per minute (TPM): Limit 6000, Used 5900. Please try again in 8s. Upgrade to Dev Tier today at x
+429 | later | Gemini, day | - | [{"error": {"code": 429, "message": "You exceeded your current quota. Please retry in 40.1s.", "details": [{"quotaId": "GenerateRequestsPerDayPerProjectPerModel-FreeTier"}]}}]
+429 | later | ModelScope, day | - | {"errors": {"message": "You have exceeded today's quota for model X, please try again tomorrow"}}
+429 | later | MiniMax, hours | - | usage limit exceeded, 5-hour usage limit reached for Token Plan (2056)
+429 | later | a long wait | - | Rate limit reached. Please try again in 11m31s.
+400 | busy | a gateway, what is behind it | - | Error from provider (Console Go): Upstream request failed
+400 | busy | a crowd, in Chinese | - | 请求过快，请稍后再试
+200 | busy | any failure, in Chinese | - | {"code": -1, "msg": "服务器开小差了，请稍后重试"}
+200 | busy | Qianfan, per second | - | {"error_code": 18, "error_msg": "Open api qps request limit reached"}
+200 | busy | Qianfan, busy | - | {"error_code": 336100, "error_msg": "Server is busy, try again later"}
+499 | busy | 499 | - | x
+503 | busy | DeepSeek, resources | - | Insufficient system resources
+200 | api_key | Spark, licence | - | {"code": 11200, "message": "licc failed"}
+401 | api_key | ModelScope, token | - | Authentication failed, please make sure that a valid ModelScope token is supplied.
+401 | api_key | Azure, key and region | - | Access denied due to invalid subscription key. Use a correct regional API endpoint.
+403 | api_key | Gemini, a method | - | Requests to this API method StreamGenerateContent are blocked.
+400 | api_key | Dify, quota | - | The quota has been exceeded.
+400 | api_key | money, in Chinese | - | 账户资金不足
+400 | api_key | a pack | - | 当前账号没有可用的资源包
+429 | api_key | used up | - | 您的套餐用量已耗尽，请升级套餐
+400 | api_key | revoked | - | This key has been revoked
+404 | model | Azure, deployment | DeploymentNotFound | The API deployment for this resource does not exist.
+404 | model | Anthropic, model | not_found_error | model: claude-9
+410 | model | NVIDIA, gone | - | {"status": 410, "title": "Gone", "detail": "The model has reached its end of life"}
+404 | model | Cohere, gone | - | {"message": "model 'command-r' was removed on September 15, 2025."}
+400 | model | Groq, terms | model_terms_required | The model x requires terms acceptance.
+400 | model | Cloudflare, access | - | {"errors": [{"message": "This account is not allowed to access this model", "code": 5018}]}
+404 | model | Ark, plan | UnsupportedModel | The x model does not support the coding plan feature.
+400 | model | a model, in Chinese | - | 不支持的模型: x
+400 | model | a model that is off | - | 请求的模型不可用
+400 | refused | Hunyuan, rules | - | 内容不合规，请检查
+400 | refused | a safety check, in Chinese | - | 内容未通过安全检测
+400 | refused | a review, in Chinese | - | 文本审查未通过
+400 | refused | forbidden words, in Chinese | - | 提问中包含违禁词
+400 | refused | an audit | - | 10013:input content audit failed
+400 | refused | terms | - | This request violates our terms of service
+400 | refused | filtered | - | The content is filtered
+400 | refused | a safety filter | - | Request rejected by safety filter
+200 | long | Qianfan, question | - | {"error_code": 336007, "error_msg": "the max length of current question is 2000"}
+400 | long | Gemini, payload | - | Request payload size exceeds the limit: 20971520 bytes.
+500 | long | llama.cpp, shift | - | context shift is disabled
+422 | long | TGI, long | - | {"error": "Input validation error: `inputs` must have less than 4095 tokens. Given: 5000"}
+400 | long | vLLM, model length | - | num_tokens 40000 > max_model_len 32768
+400 | long | too long, in Chinese | - | 消息长度超过最大限制
+400 | long | talk, in Chinese | - | 历史消息过多
+400 | blind | GLM, a picture | 1210 | content.type 参数非法，取值范围 ['text']
+400 | blind | Groq, a picture | - | messages[1].content must be a string
+422 | blind | FastAPI, a picture | - | {"detail": [{"type": "string_type", "loc": ["body", "messages", 0, "content"], "msg": "Input should be a valid string"}]}
+400 | blind | vLLM, an extra picture | - | 1 validation error: [{'type': 'extra_forbidden', 'loc': ('body', 'messages', 1, 'content', 1, 'image_url'), 'msg': 'Extra inputs are not permitted'}]
+400 | blind | pictures | - | Images are not supported by this model
+400 | blind | pictures, in Chinese | - | 当前模型无法识别图片
+400 | picture | OpenAI, not read | image_parse_error | You uploaded an unsupported image. Please make sure your image is valid.
+400 | picture | Anthropic, not read | - | Could not process image
+400 | picture | Ark, too large | InvalidParameter.OversizedImage | The size of the input image exceeds the limit.
+400 | picture | GLM, not read | 1210 | 图片输入格式/解析错误
+400 | picture | Qwen, too small | - | The image length and width do not meet the model restrictions.
+403 | proxy | Anthropic, place | - | Request not allowed
+403 | proxy | Cloudflare, 1020 | - | <p>error code: 1020
+426 | base_url | https, 426 | - | <p>Upgrade Required
+400 | base_url | https, 400 | - | <p>400 The plain HTTP request was sent to HTTPS port
+500 | extra | one-api, a field behind it | - | Unrecognized request argument supplied: stream_options
+400 | extra | a role | - | Last message must have role user
+400 | extra | a field of safety | - | safety_identifier is not known
 200 | api_key | Coze, token | - | {"code": 700012006, "msg": "access token invalid"}
 """
 

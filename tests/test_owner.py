@@ -69,6 +69,7 @@ from wxgpt import (
     Texts,
     WeChatSettings,
     load_config,
+    make_error,
     signature_of,
 )
 
@@ -832,6 +833,11 @@ def failed(kind="setup", cause=None, detail="some detail", **fields):
     return error
 
 
+def answered(status, message="x", code=None):
+    """Make the error that a provider's answer means."""
+    return make_error(status, {"error": {"message": message, "code": code}}, {})
+
+
 def unconnected(kind, os_error, host="api.example"):
     """Make one of aiohttp's errors about a connection that was not made."""
     key = ConnectionKey(host, 443, True, True, None, None, None, None)
@@ -932,34 +938,25 @@ FINDINGS = {
     ),
     "no end": (failed(BROKEN), "stream: some detail → is there a chat API at https"),
     "in a 200": (failed(BROKEN, status=200, words="x"), "answer: status 200 “x” → try"),
-    "402": (failed(status=402), "balance: status 402 → top up"),
-    "quota": (failed(status=429, code="insufficient_quota"), "balance: status 429"),
-    "GLM": (
-        failed(status=429, code="1113", words="余额"),
-        "balance: status 429 “余额” →",
-    ),
-    "limit": (failed(code="project_spend_limit_exceeded"), "balance: "),
-    "in words": (failed(status=403, words="Insufficient Balance"), "balance: "),
-    "country": (failed(status=403, words="Country not supported"), "country: .*proxy"),
-    "model": (
-        failed(status=404, code="model_not_found"),
-        "model: .* not know m: .*x.model",
-    ),
-    "gateway": (failed("setup", status=503, words="无可用渠道"), "model: "),
-    "401": (
-        failed(status=401),
-        "key: api.example refuses it: status 401 → look at .*x.api_k",
-    ),
-    "403": (failed(status=403), "key: "),
-    "302": (
-        failed(status=302),
-        "URL: no chat API at https://api.example/v1: status 302",
-    ),
-    "404": (failed(status=404), "URL: .*: it ends with the version"),
-    "405": (failed(status=405), "URL: "),
-    "429": (failed("busy", status=429), "limit: status 429 → wait"),
-    "400": (failed(status=400), "request: .* → look at assistants.x.extra"),
-    "422": (failed(status=422), "request: "),
+    "402": (answered(402), "balance: status 402 “x” → top up"),
+    "quota": (answered(429, code="insufficient_quota"), "balance: status 429"),
+    "GLM": (answered(429, "余额", "1113"), "balance: status 429 “余额” →"),
+    "limit": (answered(400, code="project_spend_limit_exceeded"), "balance: "),
+    "in words": (answered(403, "Insufficient Balance"), "balance: "),
+    "plan": (answered(429, "您的套餐用量已耗尽"), "balance: "),
+    "country": (answered(403, "Country not supported"), "country: .*proxy"),
+    "model": (answered(404, code="model_not_found"), "model: .* not know m: .*x.model"),
+    "gateway": (answered(503, "无可用渠道"), "model: "),
+    "model, retired": (answered(400, "The model has been retired"), "model: "),
+    "401": (answered(401), "key: api.example refuses it: status 401 “x” → look at .*x"),
+    "403": (answered(403), "key: "),
+    "key in words": (answered(400, "API key expired"), "key: "),
+    "302": (answered(302), "URL: no chat API at https://api.example/v1: status 302"),
+    "404": (answered(404), "URL: .*: it ends with the version"),
+    "405": (answered(405), "URL: "),
+    "429": (answered(429), "limit: status 429 “x” → wait"),
+    "400": (answered(400), "request: .* → look at assistants.x.extra"),
+    "422": (answered(422), "request: "),
     "filtered": (failed("refused", status=400), "request: "),
     "408": (failed("busy", status=408), "provider: "),
     "503": (

@@ -313,6 +313,23 @@ def test_an_error_says_whether_and_when_to_ask_again(headers, wait):
     assert (error.is_retryable, error.retry_in) == wait
 
 
+@pytest.mark.parametrize(
+    ("message", "wait"),
+    [
+        ("Please try again in 1.2s.", 1.2),
+        ("Please retry after 6 seconds.", 6.0),
+        ("please try again after 250ms", 0.25),
+        ("Please wait 2 minutes before retrying", 120.0),
+        ("try again later", None),
+    ],
+)
+def test_a_message_may_say_how_long_to_wait(message, wait):
+    """Where no header does; a header counts more."""
+    body = {"error": {"message": message}}
+    assert error_in(refusal(429, body)).retry_in == wait
+    assert error_in(refusal(429, body, Retry_After="3")).retry_in == 3.0
+
+
 # A request's optional fields, and the words of a refusal with the field it means.
 BODY = {
     "model": "m",
@@ -629,10 +646,13 @@ async def test_all_optional_fields_may_be_refused_in_turn(serve, upstream, caplo
     assert len(told(caplog)) == len(fields)
 
 
-async def test_a_field_may_be_refused_in_a_200(server, upstream):
+@pytest.mark.parametrize(
+    ("status", "code"), [(200, 400), (200, "unknown"), (500, None)], ids=str
+)
+async def test_a_field_may_be_refused_with_any_status(server, upstream, status, code):
     """Asked again at once without it."""
-    refused = error("Unknown field stream_options", code=400)
-    upstream.will(Script(body=refused), "这次好了。")
+    refused = error("Unknown field stream_options", code=code)
+    upstream.will(Script(status=status, body=refused), "这次好了。")
     assert (await server.ask(QUESTION)).text == "这次好了。" + LABEL
     assert "stream_options" not in upstream.requests[1].body
 
