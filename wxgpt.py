@@ -1274,7 +1274,8 @@ def formula_text(latex: str) -> str | None:
     if len(latex) > MAX_FORMULA_CHARS or ILLEGAL.search(latex):
         return None
     try:
-        text = render_pieces(FormulaReader(simpler_latex(latex)).row(""))
+        plain = rewritten(simpler_latex(latex), "fences")
+        text = render_pieces(FormulaReader(plain).row(""))
     except (ValueError, LookupError):  # LookupError: it ends too early
         return None
     return text.strip() or None
@@ -1287,9 +1288,12 @@ def formula_mathml(latex: str, is_block: bool) -> str | None:
         return None
     from latex2mathml.converter import Converter
 
+    latex = simpler_latex(latex)
+    if latex.count(r"\left") != latex.count(r"\right"):
+        latex = rewritten(latex, "fences")
     try:
         converter = Converter(display="block" if is_block else "inline")
-        tree = converter.convert_to_element(simpler_latex(latex))
+        tree = converter.convert_to_element(latex)
     except Exception:  # it breaks in many ways, some of them its own
         return None
     allowed = formula_rules()["mathml"]

@@ -299,6 +299,18 @@ def test_what_is_not_understood_is_refused(latex: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "latex, is_high",
+    [(r"\left(\frac{a}{b}\right)", True), (r"(\frac{a}{b})", False)]
+    + [(r"\left(\frac{a}{b}", False), (r"\left\{\frac{a}{b}\right.", True)],
+)
+def test_brackets_that_are_meant_to_grow_do(latex, is_high):
+    """One without its partner is as high as a letter."""
+    element = ElementTree.fromstring(formula_mathml(latex, False) or "")
+    sign = next(one for one in element.iter() if one.text in ("(", "{"))
+    assert sign.get("stretchy") == ("true" if is_high else "false")
+
+
+@pytest.mark.parametrize(
     "text", ["<script>alert(1)</script>", "&lt;b&gt;", "a & b", '"x']
 )
 def test_markup_in_a_text_stays_text(text: str) -> None:
