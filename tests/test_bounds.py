@@ -145,12 +145,25 @@ async def test_a_live_page_of_it_holds_nobody_up(watch, tmp_path, name):
     size = len(text) // 40 + 1
     pieces = [text[at : at + size] for at in range(0, len(text), size)]
 
+    async def follow(link, begun):
+        async with watched.server.open(f"{link}/events") as stream:
+            first = await stream.content.readuntil(b'"keep"')
+            begun.release()
+            return (first + await stream.content.read()).decode()
+
     async def bring():
-        steps = itertools.chain(*zip(pieces, itertools.repeat(0.1)))
-        watched.upstream.will(Script(["开头一段。\n\n" * 150, 0.1, *steps]))
+        steps, gate = (
+            itertools.chain(*zip(pieces, itertools.repeat(0.1))),
+            asyncio.Event(),
+        )
+        watched.upstream.will(Script(["开头一段。\n\n" * 150, gate, *steps]))
         link = (await watched.server.ask("问")).links[0][1]
-        streams = (watched.server.get(f"{link}/events") for _ in range(20))
-        for _, stream in await asyncio.gather(*streams):
+        begun = asyncio.Semaphore(0)
+        streams = asyncio.gather(*(follow(link, begun) for _ in range(20)))
+        for _ in range(20):
+            await begun.acquire()
+        gate.set()  # all twenty are there
+        for stream in await streams:
             assert stream.count('"keep"') > 2 and "event: done" in stream
 
     gap = await watched.least_gap(bring)
