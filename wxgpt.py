@@ -19,8 +19,8 @@ often need longer. So the first request of a message starts one task, every requ
 that message waits for it, and the last one is answered in time with what is written so
 far, a tap for the rest, and a link to a page that goes on live.
 
-The path of a message; a function stands above its callers, but the methods of Bot in
-the order of the path:
+The path of a message; a function stands above its callers, but the methods of Bot
+stand in the order of the path:
 
     receive_message -> read_push: is_signed, parse_message
                     -> Bot.deliver -> Bot.reply_to -> render_text_reply
@@ -466,7 +466,8 @@ def read_table(kind: Any, table: Any, name: str, mistakes: Mistakes) -> Any:
             ends = dict(zip(("least", "most"), plain, strict=False))
             expected = TYPE_NAMES[entry.type]
             mistakes.add(where, words, found=found, expected=expected, **ends)
-            values |= {key: ""} if is_required else {}
+            if is_required:
+                values[key] = ""  # there is no default to go on with
     return kind(**values)
 
 
@@ -557,7 +558,7 @@ def check_values(
     config: Config, environ: Mapping[str, str], mistakes: Mistakes
 ) -> None:
     """Note values that cannot work."""
-    require, names = mistakes.require, config.assistants.keys()
+    require, hidden = mistakes.require, "something else"  # in place of a secret
     url, path, wechat = config.public_url, config.server.path, config.wechat
     require(is_public_url(url), "public_url", url, "http:// or https:// and a host")
     is_path = re.fullmatch(r"(/[\w.~-]+)+/?", path)
@@ -580,22 +581,22 @@ def check_values(
         source = setting_source(name, "base_url", one, environ)
         is_url = re.match(r"https?://[^/]", url.strip())
         require(is_url, source, url, "an http(s) URL")
-        source, found = setting_source(name, "api_key", one, environ), "something else"
+        source, found = setting_source(name, "api_key", one, environ), key and hidden
         is_key = re.fullmatch(r"[!-~]+", key)  # it goes into a header
-        require(is_key, source, key and found, "the key of the API, without blanks")
+        require(is_key, source, found, "the key of the API, without blanks")
         for header, content in one.headers.items():
             place, is_header = f"{where}.headers", re.fullmatch(HEADER_NAME, header)
             require(is_header, place, header, "names of further HTTP headers")
             is_line = re.fullmatch(r"[!-~]([ -~]*[!-~])?", content)
             wanted = "one line of letters, digits and signs"
-            require(is_line, f"{place}.{header}", found, wanted)
+            require(is_line, f"{place}.{header}", hidden, wanted)
         is_proxy = re.match(r"(https?|socks[45]h?)://|$", one.proxy)
         require(is_proxy, f"{where}.proxy", "***", "an http, https or socks URL")
         if one.proxy.startswith("socks"):
             has_package = importlib.util.find_spec("aiohttp_socks")
             wanted = "http(s), or socks after: pip install aiohttp-socks"
             require(has_package, f"{where}.proxy", "***", wanted)
-        is_other = one.fallback in {"", *names} - {name}
+        is_other = not one.fallback or one.fallback in config.assistants.keys() - {name}
         require(is_other, f"{where}.fallback", one.fallback, "another assistant's name")
         for own in ("model", "messages", "stream"):
             is_free, place = own not in one.extra, f"{where}.extra.{own}"
@@ -1247,6 +1248,7 @@ class FormulaReader:
 
 
 def rewritten(latex: str, rules: str) -> str:
+    """Return LaTeX after the rewrites of that name, one after the other."""
     for pattern, replacement in formula_rules()["rewrites"][rules]:
         latex = re.sub(pattern, replacement, latex, flags=re.A)
     return latex
@@ -2934,8 +2936,6 @@ def write_due(_: sqlite3.Connection, file: int, due: Due) -> None:
 
 SEARCH_SLICE = 10  # exchanges that are looked through in one go
 SEARCH_SLICES = 200  # of them for one page
-
-
 PAGE_CHARS = 100_000  # of questions and answers on a page of the history
 
 
@@ -3765,7 +3765,7 @@ class ThoughtFilter:
         if not self.is_answer:
             return ""
         text, found = "" if self.tail is None else self.tail + self.held, None
-        if any(sign in text for sign in "<[◁"):  # searching is dear
+        if any(sign in text for sign in "<[◁"):  # searching is expensive
             found = LATE.search(text)
         if found:
             self.tail = None
@@ -3774,7 +3774,8 @@ class ThoughtFilter:
             self.opening = found[1].replace("/", "")
             text, self.is_late = self.feed(""), True
             return text
-        end = max(0, len(self.held) - 2 * len(ANSWER_END) * self.is_wrapped)
+        kept_back = 2 * len(ANSWER_END) if self.is_wrapped else 0
+        end = max(0, len(self.held) - kept_back)
         text, self.held = self.held[:end], self.held[end:]
         self.tail = None if self.tail is None else (self.tail + text)[-TAG_CHARS:]
         return text
@@ -4043,7 +4044,7 @@ CHUNK_BYTES = 16 * 1024  # at once: gzip may hold a thousand times its size
 
 
 async def read_chunk(response: aiohttp.ClientResponse) -> bytes:
-    """Return what came of a body, b"" at its end; others have a turn if it is much."""
+    """Return what came of a body, b"" at its end; in between others have a turn."""
     chunk = await response.content.read(CHUNK_BYTES)
     await asyncio.sleep(0)
     return chunk
@@ -4247,7 +4248,7 @@ class ChatClient:
             text = completion.feed(chunk)
             if completion.has_progress and (is_patient or completion.has_begun):
                 over = min(end, loop.time() + idle)
-                if abs(over - (limit.when() or 0)) > idle / 20:  # a timer is dear
+                if abs(over - (limit.when() or 0)) > idle / 20:  # timers are expensive
                     limit.reschedule(over)
             if completion.is_late:
                 yield ThoughtEnd()
@@ -4460,12 +4461,14 @@ class LongWork:
 class Subscriber:
     """What memory holds of a subscriber with a message or a question in progress.
 
-    Lives in a weak dictionary: deliveries and the tasks of questions keep it alive.
+    Lives in a weak dictionary: what uses it keeps it alive, which are deliveries, the
+    tasks of questions, and requests for pages.
     """
 
     # Messages are taken up in the order they came.
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    # Of their pages few are made or written at once: readers who stall keep no others.
+    # Few of their pages are made or written at once, so that readers who stall leave
+    # places for others' pages.
     pages: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
     viewers: int = 0  # event streams of their answers
     turns: list[Turn] = field(default_factory=list)  # unfinished, the oldest first
@@ -4484,7 +4487,7 @@ class Subscriber:
         return Part(self.offered[turn_id, start], turn_id, start, place=place)
 
     def forget(self) -> None:
-        """Forget all but the lock."""
+        """Forget what the store forgets; the lock and who reads stay."""
         self.last_part = 0
         self.is_told = False
         self.turns.clear()
@@ -4681,8 +4684,8 @@ class ReplayGuard:
             self.warn("stale push refused: our clock is %+.0f s off its time", seconds)
         return abs(seconds) <= self.SECONDS
 
-    def is_first(self, signature: str, message: object) -> bool:
-        """Say whether no other message came with this signature before."""
+    def is_first(self, signature: str, message: Message | str) -> bool:
+        """Say whether no other message, or other use, had this signature before."""
         if self.loop_time() >= self.next_map_at:
             self.next_map_at = self.loop_time() + self.SECONDS
             self.owners = collections.ChainMap({}, *self.owners.maps[:2])
@@ -6088,7 +6091,7 @@ def preview(markdown: str) -> str:
     return excerpt(text.replace("】", "】 "), 80)
 
 
-SEARCH_CHARS, SEARCH_WORDS = 100, 9  # that are looked for
+SEARCH_CHARS, SEARCH_WORDS = 100, 9  # of what is looked for
 SNIPPET_CHARS = 80  # shown after the first of them
 
 
@@ -6129,10 +6132,10 @@ def closed(markdown: str) -> str:
 
 @functools.cache
 def load_pages() -> jinja2.Environment:
-    """Return the templates; raise ConfigError if one is missing or broken.
+    """Return the templates; raise ConfigError if one is missing or cannot be parsed.
 
     First called at the start; files changed later wait for the next start. Compiling
-    all of them took a tenth of it: each waits until it is shown.
+    all of them would take a tenth of it: each waits until it is shown.
     """
     folder = jinja2.FileSystemLoader(PAGES)
     pages = jinja2.Environment(
@@ -6668,27 +6671,6 @@ async def refuse_kindly(request: web.Request, handler: Handler) -> web.StreamRes
         raise Refusal(request, 503, request.app[BOT].texts.page_failed) from None
 
 
-def a_few_at_once(make: Handler) -> Handler:
-    """Let pages be loaded, rendered and written a few at once, also of a subscriber.
-
-    The second argument says whose they are by its `openid`.
-    """
-
-    @functools.wraps(make)
-    async def write(
-        request: web.Request, whose: Turn | Reader, *values: object, **named: object
-    ) -> web.StreamResponse:
-        bot = request.app[BOT]
-        subscriber = bot.subscriber(whose.openid)
-        async with subscriber.pages, bot.pages, asyncio.timeout(PAGE_SECONDS):
-            response = await make(request, whose, *values, **named)
-            await response.prepare(request)
-            await response.write_eof()
-        return response
-
-    return write
-
-
 async def front_page(request: web.Request) -> web.Response:
     """Say that the account works here and how to begin; nothing about anybody."""
     config = request.app[BOT].config
@@ -6813,6 +6795,27 @@ def by_form(act: Handler) -> Handler:
     return read
 
 
+def a_few_at_once(make: Handler) -> Handler:
+    """Let pages be loaded, rendered and written a few at once, also of a subscriber.
+
+    The second argument says whose they are by its `openid`.
+    """
+
+    @functools.wraps(make)
+    async def write(
+        request: web.Request, whose: Turn | Reader, *values: object, **named: object
+    ) -> web.StreamResponse:
+        bot = request.app[BOT]
+        subscriber = bot.subscriber(whose.openid)
+        async with subscriber.pages, bot.pages, asyncio.timeout(PAGE_SECONDS):
+            response = await make(request, whose, *values, **named)
+            await response.prepare(request)
+            await response.write_eof()
+        return response
+
+    return write
+
+
 async def asking_of(
     bot: Bot, device: Reader, typed: str = "", refusal: str = ""
 ) -> Asking:
@@ -6828,11 +6831,6 @@ async def asking_of(
         typed=typed,
         refusal=refusal,
     )
-
-
-async def answer_page(request: web.Request) -> web.StreamResponse:
-    """Show one question and its answer, live while it is being written."""
-    return await show_answer(request, await find_linked(request))
 
 
 @a_few_at_once
@@ -6851,6 +6849,11 @@ async def show_answer(request: web.Request, turn: Turn) -> web.Response:
         one = await finished(bot, turn)
     values = {"one": one, "asking": asking}
     return await bot.work.run(page_response, bot.config, "answer", **values)
+
+
+async def answer_page(request: web.Request) -> web.StreamResponse:
+    """Show one question and its answer, live while it is being written."""
+    return await show_answer(request, await find_linked(request))
 
 
 VIEWERS = 50  # who may follow answers of one subscriber at the same time
@@ -7106,7 +7109,7 @@ async def export(request: web.Request, reader: Reader, _: Form) -> web.StreamRes
 
 
 async def form_page(request: web.Request) -> web.Response:
-    """Lead who opens a form's address as a page, or again, to where the form is."""
+    """Lead whoever opens a form's address as a page, or reloads it, to the form."""
     return redirect("../" + request.match_info.get("key", "me"))
 
 
