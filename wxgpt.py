@@ -4963,14 +4963,14 @@ class Bot:
         """
         message, subscriber = delivery.message, delivery.subscriber
         async with subscriber.lock:
-            openid, now = message.openid, time.time()
+            openid = message.openid
             if openid in self.store.due:
                 await self.store.forget_due()
             if openid in self.store.due:
                 delivery.is_kept = False
                 delivery.answer_with(self.texts.forget_noted)
                 return
-            recalled = await self.store.recall(message.key, openid, now)
+            recalled = await self.store.recall(message.key, openid, time.time())
             if subscriber.last_part is None:
                 subscriber.last_part = recalled.last_part
                 subscriber.is_told = recalled.is_told
@@ -4993,7 +4993,7 @@ class Bot:
             session, delivery.pictures = recalled.session, recalled.pictures
             delivery.hinted_at = recalled.hinted_at
             if session and session.assistant in self.config.assistants:
-                idle = now - session.last_at - self.config.session.ttl
+                idle = time.time() - session.last_at - self.config.session.ttl
                 if idle <= 0 or session.is_busy:
                     delivery.session = session
                 elif idle < LAPSE_SECONDS:
@@ -5198,9 +5198,9 @@ class Bot:
 
         `pictures` are those of a question that is asked again.
         """
-        subscriber, limits = delivery.subscriber, self.config.limits
-        session = delivery.session
-        assert session
+        subscriber, session = delivery.subscriber, delivery.session
+        limits = self.config.limits
+        assert session  # whoever calls this has found or opened it
         before = [t for t in subscriber.turns if t.session_id == session.id]
         # With a picture that came since, the same words are a new question.
         for turn in before if delivery.pictures == "[]" else []:
@@ -5274,7 +5274,7 @@ class Bot:
     async def converse(self, turn: Turn, subscriber: Subscriber) -> None:
         """Answer a question after those before it, and store how that ended.
 
-        The subscriber's state is kept alive until then.
+        Until then it keeps alive the subscriber's state and the session's lock.
         """
         async with self.locks.setdefault(turn.session_id, asyncio.Lock()):
             if not turn.is_open:  # its session has ended meanwhile
@@ -5693,7 +5693,7 @@ class Bot:
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield what may stand below a reply, and the fields that this changes in it.
 
-        In a conversation that is the introduction; nobody reads the privacy words
+        In a conversation the introduction comes first; nobody reads the privacy words
         twice, except after /forget. Then come answers that were not read yet.
         """
         texts, source, subscriber = self.texts, delivery.source, delivery.subscriber
