@@ -1519,7 +1519,7 @@ class InlineReader:
 
     def read_newline(self, mark: re.Match[str]) -> int:
         """Read a line's end; a mark may close one line later, but not a single star."""
-        if mark.start() in self.in_paths:
+        if mark.start() in self.in_paths:  # a backslash that is part of a path
             self.add_text("\\")
         openers = [o for o in self.openers if o.end > self.line_start]
         openers = [o for o in openers if o.mark not in ("*", "＊")]
@@ -2107,7 +2107,7 @@ def inline_text(children: list[Token]) -> str:
             case "math_inline" | "math_block":
                 source = child.markup + child.content + CLOSERS.get(child.markup, "")
                 text = formula_text(child.content) or source
-                if "\n" in text:  # no other text on its lines, except a comma behind it
+                if "\n" in text:  # on lines of its own; \v: but for a comma behind it
                     text = ("" if re.match(".*=\n", text) else "\n") + text + "\v"
                 out.append(text)
             case "s_open" | "s_close":
@@ -2918,7 +2918,7 @@ def read_due(file: int) -> Due:
     """Return the deletions that a process before this one left undone."""
     due = {}
     for line in os.pread(file, os.fstat(file).st_size, 0).strip().splitlines():
-        # Torn: not promised yet; what is no line of ours ends no start.
+        # A torn line was not promised yet; one that is not ours must not end the start.
         with contextlib.suppress(ValueError, TypeError, RecursionError):
             openid, key, reply = map(str, json.loads(line))
             due[openid] = (key, reply)
@@ -5035,19 +5035,19 @@ class Bot:
         if delivery.session is None:
             return self.leave_alone(delivery, "no text, and no session is open")
         texts, said = self.texts, message.said.strip()[:SHARED_CHARS]
-        kept, line, word = "", texts.words_kept, texts.word_place
+        kept, reply, tap = "", texts.words_kept, texts.word_place
         match message.msg_type:  # words begin with a newline, which no URL does
             case "image":
-                kept, line = message.picture_url.strip(), texts.picture_kept
-                word = texts.word_describe
+                kept, reply = message.picture_url.strip(), texts.picture_kept
+                tap = texts.word_describe
             case "link" if said:
-                kept, word = "\n" + texts.article.format(words=said), texts.word_article
+                kept, tap = "\n" + texts.article.format(words=said), texts.word_article
             case "location" if said:
                 kept = "\n" + texts.place.format(words=said)
         if not kept:
             return texts.unsupported
         await self.store.add_picture(message.openid, kept, time.time())
-        return line.format(tap=tap_link(word))
+        return reply.format(tap=tap_link(tap))
 
     async def handle_text(self, delivery: Delivery) -> Source:
         """Return what answers a text: the first of these cases that applies."""
@@ -5301,7 +5301,7 @@ class Bot:
                     await self.store_end(turn, ending)
 
     async def ask_models(self, turn: Turn) -> Ending:
-        """Let the assistant's model answer, or its fallback's if that fails.
+        """Let the assistant's model answer, or its fallback's, once there is a slot.
 
         Raise ChatError if both fail, or the first one did when text of it was sent.
         """
