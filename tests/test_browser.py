@@ -633,6 +633,20 @@ async def test_a_formula_looks_right_without_a_font_for_formulas(
     assert await wide.evaluate(shadow) == "local, scroll"
 
 
+async def test_a_formula_looks_right_where_it_came_later(browse, server, upstream):
+    """In an answer that was folded, and in one that a search has found."""
+    await page_of(server, upstream, FORMULAS + LONG)
+    history = await folded_history_of(server, upstream)
+    page = await browse.open(history)
+    await page.locator("article > details:not(.question) > summary").last.click()
+    stretched = page.locator("mo[style]").first
+    await expect(stretched).to_be_visible()
+    await page.get_by_role("searchbox").fill("cases")
+    await page.get_by_role("button", name="搜索").click()
+    await page.get_by_role("link", name="看整条").click()
+    await expect(stretched).to_be_visible()
+
+
 async def test_the_copy_button_copies(browse, server, upstream):
     """The code and nothing but the code; the button says that it did."""
     page = await browse.open(await page_of(server, upstream, RICH))
