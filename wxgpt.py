@@ -19,8 +19,8 @@ often need longer. So the first request of a message starts one task, every requ
 that message waits for it, and the last one is answered in time with what is written so
 far, a tap for the rest, and a link to a page that goes on live.
 
-The path of a message; a function stands above its callers, but the methods of Bot in
-the order of the path:
+The path of a message; a function stands above its callers, but the methods of Bot
+stand in the order of the path:
 
     receive_message -> read_push: is_signed, parse_message
                     -> Bot.deliver -> Bot.reply_to -> render_text_reply
@@ -466,7 +466,8 @@ def read_table(kind: Any, table: Any, name: str, mistakes: Mistakes) -> Any:
             ends = dict(zip(("least", "most"), plain, strict=False))
             expected = TYPE_NAMES[entry.type]
             mistakes.add(where, words, found=found, expected=expected, **ends)
-            values |= {key: ""} if is_required else {}
+            if is_required:
+                values[key] = ""  # there is no default to go on with
     return kind(**values)
 
 
@@ -557,7 +558,7 @@ def check_values(
     config: Config, environ: Mapping[str, str], mistakes: Mistakes
 ) -> None:
     """Note values that cannot work."""
-    require, names = mistakes.require, config.assistants.keys()
+    require, hidden = mistakes.require, "something else"  # in place of a secret
     url, path, wechat = config.public_url, config.server.path, config.wechat
     require(is_public_url(url), "public_url", url, "http:// or https:// and a host")
     is_path = re.fullmatch(r"(/[\w.~-]+)+/?", path)
@@ -580,22 +581,22 @@ def check_values(
         source = setting_source(name, "base_url", one, environ)
         is_url = re.match(r"https?://[^/]", url.strip())
         require(is_url, source, url, "an http(s) URL")
-        source, found = setting_source(name, "api_key", one, environ), "something else"
+        source, found = setting_source(name, "api_key", one, environ), key and hidden
         is_key = re.fullmatch(r"[!-~]+", key)  # it goes into a header
-        require(is_key, source, key and found, "the key of the API, without blanks")
+        require(is_key, source, found, "the key of the API, without blanks")
         for header, content in one.headers.items():
             place, is_header = f"{where}.headers", re.fullmatch(HEADER_NAME, header)
             require(is_header, place, header, "names of further HTTP headers")
             is_line = re.fullmatch(r"[!-~]([ -~]*[!-~])?", content)
             wanted = "one line of letters, digits and signs"
-            require(is_line, f"{place}.{header}", found, wanted)
+            require(is_line, f"{place}.{header}", hidden, wanted)
         is_proxy = re.match(r"(https?|socks[45]h?)://|$", one.proxy)
         require(is_proxy, f"{where}.proxy", "***", "an http, https or socks URL")
         if one.proxy.startswith("socks"):
             has_package = importlib.util.find_spec("aiohttp_socks")
             wanted = "http(s), or socks after: pip install aiohttp-socks"
             require(has_package, f"{where}.proxy", "***", wanted)
-        is_other = one.fallback in {"", *names} - {name}
+        is_other = not one.fallback or one.fallback in config.assistants.keys() - {name}
         require(is_other, f"{where}.fallback", one.fallback, "another assistant's name")
         for own in ("model", "messages", "stream"):
             is_free, place = own not in one.extra, f"{where}.extra.{own}"
@@ -1247,6 +1248,7 @@ class FormulaReader:
 
 
 def rewritten(latex: str, rules: str) -> str:
+    """Return LaTeX after the rewrites of that name, one after the other."""
     for pattern, replacement in formula_rules()["rewrites"][rules]:
         latex = re.sub(pattern, replacement, latex, flags=re.A)
     return latex
@@ -1521,7 +1523,7 @@ class InlineReader:
 
     def read_newline(self, mark: re.Match[str]) -> int:
         """Read a line's end; a mark may close one line later, but not a single star."""
-        if mark.start() in self.in_paths:
+        if mark.start() in self.in_paths:  # a backslash that is part of a path
             self.add_text("\\")
         openers = [o for o in self.openers if o.end > self.line_start]
         openers = [o for o in openers if o.mark not in ("*", "＊")]
@@ -2109,7 +2111,7 @@ def inline_text(children: list[Token]) -> str:
             case "math_inline" | "math_block":
                 source = child.markup + child.content + CLOSERS.get(child.markup, "")
                 text = formula_text(child.content) or source
-                if "\n" in text:  # no other text on its lines, except a comma behind it
+                if "\n" in text:  # on lines of its own; \v: but for a comma behind it
                     text = ("" if re.match(".*=\n", text) else "\n") + text + "\v"
                 out.append(text)
             case "s_open" | "s_close":
@@ -2920,7 +2922,7 @@ def read_due(file: int) -> Due:
     """Return the deletions that a process before this one left undone."""
     due = {}
     for line in os.pread(file, os.fstat(file).st_size, 0).strip().splitlines():
-        # Torn: not promised yet; what is no line of ours ends no start.
+        # A torn line was not promised yet; one that is not ours must not end the start.
         with contextlib.suppress(ValueError, TypeError, RecursionError):
             openid, key, reply = map(str, json.loads(line))
             due[openid] = (key, reply)
@@ -2938,8 +2940,6 @@ def write_due(_: sqlite3.Connection, file: int, due: Due) -> None:
 
 SEARCH_SLICE = 10  # exchanges that are looked through in one go
 SEARCH_SLICES = 200  # of them for one page
-
-
 PAGE_CHARS = 100_000  # of questions and answers on a page of the history
 
 
@@ -3781,7 +3781,7 @@ class ThoughtFilter:
         if not self.is_answer:
             return ""
         text, found = "" if self.tail is None else self.tail + self.held, None
-        if any(sign in text for sign in "<[◁"):  # searching is dear
+        if any(sign in text for sign in "<[◁"):  # searching is expensive
             found = LATE.search(text)
         if found:
             self.tail = None
@@ -4080,7 +4080,7 @@ CHUNK_BYTES = 16 * 1024  # at once: gzip may hold a thousand times its size
 
 
 async def read_chunk(response: aiohttp.ClientResponse) -> bytes:
-    """Return what came of a body, b"" at its end; others have a turn if it is much."""
+    """Return what came of a body, b"" at its end; in between others have a turn."""
     chunk = await response.content.read(CHUNK_BYTES)
     await asyncio.sleep(0)
     return chunk
@@ -4284,7 +4284,7 @@ class ChatClient:
             text = completion.feed(chunk)
             if completion.has_progress and (is_patient or completion.has_begun):
                 over = min(end, loop.time() + idle)
-                if abs(over - (limit.when() or 0)) > idle / 20:  # a timer is dear
+                if abs(over - (limit.when() or 0)) > idle / 20:  # timers are expensive
                     limit.reschedule(over)
             if completion.is_late:
                 yield ThoughtEnd()
@@ -4497,12 +4497,14 @@ class LongWork:
 class Subscriber:
     """What memory holds of a subscriber with a message or a question in progress.
 
-    Lives in a weak dictionary: deliveries and the tasks of questions keep it alive.
+    Lives in a weak dictionary: what uses it keeps it alive, which are deliveries, the
+    tasks of questions, and requests for pages.
     """
 
     # Messages are taken up in the order they came.
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    # Of their pages few are made or written at once: readers who stall keep no others.
+    # Few of their pages are made or written at once, so that readers who stall leave
+    # places for others' pages.
     pages: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
     viewers: int = 0  # event streams of their answers
     turns: list[Turn] = field(default_factory=list)  # unfinished, the oldest first
@@ -4521,7 +4523,7 @@ class Subscriber:
         return Part(self.offered[turn_id, start], turn_id, start, place=place)
 
     def forget(self) -> None:
-        """Forget all but the lock."""
+        """Forget what the store forgets; the lock and who reads stay."""
         self.last_part = 0
         self.is_told = False
         self.turns.clear()
@@ -4718,8 +4720,8 @@ class ReplayGuard:
             self.warn("stale push refused: our clock is %+.0f s off its time", seconds)
         return abs(seconds) <= self.SECONDS
 
-    def is_first(self, signature: str, message: object) -> bool:
-        """Say whether no other message came with this signature before."""
+    def is_first(self, signature: str, message: Message | str) -> bool:
+        """Say whether no other message, or other use, had this signature before."""
         if self.loop_time() >= self.next_map_at:
             self.next_map_at = self.loop_time() + self.SECONDS
             self.owners = collections.ChainMap({}, *self.owners.maps[:2])
@@ -4997,14 +4999,14 @@ class Bot:
         """
         message, subscriber = delivery.message, delivery.subscriber
         async with subscriber.lock:
-            openid, now = message.openid, time.time()
+            openid = message.openid
             if openid in self.store.due:
                 await self.store.forget_due()
             if openid in self.store.due:
                 delivery.is_kept = False
                 delivery.answer_with(self.texts.forget_noted)
                 return
-            recalled = await self.store.recall(message.key, openid, now)
+            recalled = await self.store.recall(message.key, openid, time.time())
             if subscriber.last_part is None:
                 subscriber.last_part = recalled.last_part
                 subscriber.is_told = recalled.is_told
@@ -5027,7 +5029,7 @@ class Bot:
             session, delivery.pictures = recalled.session, recalled.pictures
             delivery.hinted_at = recalled.hinted_at
             if session and session.assistant in self.config.assistants:
-                idle = now - session.last_at - self.config.session.ttl
+                idle = time.time() - session.last_at - self.config.session.ttl
                 if idle <= 0 or session.is_busy:
                     delivery.session = session
                 elif idle < LAPSE_SECONDS:
@@ -5069,19 +5071,19 @@ class Bot:
         if delivery.session is None:
             return self.leave_alone(delivery, "no text, and no session is open")
         texts, said = self.texts, message.said.strip()[:SHARED_CHARS]
-        kept, line, word = "", texts.words_kept, texts.word_place
+        kept, reply, tap = "", texts.words_kept, texts.word_place
         match message.msg_type:  # words begin with a newline, which no URL does
             case "image":
-                kept, line = message.picture_url.strip(), texts.picture_kept
-                word = texts.word_describe
+                kept, reply = message.picture_url.strip(), texts.picture_kept
+                tap = texts.word_describe
             case "link" if said:
-                kept, word = "\n" + texts.article.format(words=said), texts.word_article
+                kept, tap = "\n" + texts.article.format(words=said), texts.word_article
             case "location" if said:
                 kept = "\n" + texts.place.format(words=said)
         if not kept:
             return texts.unsupported
         await self.store.add_picture(message.openid, kept, time.time())
-        return line.format(tap=tap_link(word))
+        return reply.format(tap=tap_link(tap))
 
     async def handle_text(self, delivery: Delivery) -> Source:
         """Return what answers a text: the first of these cases that applies."""
@@ -5232,9 +5234,9 @@ class Bot:
 
         `pictures` are those of a question that is asked again.
         """
-        subscriber, limits = delivery.subscriber, self.config.limits
-        session = delivery.session
-        assert session
+        subscriber, session = delivery.subscriber, delivery.session
+        limits = self.config.limits
+        assert session  # whoever calls this has found or opened it
         before = [t for t in subscriber.turns if t.session_id == session.id]
         # With a picture that came since, the same words are a new question.
         for turn in before if delivery.pictures == "[]" else []:
@@ -5308,7 +5310,7 @@ class Bot:
     async def converse(self, turn: Turn, subscriber: Subscriber) -> None:
         """Answer a question after those before it, and store how that ended.
 
-        The subscriber's state is kept alive until then.
+        Until then it keeps alive the subscriber's state and the session's lock.
         """
         async with self.locks.setdefault(turn.session_id, asyncio.Lock()):
             if not turn.is_open:  # its session has ended meanwhile
@@ -5335,7 +5337,7 @@ class Bot:
                     await self.store_end(turn, ending)
 
     async def ask_models(self, turn: Turn) -> Ending:
-        """Let the assistant's model answer, or its fallback's if that fails.
+        """Let the assistant's model answer, or its fallback's, once there is a slot.
 
         Raise ChatError if both fail, or the first one did when text of it was sent.
         """
@@ -5727,7 +5729,7 @@ class Bot:
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield what may stand below a reply, and the fields that this changes in it.
 
-        In a conversation that is the introduction; nobody reads the privacy words
+        In a conversation the introduction comes first; nobody reads the privacy words
         twice, except after /forget. Then come answers that were not read yet.
         """
         texts, source, subscriber = self.texts, delivery.source, delivery.subscriber
@@ -6125,7 +6127,7 @@ def preview(markdown: str) -> str:
     return excerpt(text.replace("】", "】 "), 80)
 
 
-SEARCH_CHARS, SEARCH_WORDS = 100, 9  # that are looked for
+SEARCH_CHARS, SEARCH_WORDS = 100, 9  # of what is looked for
 SNIPPET_CHARS = 80  # shown after the first of them
 
 
@@ -6166,10 +6168,10 @@ def closed(markdown: str) -> str:
 
 @functools.cache
 def load_pages() -> jinja2.Environment:
-    """Return the templates; raise ConfigError if one is missing or broken.
+    """Return the templates; raise ConfigError if one is missing or cannot be parsed.
 
     First called at the start; files changed later wait for the next start. Compiling
-    all of them took a tenth of it: each waits until it is shown.
+    all of them would take a tenth of it: each waits until it is shown.
     """
     folder = jinja2.FileSystemLoader(PAGES)
     pages = jinja2.Environment(
@@ -6705,27 +6707,6 @@ async def refuse_kindly(request: web.Request, handler: Handler) -> web.StreamRes
         raise Refusal(request, 503, request.app[BOT].texts.page_failed) from None
 
 
-def a_few_at_once(make: Handler) -> Handler:
-    """Let pages be loaded, rendered and written a few at once, also of a subscriber.
-
-    The second argument says whose they are by its `openid`.
-    """
-
-    @functools.wraps(make)
-    async def write(
-        request: web.Request, whose: Turn | Reader, *values: object, **named: object
-    ) -> web.StreamResponse:
-        bot = request.app[BOT]
-        subscriber = bot.subscriber(whose.openid)
-        async with subscriber.pages, bot.pages, asyncio.timeout(PAGE_SECONDS):
-            response = await make(request, whose, *values, **named)
-            await response.prepare(request)
-            await response.write_eof()
-        return response
-
-    return write
-
-
 async def front_page(request: web.Request) -> web.Response:
     """Say that the account works here and how to begin; nothing about anybody."""
     config = request.app[BOT].config
@@ -6850,6 +6831,27 @@ def by_form(act: Handler) -> Handler:
     return read
 
 
+def a_few_at_once(make: Handler) -> Handler:
+    """Let pages be loaded, rendered and written a few at once, also of a subscriber.
+
+    The second argument says whose they are by its `openid`.
+    """
+
+    @functools.wraps(make)
+    async def write(
+        request: web.Request, whose: Turn | Reader, *values: object, **named: object
+    ) -> web.StreamResponse:
+        bot = request.app[BOT]
+        subscriber = bot.subscriber(whose.openid)
+        async with subscriber.pages, bot.pages, asyncio.timeout(PAGE_SECONDS):
+            response = await make(request, whose, *values, **named)
+            await response.prepare(request)
+            await response.write_eof()
+        return response
+
+    return write
+
+
 async def asking_of(
     bot: Bot, device: Reader, typed: str = "", refusal: str = ""
 ) -> Asking:
@@ -6865,11 +6867,6 @@ async def asking_of(
         typed=typed,
         refusal=refusal,
     )
-
-
-async def answer_page(request: web.Request) -> web.StreamResponse:
-    """Show one question and its answer, live while it is being written."""
-    return await show_answer(request, await find_linked(request))
 
 
 @a_few_at_once
@@ -6888,6 +6885,11 @@ async def show_answer(request: web.Request, turn: Turn) -> web.Response:
         one = await finished(bot, turn)
     values = {"one": one, "asking": asking}
     return await bot.work.run(page_response, bot.config, "answer", **values)
+
+
+async def answer_page(request: web.Request) -> web.StreamResponse:
+    """Show one question and its answer, live while it is being written."""
+    return await show_answer(request, await find_linked(request))
 
 
 VIEWERS = 50  # who may follow answers of one subscriber at the same time
@@ -7143,7 +7145,7 @@ async def export(request: web.Request, reader: Reader, _: Form) -> web.StreamRes
 
 
 async def form_page(request: web.Request) -> web.Response:
-    """Lead who opens a form's address as a page, or again, to where the form is."""
+    """Lead whoever opens a form's address as a page, or reloads it, to the form."""
     return redirect("../" + request.match_info.get("key", "me"))
 
 

@@ -9,6 +9,7 @@ async function typeset(fold) {
   if (!answer) return;
   link.previousElementSibling.replaceWith(answer);
   link.replaceWith(page.querySelector('.actions'));
+  begin(answer);
 }
 
 const was = history.state;

@@ -7,6 +7,7 @@ async function showWhole(link) {
   const whole = (await readMain(link.href)).querySelector('article');
   if (!whole || whole.querySelector('.live')) throw link;
   link.closest('article').replaceWith(whole);
+  begin(whole);
 }
 
 // Shows what is found by other words, or what is older below what was found before.

@@ -133,8 +133,8 @@ async function renew(article) {
     const main = await readMain(article.dataset.page);
     const fresh = main.querySelector('article');
     // Without one the exchange is gone, and the page says why.
-    if (fresh) take(article, fresh);
-    else article.replaceWith(...main.children);
+    if (!fresh) return article.replaceWith(...main.children);
+    take(article, fresh);
     begin(article);
   } catch {
     setTimeout(() => renew(article), 3000);

@@ -594,22 +594,34 @@ $$\begin{aligned}a &= b+c\\ &= d\end{aligned}$$
 """
 
 
+COUNT_STREAMS = """streams = 0;
+EventSource = class extends EventSource {
+  constructor(address) { super(address); streams += 1; }
+}"""
+
+
+async def test_a_page_whose_answer_is_deleted_asks_no_more(
+    browse, server, upstream, gate
+):
+    """It says so once, and does not look for it every three seconds."""
+    browse.excused = REFUSED
+    url = await page_of(server, upstream, Script(["写着。", gate]))
+    page = await browse.open(url, init=COUNT_STREAMS)
+    await expect(page.locator(".live")).to_have_text("写着。")
+    for text in ("/forget", TEXTS.word_forget):
+        await server.ask(text)
+    await expect(page.locator(".notice")).to_be_visible()
+    assert await page.evaluate("streams") == 1
+
+
 async def test_a_formula_looks_right_without_a_font_for_formulas(
     browse, server, upstream
 ):
     """Brackets as high as what is in them, lines below each other, a box; one that is
     wide scrolls and says so."""
     page = await browse.open(await page_of(server, upstream, FORMULAS))
-    brace, cases, aligned, boxed, wide = [
-        page.locator(f"math {part}").first
-        for part in (
-            "mo:has(+ mtable)",
-            "mtable",
-            "mtd[columnalign=left]",
-            ".boxed",
-            "",
-        )
-    ]
+    parts = "mo:has(+ mtable)", "mtable", "mtd[columnalign=left]", ".boxed"
+    brace, cases, aligned, boxed = [page.locator(f"math {p}").first for p in parts]
     heights = [(await box.bounding_box())["height"] for box in (brace, cases)]
     assert abs(heights[0] - heights[1]) < 5
     await expect(cases.locator("mtd").first).to_have_css("text-align", "left")
@@ -619,6 +631,20 @@ async def test_a_formula_looks_right_without_a_font_for_formulas(
     assert await wide.evaluate("box => box.scrollWidth > box.clientWidth")
     shadow = "box => getComputedStyle(box).backgroundAttachment"
     assert await wide.evaluate(shadow) == "local, scroll"
+
+
+async def test_a_formula_looks_right_where_it_came_later(browse, server, upstream):
+    """In an answer that was folded, and in one that a search has found."""
+    await page_of(server, upstream, FORMULAS + LONG)
+    history = await folded_history_of(server, upstream)
+    page = await browse.open(history)
+    await page.locator("article > details:not(.question) > summary").last.click()
+    stretched = page.locator("mo[style]").first
+    await expect(stretched).to_be_visible()
+    await page.get_by_role("searchbox").fill("cases")
+    await page.get_by_role("button", name="搜索").click()
+    await page.get_by_role("link", name="看整条").click()
+    await expect(stretched).to_be_visible()
 
 
 async def test_the_copy_button_copies(browse, server, upstream):
@@ -1280,7 +1306,7 @@ async def test_a_question_that_failed_is_asked_once_more(
     await page.get_by_role("button", name="再试一次").click()
     await expect(page.locator(".answer")).to_contain_text("关于「两行的")
     await expect(page.locator(".question")).to_have_text(["两行的\n问题"] * 2)
-    await expect(page.locator(".ask textarea")).to_have_value("草稿" * script)
+    await expect(page.locator(".ask textarea")).to_have_value("草稿" if script else "")
 
 
 async def test_nothing_lies_over_the_field(browse, mine, upstream, gate):

@@ -308,7 +308,7 @@ def test_a_chinese_page_links_to_chinese_pages(name):
 def test_the_commands_that_a_page_names_are_there(name):
     """`wxgpt WORD` and `wxgpt.py WORD` are commands of the command line."""
     named = re.findall(r"`wxgpt(?:\.py)? ([a-z]+)\b[^`\n]*`", read(name))
-    assert {*named} <= {*wxgpt.COMMAND_WORDS, "setup", "demo"}
+    assert {*named} <= {*wxgpt.COMMAND_HELP}
     assert named or "docs/benchmark" in name
 
 
