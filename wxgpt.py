@@ -7548,7 +7548,7 @@ def serve_command(config: Config, path: str) -> int:
         log.warning(STILL_EXAMPLE)
     try:
         asyncio.run(run_server(config))
-    except (StoreError, ListenError, OSError) as error:
+    except (StoreError, ListenError) as error:
         print_error(error)
         return 1
     return 0
@@ -7560,9 +7560,10 @@ def demo_command(arguments: list[str]) -> int:
     Returns the exit status only if that file is missing.
     """
     demo = pathlib.Path(__file__).with_name("owner") / "demo.py"
-    if not demo.exists():
-        print_error(f"{demo} is not there")
-        return 1
+    for needed in (demo, demo.parents[1] / "tests" / "sim" / "child.py"):
+        if not needed.exists():
+            print_error(OwnerError("{path}: not found", path=needed))
+            return 1
     os.execv(sys.executable, [sys.executable, str(demo), *arguments])
 
 
@@ -7710,11 +7711,17 @@ def main() -> int:
     except ConfigError as error:
         print_error(error)
         return 2
+    except ModuleNotFoundError as error:  # wxgpt.py was copied without owner/
+        line = "the program is not whole ({why}): get it anew"
+        print_error(OwnerError(line, why=str(error)))
+        return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except OSError as error:  # also of `check | head`, which needs no words
         if not isinstance(error, BrokenPipeError):
-            print_error(error.strerror or error)
+            line = "{path}: {why}" if error.filename else "{why}"
+            why = error.strerror or str(error)
+            print_error(OwnerError(line, path=error.filename, why=why))
         # Drop what is still in the buffer.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -429,6 +429,7 @@ class Doctor:
         """Check that the database can be written, and the disk has room."""
         path = pathlib.Path(self.config.database.path)
         folder = path.parent
+        known = SCHEMA.read_text("utf-8").count("\n-- step ")
         try:
             if path.exists():
                 with contextlib.closing(sqlite3.connect(path, timeout=2)) as db:
@@ -438,7 +439,6 @@ class Doctor:
                         [(words,)] = db.execute("PRAGMA quick_check(1)")
                         if words != "ok":
                             raise sqlite3.DatabaseError(MALFORMED)
-                known = SCHEMA.read_text("utf-8").count("\n-- step ")
                 if version > known:
                     values = {"version": version, "known": known}
                     return self.report(
@@ -893,6 +893,11 @@ async def check_all(doctor: Doctor, config: Config, path: str) -> None:
         )
         http = await stack.enter_async_context(opening)
         is_free = await doctor.check_port(http)
+        file = config.database.path
+        if is_free is False and not os.path.exists(file):
+            found = "{path} is not there, and wxgpt is serving"
+            fix = "was it deleted? Then restart wxgpt; or it runs with other settings"
+            doctor.report("fail", "database", found, fix, path=file)
         doctor.check_risks(path)
         clients, _ = await stack.enter_async_context(open_chat(config))
         await doctor.check_clock(clients.values())

@@ -199,7 +199,7 @@ def wrong_url(text: str) -> str:
 
 def wrong_base_url(text: str) -> str:
     """Say what is wrong with the address of a chat API."""
-    return "" if re.match(r"https?://[^/]", text) else wrong_url(text)
+    return "" if is_public_url(text.partition("?")[0]) else wrong_url(text)
 
 
 def wrong_key(text: str) -> str:

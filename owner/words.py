@@ -43,8 +43,11 @@ HINTS = (
 
 @functools.cache
 def read_words() -> dict[str, str]:
-    """Return the Chinese for each English text, of all modules."""
-    tables = tomllib.loads(WORDS.read_text("utf-8")).values()
+    """Return the Chinese for each English text, of all modules; none if they are lost."""
+    try:
+        tables = tomllib.loads(WORDS.read_text("utf-8")).values()
+    except (OSError, ValueError):  # the server is to start all the same
+        return {}
     return {english: chinese for table in tables for english, chinese in table.items()}
 
 

@@ -8,6 +8,7 @@ import operator
 import os
 import pathlib
 import re
+import shutil
 import socket
 import stat
 import subprocess
@@ -633,6 +634,31 @@ def test_a_broken_copy_of_the_server_ends_the_start_with_one_line(
     ended = run("serve", cwd=tmp_path, program=tmp_path / "copy")
     assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1, ended.stderr
     assert words in ended.stderr
+
+
+@pytest.mark.parametrize("command", ["check", "setup", "demo"])
+def test_a_copy_of_the_server_alone_has_no_other_command(tmp_path, command):
+    """It serves; what else it is asked for ends with one line."""
+    copy_server(tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy/owner", ignore_errors=True)
+    ended = run(command, cwd=tmp_path, program=tmp_path / "copy")
+    assert ended.returncode == 1 and len(ended.stderr.splitlines()) == 1, ended.stderr
+    assert re.search("not whole|not found", ended.stderr)
+
+
+@pytest.mark.parametrize("text", [None, "x = y"], ids=["missing", "broken"])
+def test_without_its_chinese_words_the_program_speaks_english(
+    tmp_path, monkeypatch, text
+):
+    """They are no reason not to serve."""
+    copy_server(tmp_path / "copy")
+    shutil.copytree(ROOT / "owner", tmp_path / "copy/owner", dirs_exist_ok=True)
+    (tmp_path / "copy/owner/words.toml").unlink()
+    if text:
+        (tmp_path / "copy/owner/words.toml").write_text(text)
+    monkeypatch.setenv("WXGPT_LANG", "zh")
+    ended = run(cwd=tmp_path, program=tmp_path / "copy")
+    assert ended.returncode == 2 and "no wxgpt.toml here" in ended.stderr
 
 
 def test_a_file_that_is_not_utf_8_ends_the_start_with_one_line(tmp_path):

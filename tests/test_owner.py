@@ -183,6 +183,16 @@ async def test_it_works_while_the_server_runs(spawn, tmp_path):
     assert "✓ live pages" in out
 
 
+async def test_a_database_that_was_deleted_under_the_server_is_said(spawn, tmp_path):
+    """It serves on, and all that is written is lost with the process."""
+    await spawn(wechat={"attempt_timeout": 5})
+    (tmp_path / "test.db").unlink()
+    _, out, _ = await run_command(tmp_path / "wxgpt.toml", "check")
+    assert "test.db is not there, and wxgpt is serving → was it deleted?" in unwrapped(
+        out
+    )
+
+
 async def test_it_creates_no_database(check, settings):
     """A check before the first start leaves nothing behind."""
     _, out = await check()
