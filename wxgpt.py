@@ -115,6 +115,7 @@ from collections.abc import (
     Iterator,
     Mapping,
     Sequence,
+    Set,
 )
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, NamedTuple
@@ -401,7 +402,7 @@ def read_toml(path: str | os.PathLike) -> dict[str, Any]:
     except OSError as error:
         words, why = "{path}: {why}", error.strerror
         raise ConfigError(words, path=path, why=why) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         words = "{path}: not TOML: {why}"
         raise ConfigError(words, path=path, why=error) from error
 
@@ -498,7 +499,8 @@ def read_assistants(
     if "chatgpt" in table or "api_key" in filled:
         table = {**table, "chatgpt": filled | table.get("chatgpt", {})}
     else:
-        mistakes.require(False, "assistants.chatgpt", None, "a table")
+        expected = "a table of this name, whichever model it asks"
+        mistakes.require(False, "assistants.chatgpt", None, expected)
     return {
         name: read_table(AssistantSettings, one, f"assistants.{name}", mistakes)
         for name, one in table.items()
@@ -550,57 +552,92 @@ def is_public_url(url: str) -> bool:
         port = urllib.parse.urlsplit(url).port
     except ValueError:  # not a number, or above 65535
         return False
-    pattern = r"https?://[^\s/?#@:][^\s/?#@]*(/[^\s?#]*)?"
+    host = r"(\[[\da-fA-F:.]+\]|[\w-]+(\.[\w-]+)*\.?)"
+    pattern = rf"https?://{host}(:\d+)?(/[^\s?#]*)?"
     return port != 0 and re.fullmatch(pattern, url) is not None
+
+
+def check_assistant(
+    name: str,
+    one: AssistantSettings,
+    others: Set[str],
+    environ: Mapping[str, str],
+    mistakes: Mistakes,
+) -> None:
+    """Note values of an assistant that cannot work."""
+    require, hidden = mistakes.require, "something else"  # in place of a secret
+    where, url, key = f"assistants.{name}", one.base_url, one.api_key.strip()
+    is_name = name and not re.search(r"[\s/]", name)
+    require(is_name, where, name, "a name without spaces and slashes")
+    source = setting_source(name, "base_url", one, environ)
+    plain = re.sub("//[^/@]*@", "//", url.strip().partition("?")[0])
+    is_url = is_public_url(plain)
+    require(is_url, source, url, "an http(s) URL")
+    source, found = setting_source(name, "api_key", one, environ), key and hidden
+    is_key = re.fullmatch(r"[!-~]+", key)  # it goes into a header
+    require(is_key, source, found, "the key of the API, without blanks")
+    is_model = one.model and one.model == one.model.strip()
+    expected = "the name of a model, without blanks around it"
+    require(is_model, f"{where}.model", one.model, expected)
+    for header, content in one.headers.items():
+        place, is_header = f"{where}.headers", re.fullmatch(HEADER_NAME, header)
+        require(is_header, place, header, "names of further HTTP headers")
+        is_line = re.fullmatch(r"[!-~]([ -~]*[!-~])?", content)
+        wanted = "one line of letters, digits and signs"
+        require(is_line, f"{place}.{header}", hidden, wanted)
+    proxy = re.sub(r"^(https?|socks[45]h?)://([^/]*@)?", "http://", one.proxy)
+    is_proxy = not proxy or is_public_url(proxy)
+    require(is_proxy, f"{where}.proxy", "***", "an http, https or socks URL")
+    if one.proxy.startswith("socks"):
+        has_package = importlib.util.find_spec("aiohttp_socks")
+        wanted = "http(s), or socks after: pip install aiohttp-socks"
+        require(has_package, f"{where}.proxy", "***", wanted)
+    is_other = not one.fallback or one.fallback in others
+    require(is_other, f"{where}.fallback", one.fallback, "another assistant's name")
+    for own in ("model", "messages", "stream"):
+        is_free, place = own not in one.extra, f"{where}.extra.{own}"
+        require(is_free, place, one.extra.get(own), "anything but this key")
+    try:
+        json.dumps(one.extra, allow_nan=False)
+    except (TypeError, ValueError):  # a date, nan
+        expected = "what JSON has: texts, numbers, true, lists, tables"
+        require(False, f"{where}.extra", hidden, expected)
 
 
 def check_values(
     config: Config, environ: Mapping[str, str], mistakes: Mistakes
 ) -> None:
     """Note values that cannot work."""
-    require, hidden = mistakes.require, "something else"  # in place of a secret
+    require = mistakes.require
     url, path, wechat = config.public_url, config.server.path, config.wechat
     require(is_public_url(url), "public_url", url, "http:// or https:// and a host")
-    is_path = re.fullmatch(r"(/[\w.~-]+)+/?", path)
+    is_own = not url.endswith(path.rstrip("/") or "//")
+    require(is_own, "public_url", url, "the address without the path of server.path")
+    host = config.server.host
+    is_host = re.fullmatch(r"(?a)[\w.-]*|[\da-fA-F.]*(:[\da-fA-F.]*){2,}(%\w+)?", host)
+    require(is_host, "server.host", host, "an address like 127.0.0.1 or 0.0.0.0")
+    is_path = re.fullmatch(r"(?a)(?!/(me|healthz)\b)(/[\w.~-]+)+/?", path)
     require(is_path, "server.path", path, "a path like /wechat")
     folder = config.server.root_files
     is_folder = not folder or os.access(folder, os.X_OK) and os.path.isdir(folder)
     require(is_folder, "server.root_files", folder, "a folder that can be read")
     is_token = re.fullmatch(r"[A-Za-z0-9]{3,32}", wechat.token)
-    require(is_token, "wechat.token", "***", "3 to 32 letters and digits")
+    found = wechat.token and "***"
+    require(is_token, "wechat.token", found, "3 to 32 letters and digits")
+    # Not the account's original id, nor AppSecret, which stand beside it.
+    is_app_id = not re.fullmatch(r"gh_\w*|[0-9a-f]{32}|.*\s.*", wechat.app_id)
+    found = wechat.app_id if wechat.app_id.startswith("gh_") else "***"
+    require(is_app_id, "wechat.app_id", found, "wx and 16 letters and digits")
     is_complete = bool(wechat.app_id) == bool(wechat.aes_key)
     found = "only app_id" if wechat.app_id else "only aes_key"
     require(is_complete, "wechat.aes_key", found, "app_id and aes_key, or neither")
-    is_key = re.fullmatch(r"([A-Za-z0-9]{43})?", wechat.aes_key)
-    found = f"{len(wechat.aes_key)} characters"
-    require(is_key, "wechat.aes_key", found, "43 letters and digits")
+    if not re.fullmatch(r"([A-Za-z0-9]{43})?", wechat.aes_key):
+        words = "{name}: found {count} characters, expected {expected}"
+        values = {"count": len(wechat.aes_key), "expected": "43 letters and digits"}
+        mistakes.add("wechat.aes_key", words, **values)
     for name, one in config.assistants.items():
-        where, url, key = f"assistants.{name}", one.base_url, one.api_key.strip()
-        is_name = name and not re.search(r"[\s/]", name)
-        require(is_name, where, name, "a name without spaces and slashes")
-        source = setting_source(name, "base_url", one, environ)
-        is_url = re.match(r"https?://[^/]", url.strip())
-        require(is_url, source, url, "an http(s) URL")
-        source, found = setting_source(name, "api_key", one, environ), key and hidden
-        is_key = re.fullmatch(r"[!-~]+", key)  # it goes into a header
-        require(is_key, source, found, "the key of the API, without blanks")
-        for header, content in one.headers.items():
-            place, is_header = f"{where}.headers", re.fullmatch(HEADER_NAME, header)
-            require(is_header, place, header, "names of further HTTP headers")
-            is_line = re.fullmatch(r"[!-~]([ -~]*[!-~])?", content)
-            wanted = "one line of letters, digits and signs"
-            require(is_line, f"{place}.{header}", hidden, wanted)
-        is_proxy = re.match(r"(https?|socks[45]h?)://|$", one.proxy)
-        require(is_proxy, f"{where}.proxy", "***", "an http, https or socks URL")
-        if one.proxy.startswith("socks"):
-            has_package = importlib.util.find_spec("aiohttp_socks")
-            wanted = "http(s), or socks after: pip install aiohttp-socks"
-            require(has_package, f"{where}.proxy", "***", wanted)
-        is_other = not one.fallback or one.fallback in config.assistants.keys() - {name}
-        require(is_other, f"{where}.fallback", one.fallback, "another assistant's name")
-        for own in ("model", "messages", "stream"):
-            is_free, place = own not in one.extra, f"{where}.extra.{own}"
-            require(is_free, place, one.extra.get(own), "anything but this key")
+        others = config.assistants.keys() - {name}
+        check_assistant(name, one, others, environ, mistakes)
 
 
 def load_config(
@@ -6631,6 +6668,8 @@ async def read_push(request: web.Request) -> Message | web.Response:
         return drop_connection(request)
     except web.RequestPayloadError:
         body = b""  # torn: nothing that can be read
+    if request.headers.get("User-Agent") == CHECK_AGENT:
+        return web.Response(body=b"success")
     try:
         if bot.cipher:
             sealed = find_encrypted(body)
@@ -7272,7 +7311,9 @@ def make_blocked(config: Config) -> BlockedWords:
     try:
         blocked.refresh()
     except (OSError, UnicodeError) as error:
-        raise ConfigError("limits.blocked_words: {why}", why=error) from None
+        why = getattr(error, "strerror", "") or "save the file as UTF-8"
+        words, path = "limits.blocked_words: {path}: {why}", blocked.path
+        raise ConfigError(words, path=path, why=why) from None
     return blocked
 
 
@@ -7365,6 +7406,8 @@ def listen(host: str, port: int) -> socket.socket:
         new = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         why = os.strerror(error.errno) if error.errno else str(error)
+        if isinstance(error, socket.gaierror):  # its numbers are no errnos
+            why = "the name does not resolve"
         words = "cannot listen on {host} port {port}: {why}"
         raise ListenError(words, host=host, port=port, why=why) from None
     new.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, UNREAD_BYTES)
@@ -7560,7 +7603,7 @@ def serve_command(config: Config, path: str) -> int:
         log.warning(STILL_EXAMPLE)
     try:
         asyncio.run(run_server(config))
-    except (StoreError, ListenError, OSError) as error:
+    except (StoreError, ListenError) as error:
         print_error(error)
         return 1
     return 0
@@ -7572,9 +7615,10 @@ def demo_command(arguments: list[str]) -> int:
     Returns the exit status only if that file is missing.
     """
     demo = pathlib.Path(__file__).with_name("owner") / "demo.py"
-    if not demo.exists():
-        print_error(f"{demo} is not there")
-        return 1
+    for needed in (demo, demo.parents[1] / "tests" / "sim" / "child.py"):
+        if not needed.exists():
+            print_error(OwnerError("{path}: not found", path=needed))
+            return 1
     os.execv(sys.executable, [sys.executable, str(demo), *arguments])
 
 
@@ -7688,8 +7732,27 @@ def run_command(words: list[str]) -> int:
     return owner_command(arguments)
 
 
+def set_up_streams() -> None:
+    """Let the terminal take every text: GBK has no ✓, and a closed stream is None."""
+
+    def similar(error: UnicodeError) -> tuple[str, int]:
+        assert isinstance(error, UnicodeEncodeError)
+        char = error.object[error.start]
+        return {"✓": "√", "✗": "×"}.get(char, "?"), error.start + 1
+
+    codecs.register_error("similar", similar)
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "r+", encoding="utf-8")
+        setattr(sys, name, stream)
+        if name != "stdin":
+            is_ascii = codecs.lookup(stream.encoding).name == "ascii"
+            encoding = "utf-8" if is_ascii else stream.encoding
+            stream.reconfigure(encoding=encoding, errors="similar")
+
+
 def main() -> int:
     """Run the command line; return the exit status."""
+    set_up_streams()
     options, words = LANGUAGE.parse_known_args()
     os.environ.update({"WXGPT_LANG": options.lang} if options.lang else {})
     if words[:1] == ["demo"]:
@@ -7703,9 +7766,18 @@ def main() -> int:
     except ConfigError as error:
         print_error(error)
         return 2
+    except ModuleNotFoundError as error:  # wxgpt.py was copied without owner/
+        line = "the program is not whole ({why}): get it anew"
+        print_error(OwnerError(line, why=str(error)))
+        return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # as in `check | head`; drop what is still in the buffer
+    except OSError as error:  # also of `check | head`, which needs no words
+        if not isinstance(error, BrokenPipeError):
+            line = "{path}: {why}" if error.filename else "{why}"
+            why = error.strerror or str(error)
+            print_error(OwnerError(line, path=error.filename, why=why))
+        # Drop what is still in the buffer.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     finally:  # a late Ctrl-C kills quietly; Python would print a traceback

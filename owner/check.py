@@ -33,7 +33,9 @@ from owner.service import find_others
 from owner.words import tell
 from wxgpt import (
     CHECK_AGENT,
+    CHECK_BYTES,
     PROBE_PATH,
+    SCHEMA,
     AssistantSettings,
     ChatClient,
     ChatError,
@@ -59,8 +61,13 @@ FULL_BYTES = 10 * 1024 * 1024  # below it answers fail now, or within the hour
 REACH_SECONDS = 10.0  # for what answers soon, if at all
 BY_SETUP = "WXGPT_SETUP"  # in the environment of the check that ends a setup
 SILENT_SECONDS = 5.0  # then it is said what is waited for, and again as often
+MALFORMED = "database disk image is malformed"  # as SQLite says it
+NEWER = "it is of version {version}, this wxgpt knows up to {known}"
 CLOCK_SECONDS = 60  # a tenth of what a push's timestamp may be off
 CERTIFICATE_DAYS = 14  # automatic renewal takes place long before
+PUSH = (
+    b" " * 4096
+)  # as long as WeChat's longest in safe mode; wxgpt reads no more of it
 PROBE_SECONDS = 0.3  # PROBE_PATH sends two events half a second apart
 WORDS_CHARS = 100  # of a provider's message are shown
 FINISH = "finish_reason "  # an error's detail, before the provider's word
@@ -223,8 +230,15 @@ CERTIFICATE_FIXES = {
 # How to fix that something other than wxgpt answers, by the status.
 PROXY_FIXES = (
     (r"3..", "give public_url as the address that answers by itself"),
-    (r"50[234]", "is wxgpt running, on the port that the proxy names?"),
-    (r"403", "has the running wxgpt the same token? Restart it after a change"),
+    (r"50[234]|52.", "is wxgpt running, on the port that the proxy names?"),
+    (r"401", "the proxy wants a password, which WeChat has not: ask for none here"),
+    (
+        r"403",
+        "has the running wxgpt the same token? Restart it after a change; "
+        "or does a firewall or CDN refuse requests? Let WeChat's pass",
+    ),
+    (r"413", "the proxy must take bodies of 64 KB: client_max_body_size 64k;"),
+    (r"429", "the proxy limits the rate: let WeChat's requests pass"),
     (
         r"",
         "the proxy must pass /a/, /h/, /healthz and server.path to wxgpt unchanged, "
@@ -249,6 +263,8 @@ def reason_of(error: BaseException) -> str:
         return tell("the name does not resolve")
     if isinstance(inner, TimeoutError):
         return tell("no answer in time")
+    if isinstance(inner, ValueError):
+        return tell("InvalidURL")
     if isinstance(inner, OSError) and inner.errno:
         return tell(os.strerror(inner.errno))
     if isinstance(inner, aiohttp.ClientHttpProxyError):
@@ -300,7 +316,7 @@ def is_private(host: str) -> bool:
 def reach_fix(error: BaseException, port: int) -> tuple[str, str]:
     """Return how bad it is that our own address is not reached, and how to fix it."""
     inner = getattr(error, "os_error", error)
-    if isinstance(inner, socket.gaierror | UnicodeError):
+    if isinstance(inner, socket.gaierror | ValueError):
         return "fail", tell(NO_NAME)
     if getattr(inner, "errno", 0) == errno.ECONNREFUSED:
         return "fail", tell(REFUSED, port=port)
@@ -412,10 +428,21 @@ class Doctor:
         """Check that the database can be written, and the disk has room."""
         path = pathlib.Path(self.config.database.path)
         folder = path.parent
+        known = SCHEMA.read_text("utf-8").count("\n-- step ")
         try:
             if path.exists():
                 with contextlib.closing(sqlite3.connect(path, timeout=2)) as db:
                     db.execute("BEGIN IMMEDIATE").execute("ROLLBACK")
+                    [(version,)] = db.execute("PRAGMA user_version")
+                    if path.stat().st_size <= CHECK_BYTES:
+                        [(words,)] = db.execute("PRAGMA quick_check(1)")
+                        if words != "ok":
+                            raise sqlite3.DatabaseError(MALFORMED)
+                if version > known:
+                    values = {"version": version, "known": known}
+                    return self.report(
+                        "fail", "database", NEWER, "wxgpt update", **values
+                    )
                 found = "{path}, {size:.1f} MB, {free:.1f} GB free"
             else:
                 with tempfile.TemporaryFile(dir=folder):
@@ -428,6 +455,8 @@ class Doctor:
             fix = "run check as the service's user; database.path must be writable"
             if not folder.exists():
                 fix = "make that folder, or change database.path"
+            elif re.search("malformed|not a database", str(error)):
+                fix = "put a backup in its place; or move it away, to begin anew"
             elif "locked" in str(error):
                 fix = "another program is writing to it: end that"
             elif "full" in str(error) or getattr(error, "errno", 0) == errno.ENOSPC:
@@ -722,19 +751,23 @@ class Doctor:
         wrong = right | {"signature": "0" * 40}
         url = urllib.parse.urlsplit(base)
         port = url.port or {"http": 80, "https": 443}[url.scheme]
-        for path, signed, status in (
-            (base, right, 200),
-            (base + "/", right, 200),
-            (base, wrong, 403),
+        for method, path, signed, status, wanted in (
+            ("GET", base, right, 200, echo),
+            ("GET", base + "/", right, 200, echo),
+            ("GET", base, wrong, 403, None),
+            ("POST", base, right, 200, "success"),
         ):
             what = "verification with a wrong signature at {path}"
             if status == 200:
                 what = "verification with a right signature at {path}"
+            if method == "POST":
+                what = "a message to {path}"
             query = signed | {"echostr": echo}
-            self.doing = tell("an answer of {path}", path=path)
+            self.doing, began = tell("an answer of {path}", path=path), time.monotonic()
+            data = PUSH if method == "POST" else None
             try:  # a redirect is no answer to WeChat
-                async with http.get(
-                    path, params=query, allow_redirects=False
+                async with http.request(
+                    method, path, params=query, data=data, allow_redirects=False
                 ) as response:
                     text, found = await response.text(), response.status
             except (aiohttp.ClientError, OSError, UnicodeError) as error:
@@ -742,17 +775,23 @@ class Doctor:
                 why = reason_of(error)
                 self.report(grade, what, "{why}", "{fix}", path=path, why=why, fix=fix)
                 return False
-            if found == status and (status == 403 or text == echo):
-                self.report("ok", what, "status {status}", path=path, status=found)
-                continue
-            fix = proxy_fix(found)
+            took, limit = time.monotonic() - began, self.config.wechat.attempt_timeout
+            words, fix = "status {status}, not wxgpt's answer", proxy_fix(found)
+            if found == status and wanted in (None, text):
+                if took < limit:
+                    self.report("ok", what, "status {status}", path=path, status=found)
+                    continue
+                words = "an answer after {took:.0f} s, WeChat waits {limit:g} s"
+                fix = "what makes it slow: the proxy, a tunnel, the CDN?"
             self.report(
                 "fail",
                 what,
-                "status {status}, not wxgpt's answer",
+                words,
                 fix,
                 path=path,
                 status=found,
+                took=took,
+                limit=limit,
             )
             return False
         return True
@@ -853,6 +892,11 @@ async def check_all(doctor: Doctor, config: Config, path: str) -> None:
         )
         http = await stack.enter_async_context(opening)
         is_free = await doctor.check_port(http)
+        file = config.database.path
+        if is_free is False and not os.path.exists(file):
+            found = "{path} is not there, and wxgpt is serving"
+            fix = "was it deleted? Then restart wxgpt; or it runs with other settings"
+            doctor.report("fail", "database", found, fix, path=file)
         doctor.check_risks(path)
         clients, _ = await stack.enter_async_context(open_chat(config))
         await doctor.check_clock(clients.values())

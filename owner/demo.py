@@ -44,7 +44,7 @@ from owner.words import tell
 from picture_host import PictureHost
 from terminal import DIM, Lines, Screen, talk
 from wechat import ANCHOR, Seen, Tap, WeChat, parse_tap
-from wxgpt import Parser
+from wxgpt import Parser, set_up_streams
 
 TICK_SECONDS = 0.1  # how often the clock on the screen moves
 FOLLOW_SECONDS = 30.0  # how long an answer's page is followed
@@ -431,6 +431,7 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> int:
     """Run the command line; return the exit status."""
+    set_up_streams()
     try:
         try:
             options = parse_options()

@@ -238,7 +238,8 @@ def backup_command(config: Config, target: str) -> int:
         complain("{path} is there already: name another file", path=target)
         return 1
     except (OSError, sqlite3.Error) as error:
-        complain("{path}: {why}", path=target, why=reason(error))
+        path = target if isinstance(error, OSError) else f"{source} → {target}"
+        complain("{path}: {why}", path=path, why=reason(error))
         return 1
     size = os.path.getsize(target) / 1e6
     words = "{path}: {size:.1f} MB, copied from {source}"

@@ -38,6 +38,7 @@ from wxgpt import (
     is_public_url,
     load_config,
     open_chat,
+    read_toml,
 )
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -198,7 +199,7 @@ def wrong_url(text: str) -> str:
 
 def wrong_base_url(text: str) -> str:
     """Say what is wrong with the address of a chat API."""
-    return "" if re.match(r"https?://[^/]", text) else wrong_url(text)
+    return "" if is_public_url(text.partition("?")[0]) else wrong_url(text)
 
 
 def wrong_key(text: str) -> str:
@@ -245,17 +246,12 @@ class Setup:
         self.is_service = has_systemd and not options.no_service
         place = SERVICE_SETTINGS if self.is_service else pathlib.Path("wxgpt.toml")
         self.path = pathlib.Path(options.config or place)
-        try:
+        self.text, self.before = "", {}
+        if self.path.exists():
+            self.before = flat(read_toml(self.path))
             self.text = self.path.read_text("utf-8-sig")
-            self.before = flat(tomllib.loads(self.text))
             if self.before.get("public_url") == EXAMPLE_URL:
                 del self.before["public_url"]  # nobody's own
-        except FileNotFoundError:
-            self.text, self.before = "", {}
-        except (OSError, ValueError) as error:
-            raise Stop(
-                tell("{path} cannot be read: {why}", path=self.path, why=error)
-            ) from None
         self.missing: list[str] = []
 
     def ask(self, question: str, option: str, default: str, check: Check) -> str:
@@ -752,7 +748,9 @@ def setup_command(words: list[str]) -> int:
         print(f"wxgpt: {stop}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"wxgpt: {error}", file=sys.stderr)
+        why = error.strerror or str(error)
+        line = tell("{path}: {why}", path=error.filename or "setup", why=why)
+        print(f"wxgpt: {line}", file=sys.stderr)
         return 1
     except EOFError:
         print(file=sys.stderr)

@@ -68,6 +68,13 @@ HINTS = {
     "unable to access": "is there a network? Or get the archive elsewhere: "
     "wxgpt update FILE.tar.gz",
     "Not possible to fast-forward": "there are commits of your own: git pull --rebase",
+    "index.lock": "is another git at work? If none is: rm .git/index.lock",
+    "Could not read from remote": "is its address right (git remote -v)? ssh needs a "
+    "key, https none",
+    "not a git repository": "git's folder is damaged: give an archive, "
+    "wxgpt update FILE.tar.gz",
+    "would be overwritten by merge": "files of yours have the names of new ones: move "
+    "them away",
 }
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # SIGHUP: ssh was cut off
 
@@ -87,7 +94,8 @@ def run(*command: str, cwd: pathlib.Path = NEW) -> str:
             command,
             check=False,
             cwd=cwd,
-            env=os.environ | {"GIT_TERMINAL_PROMPT": "0"},
+            # What others say is looked for in English.
+            env=os.environ | {"GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C.UTF-8"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -97,7 +105,7 @@ def run(*command: str, cwd: pathlib.Path = NEW) -> str:
         raise UpdateError(words, name=command[0]) from None
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        errors = [line for line in lines if re.match("ERROR:|fatal:", line)]
+        errors = [line for line in lines if re.match("(?i)error:|fatal:", line)]
         what = (errors or lines or [str(done.returncode)])[-1]
         for words, hint in HINTS.items():
             if words in done.stderr:
@@ -167,7 +175,11 @@ def pull() -> None:
             "wxgpt update FILE.tar.gz",
             path=HOME,
         )
-    if changed := run("git", "status", "--porcelain", "--untracked-files=no"):
+    changed = run("git", "status", "--porcelain", "--untracked-files=no")
+    if re.search("(?m)^(U.|.U|AA|DD) ", changed):
+        words = "git was left in a merge here: git merge --abort, or git rebase --abort"
+        raise UpdateError(words)
+    if changed:
         raise UpdateError(
             "these files were changed here, put them back first (git checkout FILE): "
             "{names}",

@@ -13,20 +13,41 @@ import tomllib
 WORDS = pathlib.Path(__file__).with_name("words.toml")
 LINE_CHARS = 80  # of a broken line are shown
 # Values that are not shown: what an error quotes may reach the journal.
-SECRET = re.compile(r"""(?i)((?:key|token|proxy|headers)[^=＝]*[=＝]\s*["'“”‘’]?).*""")
-# What is wrong with a line that is not TOML, by its text; the first counts.
+SECRET = re.compile(r"(?i)((?:key(?!words)|token|proxy|headers)[\w.-]*\W*).*")
+# What stands between plain quotes, or is a comment, is not what is wrong with a line.
+PLAIN = re.compile(r""""[^"\\]*"|'[^']*'|#.*""")
+# What is wrong with a line that is not TOML, by the rest of it; the first counts.
 HINTS = (
-    ("[“”‘’「」＂]", 'write straight quotes: " "'),
+    ("^(<<<<<<<|=======|>>>>>>>)", "git's marks of a conflict: keep one version"),
+    ("^(;|；|//|＃)", "a comment begins with #"),
+    ("[“”‘’「」『』＂＇]", 'write straight quotes: " "'),
+    (r"\\", r"write \ twice, or / in its place"),
     ("＝|^[^=]*[:：]", "write = between name and value"),
-    (r"=\s*(?!true|false|nan|inf)[^\W\d]", 'put text in quotes: name = "text"'),
     ("，", "write , between values"),
+    ('^[^="]*[\u3400-\u9fff]', 'put a Chinese name in quotes: "name"'),
+    (
+        "[！-～。、【】\xa0\u200b-\u200f\u3000]",
+        "a sign or a space is Chinese: retype it",
+    ),
+    ("(?i)=\\s*(true|false|yes|no|on|off)$", "write true or false"),
+    ("(?i)=\\s*(none|null|nil)?$", "the value is missing; or take the line out"),
+    (r"=\s*0\d", "write a number without 0 before it"),
+    ("=\\s*[{][^}]*$", "write { } on one line"),
+    ("[,;]$", "take out the sign at its end"),
+    ("=\\s*[^\"'\\[{]", 'put text in quotes: name = "text"'),
+    ("[\"']", "quotes come in pairs, on one line, with = before them"),
+    (r"[\[\]]", "brackets come in pairs: [name]"),
+    ("", 'not TOML: expected name = "text", name = number or [table]'),
 )
 
 
 @functools.cache
 def read_words() -> dict[str, str]:
-    """Return the Chinese for each English text, of all modules."""
-    tables = tomllib.loads(WORDS.read_text("utf-8")).values()
+    """Return the Chinese for each English text, of all modules; none if they are lost."""
+    try:
+        tables = tomllib.loads(WORDS.read_text("utf-8")).values()
+    except (OSError, ValueError):  # the server is to start all the same
+        return {}
     return {english: chinese for table in tables for english, chinese in table.items()}
 
 
@@ -64,20 +85,21 @@ def explain(error: object) -> str:
 
 def explain_broken(path: str, error: ValueError) -> str:
     """Return what is wrong with a file that is not TOML: the line, and a hint."""
-    raw = pathlib.Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+    raw = pathlib.Path(path).read_bytes()
+    text = raw.decode("utf-8-sig", "replace").replace("\r\n", "\n").replace("\r", "\n")
     why, _, where = str(error).partition(" (at ")
     place = re.match(r"line (\d+)", where)
-    number = int(place[1]) if place else raw.rstrip().count(b"\n") + 1
+    number = int(place[1]) if place else text.rstrip().count("\n") + 1
     if isinstance(error, UnicodeDecodeError):
-        number = error.object.count(b"\n", 0, error.start) + 1
-    line = raw.split(b"\n")[number - 1].decode("utf-8", "replace").strip()
-    if isinstance(error, UnicodeDecodeError):
+        number = text.count("\n", 0, text.find("\ufffd")) + 1
+    line = [*text.split("\n"), ""][number - 1].strip(" \t")
+    if isinstance(error, UnicodeDecodeError) or "\0" in text:
         hint = "save the file as UTF-8"
     elif re.search("(?i)declare|overwrite|mutate|expand", why):
         hint = "it stands in the file twice: keep one, with the lines of both"
     else:
-        hints = (hint for pattern, hint in HINTS if re.search(pattern, line))
-        hint = next(hints, why)
+        rest = PLAIN.sub(lambda m: '""' if m[0][0] != "#" else "", line).rstrip()
+        hint = next(hint for pattern, hint in HINTS if re.search(pattern, rest))
     shown = "".join(c for c in SECRET.sub(r"\1***", line) if c.isprintable())
     return tell(
         "{path}, line {number}: {line} → {hint}",

@@ -8,6 +8,7 @@ import operator
 import os
 import pathlib
 import re
+import shutil
 import socket
 import stat
 import subprocess
@@ -34,7 +35,10 @@ GOOD = URL + WECHAT + CHATGPT
 REFUSED = {
     "no public_url": (WECHAT + CHATGPT, ["public_url", "expected"]),
     "no token": (URL + CHATGPT, ["wechat.token", "nothing", "text"]),
-    "no chatgpt": (URL + WECHAT, ["assistants.chatgpt", "nothing", "table"]),
+    "no chatgpt": (
+        URL + WECHAT,
+        ["assistants.chatgpt", "nothing", "a table of this name"],
+    ),
     "no key": (
         URL + WECHAT + "[assistants.chatgpt]\n",
         ["assistants.chatgpt.api_key", "nothing", "text"],
@@ -162,6 +166,77 @@ REFUSED = {
         ["assistants.STOP", "command"],
     ),
     "broken TOML": ("public_url = \n", ["wxgpt.toml"]),
+    "endless nesting": (f"x = {'[' * 3000}\n", ["wxgpt.toml"]),
+    **{
+        f"public URL {url}": (
+            GOOD.replace("https://wx.example.com", url),
+            ["public_url", "http:// or https:// and a host"],
+        )
+        for url in (
+            "https://https://wx.example.com",
+            "https://wx。example。com",
+            "https://wx.example.com,",
+            "https：//wx.example.com",
+            "https://wx..example.com",
+        )
+    },
+    "public URL with the path": (
+        GOOD.replace("https://wx.example.com", "https://wx.example.com/wechat"),
+        ["public_url", "without the path of server.path"],
+    ),
+    **{
+        f"host {host}": (
+            GOOD + f"[server]\nhost = '{host}'\n",
+            ["server.host", "an address like 127.0.0.1"],
+        )
+        for host in ("http://0.0.0.0", "0.0.0.0:8080", "全部", "*")
+    },
+    **{
+        f"path {path}": (
+            GOOD + f"[server]\npath = '{path}'\n",
+            ["server.path", "a path like /wechat"],
+        )
+        for path in ("/me", "/healthz", "/微信")
+    },
+    **{
+        f"AppID {app_id}": (
+            URL + WECHAT + f'app_id = "{app_id}"\naes_key = "{"a" * 43}"\n' + CHATGPT,
+            ["wechat.app_id", shown, "wx and 16"],
+        )
+        for app_id, shown in (
+            ("gh_0123456789ab", "gh_0123456789ab"),
+            ("wx0123456789abcdef ", "***"),
+            ("0123456789abcdef" * 2, "***"),  # AppSecret
+        )
+    },
+    **{
+        f"base URL {url}": (
+            GOOD + f"base_url = '{url}'\n",
+            ["assistants.chatgpt.base_url", "an http(s) URL"],
+        )
+        for url in ("http://[::1:80/v1", "http://api.x :80/v1", "http://api.x:99999/v1")
+    },
+    **{
+        f"proxy {url}": (
+            GOOD + f"proxy = '{url}'\n",
+            ["assistants.chatgpt.proxy", "an http, https or socks URL"],
+        )
+        for url in ("http://", "127.0.0.1:7890", "http://127.0.0.1:78900")
+    },
+    **{
+        f"model '{model}'": (
+            GOOD + f"model = '{model}'\n",
+            ["assistants.chatgpt.model", "the name of a model"],
+        )
+        for model in ("", " gpt")
+    },
+    **{
+        f"extra {value}": (
+            GOOD + f"extra.a = {value}\n",
+            ["assistants.chatgpt.extra", "what JSON has"],
+        )
+        for value in ("2026-11-27", "nan")
+    },
 }
 
 DEFAULTS = {
@@ -316,6 +391,7 @@ def test_all_mistakes_of_a_file_are_told_at_once(tmp_path):
     assert sorted(found) == sorted(wanted.split())
 
 
+APP_ID = "wx0123456789abcdef"
 IN_CHINESE = {  # what is in the file, and what is told of it
     "names are not translated": (
         "port = 80\nmodel = 1\nuser = 1\n" + GOOD,
@@ -327,12 +403,20 @@ IN_CHINESE = {  # what is in the file, and what is told of it
         ["环境变量 OPENAI_API_KEY：现在是 别的内容，应为接口的密钥，只有英文字母"],
     ),
     "an app_id alone": (
-        URL + WECHAT + 'app_id = "wx1"\n' + CHATGPT,
+        URL + WECHAT + 'app_id = "wx0123456789abcdef"\n' + CHATGPT,
         ["wechat.aes_key：现在是 空的，app_id 却写了，应为两项都写，或者都不写"],
     ),
     "an aes_key alone": (
         URL + WECHAT + f'aes_key = "{"a" * 43}"\n' + CHATGPT,
         ["wechat.aes_key：现在是 写了，app_id 却是空的，应为两项都写，或者都不写"],
+    ),
+    "a short aes_key": (
+        URL + WECHAT + f'app_id = "{APP_ID}"\naes_key = "{"a" * 42}"\n' + CHATGPT,
+        ["wechat.aes_key：现在是 42 个字符，应为 43 个字母或数字"],
+    ),
+    "an empty token": (
+        URL + '[wechat]\ntoken = ""\n' + CHATGPT,
+        ["wechat.token：现在是 空的，应为 3 到 32 个字母或数字"],
     ),
     "a table of texts": (
         "aliases = 5\n" + GOOD,
@@ -361,7 +445,27 @@ def test_a_mistake_is_told_in_chinese(load, monkeypatch, name):
 BROKEN = {  # a line of TOML that is none, and what is told of it
     "curly quotes": ("model = “gpt”", "model = “gpt” → write straight quotes"),
     "a secret in curly quotes": ("token = “abc123”", "token = “*** → write straight"),
-    "no quotes": ("path = /wechat", "path = /wechat → Invalid value"),
+    "no quotes": ("path = /wechat", "path = /wechat → put text in quotes"),
+    "no quotes before a digit": ("host = 127.0.0.1", "put text in quotes"),
+    "a secret after a colon": ('token: "abc123"', 'token: "*** → write ='),
+    "a secret after nothing": ('api_key "abc123"', 'api_key "*** → quotes come'),
+    "Chinese brackets": ("【wechat】", "【wechat】 → a sign or a space is Chinese"),
+    "Chinese digits": ("port = ８０８０", "a sign or a space is Chinese"),
+    "a Chinese full stop": ("ttl = 300。0", "a sign or a space is Chinese"),
+    "a hidden space": ("port\xa0= 80", "a sign or a space is Chinese"),
+    "a Chinese table": ("[assistants.我的助手]", "put a Chinese name in quotes"),
+    "a Chinese name": ('地址 = "人民路"', "put a Chinese name in quotes"),
+    "a comment of an INI file": ("；注释", "a comment begins with #"),
+    "True of Python": ("auto_open = True", "write true or false"),
+    "null of JSON": ("proxy = null", "the value is missing"),
+    "no value": ("port =", "the value is missing"),
+    "a backslash": ('path = "C:\\data"', "write \\ twice"),
+    "a table over lines": ("extra = {", "write { } on one line"),
+    "a semicolon": ('host = "a";', "take out the sign at its end"),
+    "a 0 before a number": ("port = 080", "without 0 before it"),
+    "half a bracket": ("[wechat", "brackets come in pairs"),
+    "a merge that stopped": ("<<<<<<< HEAD", "git's marks of a conflict"),
+    "a web page": ("<html>", "not TOML: expected name"),
     "no quotes around a word": ("model = gpt", "put text in quotes"),
     "a Chinese equals sign": ("port ＝ 80", "port ＝ 80 → write ="),
     "a colon": ("port: 80", "port: 80 → write ="),
@@ -382,6 +486,25 @@ def test_a_line_that_is_not_toml_is_quoted_with_a_hint(load, name):
     number = 2 + text.count("\n")
     assert f"wxgpt.toml, line {number}: " in line and words in line
     assert len(line.splitlines()) == 1 and "abc123" not in line
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "gbk"])
+def test_another_encoding_is_told(tmp_path, encoding):
+    """As Notepad has them."""
+    path = tmp_path / "wxgpt.toml"
+    path.write_bytes(f"# 设置\n{GOOD}".encode(encoding))
+    with pytest.raises(wxgpt.ConfigError) as refused:
+        wxgpt.load_config(path)
+    assert explain(refused.value).endswith(" → save the file as UTF-8")
+
+
+def test_a_line_is_quoted_by_its_number_whatever_ends_lines(tmp_path):
+    """Old Macs end them with a carriage return alone."""
+    path = tmp_path / "wxgpt.toml"
+    path.write_bytes(b"# one\r# two\rport ; 80\r")
+    with pytest.raises(wxgpt.ConfigError) as refused:
+        wxgpt.load_config(path)
+    assert "wxgpt.toml, line 3: port ; 80 → " in explain(refused.value)
 
 
 def test_the_mark_that_notepad_puts_before_a_file_is_taken(tmp_path):
@@ -515,6 +638,31 @@ def test_a_broken_copy_of_the_server_ends_the_start_with_one_line(
     ended = run("serve", cwd=tmp_path, program=tmp_path / "copy")
     assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1, ended.stderr
     assert words in ended.stderr
+
+
+@pytest.mark.parametrize("command", ["check", "setup", "demo"])
+def test_a_copy_of_the_server_alone_has_no_other_command(tmp_path, command):
+    """It serves; what else it is asked for ends with one line."""
+    copy_server(tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy/owner", ignore_errors=True)
+    ended = run(command, cwd=tmp_path, program=tmp_path / "copy")
+    assert ended.returncode == 1 and len(ended.stderr.splitlines()) == 1, ended.stderr
+    assert re.search("not whole|not found", ended.stderr)
+
+
+@pytest.mark.parametrize("text", [None, "x = y"], ids=["missing", "broken"])
+def test_without_its_chinese_words_the_program_speaks_english(
+    tmp_path, monkeypatch, text
+):
+    """They are no reason not to serve."""
+    copy_server(tmp_path / "copy")
+    shutil.copytree(ROOT / "owner", tmp_path / "copy/owner", dirs_exist_ok=True)
+    (tmp_path / "copy/owner/words.toml").unlink()
+    if text:
+        (tmp_path / "copy/owner/words.toml").write_text(text)
+    monkeypatch.setenv("WXGPT_LANG", "zh")
+    ended = run(cwd=tmp_path, program=tmp_path / "copy")
+    assert ended.returncode == 2 and "no wxgpt.toml here" in ended.stderr
 
 
 def test_a_file_that_is_not_utf_8_ends_the_start_with_one_line(tmp_path):

@@ -70,9 +70,11 @@ from wxgpt import (
     WeChatSettings,
     load_config,
     make_error,
+    open_store,
     signature_of,
 )
 
+SAFE = {"app_id": "wx0123456789abcdef", "aes_key": "k" * 43}
 PORT_LINE = "✗ public_url: port "
 ROOT_LINE = "! user: root serves → use wxgpt.service, which has a user of its own"
 DAY = 86400
@@ -125,14 +127,21 @@ async def assert_found(checking, *lines, status=1):
     assert code == status
 
 
-def proxy_to(port, missing=None):
+def proxy_to(port, missing=None, spoiled=None):
     """Make a proxy that reads a whole response before it passes it on."""
 
     async def handler(request):
         if missing and request.path.startswith(missing):
             return web.Response(status=404, text="not here")
+        if spoiled:
+            await spoiled(request)
         url = f"http://127.0.0.1:{port}{request.raw_path}"
-        async with ClientSession() as http, http.get(url) as response:
+        agent = {"User-Agent": request.headers["User-Agent"]}
+        body = await request.read()
+        async with (
+            ClientSession(headers=agent) as http,
+            http.request(request.method, url, data=body) as response,
+        ):
             return web.Response(status=response.status, body=await response.read())
 
     return handler
@@ -173,6 +182,16 @@ async def test_it_works_while_the_server_runs(spawn, tmp_path):
     assert "✓ pushes: the newest came 0 minutes ago and was read" in out
     assert re.search(r"✓ database: .*test\.db, \d+\.\d MB, ", out)
     assert "✓ live pages" in out
+
+
+async def test_a_database_that_was_deleted_under_the_server_is_said(spawn, tmp_path):
+    """It serves on, and all that is written is lost with the process."""
+    await spawn(wechat={"attempt_timeout": 5})
+    (tmp_path / "test.db").unlink()
+    _, out, _ = await run_command(tmp_path / "wxgpt.toml", "check")
+    assert "test.db is not there, and wxgpt is serving → was it deleted?" in unwrapped(
+        out
+    )
 
 
 async def test_it_creates_no_database(check, settings):
@@ -594,6 +613,116 @@ async def test_a_proxy_that_knows_only_wechats_path_is_said(check):
         url = f"http://127.0.0.1:{front}"
         line = r"✗ live pages: status 404 → the proxy must pass /a/"
         await assert_found(check(server={"port": port}, public_url=url), line)
+
+
+@pytest.mark.parametrize(
+    "error, mend",
+    [
+        (web.HTTPForbidden(), "status 403, .* a firewall or CDN"),
+        (web.HTTPRequestEntityTooLarge(9, 9), "status 413, .* client_max_body_size"),
+    ],
+    ids=["firewall", "body size"],
+)
+async def test_a_proxy_that_lets_no_message_pass_is_said(check, error, mend):
+    """The console's verification passes: it posts nothing."""
+    port = free_port()
+
+    async def refuse_posts(request):
+        if request.method == "POST":
+            raise error
+
+    async with serving(proxy_to(port, spoiled=refuse_posts)) as front:
+        url = f"http://127.0.0.1:{front}"
+        line = f"✗ a message to .*: {mend}"
+        await assert_found(check(server={"port": port}, public_url=url), line)
+
+
+async def test_an_answer_too_slow_for_wechat_is_said(check):
+    """It comes, but WeChat has hung up."""
+    port = free_port()
+
+    async def dawdle(request):
+        await asyncio.sleep(0.5)
+
+    async with serving(proxy_to(port, spoiled=dawdle)) as front:
+        url, line = f"http://127.0.0.1:{front}", "✗ verification .* WeChat waits 0.4 s"
+        short = {"attempt_timeout": 0.4}
+        checking = check(server={"port": port}, public_url=url, wechat=short)
+        await assert_found(checking, line)
+
+
+@pytest.mark.parametrize("mode", [{}, SAFE], ids=["plain", "safe"])
+async def test_the_message_of_check_is_no_news(spawn, tmp_path, mode):
+    """The next check still waits for one of WeChat's."""
+    port = free_port()
+    changes = {"server": {"port": port}, "public_url": f"http://127.0.0.1:{port}"}
+    await spawn(wechat={"attempt_timeout": 5} | mode, **changes)
+    for _ in range(2):
+        _, out, _ = await run_command(tmp_path / "wxgpt.toml", "check")
+        assert "✓ a message to " in out
+        assert "! pushes: none since the start of the service" in out
+
+
+@pytest.mark.parametrize(
+    "break_it, line",
+    [
+        ("PRAGMA user_version = 999", "it is of version 999, .* → wxgpt update"),
+        (None, "malformed → put a backup in its place"),
+    ],
+    ids=["newer", "corrupt"],
+)
+async def test_a_database_that_keeps_wxgpt_from_starting_is_said(
+    check, settings, break_it, line
+):
+    """The start says it too, but the owner asks `check` why nothing answers."""
+    path = pathlib.Path(settings["database"]["path"])
+    await (await open_store(str(path))).close()
+    if break_it:
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.execute(break_it)
+    else:
+        with path.open("r+b") as file:
+            file.seek(4096)
+            file.write(b"x" * 20_000)
+    _, out = await check()
+    assert re.search(f"(?m)^✗ database: .*{line}", out), out
+
+
+@pytest.mark.parametrize(
+    "encoding, mark", [("gbk", "√"), ("ascii", "✓"), ("utf-8", "✓")]
+)
+async def test_a_terminal_of_any_encoding_shows_the_findings(settings, encoding, mark):
+    """GBK has Chinese, but no ✓; what is called ASCII is mostly UTF-8."""
+    path = pathlib.Path(settings["database"]["path"]).with_name("wxgpt.toml")
+    write_settings(path, settings)
+    environ = os.environ | {"PYTHONIOENCODING": encoding, "WXGPT_LANG": "zh"}
+    command = [sys.executable, str(ROOT / "wxgpt.py"), "check", "--config", str(path)]
+    process = await asyncio.create_subprocess_exec(*command, env=environ, stdout=-1)
+    out, _ = await process.communicate()
+    read = out.decode("gbk" if encoding == "gbk" else "utf-8")
+    assert read.startswith(f"{mark} 设置：")
+
+
+@pytest.mark.parametrize(
+    "words, status, told",
+    [
+        ("check --config FILE >&-", 1, ""),
+        ("setup <&-", 2, "without a terminal these options are needed"),
+        ("check --config FILE >/dev/full", 1, "wxgpt: No space left on device"),
+        ("--help >/dev/full", 1, "wxgpt: No space left on device"),
+    ],
+)
+async def test_a_stream_that_cannot_be_used_is_no_traceback(
+    settings, tmp_path, words, status, told
+):
+    """Closed, or on a full disk."""
+    write_settings(tmp_path / "its.toml", settings)
+    words = words.replace("FILE", str(tmp_path / "its.toml"))
+    command = f"exec {sys.executable} {ROOT}/wxgpt.py {words}"
+    process = await asyncio.create_subprocess_shell(command, stderr=-1, cwd=tmp_path)
+    _, err = await process.communicate()
+    assert process.returncode == status
+    assert told in err.decode() and len(err.splitlines()) == bool(told)
 
 
 async def test_a_redirect_is_no_answer(check):
@@ -1438,7 +1567,6 @@ async def test_the_probes_of_check_are_no_news(running):
     assert "verified by WeChat's console" not in "".join(process.log)
 
 
-SAFE = {"app_id": "wx0123456789abcdef", "aes_key": "k" * 43}
 MODES = {
     "console safe, settings plain": (
         {},

@@ -597,10 +597,13 @@ async def test_wechatpy_reads_plain_replies(serve, upstream):
 @pytest.mark.parametrize(
     ("wechat", "words"),
     [
-        ({"app_id": "wx1", "aes_key": "A" * 42}, "42 characters"),
-        ({"app_id": "wx1", "aes_key": "A" * 44}, "44 characters"),
-        ({"app_id": "wx1", "aes_key": "A" * 42 + "="}, "43 letters and digits"),
-        ({"app_id": "wx1"}, "found 'only app_id'"),
+        ({"app_id": "wx0123456789abcdef", "aes_key": "A" * 42}, "42 characters"),
+        ({"app_id": "wx0123456789abcdef", "aes_key": "A" * 44}, "44 characters"),
+        (
+            {"app_id": "wx0123456789abcdef", "aes_key": "A" * 42 + "="},
+            "43 letters and digits",
+        ),
+        ({"app_id": "wx0123456789abcdef"}, "found 'only app_id'"),
         ({"aes_key": "A" * 43}, "found 'only aes_key'"),
     ],
 )

@@ -128,6 +128,10 @@ WRONG = {
     "a port": ({"public_url": "http://wx.example.com:8080"}, "write no port"),
     "its own port": ({"public_url": "https://wx.example.com:443"}, "write no port"),
     "a path": ({"public_url": URL + "/wechat"}, "write the domain name only"),
+    "an API's address with a blank": (
+        {"provider": "other", "base_url": "https://api .cn/v1", "model": "m"},
+        "--base-url: it is http:// or https:// and a domain name",
+    ),
     "no host": ({"public_url": "https://"}, "and a domain name"),
     "loopback": ({"public_url": "http://127.0.0.1"}, "the internet does not reach it"),
     "at home": ({"public_url": "http://192.168.1.5"}, "does not reach it"),

@@ -445,6 +445,10 @@ async def test_a_checkout_is_updated_from_its_remote(installation, origin):
     status, out = await installation.run("update")
     assert status == 1 and "texts.toml" in out and "nothing was changed" in out
     git(home, "checkout", "texts.toml")
+    (home / ".git/index.lock").touch()
+    status, out = await installation.run("update")
+    assert status == 1 and "index.lock': File exists. → is another git at" in out, out
+    (home / ".git/index.lock").unlink()
     status, out = await installation.run("update")
     assert status == 0 and "99." in out.splitlines()[-1], out
     await installation.is_served("99")
@@ -460,13 +464,21 @@ async def test_a_checkout_that_cannot_be_pulled_is_explained(installation, origi
         return out
 
     for folder in (home, origin):
-        (folder / "texts.toml").open("a").write(f"# {folder}\n")
+        (folder / "pages/page.css").open("a").write(f"/* {folder} */\n")
         git(folder, "commit", "-qam", "mine")
     assert "→ 这里有你自己的提交：git pull --rebase" in await said()
     git(home, "remote", "set-url", "origin", "http://127.0.0.1:9/wxgpt")
     out = await said()
     assert "正在从 http://127.0.0.1:9/wxgpt 取新版本" in out
     assert "→ 网络通吗？也可以在别处下载安装包：wxgpt update 文件.tar.gz" in out
+    git(home, "remote", "set-url", "origin", str(home.with_name("nobody")))
+    assert "→ 地址对吗（git remote -v）？" in await said()
+    git(home, "remote", "set-url", "origin", str(origin))
+    git(home, "fetch", "-q")
+    with pytest.raises(subprocess.CalledProcessError):  # a conflict
+        git(home, "merge", "-q", "origin/main")
+    assert "wxgpt: git 的合并没有做完：git merge --abort" in await said()
+    git(home, "merge", "--abort")
     git(home, "checkout", "-q", "--detach")
     assert "没有跟着哪个分支：先 git switch main，或者给出安装包" in await said()
     os.symlink(sys.executable, installation.folder / "bin/python3")
