@@ -248,6 +248,8 @@ class Setup:
         self.path = pathlib.Path(options.config or place)
         self.text, self.before = "", {}
         if self.path.exists():
+            if not (self.path.is_file() or self.path.is_dir()):  # /dev/null
+                raise Stop(tell("{path}: this is no file", path=self.path))
             self.before = flat(read_toml(self.path))
             self.text = self.path.read_text("utf-8-sig")
             if self.before.get("public_url") == EXAMPLE_URL:

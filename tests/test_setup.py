@@ -190,6 +190,14 @@ async def test_settings_that_are_there_are_not_changed_without_a_word(setup, tmp
     assert status == 2 and "--yes" in err and path.read_text("utf-8") == MINE
 
 
+async def test_what_is_no_file_is_left_alone(setup, tmp_path):
+    """A device as root would be replaced; here it is a pipe."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    status, out, err = await setup("--yes", path=path)
+    assert (status, path.is_fifo()) == (2, True) and f"{path}: this is no file" in err
+
+
 async def test_what_nobody_was_asked_about_stays(setup, tmp_path):
     """The token too; the old file is kept beside the new one."""
     path = tmp_path / "wxgpt.toml"
