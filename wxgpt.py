@@ -959,8 +959,13 @@ def bracketed(text: str) -> str:
     return text if ONE_SIGN.fullmatch(text) else f"({text})"
 
 
+MAX_SCRIPT_CHARS = 200  # each is gone through again for the one that it stands in
+
+
 def script_text(mark: str, script: str, base: str) -> str:
     """Write a script in small characters if all have one, else after its mark."""
+    if len(script) > MAX_SCRIPT_CHARS:
+        raise ValueError("a long script")
     small = SUPERSCRIPTS if mark == "^" else SUBSCRIPTS
     script = re.sub(r" ?([^\w\s]) ?", r"\1", script)
     base = re.sub(r"([_^])(.)$", r"\1(\2)", base)  # v_y^2 is not v_(y²)
