@@ -959,19 +959,19 @@ def bracketed(text: str) -> str:
     return text if ONE_SIGN.fullmatch(text) else f"({text})"
 
 
-MAX_SCRIPT_CHARS = 200  # each is gone through again for the one that it stands in
+MAX_SCRIPT_CHARS = 200  # or it would be gone through again for each around it
 
 
 def script_text(mark: str, script: str, base: str) -> str:
     """Write a script in small characters if all have one, else after its mark."""
-    if len(script) > MAX_SCRIPT_CHARS:
-        raise ValueError("a long script")
     small = SUPERSCRIPTS if mark == "^" else SUBSCRIPTS
-    script = re.sub(r" ?([^\w\s]) ?", r"\1", script)
     base = re.sub(r"([_^])(.)$", r"\1(\2)", base)  # v_y^2 is not v_(y²)
     has_script = not set(small.values()).isdisjoint(map(ord, base))
     if mark in base or has_script and base[-1] not in ")]|":
         base = f"({base})"  # {x^2}^3
+    if len(script) > MAX_SCRIPT_CHARS:
+        return f"{base}{mark}({script})"
+    script = re.sub(r" ?([^\w\s]) ?", r"\1", script)
     if all(ord(char) in small for char in script):
         return base + script.translate(small)
     is_closed = len(script) == 1 or re.fullmatch(IN_BRACKETS, script)
@@ -2450,6 +2450,9 @@ def clusters(text: str) -> Iterator[str]:
         yield cluster
 
 
+INLINE_TAG = re.compile(r"</?(?:a|strong|em|s|code|su[bp]|span|m[a-z]+)\b[^>]*>")
+
+
 class BlockedWords:
     """The words of a file, read again when it changes; if it vanishes they stay."""
 
@@ -2485,6 +2488,11 @@ class BlockedWords:
     def are_in(self, text: str) -> bool:
         """Say whether a text has one of the words."""
         return bool(self.words) and self.are_in_form(compared(text))
+
+    def are_in_html(self, shown: str) -> bool:
+        """Say whether a page has one of them, not parted by more than inline tags."""
+        inline = INLINE_TAG.sub("", shown) if self.words else ""
+        return self.are_in(html.unescape(re.sub("<[^>]*>", "|", inline)))
 
     def are_in_question(self, text: str) -> bool:
         """Say whether a question has one, as it is written or as it would be shown."""
@@ -6086,26 +6094,33 @@ def day_and_time(seconds: float) -> str:
     return f"{day} {at:%H:%M}"
 
 
-def preview(markdown: str) -> str:
-    """Return the beginning of a long answer in one line, up to its code or table."""
+def preview(markdown: str, blocked: BlockedWords) -> str:
+    """Return the beginning of a long answer in one line, up to its code or table.
+
+    As it was written, which was compared, if without its marks it has a blocked word.
+    """
     begin = re.split(r"\n(?:```|~~~|\|)", markdown[:FOLD_CHARS].strip())[0]
     text = re.sub(r"（https?://[^）]*）|(?<=]) https?://[!-~]*", "", chat_text(begin))
-    return excerpt(text.replace("】", "】 "), 80)
+    return excerpt(begin if blocked.are_in(text) else text.replace("】", "】 "), 80)
 
 
 SEARCH_CHARS, SEARCH_WORDS = 100, 9  # that are looked for
 SNIPPET_CHARS = 80  # shown after the first of them
 
 
-def snippet(text: str, words: list[str]) -> Markup:
-    """Return the place in a text where the words begin, as a line with them marked."""
+def snippet(text: str, words: list[str], blocked: BlockedWords) -> Markup:
+    """Return the place in a text where the words begin, as a line with them marked.
+
+    Its own marks stay if a word would be lost with them, or a blocked one appear.
+    """
     longest_first = sorted(words, key=len, reverse=True)
     pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})", re.IGNORECASE)
     found = pattern.search(text)
     begin = max(0, found.start() - SNIPPET_CHARS // 4) if found else 0
     part = text[begin : begin + SNIPPET_CHARS + SEARCH_CHARS]
     bare = re.sub(r"\*\*|`+|(?m:^\s*(?:[#>*+-]+ |\|))", "", part)
-    line = excerpt(bare if pattern.search(bare) else part, len(part))
+    is_same = pattern.search(bare) and not blocked.are_in(bare)
+    line = excerpt(bare if is_same else part, len(part))
     pieces = enumerate(pattern.split(("…" if begin else "") + line))
     marked = [element("mark", p) if i % 2 else html.escape(p) for i, p in pieces]
     return Markup("".join(marked))
@@ -6264,8 +6279,11 @@ class BlockRenderer:
     `above` is the level of the heading that the answer stands under.
     """
 
-    def __init__(self, texts: Texts, above: int = 0) -> None:
+    def __init__(
+        self, texts: Texts, above: int = 0, blocked: BlockedWords | None = None
+    ) -> None:
         self.reader, self.renderer = MarkdownReader(), AnswerRenderer(texts)
+        self.blocked = blocked or BlockedWords("")
         self.above, self.level = above, max(above, 1)
         self.done: list[str] = []
         self.tokens: list[Token] = []  # of the block that is not done
@@ -6302,7 +6320,11 @@ class BlockRenderer:
         tokens.clear()
 
     def render_block(self, tokens: list[Token]) -> str:
-        return self.renderer.render(tokens, RENDER_OPTIONS, {})
+        rendered = self.renderer.render(tokens, RENDER_OPTIONS, {})
+        if self.blocked.are_in_html(rendered):  # a formula is set without its brackets
+            self.renderer.formulas = MAX_FORMULAS
+            rendered = self.renderer.render(tokens, RENDER_OPTIONS, {})
+        return str(rendered)
 
     def open_blocks(self, line: str) -> list[str]:
         """Return what is not done, and a line that is not complete."""
@@ -6317,9 +6339,11 @@ class BlockRenderer:
         return blocks
 
 
-def render_blocks(texts: Texts, markdown: str, above: int = 0) -> list[str]:
+def render_blocks(
+    texts: Texts, markdown: str, above: int = 0, blocked: BlockedWords | None = None
+) -> list[str]:
     """Return the blocks of a whole answer as HTML; see BlockRenderer."""
-    return BlockRenderer(texts, above).render(markdown, has_ended=True)
+    return BlockRenderer(texts, above, blocked).render(markdown, has_ended=True)
 
 
 def render(config: Config, template: str, **values: object) -> str:
@@ -6370,6 +6394,7 @@ class Shown:
 
 def exchange_of(
     config: Config,
+    blocked: BlockedWords,
     turn: Turn,
     live: list[str] | None = None,
     above: int = 0,
@@ -6378,7 +6403,7 @@ def exchange_of(
     """Return an exchange for a page; `live`: the blocks of an answer being written."""
     blocks, text = live or [], ""
     if live is None and not is_folded:
-        blocks = render_blocks(config.texts, turn.answer, above)
+        blocks = render_blocks(config.texts, turn.answer, above, blocked)
         end = piece_end(turn.answer, 0, RENDER_CHARS)
         answer = chat_text(turn.answer[:end]) + turn.answer[end:]
         text = f"{turn.question}\n\n{answer}\n{config.replies.label}".strip()
@@ -6415,19 +6440,20 @@ def sse_event(data: dict, event: str = "", number: str = "") -> bytes:
 LIVE_SECONDS = 0.25  # at least, between two typesettings of an answer
 QUICK_SECONDS, QUICK_CHARS = 0.005, 1000  # what the loop may do itself
 FORMULA_SIGN = re.compile(r"[$\\]")  # a formula takes long, the first one most of all
-INLINE_TAG = re.compile(r"</?(?:a|strong|em|s|code|su[bp]|span|m[a-z]+)\b[^>]*>")
 
 
 async def finished(bot: Bot, turn: Turn) -> Shown:
     """Return an exchange whose answer has ended, made once for all who want it."""
-    return await bot.work.once(("page", turn.id), exchange_of, bot.config, turn)
+    values = bot.config, bot.blocked, turn
+    return await bot.work.once(("page", turn.id), exchange_of, *values)
 
 
 class LivePage:
     """One writing of an answer as all who follow it see it; typeset once for them."""
 
-    def __init__(self, texts: Texts, writing: str) -> None:
-        self.writing, self.renderer = writing, BlockRenderer(texts)
+    def __init__(self, bot: Bot, writing: str) -> None:
+        self.writing, self.blocked = writing, bot.blocked
+        self.renderer = BlockRenderer(bot.texts, blocked=bot.blocked)
         self.blocks: list[str] = []  # replaced, never changed
         self.done = 0  # of the blocks; these stay as they are
         self.shows = 0, False  # characters of the answer, and whether it has ended
@@ -6448,14 +6474,14 @@ class LivePage:
         if has_ended and not self.shows[0]:
             blocks = (await finished(bot, turn)).blocks
         elif is_quick and not FORMULA_SIGN.search(added):
-            blocks = self.render(text, has_ended, bot.blocked)
+            blocks = self.render(text, has_ended)
         else:
-            blocks = await bot.work.run(self.render, text, has_ended, bot.blocked)
+            blocks = await bot.work.run(self.render, text, has_ended)
         self.blocks, self.done = blocks, len(self.renderer.done)
         self.shows = len(text), has_ended
         self.next_at = loop.time() + max(LIVE_SECONDS, 4 * self.seconds)
 
-    def render(self, text: str, has_ended: bool, blocked: BlockedWords) -> list[str]:
+    def render(self, text: str, has_ended: bool) -> list[str]:
         """Return the blocks of the answer so far.
 
         The chat does not show yet what an open mark may change, so nobody has looked
@@ -6463,11 +6489,9 @@ class LivePage:
         """
         began = time.thread_time()
         blocks = self.renderer.render(text, has_ended)
-        if blocked.words and not has_ended:
-            done = len(self.renderer.done)
-            shown = INLINE_TAG.sub("", "".join(blocks[done:]))
-            if blocked.are_in(html.unescape(re.sub("<[^>]*>", "|", shown))):
-                del blocks[done:]
+        done = len(self.renderer.done)
+        if not has_ended and self.blocked.are_in_html("".join(blocks[done:])):
+            del blocks[done:]
         self.seconds = time.thread_time() - began
         return blocks
 
@@ -6491,7 +6515,7 @@ class LivePage:
 async def live_page(bot: Bot, turn: Turn) -> LivePage:
     """Return an answer typeset so far, as it is or was a moment ago."""
     while True:
-        page = turn.page = turn.page or LivePage(bot.texts, turn.writing)
+        page = turn.page = turn.page or LivePage(bot, turn.writing)
         if page.shows != turn.extent:
             if not page.task or page.task.done():
                 page.task = bot.tasks.start(page.refresh(bot, turn), turn.name)
@@ -6850,7 +6874,7 @@ async def show_answer(request: web.Request, turn: Turn) -> web.Response:
     asking = await asking_of(bot, device) if device and is_theirs else None
     live = (await live_page(bot, turn)).blocks if turn.is_open else None
     if turn.is_open:
-        one = exchange_of(bot.config, turn, live)
+        one = exchange_of(bot.config, bot.blocked, turn, live)
     else:  # by now
         await note_read(bot, [turn])
         one = await finished(bot, turn)
@@ -6997,7 +7021,9 @@ async def show_history(
             asking = replace(asking, session=0)
     exchanges = await bot.work.run(
         lambda: [
-            exchange_of(bot.config, turn, live.get(turn.id), 3, turn not in shown)
+            exchange_of(
+                bot.config, bot.blocked, turn, live.get(turn.id), 3, turn not in shown
+            )
             for turn in turns
         ]
     )
@@ -7011,6 +7037,7 @@ async def show_history(
         older=older,
         is_whole=only < 0,
         asking=asking,
+        blocked=bot.blocked,
     )
 
 
@@ -7082,9 +7109,17 @@ async def search_page(request: web.Request, reader: Reader, form: Form) -> web.R
         return redirect(home)
     before, token = number_in(form, "before", 2**62), form.get("token", "")
     turns, older = await bot.store.search(reader.openid, words, before, FOUND_COUNT)
-    values = {"home": home, "token": token, "words": words, "turns": turns}
-    run, config = bot.work.run, bot.config
-    return await run(page_response, config, "found", older=older, **values)
+    return await bot.work.run(
+        page_response,
+        bot.config,
+        "found",
+        home=home,
+        token=token,
+        words=words,
+        turns=turns,
+        older=older,
+        blocked=bot.blocked,
+    )
 
 
 @by_form

@@ -373,7 +373,7 @@ async def test_an_export_stops_when_its_subscriber_is_deleted(server, monkeypatc
 )
 def test_a_snippet_shows_the_words_where_they_are(text, words, shown):
     """One line around the first of them; each is marked."""
-    assert wxgpt.snippet(text, words) == shown
+    assert wxgpt.snippet(text, words, wxgpt.BlockedWords("")) == shown
 
 
 @pytest.mark.parametrize(
@@ -388,7 +388,7 @@ def test_a_snippet_shows_the_words_where_they_are(text, words, shown):
 )
 def test_a_preview_is_a_line_of_plain_words(markdown, shown):
     """As the chat shows them, up to the first code or table."""
-    assert wxgpt.preview(markdown) == shown
+    assert wxgpt.preview(markdown, wxgpt.BlockedWords("")) == shown
 
 
 def test_days_are_named_as_people_name_them():
