@@ -4846,7 +4846,9 @@ RECENT_SECONDS = 3600  # how far back 继续 and 重试 look
 FORGET_SECONDS = 300  # how long 确认删除 is accepted
 PRUNE_SECONDS = 600.0  # how often what has served its time is deleted
 HOLD_SECONDS = 3.0  # how long a timed-out request is kept open before it is dropped
-PAGES_AT_ONCE = 8  # that are loaded, rendered or written
+PAGES_AT_ONCE = 8  # that are loaded and rendered
+PAGE_BYTES = 16 * 2**20  # of pages that are being written besides
+EXPORTS_AT_ONCE = 4  # files; each holds ten exchanges
 PAGE_SECONDS = 60.0  # for making a page and writing it
 SHARED_CHARS = 400  # of what an article or a place says
 SURE_CHARS = 300  # so many fit one reply with whatever stands below them
@@ -4880,6 +4882,8 @@ class Bot:
         self.tasks = Tasks()
         self.work = LongWork()
         self.pages = asyncio.Semaphore(PAGES_AT_ONCE)
+        self.exports = asyncio.Semaphore(EXPORTS_AT_ONCE)
+        self.page_room = PAGE_BYTES  # that is left
         self.guard = MuteGuard(config.wechat.mute_guard)
         self.replays = ReplayGuard(self.tasks.loop.time, self.warn)
         self.sign_ins = SignIns(self.tasks.loop.time)
@@ -6698,8 +6702,9 @@ async def refuse_kindly(request: web.Request, handler: Handler) -> web.StreamRes
 
 
 def a_few_at_once(make: Handler) -> Handler:
-    """Let pages be loaded, rendered and written a few at once, also of a subscriber.
+    """Let pages be loaded and rendered a few at once, two of a subscriber.
 
+    They are written elsewhere, while PAGE_BYTES last: who does not read keeps no place.
     The second argument says whose they are by its `openid`.
     """
 
@@ -6709,10 +6714,21 @@ def a_few_at_once(make: Handler) -> Handler:
     ) -> web.StreamResponse:
         bot = request.app[BOT]
         subscriber = bot.subscriber(whose.openid)
-        async with subscriber.pages, bot.pages, asyncio.timeout(PAGE_SECONDS):
-            response = await make(request, whose, *values, **named)
-            await response.prepare(request)
-            await response.write_eof()
+        async with subscriber.pages:
+            async with bot.pages, asyncio.timeout(PAGE_SECONDS):
+                response = await make(request, whose, *values, **named)
+                size = response.content_length or 0
+                if size > bot.page_room:
+                    await response.prepare(request)
+                    await response.write_eof()
+                    return response
+                bot.page_room -= size
+            try:
+                async with asyncio.timeout(PAGE_SECONDS):
+                    await response.prepare(request)
+                    await response.write_eof()
+            finally:
+                bot.page_room += size
         return response
 
     return write
@@ -6883,6 +6899,7 @@ async def show_answer(request: web.Request, turn: Turn) -> web.Response:
 
 
 VIEWERS = 50  # who may follow answers of one subscriber at the same time
+ALL_VIEWERS = 1000  # who do not read hold 80 KB each; beyond, each subscriber has two
 PING_SECONDS = 15.0  # how long a live page's stream may be silent
 EVENT_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -6935,7 +6952,9 @@ async def answer_events(request: web.Request) -> web.StreamResponse:
     if turn is None:  # deleted meanwhile
         raise Refusal(request, 404)
     subscriber = bot.subscriber(turn.openid)
-    if subscriber.viewers >= VIEWERS:  # their pages look again by themselves
+    viewers = sum(one.viewers for one in bot.subscribers.values())
+    most = VIEWERS if viewers < ALL_VIEWERS else 2
+    if subscriber.viewers >= most:  # their pages look again by themselves
         raise Refusal(request, 503, bot.texts.page_failed)
     response = web.StreamResponse(headers=EVENT_HEADERS)
     subscriber.viewers += 1
@@ -7123,7 +7142,6 @@ async def search_page(request: web.Request, reader: Reader, form: Form) -> web.R
 
 
 @by_form
-@a_few_at_once
 async def export(request: web.Request, reader: Reader, _: Form) -> web.StreamResponse:
     """Send all of a subscriber's exchanges as a Markdown file, a few at a time."""
     bot = request.app[BOT]
@@ -7132,16 +7150,18 @@ async def export(request: web.Request, reader: Reader, _: Form) -> web.StreamRes
     response = web.StreamResponse()
     response.content_type, response.charset = "text/markdown", "utf-8"
     response.headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{name}"
-    await response.prepare(request)
     host = yarl.URL(bot.config.public_url).host
     head = render(bot.config, "export.md", turn=None, host=host)
-    await response.write(head.encode())
-    while turns := await bot.store.turns_after(reader.openid, last):
-        for turn in turns:
-            values = {"turn": turn, "is_first": turn.session_id != session}
-            text = await bot.work.run(render, bot.config, "export.md", **values)
-            await response.write(text.encode())
-            last, session = turn.id, turn.session_id
+    subscriber = bot.subscriber(reader.openid)
+    async with subscriber.pages, bot.exports, asyncio.timeout(PAGE_SECONDS):
+        await response.prepare(request)
+        await response.write(head.encode())
+        while turns := await bot.store.turns_after(reader.openid, last):
+            for turn in turns:
+                values = {"turn": turn, "is_first": turn.session_id != session}
+                text = await bot.work.run(render, bot.config, "export.md", **values)
+                await response.write(text.encode())
+                last, session = turn.id, turn.session_id
     return response
 
 
