@@ -997,14 +997,19 @@ def bracketed(text: str) -> str:
     return text if ONE_SIGN.fullmatch(text) else f"({text})"
 
 
+MAX_SCRIPT_CHARS = 200  # or it would be gone through again for each around it
+
+
 def script_text(mark: str, script: str, base: str) -> str:
     """Write a script in small characters if all have one, else after its mark."""
     small = SUPERSCRIPTS if mark == "^" else SUBSCRIPTS
-    script = re.sub(r" ?([^\w\s]) ?", r"\1", script)
     base = re.sub(r"([_^])(.)$", r"\1(\2)", base)  # v_y^2 is not v_(y²)
     has_script = not set(small.values()).isdisjoint(map(ord, base))
     if mark in base or has_script and base[-1] not in ")]|":
         base = f"({base})"  # {x^2}^3
+    if len(script) > MAX_SCRIPT_CHARS:
+        return f"{base}{mark}({script})"
+    script = re.sub(r" ?([^\w\s]) ?", r"\1", script)
     if all(ord(char) in small for char in script):
         return base + script.translate(small)
     is_closed = len(script) == 1 or re.fullmatch(IN_BRACKETS, script)
@@ -2488,6 +2493,9 @@ def clusters(text: str) -> Iterator[str]:
         yield cluster
 
 
+INLINE_TAG = re.compile(r"</?(?:a|strong|em|s|code|su[bp]|span|m[a-z]+)\b[^>]*>")
+
+
 class BlockedWords:
     """The words of a file, read again when it changes; if it vanishes they stay."""
 
@@ -2523,6 +2531,11 @@ class BlockedWords:
     def are_in(self, text: str) -> bool:
         """Say whether a text has one of the words."""
         return bool(self.words) and self.are_in_form(compared(text))
+
+    def are_in_html(self, shown: str) -> bool:
+        """Say whether a page has one of them, not parted by more than inline tags."""
+        inline = INLINE_TAG.sub("", shown) if self.words else ""
+        return self.are_in(html.unescape(re.sub("<[^>]*>", "|", inline)))
 
     def are_in_question(self, text: str) -> bool:
         """Say whether a question has one, as it is written or as it would be shown."""
@@ -4909,7 +4922,9 @@ RECENT_SECONDS = 3600  # how far back 继续 and 重试 look
 FORGET_SECONDS = 300  # how long 确认删除 is accepted
 PRUNE_SECONDS = 600.0  # how often what has served its time is deleted
 HOLD_SECONDS = 3.0  # how long a timed-out request is kept open before it is dropped
-PAGES_AT_ONCE = 8  # that are loaded, rendered or written
+PAGES_AT_ONCE = 8  # that are loaded and rendered
+PAGE_BYTES = 16 * 2**20  # of pages that are being written besides
+EXPORTS_AT_ONCE = 4  # files; each holds ten exchanges
 PAGE_SECONDS = 60.0  # for making a page and writing it
 SHARED_CHARS = 400  # of what an article or a place says
 SURE_CHARS = 300  # so many fit one reply with whatever stands below them
@@ -4943,6 +4958,8 @@ class Bot:
         self.tasks = Tasks()
         self.work = LongWork()
         self.pages = asyncio.Semaphore(PAGES_AT_ONCE)
+        self.exports = asyncio.Semaphore(EXPORTS_AT_ONCE)
+        self.page_room = PAGE_BYTES  # that is left
         self.guard = MuteGuard(config.wechat.mute_guard)
         self.replays = ReplayGuard(self.tasks.loop.time, self.warn)
         self.sign_ins = SignIns(self.tasks.loop.time)
@@ -6157,26 +6174,33 @@ def day_and_time(seconds: float) -> str:
     return f"{day} {at:%H:%M}"
 
 
-def preview(markdown: str) -> str:
-    """Return the beginning of a long answer in one line, up to its code or table."""
+def preview(markdown: str, blocked: BlockedWords) -> str:
+    """Return the beginning of a long answer in one line, up to its code or table.
+
+    As it was written, which was compared, if without its marks it has a blocked word.
+    """
     begin = re.split(r"\n(?:```|~~~|\|)", markdown[:FOLD_CHARS].strip())[0]
     text = re.sub(r"（https?://[^）]*）|(?<=]) https?://[!-~]*", "", chat_text(begin))
-    return excerpt(text.replace("】", "】 "), 80)
+    return excerpt(begin if blocked.are_in(text) else text.replace("】", "】 "), 80)
 
 
 SEARCH_CHARS, SEARCH_WORDS = 100, 9  # of what is looked for
 SNIPPET_CHARS = 80  # shown after the first of them
 
 
-def snippet(text: str, words: list[str]) -> Markup:
-    """Return the place in a text where the words begin, as a line with them marked."""
+def snippet(text: str, words: list[str], blocked: BlockedWords) -> Markup:
+    """Return the place in a text where the words begin, as a line with them marked.
+
+    Its own marks stay if a word would be lost with them, or a blocked one appear.
+    """
     longest_first = sorted(words, key=len, reverse=True)
     pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})", re.IGNORECASE)
     found = pattern.search(text)
     begin = max(0, found.start() - SNIPPET_CHARS // 4) if found else 0
     part = text[begin : begin + SNIPPET_CHARS + SEARCH_CHARS]
     bare = re.sub(r"\*\*|`+|(?m:^\s*(?:[#>*+-]+ |\|))", "", part)
-    line = excerpt(bare if pattern.search(bare) else part, len(part))
+    is_same = pattern.search(bare) and not blocked.are_in(bare)
+    line = excerpt(bare if is_same else part, len(part))
     pieces = enumerate(pattern.split(("…" if begin else "") + line))
     marked = [element("mark", p) if i % 2 else html.escape(p) for i, p in pieces]
     return Markup("".join(marked))
@@ -6335,8 +6359,11 @@ class BlockRenderer:
     `above` is the level of the heading that the answer stands under.
     """
 
-    def __init__(self, texts: Texts, above: int = 0) -> None:
+    def __init__(
+        self, texts: Texts, above: int = 0, blocked: BlockedWords | None = None
+    ) -> None:
         self.reader, self.renderer = MarkdownReader(), AnswerRenderer(texts)
+        self.blocked = blocked or BlockedWords("")
         self.above, self.level = above, max(above, 1)
         self.done: list[str] = []
         self.tokens: list[Token] = []  # of the block that is not done
@@ -6373,7 +6400,11 @@ class BlockRenderer:
         tokens.clear()
 
     def render_block(self, tokens: list[Token]) -> str:
-        return self.renderer.render(tokens, RENDER_OPTIONS, {})
+        rendered = self.renderer.render(tokens, RENDER_OPTIONS, {})
+        if self.blocked.are_in_html(rendered):  # a formula is set without its brackets
+            self.renderer.formulas = MAX_FORMULAS
+            rendered = self.renderer.render(tokens, RENDER_OPTIONS, {})
+        return str(rendered)
 
     def open_blocks(self, line: str) -> list[str]:
         """Return what is not done, and a line that is not complete."""
@@ -6388,9 +6419,11 @@ class BlockRenderer:
         return blocks
 
 
-def render_blocks(texts: Texts, markdown: str, above: int = 0) -> list[str]:
+def render_blocks(
+    texts: Texts, markdown: str, above: int = 0, blocked: BlockedWords | None = None
+) -> list[str]:
     """Return the blocks of a whole answer as HTML; see BlockRenderer."""
-    return BlockRenderer(texts, above).render(markdown, has_ended=True)
+    return BlockRenderer(texts, above, blocked).render(markdown, has_ended=True)
 
 
 def render(config: Config, template: str, **values: object) -> str:
@@ -6441,6 +6474,7 @@ class Shown:
 
 def exchange_of(
     config: Config,
+    blocked: BlockedWords,
     turn: Turn,
     live: list[str] | None = None,
     above: int = 0,
@@ -6449,7 +6483,7 @@ def exchange_of(
     """Return an exchange for a page; `live`: the blocks of an answer being written."""
     blocks, text = live or [], ""
     if live is None and not is_folded:
-        blocks = render_blocks(config.texts, turn.answer, above)
+        blocks = render_blocks(config.texts, turn.answer, above, blocked)
         end = piece_end(turn.answer, 0, RENDER_CHARS)
         answer = chat_text(turn.answer[:end]) + turn.answer[end:]
         text = f"{turn.question}\n\n{answer}\n{config.replies.label}".strip()
@@ -6486,19 +6520,20 @@ def sse_event(data: dict, event: str = "", number: str = "") -> bytes:
 LIVE_SECONDS = 0.25  # at least, between two typesettings of an answer
 QUICK_SECONDS, QUICK_CHARS = 0.005, 1000  # what the loop may do itself
 FORMULA_SIGN = re.compile(r"[$\\]")  # a formula takes long, the first one most of all
-INLINE_TAG = re.compile(r"</?(?:a|strong|em|s|code|su[bp]|span|m[a-z]+)\b[^>]*>")
 
 
 async def finished(bot: Bot, turn: Turn) -> Shown:
     """Return an exchange whose answer has ended, made once for all who want it."""
-    return await bot.work.once(("page", turn.id), exchange_of, bot.config, turn)
+    values = bot.config, bot.blocked, turn
+    return await bot.work.once(("page", turn.id), exchange_of, *values)
 
 
 class LivePage:
     """One writing of an answer as all who follow it see it; typeset once for them."""
 
-    def __init__(self, texts: Texts, writing: str) -> None:
-        self.writing, self.renderer = writing, BlockRenderer(texts)
+    def __init__(self, bot: Bot, writing: str) -> None:
+        self.writing, self.blocked = writing, bot.blocked
+        self.renderer = BlockRenderer(bot.texts, blocked=bot.blocked)
         self.blocks: list[str] = []  # replaced, never changed
         self.done = 0  # of the blocks; these stay as they are
         self.shows = 0, False  # characters of the answer, and whether it has ended
@@ -6519,14 +6554,14 @@ class LivePage:
         if has_ended and not self.shows[0]:
             blocks = (await finished(bot, turn)).blocks
         elif is_quick and not FORMULA_SIGN.search(added):
-            blocks = self.render(text, has_ended, bot.blocked)
+            blocks = self.render(text, has_ended)
         else:
-            blocks = await bot.work.run(self.render, text, has_ended, bot.blocked)
+            blocks = await bot.work.run(self.render, text, has_ended)
         self.blocks, self.done = blocks, len(self.renderer.done)
         self.shows = len(text), has_ended
         self.next_at = loop.time() + max(LIVE_SECONDS, 4 * self.seconds)
 
-    def render(self, text: str, has_ended: bool, blocked: BlockedWords) -> list[str]:
+    def render(self, text: str, has_ended: bool) -> list[str]:
         """Return the blocks of the answer so far.
 
         The chat does not show yet what an open mark may change, so nobody has looked
@@ -6534,11 +6569,9 @@ class LivePage:
         """
         began = time.thread_time()
         blocks = self.renderer.render(text, has_ended)
-        if blocked.words and not has_ended:
-            done = len(self.renderer.done)
-            shown = INLINE_TAG.sub("", "".join(blocks[done:]))
-            if blocked.are_in(html.unescape(re.sub("<[^>]*>", "|", shown))):
-                del blocks[done:]
+        done = len(self.renderer.done)
+        if not has_ended and self.blocked.are_in_html("".join(blocks[done:])):
+            del blocks[done:]
         self.seconds = time.thread_time() - began
         return blocks
 
@@ -6562,7 +6595,7 @@ class LivePage:
 async def live_page(bot: Bot, turn: Turn) -> LivePage:
     """Return an answer typeset so far, as it is or was a moment ago."""
     while True:
-        page = turn.page = turn.page or LivePage(bot.texts, turn.writing)
+        page = turn.page = turn.page or LivePage(bot, turn.writing)
         if page.shows != turn.extent:
             if not page.task or page.task.done():
                 page.task = bot.tasks.start(page.refresh(bot, turn), turn.name)
@@ -6871,8 +6904,9 @@ def by_form(act: Handler) -> Handler:
 
 
 def a_few_at_once(make: Handler) -> Handler:
-    """Let pages be loaded, rendered and written a few at once, also of a subscriber.
+    """Let pages be loaded and rendered a few at once, two of a subscriber.
 
+    They are written elsewhere, while PAGE_BYTES last: who does not read keeps no place.
     The second argument says whose they are by its `openid`.
     """
 
@@ -6882,10 +6916,21 @@ def a_few_at_once(make: Handler) -> Handler:
     ) -> web.StreamResponse:
         bot = request.app[BOT]
         subscriber = bot.subscriber(whose.openid)
-        async with subscriber.pages, bot.pages, asyncio.timeout(PAGE_SECONDS):
-            response = await make(request, whose, *values, **named)
-            await response.prepare(request)
-            await response.write_eof()
+        async with subscriber.pages:
+            async with bot.pages, asyncio.timeout(PAGE_SECONDS):
+                response = await make(request, whose, *values, **named)
+                size = response.content_length or 0
+                if size > bot.page_room:
+                    await response.prepare(request)
+                    await response.write_eof()
+                    return response
+                bot.page_room -= size
+            try:
+                async with asyncio.timeout(PAGE_SECONDS):
+                    await response.prepare(request)
+                    await response.write_eof()
+            finally:
+                bot.page_room += size
         return response
 
     return write
@@ -6918,7 +6963,7 @@ async def show_answer(request: web.Request, turn: Turn) -> web.Response:
     asking = await asking_of(bot, device) if device and is_theirs else None
     live = (await live_page(bot, turn)).blocks if turn.is_open else None
     if turn.is_open:
-        one = exchange_of(bot.config, turn, live)
+        one = exchange_of(bot.config, bot.blocked, turn, live)
     else:  # by now
         await note_read(bot, [turn])
         one = await finished(bot, turn)
@@ -6932,6 +6977,7 @@ async def answer_page(request: web.Request) -> web.StreamResponse:
 
 
 VIEWERS = 50  # who may follow answers of one subscriber at the same time
+ALL_VIEWERS = 1000  # who do not read hold 80 KB each; beyond, each subscriber has two
 PING_SECONDS = 15.0  # how long a live page's stream may be silent
 EVENT_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -6984,7 +7030,9 @@ async def answer_events(request: web.Request) -> web.StreamResponse:
     if turn is None:  # deleted meanwhile
         raise Refusal(request, 404)
     subscriber = bot.subscriber(turn.openid)
-    if subscriber.viewers >= VIEWERS:  # their pages look again by themselves
+    viewers = sum(one.viewers for one in bot.subscribers.values())
+    most = VIEWERS if viewers < ALL_VIEWERS else 2
+    if subscriber.viewers >= most:  # their pages look again by themselves
         raise Refusal(request, 503, bot.texts.page_failed)
     response = web.StreamResponse(headers=EVENT_HEADERS)
     subscriber.viewers += 1
@@ -7070,7 +7118,9 @@ async def show_history(
             asking = replace(asking, session=0)
     exchanges = await bot.work.run(
         lambda: [
-            exchange_of(bot.config, turn, live.get(turn.id), 3, turn not in shown)
+            exchange_of(
+                bot.config, bot.blocked, turn, live.get(turn.id), 3, turn not in shown
+            )
             for turn in turns
         ]
     )
@@ -7084,6 +7134,7 @@ async def show_history(
         older=older,
         is_whole=only < 0,
         asking=asking,
+        blocked=bot.blocked,
     )
 
 
@@ -7155,13 +7206,20 @@ async def search_page(request: web.Request, reader: Reader, form: Form) -> web.R
         return redirect(home)
     before, token = number_in(form, "before", 2**62), form.get("token", "")
     turns, older = await bot.store.search(reader.openid, words, before, FOUND_COUNT)
-    values = {"home": home, "token": token, "words": words, "turns": turns}
-    run, config = bot.work.run, bot.config
-    return await run(page_response, config, "found", older=older, **values)
+    return await bot.work.run(
+        page_response,
+        bot.config,
+        "found",
+        home=home,
+        token=token,
+        words=words,
+        turns=turns,
+        older=older,
+        blocked=bot.blocked,
+    )
 
 
 @by_form
-@a_few_at_once
 async def export(request: web.Request, reader: Reader, _: Form) -> web.StreamResponse:
     """Send all of a subscriber's exchanges as a Markdown file, a few at a time."""
     bot = request.app[BOT]
@@ -7170,16 +7228,18 @@ async def export(request: web.Request, reader: Reader, _: Form) -> web.StreamRes
     response = web.StreamResponse()
     response.content_type, response.charset = "text/markdown", "utf-8"
     response.headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{name}"
-    await response.prepare(request)
     host = yarl.URL(bot.config.public_url).host
     head = render(bot.config, "export.md", turn=None, host=host)
-    await response.write(head.encode())
-    while turns := await bot.store.turns_after(reader.openid, last):
-        for turn in turns:
-            values = {"turn": turn, "is_first": turn.session_id != session}
-            text = await bot.work.run(render, bot.config, "export.md", **values)
-            await response.write(text.encode())
-            last, session = turn.id, turn.session_id
+    subscriber = bot.subscriber(reader.openid)
+    async with subscriber.pages, bot.exports, asyncio.timeout(PAGE_SECONDS):
+        await response.prepare(request)
+        await response.write(head.encode())
+        while turns := await bot.store.turns_after(reader.openid, last):
+            for turn in turns:
+                values = {"turn": turn, "is_first": turn.session_id != session}
+                text = await bot.work.run(render, bot.config, "export.md", **values)
+                await response.write(text.encode())
+                last, session = turn.id, turn.session_id
     return response
 
 

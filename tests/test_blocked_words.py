@@ -5,6 +5,7 @@ characters and markup.
 """
 
 import asyncio
+import html
 import os
 import re
 import subprocess
@@ -400,6 +401,37 @@ async def test_a_list_that_becomes_unreadable_stays_in_force(
     os.utime(words_file, (1000, 1000))
     assert (await server.ask("坏词")).text == REFUSED
     assert "the last ones stay in force" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "坏\n- 词。",
+        "坏\n# 词\n好",
+        "一个坏\n\n- **词**",
+        "`坏[词](https://a.cn)" + "字" * 300 + "`。",
+        "$x^{a坏}$词。",
+    ],
+)
+async def test_no_page_joins_what_the_chat_shows_apart(server, upstream, answer):
+    """A search, an answer's page and stream, a history with it open and folded."""
+    upstream.will(answer + "\n\n" + "字" * 300)
+    shown = await server.ask("问")
+    assert WITHHELD not in shown.text
+    history = (await server.ask("/history")).links[0][1]
+    search = server.open(f"{history}/search", "POST", data={"words": "坏"})
+    async with search as response:
+        pages = [await response.text()]
+    for _ in range(2):  # the second time in an older session
+        pages += [(await server.get(history))[1]]
+        await server.ask("/clear")
+        await server.ask("问")
+    pages += [(await server.get(link))[1] for _, link in shown.links]
+    for page in pages:
+        page = re.sub(r"(?s)<(style|script).*?</\1>|<template>.*?</template>", "", page)
+        page = re.sub("</?(?:a|strong|mark|m[a-z]+|code|span)\\b[^>]*>", "", page)
+        page = html.unescape(re.sub("<[^>]*>", "|", page))
+        assert "坏" in page and "坏词" not in re.sub("\\s", "", page)
 
 
 async def test_a_list_from_windows_is_read(serve, words_file):

@@ -136,6 +136,23 @@ async def test_no_hostile_answer_holds_the_others_up(watch, tmp_path, name):
     assert gap <= MOST_UNITS
 
 
+@pytest.mark.parametrize(
+    "formula",
+    ["x^{" * 28 + "NUMBER" + "+" * 480 + "}" * 28, "a" + " " * 1400 + "_{NUMBER}"],
+)
+async def test_no_long_formula_holds_the_others_up(watch, formula):
+    """Others each time: what one means is remembered."""
+    watched, numbers = await watch(), itertools.count(100)
+
+    async def bring():
+        formulas = [formula.replace("NUMBER", str(next(numbers))) for _ in range(20)]
+        await watched.read_answer("".join(rf"\({one}\) " for one in formulas))
+
+    gap = await watched.least_gap(bring)
+    print(gap)
+    assert gap <= MOST_UNITS
+
+
 @pytest.mark.parametrize("name", [*ANSWERS, *LONGER])
 async def test_a_live_page_of_it_holds_nobody_up(watch, tmp_path, name):
     """Twenty viewers, to whom it comes in forty pieces."""

@@ -223,9 +223,10 @@ def form(text):
     return re.sub(r"[\s\u0336*_~`\\]", "", text)
 
 
-def page_text(answer):
+def page_text(answer, blocked):
     """Return what the page of an answer shows in one block after the other."""
-    page = "".join(wxgpt.render_blocks(wxgpt.read_texts({}), answer))
+    texts = wxgpt.read_texts({})
+    page = "".join(wxgpt.render_blocks(texts, answer, blocked=blocked))
     page = re.sub(r"</?(?:td|th|li|p|h\d|hr|pre|math|annotation)\b[^>]*>", "｜", page)
     return html.unescape(re.sub(r"<[^>]*>", "", page))
 
@@ -268,7 +269,7 @@ def test_no_state_of_an_answer_shows_a_hidden_word(bot, answer, cuts):
         return
     turn.state = "done"
     assert not has_word(turn.shown())
-    assert not has_word(page_text(turn.answer))
+    assert not has_word(page_text(turn.answer, bot.blocked))
 
 
 @often

@@ -80,6 +80,23 @@ async def test_who_opens_many_streams_keeps_none_from_others(server, upstream, g
         assert await status_of(anns) == 200
 
 
+async def test_many_subscribers_viewers_leave_two_for_each(
+    server, upstream, gate, monkeypatch
+):
+    """However many accounts follow answers, memory has a bound."""
+    monkeypatch.setattr(wxgpt, "ALL_VIEWERS", 3)
+    upstream.will(Script(["开头。", gate]), Script(["开头。", gate]))
+    anns, bobs = [
+        (await server.ask(f"/chatgpt 问{who}", who)).links[0][1] for who in (ANN, BOB)
+    ]
+    async with contextlib.AsyncExitStack() as stack:
+        seen = [
+            (await stack.enter_async_context(server.open(f"{link}/events"))).status
+            for link in (anns, anns, anns, anns, bobs, bobs, bobs)
+        ]
+    assert seen == [200, 200, 200, 503, 200, 200, 503]
+
+
 async def stream_of(server, upstream, script, question="给安看的"):
     """Ask; return the address of the answer's events."""
     upstream.will(script)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import re
+import socket
 import time
 
 import pytest
@@ -338,6 +339,47 @@ async def test_who_does_not_read_keeps_no_page_from_others(server, database):
             assert (await within(30, "a page of Bob's", page))[0] == 200
 
 
+STALLED = """
+    INSERT INTO turn (session_id, openid, msg_key, link_key, question, answer, state,
+        created_at, asked)
+    SELECT session_id, :1, msg_key || :1, link_key || :1, '', :2, 'done', created_at, 1
+    FROM turn LIMIT 1
+"""
+
+
+@pytest.mark.parametrize("request_line", ["GET {}", "POST {}/export"])
+async def test_subscribers_who_do_not_read_keep_no_page_from_others(
+    serve, database, monkeypatch, request_line
+):
+    """More of them than there are places, with two pages or files each."""
+    listen, loop = wxgpt.listen, asyncio.get_running_loop()
+
+    def listen_with_little_room(*where):
+        listener = listen(*where)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return listener
+
+    monkeypatch.setattr(wxgpt, "listen", listen_with_little_room)
+    server = await with_session(serve)
+    await server.ask("问")
+    others = await history_of(server, BOB)
+    with contextlib.ExitStack() as stack:
+        for number in range(wxgpt.PAGES_AT_ONCE // 2 + 1):
+            database(STALLED, f"oStalls{number}", "a" * 1_000_000)
+            path = (await history_of(server, f"oStalls{number}")).split("/", 3)[3]
+            head = f"{request_line.format('/' + path)} HTTP/1.1\r\nHost: x\r\n"
+            for _ in range(2):
+                line = stack.enter_context(socket.socket())
+                line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                line.setblocking(False)
+                await loop.sock_connect(line, ("127.0.0.1", server.port))
+                await loop.sock_sendall(
+                    line, f"{head}Content-Length: 0\r\n\r\n".encode()
+                )
+        await asyncio.sleep(0.5)  # by now all are stalled that will be
+        assert (await within(20, "a page of Bob's", server.get(others)))[0] == 200
+
+
 async def test_an_export_stops_when_its_subscriber_is_deleted(server, monkeypatch):
     """What is not yet sent is not sent any more."""
     for number in range(12):
@@ -373,7 +415,7 @@ async def test_an_export_stops_when_its_subscriber_is_deleted(server, monkeypatc
 )
 def test_a_snippet_shows_the_words_where_they_are(text, words, shown):
     """One line around the first of them; each is marked."""
-    assert wxgpt.snippet(text, words) == shown
+    assert wxgpt.snippet(text, words, wxgpt.BlockedWords("")) == shown
 
 
 @pytest.mark.parametrize(
@@ -388,7 +430,7 @@ def test_a_snippet_shows_the_words_where_they_are(text, words, shown):
 )
 def test_a_preview_is_a_line_of_plain_words(markdown, shown):
     """As the chat shows them, up to the first code or table."""
-    assert wxgpt.preview(markdown) == shown
+    assert wxgpt.preview(markdown, wxgpt.BlockedWords("")) == shown
 
 
 def test_days_are_named_as_people_name_them():
