@@ -3728,13 +3728,7 @@ class EventDecoder:
         payloads, self.has_comment = [], False
         for line in self.split(chunk or b"\n\n"):
             if found := self.field.match(line):
-                for number, value in enumerate(GLUED.split(line[found.end() :])):
-                    is_new = value.startswith((b"{", b"[DONE]"))
-                    if is_new and self.data and self.data[-1].rstrip().endswith(b"}"):
-                        payloads.append(self.take())
-                    if number:
-                        self.data.clear()  # without its end
-                    self.data.append(value)
+                payloads += self.read_data(line[found.end() :])
                 self.size += len(line)
             elif not line and self.data and self.field is DATA:
                 payloads.append(self.take())
@@ -3746,6 +3740,18 @@ class EventDecoder:
         if len(self.line) + self.size > EVENT_BYTES:
             is_json = self.field is JSON_LINE
             raise ChatError("broken", "an event is longer than 1 MiB", is_json)
+        return payloads
+
+    def read_data(self, data: bytes) -> list[str]:
+        """Keep a data line; return the payloads of events that are glued to it."""
+        payloads = []
+        for number, value in enumerate(GLUED.split(data)):
+            is_new = value.startswith((b"{", b"[DONE]"))
+            if is_new and self.data and self.data[-1].rstrip().endswith(b"}"):
+                payloads.append(self.take())
+            if number:
+                self.data.clear()  # without its end
+            self.data.append(value)
         return payloads
 
     def split(self, chunk: bytes) -> list[bytes]:
