@@ -3034,14 +3034,14 @@ class Store:
     Coroutines may use it at the same time; their statements run in the order given.
     """
 
-    def __init__(self, db: aiosqlite.Connection, file: int) -> None:
+    def __init__(self, db: aiosqlite.Connection, file: int, due: Due) -> None:
         self.db = db
         self.batch = Batch(db)
         self.run = self.batch.run
         self.close = self.batch.close
         self.is_wal_behind = True  # deleted text may still be in the WAL
         self.file = file  # NAME-duty, locked
-        self.due = read_due(file)
+        self.due = due
         self.forgetting = asyncio.Lock()  # one deletion at a time
         self.secret = b""  # keys the hashes under which questions are counted
 
@@ -3634,7 +3634,12 @@ async def open_store(path: str) -> Store:
     async with contextlib.AsyncExitStack() as undo:
         undo.callback(os.close, file)
         await lock_file(file, path)
-        store = Store(await aiosqlite.connect(path, isolation_level=None), file)
+        try:
+            due = read_due(file)  # before there is a thread that would outlive an error
+        except OSError as error:
+            words, why = "database {path}: {why}", error.strerror
+            raise StoreError(words, path=path + "-duty", why=why) from None
+        store = Store(await aiosqlite.connect(path, isolation_level=None), file, due)
         undo.push_async_callback(store.batch.close)
         try:
             # Checked before anything is written. This reads the whole file.

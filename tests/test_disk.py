@@ -535,6 +535,12 @@ async def test_the_next_process_waits_for_the_one_that_ends(spawn, upstream):
     assert seen.text.startswith("下一个进程答的。")
 
 
+async def test_a_list_of_deletions_that_cannot_be_read_ends_the_start(run, database):
+    """With one line: no thread keeps the process alive."""
+    os.mkfifo(f"{database}-duty")
+    assert is_refused(await run(), f"{database}-duty: Illegal seek")
+
+
 async def test_where_no_lock_can_be_had_it_serves_with_a_warning(
     serve, monkeypatch, caplog
 ):
