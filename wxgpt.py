@@ -3977,10 +3977,13 @@ def make_error(status: int, body: object, headers: Mapping[str, str]) -> ChatErr
     return ChatError(*known, words=message, setting=setting)  # by name: args are shown
 
 
+LENIENT = json.JSONDecoder(strict=False)  # a string may hold a raw tab or line end
+
+
 def read_event(payload: str) -> dict:
     """Return the JSON object of an event; raise ChatError, also for an error in it."""
     try:
-        event = json.loads(payload, strict=False)
+        event = LENIENT.decode(payload)
     except (ValueError, RecursionError) as error:
         raise ChatError("broken", "an event is not JSON", is_retryable=True) from error
     fields = as_dict(event)
@@ -4064,9 +4067,10 @@ class Completion:
             self.stray = payload or self.stray
             return ""
         event = read_event(payload)
-        is_told = any(name in event for name in MESSAGE_NAMES)
-        if "choices" not in event and (is_told or self.decoder.field is JSON_LINE):
-            self.stray = event  # it may say why there is no answer
+        if "choices" not in event:
+            is_told = any(name in event for name in MESSAGE_NAMES)
+            if is_told or self.decoder.field is JSON_LINE:
+                self.stray = event  # it may say why there is no answer
         choices = event.get("choices")
         items = choices if isinstance(choices, list) else []
         dicts = (item for item in items if isinstance(item, dict))
