@@ -297,7 +297,7 @@ async def test_a_terminal_shows_one_line_that_ticks(terminal):
     assert len(lines) == 6 and max(map(columns, lines)) <= 80
     demo.types("/chatgpt 想 1 秒\n")
     ticking = await demo.shows("已应答")
-    assert len(re.findall(r"\r\x1b\[K\S*  第 1 次请求 · \d\.\d 秒", ticking)) > 5
+    assert len(re.findall(r"\r\x1b\[K\S*  第 1 次请求 · \d\.\d 秒", ticking)) > 1
     await demo.shows("> ")
     demo.types("\x04")
     status, rest = await demo.ends()
