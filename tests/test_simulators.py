@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
 
-from conftest import serving
+from conftest import UNIT, serving
 from fake_openai import FakeOpenAI, Script, Thought, fails, says
 from waiting import within
 from wechat import (
@@ -36,7 +36,7 @@ QUESTION: list[ChatCompletionMessageParam] = [
     {"role": "user", "content": "天气怎么样？"}
 ]
 ONCE: dict[str, Any] = {"max_retries": 0, "timeout": 30}  # the SDK has ten minutes
-SECOND = 0.5  # one attempt of the platform where an attempt has to run out
+SECOND = 0.5 * UNIT  # one attempt of the platform where an attempt has to run out
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -399,7 +399,7 @@ async def test_the_platform_hangs_up_when_the_attempt_is_over():
         finally:
             closed.set()
 
-    async with platform(wait, attempt_timeout=SECOND) as wechat:
+    async with platform(wait, attempt_timeout=4 * UNIT) as wechat:
         assert await wechat.attempt(wechat.text(ANNA, "在吗")) is None
         await within(5, "end of the connection", closed.wait())
 
