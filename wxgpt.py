@@ -1471,8 +1471,8 @@ ESCAPE = re.compile(
 # Words with backslashes that are paths, patterns, faces: `D:\_b`, `^\d+\.$`, `¯\_(ツ)`.
 WORD_WITH_SIGNS = re.compile(r"[^\s，。：；！？、（）“”…!?]+")
 PATH = re.compile(
-    r"\\[^\W_]|^\\\\|\b[A-Za-z]:\\|\\\W[+?{]|^[\^.¯]+\\|[\\/].*\\$|(?<!^\d)(?<!^\d\d)\\\."
-    r"|\.[*+?]|\[\^"
+    r"\\[^\W_]|^\\\\|\b[A-Za-z]:\\|\\\W[+?{]|^[\^.¯]+\\|[\\/].*\\$"
+    r"|(?<!^\d)(?<!^\d\d)\\\.|\.[*+?]|\[\^"
 )
 DATA_PICTURE = re.compile(r"data:image/(?:png|jpeg|gif|webp);base64,[A-Za-z0-9+/=]+")
 
@@ -3876,6 +3876,8 @@ class ThoughtFilter:
     def flush(self, is_cut: bool) -> str:
         """Return the text still held at the end; an unclosed thought is not shown."""
         if self.is_answer or not OPEN.match(self.held):
+            if "<s>" in (self.tail or "") + self.held:  # </s> ends what is struck out
+                return self.held
             return (STOPPED if self.is_wrapped else STOP).sub("", self.held)
         text = self.kept + self.held.removeprefix(self.opening)
         is_shown, self.opening = self.is_inside and not is_cut, ""
@@ -6716,7 +6718,7 @@ async def read_push(request: web.Request) -> Message | web.Response:
         return drop_connection(request)
     except web.RequestPayloadError:
         body = b""  # torn: nothing that can be read
-    if request.headers.get("User-Agent") == CHECK_AGENT:
+    if request.headers.get("User-Agent") == CHECK_AGENT:  # does a POST come through?
         return web.Response(body=b"success")
     try:
         if bot.cipher:

@@ -636,6 +636,7 @@ THOUGHTS = {
             "答案写在 <answer>好</answer>",
             '一行是 data: {"x": 1}',
             "以 `<|im_end|>` 结束",
+            "原价 <s>999 元</s>",
             "3 < 5",
             "Error: 429 too many requests 的意思是请求太多。",
         )
