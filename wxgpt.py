@@ -68,7 +68,6 @@ if sys.version_info < (3, 11):  # noqa: UP036
 if __name__ == "__main__":  # hold Ctrl-C during the imports; `main` ends quietly on it
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 
-import argparse
 import asyncio
 import base64
 import bisect
@@ -7640,9 +7639,9 @@ async def run_server(config: Config) -> None:
 # ---------------------------------------------------------------------------
 # 14. The command line
 #
-# Without a command the server runs. The other commands are in owner/ and are imported
-# only when they are called: `check` tests what usually goes wrong, `stats` shows who
-# asked how much, and with `demo` an owner can play the subscriber.
+# Without a command the server runs. All others are in owner/, which reads them:
+# `check` tests what usually goes wrong, `stats` shows who asked how much, and with
+# `demo` an owner can play the subscriber.
 # ---------------------------------------------------------------------------
 
 
@@ -7665,106 +7664,6 @@ def find_risks(config: Config, path: str, user: int) -> Iterator[tuple[str, str,
     if not config.wechat.aes_key and not config.is_secure:
         found = "http:// in 明文模式: who is on the way can read pushes and repeat them"
         yield "public_url", found, "https://, or 安全模式 (app_id and aes_key)"
-
-
-def serve_command(config: Config, path: str) -> int:
-    """Run the server; return the exit status."""
-    load_pages()
-    load_meanings()
-    set_up_log()
-    for line in effective_settings(config):
-        log.info("%s", line)
-    for risk in find_risks(config, path, os.geteuid()):
-        log.warning("%s: %s; better: %s", *risk)
-    if config.public_url == EXAMPLE_URL:
-        log.warning(STILL_EXAMPLE)
-    try:
-        asyncio.run(run_server(config))
-    except (StoreError, ListenError) as error:
-        print_error(error)
-        return 1
-    return 0
-
-
-def demo_command(arguments: list[str]) -> int:
-    """Replace this process by owner/demo.py, where Ctrl-C is still blocked at first.
-
-    Returns the exit status only if that file is missing.
-    """
-    demo = pathlib.Path(__file__).with_name("owner") / "demo.py"
-    for needed in (demo, demo.parents[1] / "tests" / "sim" / "child.py"):
-        if not needed.exists():
-            print_error(OwnerError("{path}: not found", path=needed))
-            return 1
-    os.execv(sys.executable, [sys.executable, str(demo), *arguments])
-
-
-LANGUAGE = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-LANGUAGE.add_argument("--lang", choices=("zh", "en"), help=argparse.SUPPRESS)
-
-
-class Parser(argparse.ArgumentParser):
-    """A command line's parser, which speaks the owner's language."""
-
-    def __init__(self, **options: Any) -> None:
-        # argparse's own words, and the description that its commands have not
-        argparse._ = lambda text: text and tell(text)  # type: ignore[attr-defined]
-        super().__init__(**options)
-
-    def format_help(self) -> str:
-        """Return the help; argparse writes the colon of a heading itself."""
-        colon = tell(": ").rstrip()
-        return re.sub(r"(?m)^(\S+):(?=\S*$)", rf"\1{colon}", super().format_help())
-
-
-COMMAND_HELP = {
-    "serve": "serve (the default)",
-    "check": "test each thing that usually goes wrong, and say how to mend it",
-    "stats": "who asked how much",
-    "logs": "follow the service's log",
-    "update": "bring a newer version, or this one again if it does not start",
-    "backup": "copy the database",
-    "setup": "from nothing to a served account",
-    "demo": "try it all with no account and no key",
-}
-COMMAND_WORDS = (*COMMAND_HELP, "--version", "-h", "--help")
-
-
-def make_parser() -> Parser:
-    """Return the command line's parser."""
-    common = Parser(add_help=False)
-    text = tell("settings (the service's, else wxgpt.toml)")
-    common.add_argument("--config", metavar="FILE", help=text)
-    parser = Parser(
-        parents=[common],
-        prog="wxgpt.py",
-        usage="wxgpt.py [COMMAND] [--config FILE] [--lang en] [-h] [--version]",
-        description=tell("Subscribers of a WeChat Official Account talk with a model."),
-    )
-    version, text = f"wxgpt {VERSION}", tell("show program's version number and exit")
-    parser.add_argument("--version", action="version", version=version, help=text)
-    text = tell("zh: Chinese (the default), en: English")  # LANGUAGE has taken it
-    parser.add_argument("--lang", metavar="zh|en", help=text)
-    commands = parser.add_subparsers(
-        title=tell("commands"), dest="command", metavar="COMMAND", prog="wxgpt.py"
-    )
-    add = {}
-    for name, words in COMMAND_HELP.items():
-        parents = [] if name in ("setup", "demo") else [common]
-        one = commands.add_parser(name, parents=parents, help=tell(words))
-        add[name] = one.add_argument
-    text = tell("Beijing days, today included (7); 0: all")
-    add["stats"]("--days", type=int, default=7, metavar="N", help=text)
-    text = tell("all subscribers, with whole openids")
-    add["stats"]("--full", action="store_true", help=text)
-    add["stats"]("--json", action="store_true", help=tell("for machines"))
-    text = tell("older lines (50)")
-    add["logs"]("-n", dest="lines", type=int, default=50, help=text)
-    text = tell("the new version (.tar.gz or .zip); without one: git pull")
-    add["update"]("archive", nargs="?", default="", metavar="ARCHIVE", help=text)
-    text = tell("new file; without one it is named by the time")
-    add["backup"]("file", nargs="?", default="", metavar="FILE", help=text)
-    return parser
 
 
 def check_placeholders(config: Config, mistakes: Mistakes) -> None:
@@ -7790,23 +7689,24 @@ def read_settings(path: str, environ: Mapping[str, str]) -> Config:
     return load_config(path, environ, check_commands, check_placeholders)
 
 
-def run_command(words: list[str]) -> int:
-    """Run a command line, `serve` if it names no command; return the exit status."""
-    # owner/ imports `wxgpt`: it is to find this module, not to load it a second time.
-    sys.modules.setdefault("wxgpt", sys.modules[__name__])
-    if words[:1] == ["setup"]:
-        from owner.setup import setup_command
-
-        return setup_command(words[1:])
-    if not words or words[0] not in COMMAND_WORDS:
-        words = ["serve", *words]
-    arguments = make_parser().parse_args(words)
-    if arguments.command == "serve":
-        path = arguments.config or "wxgpt.toml"
-        return serve_command(read_settings(path, os.environ), path)
-    from owner.service import owner_command
-
-    return owner_command(arguments)
+def serve_command(path: str) -> int:
+    """Serve with these settings; return the exit status, or raise ConfigError."""
+    config = read_settings(path, os.environ)
+    load_pages()
+    load_meanings()
+    set_up_log()
+    for line in effective_settings(config):
+        log.info("%s", line)
+    for risk in find_risks(config, path, os.geteuid()):
+        log.warning("%s: %s; better: %s", *risk)
+    if config.public_url == EXAMPLE_URL:
+        log.warning(STILL_EXAMPLE)
+    try:
+        asyncio.run(run_server(config))
+    except (StoreError, ListenError) as error:
+        print_error(error)
+        return 1
+    return 0
 
 
 def set_up_streams() -> None:
@@ -7830,14 +7730,20 @@ def set_up_streams() -> None:
 def main() -> int:
     """Run the command line; return the exit status."""
     set_up_streams()
-    options, words = LANGUAGE.parse_known_args()
-    os.environ.update({"WXGPT_LANG": options.lang} if options.lang else {})
-    if words[:1] == ["demo"]:
-        return demo_command(words[1:])
+    # owner/ imports `wxgpt`: it is to find this module, not to load it a second time.
+    sys.modules.setdefault("wxgpt", sys.modules[__name__])
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         try:
-            return run_command(words)
+            match sys.argv[1:]:
+                case [] | ["serve"]:
+                    return serve_command("wxgpt.toml")
+                case ["--config", path] | ["serve", "--config", path]:
+                    return serve_command(path)
+                case words:
+                    from owner.commands import run_command
+
+                    return run_command(words)
         finally:
             print(end="", flush=True)  # raises BrokenPipeError here, not at the exit
     except ConfigError as error:

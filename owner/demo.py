@@ -40,11 +40,12 @@ sys.path[:0] = [str(ROOT / name) for name in ("", "tests/sim", "tools")]
 
 from child import Child, ChildError, is_healthy, read_platform, usual_port
 from fake_openai import FakeOpenAI, Script, fails, says
+from owner.commands import Parser
 from owner.words import tell
 from picture_host import PictureHost
 from terminal import DIM, Lines, Screen, talk
 from wechat import ANCHOR, Seen, Tap, WeChat, parse_tap
-from wxgpt import Parser, set_up_streams
+from wxgpt import set_up_streams
 
 TICK_SECONDS = 0.1  # how often the clock on the screen moves
 FOLLOW_SECONDS = 30.0  # how long an answer's page is followed

@@ -26,6 +26,7 @@ import typing
 import urllib.parse
 
 from owner.check import BY_SETUP, DOOR, Doctor, console_words, is_private
+from owner.commands import Parser
 from owner.words import explain, tell
 from wxgpt import (
     EXAMPLE_KEYS,
@@ -33,7 +34,6 @@ from wxgpt import (
     EXAMPLE_URL,
     Config,
     ConfigError,
-    Parser,
     check_commands,
     is_public_url,
     load_config,

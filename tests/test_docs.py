@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+import owner.commands
 import wxgpt
 from conftest import ROOT
 from owner.check import switch_of
@@ -308,7 +309,7 @@ def test_a_chinese_page_links_to_chinese_pages(name):
 def test_the_commands_that_a_page_names_are_there(name):
     """`wxgpt WORD` and `wxgpt.py WORD` are commands of the command line."""
     named = re.findall(r"`wxgpt(?:\.py)? ([a-z]+)\b[^`\n]*`", read(name))
-    assert {*named} <= {*wxgpt.COMMAND_HELP}
+    assert {*named} <= {*owner.commands.COMMANDS}
     assert named or "docs/benchmark" in name
 
 
