@@ -415,7 +415,7 @@ def show_log(name: str, since: float) -> None:
     command = ["journalctl", f"_SYSTEMD_UNIT={name}", "--no-pager", "--output=cat"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         subprocess.run(["journalctl", "--sync"], capture_output=True, timeout=20)
-        command.append(f"--since=@{since:.0f}")
+        command.append(f"--since=@{since:.6f}")
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
         lines = done.stdout.splitlines()
         news = [line for line in lines if not line.startswith(SETTINGS)]

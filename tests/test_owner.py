@@ -778,10 +778,19 @@ finally:
 @pytest.mark.parametrize(
     ("words", "loaded"),
     [
-        ("--version", ["owner.words=owner.words", "owner=owner", "wxgpt=__main__"]),
+        (
+            "--version",
+            [
+                "owner.commands=owner.commands",
+                "owner.words=owner.words",
+                "owner=owner",
+                "wxgpt=__main__",
+            ],
+        ),
         (
             "stats --config wxgpt.toml",
             [
+                "owner.commands=owner.commands",
                 "owner.layout=owner.layout",
                 "owner.service=owner.service",
                 "owner.stats=owner.stats",

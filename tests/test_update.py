@@ -307,7 +307,7 @@ async def test_packages_that_cannot_be_had_change_nothing(installation):
     await installation.is_served()
 
 
-IMPORTS = ("import argparse\n", "import argparse\nimport tiny\n")
+IMPORTS = ("import asyncio\n", "import asyncio\nimport tiny\n")
 
 
 async def test_packages_come_and_go_with_their_version(installation):
@@ -341,7 +341,7 @@ async def test_packages_outside_the_program_are_the_owners(installation, tmp_pat
 
 async def test_a_version_that_cannot_be_loaded_is_not_started(installation):
     """A syntax error, say; the service runs on."""
-    archive = installation.release(("import argparse", "import argparse ("))
+    archive = installation.release(("import asyncio", "import asyncio ("))
     status, out = await installation.run("update", archive)
     assert status == 1 and "SyntaxError" in out and "nothing was changed" in out
     assert installation.orders() == ["restart"]
