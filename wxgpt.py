@@ -176,11 +176,10 @@ ILLEGAL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufdd0-\ufdef\ufffe\
 
 
 class OwnerError(Exception):
-    """What an owner reads when the program cannot go on, in lines."""
+    """Why the program cannot go on, for its owner; `tell` translates the lines."""
 
     def __init__(self, words: str = "", **values: object) -> None:
-        # The words of each line, and what is filled in: see `tell`.
-        self.lines = [(words, values)]
+        self.lines = [(words, values)]  # formats, each with what is filled in
 
     def __str__(self) -> str:
         return "\n".join(words.format(**values) for words, values in self.lines)
@@ -204,16 +203,19 @@ class Mistakes:
         """Note a mistake of the named setting."""
         self.lines.setdefault(name, (words, {"name": name} | values))
 
-    def require(self, is_met: object, name: str, found: object, expected: str) -> None:
-        """Note that the named setting is not as expected unless a condition is met."""
-        if not is_met:
-            shown = "nothing" if found is None else repr(found)
-            self.add(name, FOUND, found=shown, expected=expected)
+    def wrong(self, name: str, found: object, expected: str, **values: object) -> None:
+        """Note that the named setting is not what was expected; None: it is missing."""
+        words = FOUND_WITHIN if "least" in values else FOUND
+        shown = "nothing" if found is None else repr(found)
+        self.add(name, words, found=shown, expected=expected, **values)
 
 
 def bounded(default: float, least: float, most: float) -> Any:
     """Return the field of a number with the range it may have."""
     return field(default=default, metadata={"bounds": (least, most)})
+
+
+MASK = "something else"  # in place of a secret
 
 
 def secret(default: object = MISSING) -> Any:
@@ -440,8 +442,9 @@ def check_names(
 
 def read_table(kind: Any, table: Any, name: str, mistakes: Mistakes) -> Any:
     """Return a TOML table as its settings class; note what cannot be used in it."""
-    mistakes.require(isinstance(table, dict), name, table, "a table")
-    table = table if isinstance(table, dict) else {}
+    if not isinstance(table, dict):
+        mistakes.wrong(name, table, "a table")
+        table = {}
     prefix = f"{name}." if name else ""
     check_names(table, [entry.name for entry in fields(kind)], prefix, mistakes)
     values = {}
@@ -451,21 +454,19 @@ def read_table(kind: Any, table: Any, name: str, mistakes: Mistakes) -> Any:
         bounds = entry.metadata.get("bounds", ())
         if dataclasses.is_dataclass(entry.type):
             values[key] = read_table(entry.type, table.get(key, {}), where, mistakes)
-        elif entry.type not in TYPE_NAMES:  # read by load_config
+        elif entry.type not in TYPE_NAMES:  # load_config has read it
             values[key] = value
+        elif value is None and not is_required:
+            pass  # its default
         elif has_type(value, entry.type) and (
             not bounds or bounds[0] <= value <= bounds[1]
         ):
             values[key] = tuple(value) if isinstance(value, list) else value
-        elif key in table or is_required:
-            found, words = "nothing", FOUND_WITHIN if bounds else FOUND
-            if key in table:
-                is_secret = entry.metadata.get("secret")
-                found = "something else" if is_secret else repr(value)
+        else:
+            found = MASK if value is not None and "secret" in entry.metadata else value
             plain = (f"{bound:f}".rstrip("0").rstrip(".") for bound in bounds)
             ends = dict(zip(("least", "most"), plain, strict=False))
-            expected = TYPE_NAMES[entry.type]
-            mistakes.add(where, words, found=found, expected=expected, **ends)
+            mistakes.wrong(where, found, TYPE_NAMES[entry.type], **ends)
             if is_required:
                 values[key] = ""  # there is no default to go on with
     return kind(**values)
@@ -489,17 +490,16 @@ def read_assistants(
     table: Any, environ: Mapping[str, str], mistakes: Mistakes
 ) -> dict[str, AssistantSettings]:
     """Return the assistants by name."""
-    tables = table.values() if isinstance(table, dict) else [table]
+    tables = table.values() if isinstance(table, dict) else ["no table"]
     if not all(isinstance(one, dict) for one in tables):
-        # What was found is not shown: it may be a misplaced API key.
-        mistakes.require(False, "assistants", "no tables", "a table of tables")
+        mistakes.wrong("assistants", MASK, "a table of tables")  # a misplaced API key?
         return {}
     filled = {k: environ[v] for k, v in CHATGPT_VARIABLES.items() if environ.get(v)}
     if "chatgpt" in table or "api_key" in filled:
         table = {**table, "chatgpt": filled | table.get("chatgpt", {})}
     else:
         expected = "a table of this name, whichever model it asks"
-        mistakes.require(False, "assistants.chatgpt", None, expected)
+        mistakes.wrong("assistants.chatgpt", None, expected)
     return {
         name: read_table(AssistantSettings, one, f"assistants.{name}", mistakes)
         for name, one in table.items()
@@ -519,11 +519,14 @@ def read_texts(changes: Any, mistakes: Mistakes | None = None) -> Texts:
         if not isinstance(line, str):
             where, found = f"{TEXTS}: {name}", repr(line)
             raise ConfigError(FOUND, name=where, found=found, expected="text")
-    mistakes.require(isinstance(changes, dict), "texts", changes, "a table")
-    changes = changes if isinstance(changes, dict) else {}
+    if not isinstance(changes, dict):
+        mistakes.wrong("texts", changes, "a table")
+        changes = {}
     check_names(changes, lines, "texts.", mistakes)
     for name, line in changes.items():
-        mistakes.require(isinstance(line, str), f"texts.{name}", line, "text")
+        where = f"texts.{name}"
+        if not isinstance(line, str):
+            mistakes.wrong(where, line, "text")
         if name not in lines or not isinstance(line, str):
             continue
         known = sorted(set(re.findall(r"\{(\w+)\}", lines[name])))
@@ -535,9 +538,9 @@ def read_texts(changes: Any, mistakes: Mistakes | None = None) -> Texts:
         except KeyError as error:
             names = ", ".join(f"{{{name}}}" for name in known) or "no braces"
             found = f"{{{error.args[0]}}}"
-            mistakes.add(f"texts.{name}", FOUND, found=found, expected=names)
+            mistakes.add(where, FOUND, found=found, expected=names)
         except (ValueError, LookupError, AttributeError) as error:
-            mistakes.add(f"texts.{name}", "{name}: wrong braces: {why}", why=error)
+            mistakes.add(where, "{name}: wrong braces: {why}", why=error)
     return Texts(lines)
 
 
@@ -545,8 +548,8 @@ def read_texts(changes: Any, mistakes: Mistakes | None = None) -> Texts:
 HEADER_NAME = r"(?i)(?!content-|transfer-)[!#$%&'*+.^_`|~0-9a-z-]+"
 
 
-def is_public_url(url: str) -> bool:
-    """Say whether links can begin with a URL: a host, maybe a port and a path."""
+def is_http_url(url: str) -> bool:
+    """Say whether a URL is http(s) and a host, maybe with a port and a path."""
     try:
         port = urllib.parse.urlsplit(url).port
     except ValueError:  # not a number, or above 65535
@@ -561,82 +564,84 @@ def check_assistant(
     one: AssistantSettings,
     others: Set[str],
     environ: Mapping[str, str],
-    mistakes: Mistakes,
+    wrong: Callable[[str, object, str], None],
 ) -> None:
     """Note values of an assistant that cannot work."""
-    require, hidden = mistakes.require, "something else"  # in place of a secret
-    where, url, key = f"assistants.{name}", one.base_url, one.api_key.strip()
-    is_name = name and not re.search(r"[\s/]", name)
-    require(is_name, where, name, "a name without spaces and slashes")
-    source = setting_source(name, "base_url", one, environ)
-    plain = re.sub("//[^/@]*@", "//", url.strip().partition("?")[0])
-    is_url = is_public_url(plain)
-    require(is_url, source, url, "an http(s) URL")
-    source, found = setting_source(name, "api_key", one, environ), key and hidden
-    is_key = re.fullmatch(r"[!-~]+", key)  # it goes into a header
-    require(is_key, source, found, "the key of the API, without blanks")
-    is_model = one.model and one.model == one.model.strip()
-    expected = "the name of a model, without blanks around it"
-    require(is_model, f"{where}.model", one.model, expected)
+    where = f"assistants.{name}"
+    if not name or re.search(r"[\s/]", name):
+        wrong(where, name, "a name without spaces and slashes")
+    # Without a user's name and the query, which only the API reads.
+    if not is_http_url(
+        re.sub("//[^/@]*@", "//", one.base_url.strip().partition("?")[0])
+    ):
+        source = setting_source(name, "base_url", one, environ)
+        wrong(source, one.base_url, "an http(s) URL")
+    key = one.api_key.strip()
+    if not re.fullmatch(r"[!-~]+", key):  # it goes into a header
+        source = setting_source(name, "api_key", one, environ)
+        wrong(source, key and MASK, "the key of the API, without blanks")
+    if not re.fullmatch(r"(?s)\S(.*\S)?", one.model):
+        wanted = "the name of a model, without blanks around it"
+        wrong(f"{where}.model", one.model, wanted)
     for header, content in one.headers.items():
-        place, is_header = f"{where}.headers", re.fullmatch(HEADER_NAME, header)
-        require(is_header, place, header, "names of further HTTP headers")
-        is_line = re.fullmatch(r"[!-~]([ -~]*[!-~])?", content)
-        wanted = "one line of letters, digits and signs"
-        require(is_line, f"{place}.{header}", hidden, wanted)
+        if not re.fullmatch(HEADER_NAME, header):
+            wrong(f"{where}.headers", header, "names of further HTTP headers")
+        if not re.fullmatch(r"[!-~]([ -~]*[!-~])?", content):
+            wanted = "one line of letters, digits and signs"
+            wrong(f"{where}.headers.{header}", MASK, wanted)
     proxy = re.sub(r"^(https?|socks[45]h?)://([^/]*@)?", "http://", one.proxy)
-    is_proxy = not proxy or is_public_url(proxy)
-    require(is_proxy, f"{where}.proxy", "***", "an http, https or socks URL")
-    if one.proxy.startswith("socks"):
-        has_package = importlib.util.find_spec("aiohttp_socks")
-        wanted = "http(s), or socks after: pip install aiohttp-socks"
-        require(has_package, f"{where}.proxy", "***", wanted)
-    is_other = not one.fallback or one.fallback in others
-    require(is_other, f"{where}.fallback", one.fallback, "another assistant's name")
+    if proxy and not is_http_url(proxy):
+        wrong(f"{where}.proxy", "***", "an http, https or socks URL")
+    elif proxy and one.proxy.startswith("socks"):
+        if not importlib.util.find_spec("aiohttp_socks"):
+            wanted = "http(s), or socks after: pip install aiohttp-socks"
+            wrong(f"{where}.proxy", "***", wanted)
+    if one.fallback and one.fallback not in others:
+        wrong(f"{where}.fallback", one.fallback, "another assistant's name")
     for own in ("model", "messages", "stream"):
-        is_free, place = own not in one.extra, f"{where}.extra.{own}"
-        require(is_free, place, one.extra.get(own), "anything but this key")
+        if own in one.extra:
+            wrong(f"{where}.extra.{own}", one.extra[own], "anything but this key")
     try:
         json.dumps(one.extra, allow_nan=False)
     except (TypeError, ValueError):  # a date, nan
-        expected = "what JSON has: texts, numbers, true, lists, tables"
-        require(False, f"{where}.extra", hidden, expected)
+        wanted = "what JSON has: texts, numbers, true, lists, tables"
+        wrong(f"{where}.extra", MASK, wanted)
 
 
 def check_values(
     config: Config, environ: Mapping[str, str], mistakes: Mistakes
 ) -> None:
     """Note values that cannot work."""
-    require = mistakes.require
-    url, path, wechat = config.public_url, config.server.path, config.wechat
-    require(is_public_url(url), "public_url", url, "http:// or https:// and a host")
-    is_own = not url.endswith(path.rstrip("/") or "//")
-    require(is_own, "public_url", url, "the address without the path of server.path")
-    host = config.server.host
-    is_host = re.fullmatch(r"(?a)[\w.-]*|[\da-fA-F.]*(:[\da-fA-F.]*){2,}(%\w+)?", host)
-    require(is_host, "server.host", host, "an address like 127.0.0.1 or 0.0.0.0")
-    is_path = re.fullmatch(r"(?a)(?!/(me|healthz)\b)(/[\w.~-]+)+/?", path)
-    require(is_path, "server.path", path, "a path like /wechat")
-    folder = config.server.root_files
-    is_folder = not folder or os.access(folder, os.X_OK) and os.path.isdir(folder)
-    require(is_folder, "server.root_files", folder, "a folder that can be read")
-    is_token = re.fullmatch(r"[A-Za-z0-9]{3,32}", wechat.token)
-    found = wechat.token and "***"
-    require(is_token, "wechat.token", found, "3 to 32 letters and digits")
+    wrong, server, wechat = mistakes.wrong, config.server, config.wechat
+    url = config.public_url
+    if not is_http_url(url):
+        wrong("public_url", url, "http:// or https:// and a host")
+    if url.endswith(server.path.rstrip("/") or "//"):
+        wrong("public_url", url, "the address without the path of server.path")
+    address = r"(?a)[\w.-]*|[\da-fA-F.]*(:[\da-fA-F.]*){2,}(%\w+)?"
+    if not re.fullmatch(address, server.host):
+        wrong("server.host", server.host, "an address like 127.0.0.1 or 0.0.0.0")
+    if not re.fullmatch(r"(?a)(?!/(me|healthz)\b)(/[\w.~-]+)+/?", server.path):
+        wrong("server.path", server.path, "a path like /wechat")
+    folder = server.root_files
+    if folder and not (os.access(folder, os.X_OK) and os.path.isdir(folder)):
+        wrong("server.root_files", folder, "a folder that can be read")
+    if not re.fullmatch(r"[A-Za-z0-9]{3,32}", wechat.token):
+        wrong("wechat.token", wechat.token and "***", "3 to 32 letters and digits")
     # Not the account's original id, nor AppSecret, which stand beside it.
-    is_app_id = not re.fullmatch(r"gh_\w*|[0-9a-f]{32}|.*\s.*", wechat.app_id)
-    found = wechat.app_id if wechat.app_id.startswith("gh_") else "***"
-    require(is_app_id, "wechat.app_id", found, "wx and 16 letters and digits")
-    is_complete = bool(wechat.app_id) == bool(wechat.aes_key)
-    found = "only app_id" if wechat.app_id else "only aes_key"
-    require(is_complete, "wechat.aes_key", found, "app_id and aes_key, or neither")
+    if re.fullmatch(r"gh_\w*|[0-9a-f]{32}|.*\s.*", wechat.app_id):
+        found = wechat.app_id if wechat.app_id.startswith("gh_") else "***"
+        wrong("wechat.app_id", found, "wx and 16 letters and digits")
+    if bool(wechat.app_id) != bool(wechat.aes_key):
+        found = "only app_id" if wechat.app_id else "only aes_key"
+        wrong("wechat.aes_key", found, "app_id and aes_key, or neither")
     if not re.fullmatch(r"([A-Za-z0-9]{43})?", wechat.aes_key):
         words = "{name}: found {count} characters, expected {expected}"
         values = {"count": len(wechat.aes_key), "expected": "43 letters and digits"}
         mistakes.add("wechat.aes_key", words, **values)
     for name, one in config.assistants.items():
         others = config.assistants.keys() - {name}
-        check_assistant(name, one, others, environ, mistakes)
+        check_assistant(name, one, others, environ, wrong)
 
 
 def load_config(
@@ -684,7 +689,7 @@ def effective_settings(config: Config) -> Iterator[str]:
         line = f"[{name}]"
         for entry in fields(table):
             value = getattr(table, entry.name)
-            shown = "***" if value and entry.metadata.get("secret") else repr(value)
+            shown = "***" if value and "secret" in entry.metadata else repr(value)
             line += f" {entry.name}={shown}" if value != DEFAULT_PROMPT else ""
         yield line
 
@@ -6061,28 +6066,29 @@ class Bot:
 
 def check_commands(config: Config, mistakes: Mistakes) -> None:
     """Note names that mean two things, and replies that are too long."""
-    require = mistakes.require
-    replies, names = config.replies, [*config.assistants, *COMMANDS]
-    notice, wanted = config.texts.model_notice, "at most 100 characters"
-    require(len(notice) <= 100, "replies.model_notice", notice, wanted)  # for /help
+    wrong, replies = mistakes.wrong, config.replies
+    notice = config.texts.model_notice
+    if len(notice) > 100:  # it stands below /help, too
+        wrong("replies.model_notice", notice, "at most 100 characters")
     welcome = f"{replies.subscribe}\n\n{notice}"
     for text in (welcome, replies.outside, *replies.keywords.values()):
-        size = sent_size(with_taps(text, *names))
-        wanted = "at most 1800 bytes with taps"
-        require(size <= REPLY_BYTES, "replies", f"{size} bytes", wanted)
+        size = sent_size(with_taps(text, *config.assistants, *COMMANDS))
+        if size > REPLY_BYTES:
+            wrong("replies", f"{size} bytes", "at most 1800 bytes with taps")
     for name in config.assistants:
-        is_free = folded(name) not in COMMANDS
-        require(is_free, f"assistants.{name}", name, "a name that is no command's")
+        if folded(name) in COMMANDS:
+            wrong(f"assistants.{name}", name, "a name that is no command's")
     taken = {folded(word): "replies.keywords" for word in replies.keywords}
     taken |= dict.fromkeys(tap_words(config.texts), "the words of taps")
     for name, text in config.aliases.items():
         where, key = f"aliases.{name}", folded(name)
-        require(key and not key.startswith("/"), where, name, "a short text without /")
+        if not key or key.startswith("/"):
+            wrong(where, name, "a short text without /")
         if key in taken:
             words = "{name}: found {found}, expected a text that is not in {taken}"
             mistakes.add(where, words, found=repr(name), taken=taken[key])
-        is_known = is_command(text, config.assistants)
-        require(is_known, where, text, "a command, or the name of an assistant after /")
+        if not is_command(text, config.assistants):
+            wrong(where, text, "a command, or the name of an assistant after /")
         taken[key] = "the aliases"
 
 
@@ -7672,16 +7678,15 @@ def check_placeholders(config: Config, mistakes: Mistakes) -> None:
     The address alone is no mistake: in a trial the name may lead here.
     """
     others = len(mistakes.lines)
-    expected = "one of your own: everybody knows this one"
-    is_own = config.wechat.token != EXAMPLE_TOKEN
-    mistakes.require(is_own, "wechat.token", EXAMPLE_TOKEN, expected)
+    if config.wechat.token == EXAMPLE_TOKEN:
+        wanted = "one of your own: everybody knows this one"
+        mistakes.wrong("wechat.token", EXAMPLE_TOKEN, wanted)
     for name, one in config.assistants.items():
-        is_own, where = one.api_key not in EXAMPLE_KEYS, f"assistants.{name}.api_key"
-        mistakes.require(is_own, where, one.api_key, "the key your provider gave you")
-    if len(mistakes.lines) > others:
-        is_own = config.public_url != EXAMPLE_URL
-        expected = "the address of this machine"
-        mistakes.require(is_own, "public_url", EXAMPLE_URL, expected)
+        if one.api_key in EXAMPLE_KEYS:
+            wanted = "the key your provider gave you"
+            mistakes.wrong(f"assistants.{name}.api_key", one.api_key, wanted)
+    if len(mistakes.lines) > others and config.public_url == EXAMPLE_URL:
+        mistakes.wrong("public_url", EXAMPLE_URL, "the address of this machine")
 
 
 def read_settings(path: str, environ: Mapping[str, str]) -> Config:

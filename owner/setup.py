@@ -35,7 +35,7 @@ from wxgpt import (
     Config,
     ConfigError,
     check_commands,
-    is_public_url,
+    is_http_url,
     load_config,
     open_chat,
     read_toml,
@@ -185,7 +185,7 @@ def wrong_url(text: str) -> str:
     url = text.rstrip("/")
     if not re.match("https?:", url):
         return tell("it begins with http:// or https://")
-    if not is_public_url(url):
+    if not is_http_url(url):
         return tell("it is http:// or https:// and a domain name")
     parts = urllib.parse.urlsplit(url)
     if parts.port is not None:
@@ -199,7 +199,7 @@ def wrong_url(text: str) -> str:
 
 def wrong_base_url(text: str) -> str:
     """Say what is wrong with the address of a chat API."""
-    return "" if is_public_url(text.partition("?")[0]) else wrong_url(text)
+    return "" if is_http_url(text.partition("?")[0]) else wrong_url(text)
 
 
 def wrong_key(text: str) -> str:
