@@ -6121,21 +6121,24 @@ def element(tag: str, words: str, kind: str = "") -> str:
     return f"<{tag}{attribute}>{html.escape(words)}</{tag}>"
 
 
-LONG_LINE = 30  # characters of code that a phone shows without scrolling
 SHORT_CELL = 8  # characters of a table's cell that are not broken into lines
 
 
-def fix_headings(tokens: list[Token], above: int, level: int) -> int:
+def fix_tokens(tokens: list[Token], above: int, level: int) -> int:
     """Leave no heading level out and no header cell empty, for screen readers.
 
     `level` is that of the heading before these tokens; return that of their last one.
     """
-    for index, token in enumerate(tokens):
+    for token, content, end in zip(tokens, tokens[1:], tokens[2:], strict=False):
         if token.type == "heading_open":
             level = min(above + int(token.tag[1]), level + 1, 6)
-            token.tag = tokens[index + 2].tag = f"h{level}"  # the one that closes it
-        if token.type == "th_open" and not tokens[index + 1].content:
-            token.tag = tokens[index + 2].tag = "td"
+            token.tag = end.tag = f"h{level}"
+        if token.type in ("th_open", "td_open"):
+            if not content.content:
+                token.tag = end.tag = "td"
+            is_long = len(content.content) > SHORT_CELL
+            if kind := f"{token.info} long" if is_long else token.info:
+                token.attrSet("class", kind.strip())
     return level
 
 
@@ -6152,6 +6155,7 @@ def code_rules() -> dict[str, tuple[re.Pattern[str], frozenset[str]]]:
         pattern = re.compile(
             f"(?P<k>{keywords})|(?P<c>{table['comment']})|(?P<s>{table['string']})"
             r"|(?P<n>(?<![\w.])\d[\w.]*+)|(?P<w>[^\W\d]\w*+)"
+            r"""|[&<>"']"""
         )
         rules |= dict.fromkeys(table["names"].split(), (pattern, words))
     return rules
@@ -6163,16 +6167,15 @@ def coloured(code: str, info: str) -> str:
     if language not in code_rules() or len(code) > COLOURED_CHARS:
         return html.escape(code)
     pattern, words = code_rules()[language]
-    out, end, is_sql = [], 0, "select" in words
-    for found in pattern.finditer(code):
-        kind, word = str(found.lastgroup), found[0]
-        if kind == "w":
-            if word not in words and not (is_sql and word.lower() in words):
-                continue
-            kind = "k"
-        out += [html.escape(code[end : found.start()]), element("span", word, kind)]
-        end = found.end()
-    return "".join(out) + html.escape(code[end:])
+    is_sql = "select" in words
+
+    def as_html(found: re.Match[str]) -> str:
+        kind, word = found.lastgroup, found[0]
+        if kind == "w":  # in SQL case does not matter
+            kind = "k" if word in words or is_sql and word.lower() in words else None
+        return element("span", word, kind) if kind else html.escape(word)
+
+    return pattern.sub(as_html, code)
 
 
 def clock(seconds: float, form: str = "%Y-%m-%d %H:%M") -> str:
@@ -6259,8 +6262,8 @@ def load_pages() -> jinja2.Environment:
         lstrip_blocks=True,
         auto_reload=False,
     )
-    pages.filters |= {"clock": clock, "day": day_and_time, "excerpt": excerpt}
-    pages.filters |= {"preview": preview, "closed": closed, "snippet": snippet}
+    for one in (clock, day_and_time, excerpt, preview, closed, snippet, coloured):
+        pages.filters[one.__name__] = one
     pages.globals |= {"ending_words": ending_words, "now": time.time}
     pages.globals |= {"random_hex": secrets.token_hex}
     try:
@@ -6289,19 +6292,21 @@ BOX = re.compile(r'<menclose notation="box">((?:(?!<menclose).)*?)</menclose>')
 RENDER_OPTIONS = MarkdownIt("zero", {"breaks": True}).options
 
 
+def by_macro(macro: Callable, tokens: Sequence[Token], index: int, *_: object) -> str:
+    """Render a token by a macro of blocks.html, which gets the next one, too."""
+    return str(macro(*tokens[index : index + 2]))
+
+
 class AnswerRenderer(RendererHTML):
-    """Renders an answer; a method for each token the library renders otherwise."""
+    """Renders an answer; by methods and macros what the library renders otherwise."""
 
     def __init__(self, texts: Texts) -> None:
         super().__init__()
         blocks = load_pages().get_template("blocks.html")
         self.made: Any = blocks.make_module({"texts": texts})  # its macros
+        for name in ("link_open", "fence", "table_open", "table_close"):
+            self.rules[name] = types.MethodType(by_macro, getattr(self.made, name))
         self.formulas = 0  # so far
-
-    def link_open(self, tokens: Sequence[Token], index: int, *_: object) -> str:
-        address = tokens[index].attrGet("href") or ""
-        is_empty = tokens[index + 1].type == "link_close"
-        return str(self.made.link_open(address, address if is_empty else ""))
 
     def image(self, tokens: Sequence[Token], index: int, *_: object) -> str:
         # As a link, unless the answer holds it: loading one tells a stranger who reads.
@@ -6324,26 +6329,6 @@ class AnswerRenderer(RendererHTML):
         return element("code", written)
 
     math_block = math_inline
-
-    def fence(self, tokens: Sequence[Token], index: int, *_: object) -> str:
-        content, info = tokens[index].content, tokens[index].info
-        is_wide = max(map(len, content.split("\n"))) > LONG_LINE
-        return str(self.made.code(info.strip()[:20], coloured(content, info), is_wide))
-
-    def table_open(self, *_: object) -> str:
-        return str(self.made.table_open())
-
-    def table_close(self, *_: object) -> str:
-        return str(self.made.table_close())
-
-    def td_open(self, tokens: Sequence[Token], index: int, *_: object) -> str:
-        kinds = [tokens[index].info] if tokens[index].info else []
-        if len(tokens[index + 1].content) > SHORT_CELL:
-            kinds.append("long")
-        kind = f' class="{" ".join(kinds)}"' if kinds else ""
-        return f"<{tokens[index].tag}{kind}>"
-
-    th_open = td_open
 
 
 def piece_end(text: str, begin: int, most: int) -> int:
@@ -6386,9 +6371,15 @@ class BlockRenderer:
         self.tokens: list[Token] = []  # of the block that is not done
         self.begin = 0  # of what has not been read: the last line, or plain text
         self.is_plain = False
+        self.seconds = 0.0  # of processor time for the last rendering
 
     def render(self, markdown: str, has_ended: bool) -> list[str]:
-        """Read what was added; return all blocks, as they are if the answer ends."""
+        """Read what was added; return all blocks, as they are if the answer ends.
+
+        Before that nobody has looked for blocked words in those that are not done: the
+        chat does not show yet what an open mark may change.
+        """
+        began = time.thread_time()
         if not self.is_plain:
             self.is_plain = len(markdown) > RENDER_CHARS
             end = len(markdown) if has_ended else markdown.rfind("\n") + 1
@@ -6396,14 +6387,19 @@ class BlockRenderer:
                 end = piece_end(markdown, 0, RENDER_CHARS)
             self.read(markdown[self.begin : end], has_ended or self.is_plain)
             self.begin = end
-            if not (has_ended or self.is_plain):
-                return self.done + self.open_blocks(markdown[end:])
-        while len(markdown) - self.begin > PLAIN_CHARS:
-            end = piece_end(markdown, self.begin, PLAIN_CHARS)
-            self.done.append(element("p", markdown[self.begin : end], "plain"))
-            self.begin = end
-        rest = markdown[self.begin :]
-        return self.done + ([element("p", rest, "plain")] if rest else [])
+        if self.is_plain or has_ended:
+            while len(markdown) - self.begin > PLAIN_CHARS:
+                end = piece_end(markdown, self.begin, PLAIN_CHARS)
+                self.done.append(element("p", markdown[self.begin : end], "plain"))
+                self.begin = end
+            rest = markdown[self.begin :]
+            blocks = [element("p", rest, "plain")] if rest else []
+        else:
+            blocks = self.open_blocks(markdown[self.begin :])
+        if not has_ended and self.blocked.are_in_html("".join(blocks)):
+            blocks = []
+        self.seconds = time.thread_time() - began
+        return self.done + blocks
 
     def read(self, text: str, is_end: bool) -> None:
         """Read complete lines, and render the blocks that they complete."""
@@ -6411,7 +6407,7 @@ class BlockRenderer:
         self.reader.feed(text)
         if is_end:
             self.reader.finish()
-        self.level = fix_headings(tokens, self.above, self.level)
+        self.level = fix_tokens(tokens, self.above, self.level)
         *done, self.tokens = split_blocks(self.tokens + tokens)
         self.done += map(self.render_block, done)
         tokens.clear()
@@ -6429,7 +6425,7 @@ class BlockRenderer:
         if not MARKS.fullmatch(line):  # which become something else with the next sign
             reader.feed(line)
         reader.finish()
-        fix_headings(reader.tokens, self.above, self.level)
+        fix_tokens(reader.tokens, self.above, self.level)
         *tokens, _ = split_blocks(self.tokens + reader.tokens)
         blocks = list(map(self.render_block, tokens))
         self.renderer.formulas = formulas
@@ -6549,12 +6545,11 @@ class LivePage:
     """One writing of an answer as all who follow it see it; typeset once for them."""
 
     def __init__(self, bot: Bot, writing: str) -> None:
-        self.writing, self.blocked = writing, bot.blocked
+        self.writing = writing
         self.renderer = BlockRenderer(bot.texts, blocked=bot.blocked)
         self.blocks: list[str] = []  # replaced, never changed
         self.done = 0  # of the blocks; these stay as they are
         self.shows = 0, False  # characters of the answer, and whether it has ended
-        self.seconds = 0.0  # of processor time for the last typesetting
         self.next_at = 0.0  # when the next may be (loop's clock)
         self.task: asyncio.Task | None = None  # typesets; no viewer cancels it
 
@@ -6567,30 +6562,16 @@ class LivePage:
             return  # it is written anew, and this is nobody's
         text, has_ended = turn.answer, not turn.is_open
         added = text[self.shows[0] :]
-        is_quick = self.seconds < QUICK_SECONDS and len(added) < QUICK_CHARS
+        is_quick = self.renderer.seconds < QUICK_SECONDS and len(added) < QUICK_CHARS
         if has_ended and not self.shows[0]:
             blocks = (await finished(bot, turn)).blocks
         elif is_quick and not FORMULA_SIGN.search(added):
-            blocks = self.render(text, has_ended)
+            blocks = self.renderer.render(text, has_ended)
         else:
-            blocks = await bot.work.run(self.render, text, has_ended)
+            blocks = await bot.work.run(self.renderer.render, text, has_ended)
         self.blocks, self.done = blocks, len(self.renderer.done)
         self.shows = len(text), has_ended
-        self.next_at = loop.time() + max(LIVE_SECONDS, 4 * self.seconds)
-
-    def render(self, text: str, has_ended: bool) -> list[str]:
-        """Return the blocks of the answer so far.
-
-        The chat does not show yet what an open mark may change, so nobody has looked
-        for blocked words in there.
-        """
-        began = time.thread_time()
-        blocks = self.renderer.render(text, has_ended)
-        done = len(self.renderer.done)
-        if not has_ended and self.blocked.are_in_html("".join(blocks[done:])):
-            del blocks[done:]
-        self.seconds = time.thread_time() - began
-        return blocks
+        self.next_at = loop.time() + max(LIVE_SECONDS, 4 * self.renderer.seconds)
 
     def events(self, begin: int) -> Iterator[bytes]:
         """Yield the events that bring the blocks from one on, so many as fit at once.
