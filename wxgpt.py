@@ -6101,14 +6101,10 @@ TEMPLATES = """page.html parts.html blocks.html answer.html history.html found.h
 # What a page has of style and script; it takes no more of them than it needs.
 PIECES = """page.css notice.css history.css ask.css
     page.js live.js ask.js fold.js found.js sign_in.js""".split()
-POLICY = (
-    "default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action {forms}; "
-    "frame-ancestors 'none'"
-)
 RENDER_CHARS = 32_768  # the rest of a longer answer stays plain: rendering takes time
 PLAIN_CHARS = 8192  # of that rest in one block
 FOLD_CHARS = 300  # longer answers are folded in the history, and typeset when opened
+OPEN_CHARS = 20_000  # of the newest session's answers that are not folded
 HISTORY_COUNT = 50
 FOUND_COUNT = 20  # on a page of what a search found
 EVENT_CHARS = 32_768  # in one event of a stream, unless a single block has more
@@ -6385,7 +6381,15 @@ class BlockRenderer:
             end = len(markdown) if has_ended else markdown.rfind("\n") + 1
             if self.is_plain:
                 end = piece_end(markdown, 0, RENDER_CHARS)
-            self.read(markdown[self.begin : end], has_ended or self.is_plain)
+            # Read complete lines, and render the blocks that they complete.
+            tokens = self.reader.tokens
+            self.reader.feed(markdown[self.begin : end])
+            if has_ended or self.is_plain:
+                self.reader.finish()
+            self.level = fix_tokens(tokens, self.above, self.level)
+            *done, self.tokens = split_blocks(self.tokens + tokens)
+            self.done += map(self.render_block, done)
+            tokens.clear()
             self.begin = end
         if self.is_plain or has_ended:
             while len(markdown) - self.begin > PLAIN_CHARS:
@@ -6400,17 +6404,6 @@ class BlockRenderer:
             blocks = []
         self.seconds = time.thread_time() - began
         return self.done + blocks
-
-    def read(self, text: str, is_end: bool) -> None:
-        """Read complete lines, and render the blocks that they complete."""
-        tokens = self.reader.tokens
-        self.reader.feed(text)
-        if is_end:
-            self.reader.finish()
-        self.level = fix_tokens(tokens, self.above, self.level)
-        *done, self.tokens = split_blocks(self.tokens + tokens)
-        self.done += map(self.render_block, done)
-        tokens.clear()
 
     def render_block(self, tokens: list[Token]) -> str:
         rendered = self.renderer.render(tokens, RENDER_OPTIONS, {})
@@ -6439,18 +6432,25 @@ def render_blocks(
     return BlockRenderer(texts, above, blocked).render(markdown, has_ended=True)
 
 
-def render(config: Config, template: str, **values: object) -> str:
+def render(bot: Bot, template: str, **values: object) -> str:
     """Return what a template makes of these values."""
-    page = load_pages().get_template(template)
-    return page.render(config=config, texts=config.texts, **values)
+    page, config = load_pages().get_template(template), bot.config
+    return page.render(config=config, texts=config.texts, blocked=bot.blocked, **values)
+
+
+POLICY = (
+    "default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action {forms}; "
+    "frame-ancestors 'none'"
+)
 
 
 def page_response(
-    config: Config, name: str, status: int = 200, **values: object
+    bot: Bot, name: str, status: int = 200, **values: object
 ) -> web.Response:
     """Return a page made from a template, with the headers that keep it private."""
     nonce = secrets.token_urlsafe(12)
-    text = render(config, f"{name}.html", nonce=nonce, **values)
+    text = render(bot, f"{name}.html", nonce=nonce, **values)
     response = web.Response(text=text, status=status, content_type="text/html")
     forms = "'none'"
     if "<form" in text:  # whose Origin would be null without a referrer
@@ -6465,13 +6465,12 @@ class Asking:
     """What a page needs to ask for its reader, who is signed in."""
 
     token: str  # proves that a form is ours, and of this device
-    form: str  # a random id: a second sending of the same words joins the first
-    assistant: str  # of the newest session
     session: int  # that runs, 0: none
+    assistant: str  # of the newest session
     opened_at: float
     is_told: bool  # what happens to what they write
-    typed: str = ""  # what could not be asked
-    refusal: str = ""
+    typed: str  # what could not be asked
+    refusal: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -6480,46 +6479,17 @@ class Shown:
 
     turn: Turn
     blocks: list[str]  # of the typeset answer; none if it is folded
-    text: str  # what 复制全文 copies: both as the chat would show them, with the label
-    address: str  # of its own page; '': that cannot be opened any more
-    is_live: bool  # it was being written when this was made
+    text: str = ""  # what 复制全文 copies: as the chat would show both, with the label
+    is_live: bool = False  # it was being written when this was made
 
 
-def exchange_of(
-    config: Config,
-    blocked: BlockedWords,
-    turn: Turn,
-    live: list[str] | None = None,
-    above: int = 0,
-    is_folded: bool = False,
-) -> Shown:
-    """Return an exchange for a page; `live`: the blocks of an answer being written."""
-    blocks, text = live or [], ""
-    if live is None and not is_folded:
-        blocks = render_blocks(config.texts, turn.answer, above, blocked)
-        end = piece_end(turn.answer, 0, RENDER_CHARS)
-        answer = chat_text(turn.answer[:end]) + turn.answer[end:]
-        text = f"{turn.question}\n\n{answer}\n{config.replies.label}".strip()
-    is_linked = time.time() - turn.created_at < config.history.link_hours * 3600
-    address = f"{config.root}/a/{turn.link_key}" if is_linked else ""
-    return Shown(turn, blocks, text, address, live is not None)
-
-
-OPEN_CHARS = 20_000  # of the newest session's answers that are not folded
-
-
-def open_turns(turns: list[Turn]) -> list[Turn]:
-    """Return the turns whose answers a history shows; the others are folded.
-
-    The newest session is shown as the conversation it is.
-    """
-    chars, shown = 0, []
-    for turn in turns:
-        chars += len(turn.answer)
-        is_newest = turn.session_id == turns[0].session_id and chars < OPEN_CHARS
-        if is_newest or len(turn.answer) <= FOLD_CHARS:
-            shown.append(turn)
-    return shown
+def typeset(bot: Bot, turn: Turn, above: int = 0) -> Shown:
+    """Return an exchange whose answer has ended, for a page; see BlockRenderer."""
+    texts, label = bot.config.texts, bot.config.replies.label
+    blocks = render_blocks(texts, turn.answer, above, bot.blocked)
+    end = piece_end(turn.answer, 0, RENDER_CHARS)
+    answer = chat_text(turn.answer[:end]) + turn.answer[end:]
+    return Shown(turn, blocks, f"{turn.question}\n\n{answer}\n{label}".strip())
 
 
 def sse_event(data: dict, event: str = "", number: str = "") -> bytes:
@@ -6537,8 +6507,7 @@ FORMULA_SIGN = re.compile(r"[$\\]")  # a formula takes long, the first one most 
 
 async def finished(bot: Bot, turn: Turn) -> Shown:
     """Return an exchange whose answer has ended, made once for all who want it."""
-    values = bot.config, bot.blocked, turn
-    return await bot.work.once(("page", turn.id), exchange_of, *values)
+    return await bot.work.once(("page", turn.id), typeset, bot, turn)
 
 
 class LivePage:
@@ -6636,50 +6605,11 @@ async def verify_url(request: web.Request) -> web.Response:
     return web.Response(text=request.query.get("echostr", ""))
 
 
-def outcome_of(reply: Reply) -> str:
-    """Return how the log names what a reply brought."""
-    if not reply.content:
-        return "nothing to say"
-    if reply.is_patience:
-        return "asked for patience"
-    if reply.part and reply.part.number:
-        return f"part {reply.part.number} sent"
-    return "answered early" if reply.is_early else "replied"
-
-
 def drop_connection(request: web.Request) -> web.Response:
     """Close the connection without an answer: a reply would end WeChat's retries."""
     if request.transport:
         request.transport.abort()
     return web.Response()
-
-
-async def answer_request(
-    request: web.Request, delivery: Delivery, number: int, arrived: float
-) -> web.StreamResponse:
-    """Wait for the reply and write it, or drop the connection; log the outcome."""
-    bot, message, loop = request.app[BOT], delivery.message, asyncio.get_running_loop()
-    name = f"{message.name} attempt={number}"
-    try:
-        reply = await bot.reply_to(delivery, number, arrived)
-        if reply is None:
-            log.info("%s held to the end, cut", name)
-            return drop_connection(request)
-        body = render_text_reply(message, reply.content, reply.created)
-        if bot.cipher and reply.content:  # `success` is never encrypted
-            body = bot.cipher.seal(body, reply.created)
-        response = web.Response(body=body, content_type="text/xml", charset="utf-8")
-        await response.prepare(request)
-        await response.write_eof()
-    except (asyncio.CancelledError, ConnectionResetError) as gone:
-        log.info("%s WeChat hung up after %.1f s", name, loop.time() - arrived)
-        bot.note_delivery(delivery, number, is_taken=False)
-        if isinstance(gone, asyncio.CancelledError):
-            raise
-        return web.Response()
-    bot.note_delivery(delivery, number, is_taken=True)
-    log.info("%s %s after %.1f s", name, outcome_of(reply), loop.time() - arrived)
-    return response
 
 
 BODY_SECONDS = 10.0  # how long a push's body may take to arrive
@@ -6721,15 +6651,45 @@ async def read_push(request: web.Request) -> Message | web.Response:
 
 async def receive_message(request: web.Request) -> web.StreamResponse:
     """Answer a push with a passive reply, or with `success` whatever breaks."""
-    bot, arrived = request.app[BOT], asyncio.get_running_loop().time()
+    bot, loop = request.app[BOT], asyncio.get_running_loop()
+    arrived, delivery, number = loop.time(), None, 0
     try:
         message = await read_push(request)
         if isinstance(message, web.Response):
             return message
+        # Wait for the reply.
         delivery, number = bot.deliver(message, arrived)
-        return await answer_request(request, delivery, number, arrived)
+        name = f"{message.name} attempt={number}"
+        reply = await bot.reply_to(delivery, number, arrived)
+        if reply is None:
+            log.info("%s held to the end, cut", name)
+            return drop_connection(request)
+        # Write it.
+        body = render_text_reply(message, reply.content, reply.created)
+        if bot.cipher and reply.content:  # `success` is never encrypted
+            body = bot.cipher.seal(body, reply.created)
+        response = web.Response(body=body, content_type="text/xml", charset="utf-8")
+        await response.prepare(request)
+        await response.write_eof()
+        # Note what it brought.
+        bot.note_delivery(delivery, number, is_taken=True)
+        outcome = "answered early" if reply.is_early else "replied"
+        if not reply.content:
+            outcome = "nothing to say"
+        elif reply.is_patience:
+            outcome = "asked for patience"
+        elif reply.part and reply.part.number:
+            outcome = f"part {reply.part.number} sent"
+        log.info("%s %s after %.1f s", name, outcome, loop.time() - arrived)
+        return response
     except web.HTTPException:
         raise  # 413: no push of WeChat's is so long
+    except (asyncio.CancelledError, ConnectionResetError):
+        if delivery:
+            seconds = loop.time() - arrived
+            log.info("%s WeChat hung up after %.1f s", name, seconds)
+            bot.note_delivery(delivery, number, is_taken=False)
+        raise
     except Exception:
         log.exception("a push broke off at the door")
         return web.Response(body=b"success")
@@ -6740,23 +6700,24 @@ def redirect(location: str) -> web.Response:
     return web.Response(status=303, headers={"Location": location})
 
 
+def home_of(request: web.Request) -> str:
+    """Return the history of which a form is sent, or opened as a page."""
+    return "../" + request.match_info.get("key", "me")
+
+
 def wants_json(request: web.Request) -> bool:
     """Say whether the page's script asks; without it the browser does."""
     return request.headers.get("Accept", "").startswith("application/json")
 
 
-class Refusal(web.HTTPException):
-    """Why nothing is shown or done, in words for a page or for the page's script."""
+class Refusal(Exception):
+    """Why nothing is shown or done: a status, and words where they are not the usual.
 
-    def __init__(self, request: web.Request, status: int, words: str = "") -> None:
-        self.status_code, config = status, request.app[BOT].config
-        usual = {404: config.texts.page_missing, 410: config.texts.page_expired}
-        words, glyph = words or usual[status], "…" if status == 410 else "?"
-        if wants_json(request):
-            response = web.json_response({"error": words})
-        else:
-            response = page_response(config, "error", words=words, glyph=glyph)
-        super().__init__(headers=response.headers, text=response.text)
+    `refuse_kindly` makes a page of it, or says it to the page's script.
+    """
+
+    def __init__(self, status: int, words: str = "") -> None:
+        super().__init__(status, words)
 
 
 Handler = Callable[..., Awaitable[web.StreamResponse]]
@@ -6764,7 +6725,8 @@ Handler = Callable[..., Awaitable[web.StreamResponse]]
 
 @web.middleware
 async def refuse_kindly(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer what keeps a page from being made; a push is answered all the same."""
+    """Say what keeps a page from being made; a push is answered all the same."""
+    bot = request.app[BOT]
     try:
         return await handler(request)
     # Nobody reads it any more, or sends the rest of a form.
@@ -6774,19 +6736,27 @@ async def refuse_kindly(request: web.Request, handler: Handler) -> web.StreamRes
         if request.writer.output_size:  # in the midst of a file
             raise
         log.error("%s not done: %s", request.path, error)
-        raise Refusal(request, 503, request.app[BOT].texts.page_failed) from None
+        status, words = 503, bot.texts.page_failed
+    except Refusal as refusal:
+        status, words = refusal.args
+        usual = {404: bot.config.texts.page_missing, 410: bot.config.texts.page_expired}
+        words = words or usual[status]
+    if wants_json(request):
+        return web.json_response({"error": words}, status=status)
+    glyph = "…" if status == 410 else "?"
+    return page_response(bot, "error", status, words=words, glyph=glyph)
 
 
 async def front_page(request: web.Request) -> web.Response:
     """Say that the account works here and how to begin; nothing about anybody."""
-    config = request.app[BOT].config
-    words, glyph = config.texts.page_front, config.texts.page_hello
-    return page_response(config, "error", words=words, glyph=glyph)
+    bot = request.app[BOT]
+    words, glyph = bot.config.texts.page_front, bot.config.texts.page_hello
+    return page_response(bot, "error", words=words, glyph=glyph)
 
 
 async def missing_page(request: web.Request) -> web.Response:
     """Answer what leads nowhere."""
-    raise Refusal(request, 404)
+    raise Refusal(404)
 
 
 async def find_linked(request: web.Request) -> Turn:
@@ -6794,9 +6764,9 @@ async def find_linked(request: web.Request) -> Turn:
     bot = request.app[BOT]
     turn = await bot.store.turn_by_link(request.match_info["key"])
     if turn is None:
-        raise Refusal(request, 404)
+        raise Refusal(404)
     if time.time() - turn.created_at > bot.config.history.link_hours * 3600:
-        raise Refusal(request, 410)
+        raise Refusal(410)
     return turn
 
 
@@ -6828,6 +6798,7 @@ class Reader(NamedTuple):
 
     openid: str
     cookie_hash: str = ""  # of the device that is signed in; '': by a link
+    token: str = ""  # proves that a form is ours, and of this device
 
 
 async def find_device(request: web.Request) -> Reader | None:
@@ -6839,7 +6810,8 @@ async def find_device(request: web.Request) -> Reader | None:
     openid = await bot.store.device_owner(cookie_hash)
     if openid is None or openid in bot.config.limits.deny:
         return None
-    return Reader(openid, cookie_hash)
+    token = bot.store.keyed_hash(f"form {cookie_hash}")
+    return Reader(openid, cookie_hash, token)
 
 
 async def find_reader(request: web.Request) -> Reader | None:
@@ -6852,16 +6824,11 @@ async def find_reader(request: web.Request) -> Reader | None:
         return await find_device(request)
     owner = await request.app[BOT].store.history_owner(key)
     if owner is None:
-        raise Refusal(request, 404)
+        raise Refusal(404)
     openid, expires_at = owner
     if time.time() > expires_at:
-        raise Refusal(request, 410)
+        raise Refusal(410)
     return Reader(openid)
-
-
-def form_token(bot: Bot, reader: Reader) -> str:
-    """Return what proves that a form is ours, and of this device."""
-    return bot.store.keyed_hash(f"form {reader.cookie_hash}")
 
 
 Form = dict[str, str]
@@ -6875,7 +6842,7 @@ async def read_form(request: web.Request) -> tuple[Reader, Form]:
     """
     bot, reader = request.app[BOT], await find_reader(request)
     if reader is None:
-        raise Refusal(request, 401, bot.texts.page_signed_out)
+        raise Refusal(401, bot.texts.page_signed_out)
     form: Form = {}
     if request.content_type == "application/x-www-form-urlencoded":
         async with asyncio.timeout(BODY_SECONDS):
@@ -6883,22 +6850,12 @@ async def read_form(request: web.Request) -> tuple[Reader, Form]:
         with contextlib.suppress(ValueError):  # more fields than any form of ours has
             form = dict(urllib.parse.parse_qsl(text, max_num_fields=FORM_FIELDS))
     if reader.cookie_hash:
-        token, given = form_token(bot, reader), form.get("token", "")
-        is_ours = hmac.compare_digest(token.encode(), given.encode())
+        given = form.get("token", "").encode()
+        is_ours = hmac.compare_digest(reader.token.encode(), given)
         origin = str(yarl.URL(bot.config.public_url).origin())
         if not is_ours or request.headers.get("Origin") != origin:
-            raise Refusal(request, 403, bot.texts.page_failed)
+            raise Refusal(403, bot.texts.page_failed)
     return reader, form
-
-
-def by_form(act: Handler) -> Handler:
-    """Let a handler have who sends a form, and its fields, once they are read."""
-
-    @functools.wraps(act)
-    async def read(request: web.Request) -> web.StreamResponse:
-        return await act(request, *await read_form(request))
-
-    return read
 
 
 def a_few_at_once(make: Handler) -> Handler:
@@ -6938,17 +6895,9 @@ async def asking_of(
     bot: Bot, device: Reader, typed: str = "", refusal: str = ""
 ) -> Asking:
     """Return what a page needs to ask for a device's subscriber."""
-    session, assistant, opened_at = await bot.newest_session(device.openid)
-    return Asking(
-        token=form_token(bot, device),
-        form=secrets.token_urlsafe(12),
-        assistant=assistant,
-        session=session,
-        opened_at=opened_at,
-        is_told=await bot.store.was_told(device.openid),
-        typed=typed,
-        refusal=refusal,
-    )
+    newest = await bot.newest_session(device.openid)
+    is_told = await bot.store.was_told(device.openid)
+    return Asking(device.token, *newest, is_told, typed, refusal)
 
 
 @a_few_at_once
@@ -6959,14 +6908,13 @@ async def show_answer(request: web.Request, turn: Turn) -> web.Response:
     device = await find_device(request)
     is_theirs = device is not None and device.openid == turn.openid
     asking = await asking_of(bot, device) if device and is_theirs else None
-    live = (await live_page(bot, turn)).blocks if turn.is_open else None
-    if turn.is_open:
-        one = exchange_of(bot.config, bot.blocked, turn, live)
+    live = await live_page(bot, turn) if turn.is_open else None
+    if live and turn.is_open:
+        one = Shown(turn, live.blocks, is_live=True)
     else:  # by now
         await note_read(bot, [turn])
         one = await finished(bot, turn)
-    values = {"one": one, "asking": asking}
-    return await bot.work.run(page_response, bot.config, "answer", **values)
+    return await bot.work.run(page_response, bot, "answer", one=one, asking=asking)
 
 
 async def answer_page(request: web.Request) -> web.StreamResponse:
@@ -7026,12 +6974,12 @@ async def answer_events(request: web.Request) -> web.StreamResponse:
     bot, found = request.app[BOT], await find_linked(request)
     turn = bot.turns.get(found.id) or await bot.store.turn(found.id)  # if it has ended
     if turn is None:  # deleted meanwhile
-        raise Refusal(request, 404)
+        raise Refusal(404)
     subscriber = bot.subscriber(turn.openid)
     viewers = sum(one.viewers for one in bot.subscribers.values())
     most = VIEWERS if viewers < ALL_VIEWERS else 2
     if subscriber.viewers >= most:  # their pages look again by themselves
-        raise Refusal(request, 503, bot.texts.page_failed)
+        raise Refusal(503, bot.texts.page_failed)
     response = web.StreamResponse(headers=EVENT_HEADERS)
     subscriber.viewers += 1
     try:
@@ -7055,7 +7003,7 @@ async def let_in(request: web.Request, sign_in: SignIn) -> web.Response:
     bot = request.app[BOT]
     cookie, response = await bot.let_in(sign_in), redirect("me")
     if cookie == "":
-        raise Refusal(request, 403, bot.texts.page_devices_full)
+        raise Refusal(403, bot.texts.page_devices_full)
     if cookie:
         set_cookie(response, COOKIE, cookie, bot.config.history.device_days * 86400)
         set_cookie(response, WAIT_COOKIE, "", 0)
@@ -7069,7 +7017,7 @@ async def sign_in_page(request: web.Request) -> web.Response:
     """
     bot, cookie = request.app[BOT], request.cookies.get(WAIT_COOKIE, "")
     if not bot.config.is_secure:
-        raise Refusal(request, 404, bot.texts.page_not_secure)
+        raise Refusal(404, bot.texts.page_not_secure)
     sign_in, fresh = bot.sign_ins.find(cookie_hash_of(cookie)), ""
     if sign_in and sign_in.is_confirmed:
         try:
@@ -7080,7 +7028,7 @@ async def sign_in_page(request: web.Request) -> web.Response:
         fresh = secrets.token_urlsafe(32)
         sign_in = bot.sign_ins.begin(cookie_hash_of(fresh))
     number = sign_in.number if sign_in else ""
-    response = page_response(bot.config, "sign_in", number=number)
+    response = page_response(bot, "sign_in", number=number)
     if fresh:
         set_cookie(response, WAIT_COOKIE, fresh, SIGN_IN_SECONDS)
     return response
@@ -7107,33 +7055,35 @@ async def show_history(
         older = turns[-1].id
     turns = [bot.turns.get(turn.id, turn) for turn in turns]
     live = {t.id: (await live_page(bot, t)).blocks for t in turns if t.is_open}
-    shown = turns if only >= 0 else open_turns(turns)
-    await note_read(bot, shown)
+    # The newest session is shown as the conversation it is; others fold what is long.
+    chars_so_far = itertools.accumulate(len(turn.answer) for turn in turns)
+    unfolded = [
+        turn
+        for turn, chars in zip(turns, chars_so_far, strict=True)
+        if len(turn.answer) <= FOLD_CHARS
+        or (turn.session_id == turns[0].session_id and chars < OPEN_CHARS)
+        or only >= 0
+    ]
+    await note_read(bot, unfolded)
     asking = None
     if reader.cookie_hash:
         asking = await asking_of(bot, reader, typed, refusal)
         if query:  # what has just begun stands on the first page
             asking = replace(asking, session=0)
-    exchanges = await bot.work.run(
-        lambda: [
-            exchange_of(
-                bot.config, bot.blocked, turn, live.get(turn.id), 3, turn not in shown
-            )
+    home = request.match_info.get("key") or f"{bot.config.root}/me"
+    values = {"older": older, "is_whole": only < 0, "asking": asking, "home": home}
+
+    def make_page() -> web.Response:
+        exchanges = [
+            typeset(bot, turn, above=3)
+            if turn in unfolded and turn.id not in live
+            else Shown(turn, live.get(turn.id, []), is_live=turn.id in live)
             for turn in turns
         ]
-    )
-    return await bot.work.run(
-        page_response,
-        bot.config,
-        "history",
-        409 if refusal else 200,
-        home=request.match_info.get("key") or f"{bot.config.root}/me",
-        exchanges=exchanges,
-        older=older,
-        is_whole=only < 0,
-        asking=asking,
-        blocked=bot.blocked,
-    )
+        status = 409 if refusal else 200
+        return page_response(bot, "history", status, exchanges=exchanges, **values)
+
+    return await bot.work.run(make_page)
 
 
 async def history_page(request: web.Request) -> web.StreamResponse:
@@ -7149,101 +7099,91 @@ def led_back(request: web.Request, **values: str) -> web.Response:
     return web.json_response(values) if wants_json(request) else redirect("../me")
 
 
-@by_form
-async def ask_on_page(
-    request: web.Request, device: Reader, form: Form
-) -> web.StreamResponse:
+async def ask_on_page(request: web.Request) -> web.StreamResponse:
     """Take up a question; a refused one stays in its field."""
-    bot, form_id = request.app[BOT], form.get("id", "")
+    bot, (device, form) = request.app[BOT], await read_form(request)
     text = stream_safe(ILLEGAL.sub("", form.get("question", ""))).strip()
+    form_id = form.get("id", "")
     if not text or not re.fullmatch(r"[A-Za-z0-9_-]{8,64}", form_id):
         return led_back(request)
-    source = await bot.ask_here(*device, form_id, text)
+    source = await bot.ask_here(device.openid, device.cookie_hash, form_id, text)
     if isinstance(source, tuple):
         turn = source[0]
         return led_back(request, key=turn.link_key, session=str(turn.session_id))
     if wants_json(request):
-        raise Refusal(request, 409, source)
+        raise Refusal(409, source)
     return await show_history(request, device, text, source)
 
 
-@by_form
-async def stop_answer(request: web.Request, device: Reader, form: Form) -> web.Response:
+async def stop_answer(request: web.Request) -> web.Response:
     """End an answer that is being written for a device's subscriber."""
-    request.app[BOT].stop_turn(device.openid, form.get("key", ""))
+    bot, (device, form) = request.app[BOT], await read_form(request)
+    bot.stop_turn(device.openid, form.get("key", ""))
     return led_back(request)
 
 
-@by_form
-async def begin_topic(request: web.Request, device: Reader, form: Form) -> web.Response:
+async def begin_topic(request: web.Request) -> web.Response:
     """Open a new session, with another assistant if one is named."""
-    await request.app[BOT].begin_topic(*device, form.get("assistant", ""))
+    bot, (device, form) = request.app[BOT], await read_form(request)
+    await bot.begin_topic(device.openid, device.cookie_hash, form.get("assistant", ""))
     return led_back(request)
 
 
-@by_form
-async def leave(request: web.Request, device: Reader, _: Form) -> web.Response:
+async def leave(request: web.Request) -> web.Response:
     """Sign this device out."""
-    await request.app[BOT].store.sign_out(*device)
+    bot, (device, _) = request.app[BOT], await read_form(request)
+    await bot.store.sign_out(device.openid, device.cookie_hash)
     response = led_back(request)
     set_cookie(response, COOKIE, "", 0)
     return response
 
 
-@by_form
 @a_few_at_once
-async def search_page(request: web.Request, reader: Reader, form: Form) -> web.Response:
-    """Show where in all of a subscriber's exchanges the words of a form are.
+async def show_found(
+    request: web.Request, reader: Reader, words: list[str], before: int
+) -> web.Response:
+    """Return a page with where in a subscriber's exchanges all the words are."""
+    bot, home = request.app[BOT], home_of(request)
+    turns, older = await bot.store.search(reader.openid, words, before, FOUND_COUNT)
+    values = {"words": words, "turns": turns, "older": older, "token": reader.token}
+    return await bot.work.run(page_response, bot, "found", home=home, **values)
 
-    Without words lead to the history.
-    """
-    bot, home = request.app[BOT], "../" + request.match_info.get("key", "me")
+
+async def search_page(request: web.Request) -> web.StreamResponse:
+    """Look for the words of a form; without words lead to the history."""
+    reader, form = await read_form(request)
     words = form.get("words", "")[:SEARCH_CHARS].replace("\0", "").split()
     words = list(dict.fromkeys(words))[:SEARCH_WORDS]
     if not words:
-        return redirect(home)
-    before, token = number_in(form, "before", 2**62), form.get("token", "")
-    turns, older = await bot.store.search(reader.openid, words, before, FOUND_COUNT)
-    return await bot.work.run(
-        page_response,
-        bot.config,
-        "found",
-        home=home,
-        token=token,
-        words=words,
-        turns=turns,
-        older=older,
-        blocked=bot.blocked,
-    )
+        return redirect(home_of(request))
+    return await show_found(request, reader, words, number_in(form, "before", 2**62))
 
 
-@by_form
-async def export(request: web.Request, reader: Reader, _: Form) -> web.StreamResponse:
+async def export(request: web.Request) -> web.StreamResponse:
     """Send all of a subscriber's exchanges as a Markdown file, a few at a time."""
-    bot = request.app[BOT]
+    bot, (reader, _) = request.app[BOT], await read_form(request)
     last, session, day = 0, 0, clock(time.time(), "%Y-%m-%d")
     name = urllib.parse.quote(f"{bot.texts.page_history}-{day}.md")
     response = web.StreamResponse()
     response.content_type, response.charset = "text/markdown", "utf-8"
     response.headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{name}"
     host = yarl.URL(bot.config.public_url).host
-    head = render(bot.config, "export.md", turn=None, host=host)
+    head = render(bot, "export.md", turns=[], host=host)
     subscriber = bot.subscriber(reader.openid)
     async with subscriber.pages, bot.exports, asyncio.timeout(PAGE_SECONDS):
         await response.prepare(request)
         await response.write(head.encode())
         while turns := await bot.store.turns_after(reader.openid, last):
-            for turn in turns:
-                values = {"turn": turn, "is_first": turn.session_id != session}
-                text = await bot.work.run(render, bot.config, "export.md", **values)
-                await response.write(text.encode())
-                last, session = turn.id, turn.session_id
+            named = {"turns": turns, "session": session}
+            text = await bot.work.run(render, bot, "export.md", **named)
+            await response.write(text.encode())
+            last, session = turns[-1].id, turns[-1].session_id
     return response
 
 
 async def form_page(request: web.Request) -> web.Response:
     """Lead whoever opens a form's address as a page, or reloads it, to the form."""
-    return redirect("../" + request.match_info.get("key", "me"))
+    return redirect(home_of(request))
 
 
 async def health(request: web.Request) -> web.Response:
@@ -7285,21 +7225,20 @@ def is_our_fault(record: logging.LogRecord) -> bool:
 ROOT_FILE_BYTES = 4096  # far more than the platform's MP_verify_….txt have
 
 
-def open_quickly(path: str, flags: int) -> int:
-    """Open a file, but follow no link out of its folder and wait for no pipe."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
-
-
 async def root_file(request: web.Request) -> web.Response:
     """Send a small text file of the owner's, which proves that the domain is theirs."""
     folder = request.app[BOT].config.server.root_files
     path = pathlib.Path(folder, request.match_info["name"])
-    with contextlib.suppress(OSError), open(path, "rb", opener=open_quickly) as file:
+
+    def follow_no_link(path: str, flags: int) -> int:  # nor wait for a pipe
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+    with contextlib.suppress(OSError), open(path, "rb", opener=follow_no_link) as file:
         is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
         body = file.read(ROOT_FILE_BYTES + 1)
         if folder and is_file and len(body) <= ROOT_FILE_BYTES:
             return web.Response(body=body, content_type="text/plain")
-    raise Refusal(request, 404)
+    raise Refusal(404)
 
 
 PRIVATE = {
