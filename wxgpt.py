@@ -6763,6 +6763,8 @@ async def find_linked(request: web.Request) -> Turn:
     """Return the turn of a link; raise Refusal if there is none."""
     bot = request.app[BOT]
     turn = await bot.store.turn_by_link(request.match_info["key"])
+    if turn and turn.is_open:  # or it was, when its row was read
+        turn = bot.turns.get(turn.id) or await bot.store.turn(turn.id)
     if turn is None:
         raise Refusal(404)
     if time.time() - turn.created_at > bot.config.history.link_hours * 3600:
@@ -6831,11 +6833,10 @@ async def find_reader(request: web.Request) -> Reader | None:
     return Reader(openid)
 
 
-Form = dict[str, str]
 FORM_FIELDS = 9
 
 
-async def read_form(request: web.Request) -> tuple[Reader, Form]:
+async def read_form(request: web.Request) -> tuple[Reader, dict[str, str]]:
     """Return who sends a form, and its fields; raise Refusal unless they may.
 
     A device's cookie alone would not do: a page of somebody else may send it, too.
@@ -6843,7 +6844,7 @@ async def read_form(request: web.Request) -> tuple[Reader, Form]:
     bot, reader = request.app[BOT], await find_reader(request)
     if reader is None:
         raise Refusal(401, bot.texts.page_signed_out)
-    form: Form = {}
+    form: dict[str, str] = {}
     if request.content_type == "application/x-www-form-urlencoded":
         async with asyncio.timeout(BODY_SECONDS):
             text = (await request.read()).decode("utf-8", "replace")
@@ -6867,13 +6868,13 @@ def a_few_at_once(make: Handler) -> Handler:
 
     @functools.wraps(make)
     async def write(
-        request: web.Request, whose: Turn | Reader, *values: object, **named: object
+        request: web.Request, whose: Turn | Reader, *values: object
     ) -> web.StreamResponse:
         bot = request.app[BOT]
         subscriber = bot.subscriber(whose.openid)
         async with subscriber.pages:
             async with bot.pages, asyncio.timeout(PAGE_SECONDS):
-                response = await make(request, whose, *values, **named)
+                response = await make(request, whose, *values)
                 size = response.content_length or 0
                 if size > bot.page_room:
                     await response.prepare(request)
@@ -6904,7 +6905,6 @@ async def asking_of(
 async def show_answer(request: web.Request, turn: Turn) -> web.Response:
     """Return the page of an answer."""
     bot = request.app[BOT]
-    turn = bot.turns.get(turn.id, turn)  # newer than what is stored
     device = await find_device(request)
     is_theirs = device is not None and device.openid == turn.openid
     asking = await asking_of(bot, device) if device and is_theirs else None
@@ -6971,10 +6971,7 @@ async def follow(bot: Bot, turn: Turn, last: str) -> AsyncIterator[bytes]:
 
 async def answer_events(request: web.Request) -> web.StreamResponse:
     """Stream an answer as it is written; end with its final state."""
-    bot, found = request.app[BOT], await find_linked(request)
-    turn = bot.turns.get(found.id) or await bot.store.turn(found.id)  # if it has ended
-    if turn is None:  # deleted meanwhile
-        raise Refusal(404)
+    bot, turn = request.app[BOT], await find_linked(request)
     subscriber = bot.subscriber(turn.openid)
     viewers = sum(one.viewers for one in bot.subscribers.values())
     most = VIEWERS if viewers < ALL_VIEWERS else 2
@@ -7068,10 +7065,9 @@ async def show_history(
     asking = None
     if reader.cookie_hash:
         asking = await asking_of(bot, reader, typed, refusal)
-        if query:  # what has just begun stands on the first page
-            asking = replace(asking, session=0)
     home = request.match_info.get("key") or f"{bot.config.root}/me"
-    values = {"older": older, "is_whole": only < 0, "asking": asking, "home": home}
+    values: dict[str, Any] = {"home": home, "older": older, "asking": asking}
+    values |= {"is_first": not query, "is_whole": only < 0}
 
     def make_page() -> web.Response:
         exchanges = [
@@ -7164,9 +7160,11 @@ async def export(request: web.Request) -> web.StreamResponse:
     bot, (reader, _) = request.app[BOT], await read_form(request)
     last, session, day = 0, 0, clock(time.time(), "%Y-%m-%d")
     name = urllib.parse.quote(f"{bot.texts.page_history}-{day}.md")
-    response = web.StreamResponse()
-    response.content_type, response.charset = "text/markdown", "utf-8"
-    response.headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{name}"
+    headers = {
+        "Content-Type": "text/markdown; charset=utf-8",
+        "Content-Disposition": f"attachment; filename*=UTF-8''{name}",
+    }
+    response = web.StreamResponse(headers=headers)
     host = yarl.URL(bot.config.public_url).host
     head = render(bot, "export.md", turns=[], host=host)
     subscriber = bot.subscriber(reader.openid)
