@@ -6142,18 +6142,17 @@ COLOURED_CHARS = 20_000  # a longer block of code stays plain
 
 
 @functools.cache
-def code_rules() -> dict[str, tuple[re.Pattern[str], frozenset[str]]]:
-    """Return by a language's name what finds its tokens, and its keywords."""
-    rules: dict[str, tuple[re.Pattern[str], frozenset[str]]] = {}
+def code_rules() -> dict[str, re.Pattern[str]]:
+    """Return by a language's name what finds its tokens, and signs to escape."""
+    rules: dict[str, re.Pattern[str]] = {}
     for table in read_toml(PAGES / "code.toml")["languages"]:
-        words = frozenset(table.get("words", "").split())
-        keywords = table.get("pattern", r"(?!)")
+        words, flags = "|".join(table.get("words", "").split()), table.get("flags", "")
+        keywords = table.get("pattern") or rf"(?=[^\W\d])(?{flags}:{words})(?!\w)"
         pattern = re.compile(
             f"(?P<k>{keywords})|(?P<c>{table['comment']})|(?P<s>{table['string']})"
-            r"|(?P<n>(?<![\w.])\d[\w.]*+)|(?P<w>[^\W\d]\w*+)"
-            r"""|[&<>"']"""
+            r"""|(?P<n>(?<![\w.])\d[\w.]*+)|[^\W\d]\w*+|[&<>"']"""
         )
-        rules |= dict.fromkeys(table["names"].split(), (pattern, words))
+        rules |= dict.fromkeys(table["names"].split(), pattern)
     return rules
 
 
@@ -6162,16 +6161,12 @@ def coloured(code: str, info: str) -> str:
     language = re.split(r"[^\w+#]", info.strip().lower())[0]
     if language not in code_rules() or len(code) > COLOURED_CHARS:
         return html.escape(code)
-    pattern, words = code_rules()[language]
-    is_sql = "select" in words
 
     def as_html(found: re.Match[str]) -> str:
-        kind, word = found.lastgroup, found[0]
-        if kind == "w":  # in SQL case does not matter
-            kind = "k" if word in words or is_sql and word.lower() in words else None
-        return element("span", word, kind) if kind else html.escape(word)
+        kind = found.lastgroup
+        return element("span", found[0], kind) if kind else html.escape(found[0])
 
-    return pattern.sub(as_html, code)
+    return code_rules()[language].sub(as_html, code)
 
 
 def clock(seconds: float, form: str = "%Y-%m-%d %H:%M") -> str:
@@ -6450,7 +6445,7 @@ def page_response(
 ) -> web.Response:
     """Return a page made from a template, with the headers that keep it private."""
     nonce = secrets.token_urlsafe(12)
-    text = render(bot, f"{name}.html", nonce=nonce, **values)
+    text = render(bot, f"{name}.html", nonce=nonce, status=status, **values)
     response = web.Response(text=text, status=status, content_type="text/html")
     forms = "'none'"
     if "<form" in text:  # whose Origin would be null without a referrer
@@ -6743,15 +6738,13 @@ async def refuse_kindly(request: web.Request, handler: Handler) -> web.StreamRes
         words = words or usual[status]
     if wants_json(request):
         return web.json_response({"error": words}, status=status)
-    glyph = "…" if status == 410 else "?"
-    return page_response(bot, "error", status, words=words, glyph=glyph)
+    return page_response(bot, "error", status, words=words)
 
 
 async def front_page(request: web.Request) -> web.Response:
     """Say that the account works here and how to begin; nothing about anybody."""
     bot = request.app[BOT]
-    words, glyph = bot.config.texts.page_front, bot.config.texts.page_hello
-    return page_response(bot, "error", words=words, glyph=glyph)
+    return page_response(bot, "error", words=bot.config.texts.page_front)
 
 
 async def missing_page(request: web.Request) -> web.Response:
