@@ -6756,8 +6756,6 @@ async def find_linked(request: web.Request) -> Turn:
     """Return the turn of a link; raise Refusal if there is none."""
     bot = request.app[BOT]
     turn = await bot.store.turn_by_link(request.match_info["key"])
-    if turn and turn.is_open:  # or it was, when its row was read
-        turn = bot.turns.get(turn.id) or await bot.store.turn(turn.id)
     if turn is None:
         raise Refusal(404)
     if time.time() - turn.created_at > bot.config.history.link_hours * 3600:
@@ -6898,6 +6896,7 @@ async def asking_of(
 async def show_answer(request: web.Request, turn: Turn) -> web.Response:
     """Return the page of an answer."""
     bot = request.app[BOT]
+    turn = bot.turns.get(turn.id, turn)  # newer than what is stored
     device = await find_device(request)
     is_theirs = device is not None and device.openid == turn.openid
     asking = await asking_of(bot, device) if device and is_theirs else None
@@ -6964,7 +6963,10 @@ async def follow(bot: Bot, turn: Turn, last: str) -> AsyncIterator[bytes]:
 
 async def answer_events(request: web.Request) -> web.StreamResponse:
     """Stream an answer as it is written; end with its final state."""
-    bot, turn = request.app[BOT], await find_linked(request)
+    bot, found = request.app[BOT], await find_linked(request)
+    turn = bot.turns.get(found.id) or await bot.store.turn(found.id)  # if it has ended
+    if turn is None:  # deleted meanwhile
+        raise Refusal(404)
     subscriber = bot.subscriber(turn.openid)
     viewers = sum(one.viewers for one in bot.subscribers.values())
     most = VIEWERS if viewers < ALL_VIEWERS else 2
