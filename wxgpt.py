@@ -6278,7 +6278,6 @@ def load_pages() -> jinja2.Environment:
 
 
 MAX_FORMULAS = 500  # typeset on a page; each takes a fifth of a millisecond
-DATA_PICTURE_CHARS = 4 * 1024 * 1024 * 4 // 3
 BOX = re.compile(r'<menclose notation="box">((?:(?!<menclose).)*?)</menclose>')
 RENDER_OPTIONS = MarkdownIt("zero", {"breaks": True}).options
 
@@ -6303,7 +6302,7 @@ class AnswerRenderer(RendererHTML):
         # As a link, unless the answer holds it: loading one tells a stranger who reads.
         token = tokens[index]
         source, label = str(token.attrGet("src")), Markup(html.escape(token.content))
-        if len(source) <= DATA_PICTURE_CHARS and DATA_PICTURE.fullmatch(source):
+        if DATA_PICTURE.fullmatch(source):
             return f'<img src="{source}" alt="{label}">'
         return str(self.made.picture_link(source, label))
 
@@ -6568,6 +6567,9 @@ async def live_page(bot: Bot, turn: Turn) -> LivePage:
 
 # ---------------------------------------------------------------------------
 # 12. HTTP handlers
+#
+# Each takes a request and returns the response. Who asks, and whether they may, comes
+# first: find_linked, find_reader and read_form raise Refusal if they may not.
 # ---------------------------------------------------------------------------
 
 BOT = web.AppKey("bot", Bot)
@@ -7046,7 +7048,11 @@ async def show_history(
         turns.pop()
         older = turns[-1].id
     turns = [bot.turns.get(turn.id, turn) for turn in turns]
-    live = {t.id: (await live_page(bot, t)).blocks for t in turns if t.is_open}
+    made = {  # of the exchanges that are not folded
+        turn.id: Shown(turn, (await live_page(bot, turn)).blocks, is_live=True)
+        for turn in turns
+        if turn.is_open
+    }
     # The newest session is shown as the conversation it is; others fold what is long.
     chars_so_far = itertools.accumulate(len(turn.answer) for turn in turns)
     unfolded = [
@@ -7056,7 +7062,8 @@ async def show_history(
         or (turn.session_id == turns[0].session_id and chars < OPEN_CHARS)
         or only >= 0
     ]
-    await note_read(bot, unfolded)
+    ended = [turn for turn in unfolded if turn.id not in made]
+    await note_read(bot, ended)
     asking = None
     if reader.cookie_hash:
         asking = await asking_of(bot, reader, typed, refusal)
@@ -7065,12 +7072,8 @@ async def show_history(
     values |= {"is_first": not query, "is_whole": only < 0}
 
     def make_page() -> web.Response:
-        exchanges = [
-            typeset(bot, turn, above=3)
-            if turn in unfolded and turn.id not in live
-            else Shown(turn, live.get(turn.id, []), is_live=turn.id in live)
-            for turn in turns
-        ]
+        made.update((turn.id, typeset(bot, turn, above=3)) for turn in ended)
+        exchanges = [made.get(turn.id) or Shown(turn, []) for turn in turns]
         status = 409 if refusal else 200
         return page_response(bot, "history", status, exchanges=exchanges, **values)
 
