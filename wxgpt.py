@@ -6419,13 +6419,6 @@ class BlockRenderer:
         return blocks
 
 
-def render_blocks(
-    texts: Texts, markdown: str, above: int = 0, blocked: BlockedWords | None = None
-) -> list[str]:
-    """Return the blocks of a whole answer as HTML; see BlockRenderer."""
-    return BlockRenderer(texts, above, blocked).render(markdown, has_ended=True)
-
-
 def render(bot: Bot, template: str, **values: object) -> str:
     """Return what a template makes of these values."""
     page, config = load_pages().get_template(template), bot.config
@@ -6478,9 +6471,10 @@ class Shown:
 
 
 def typeset(bot: Bot, turn: Turn, above: int = 0) -> Shown:
-    """Return an exchange whose answer has ended, for a page; see BlockRenderer."""
-    texts, label = bot.config.texts, bot.config.replies.label
-    blocks = render_blocks(texts, turn.answer, above, bot.blocked)
+    """Return an exchange whose answer has ended, for a page."""
+    label = bot.config.replies.label
+    renderer = BlockRenderer(bot.config.texts, above, bot.blocked)
+    blocks = renderer.render(turn.answer, has_ended=True)
     end = piece_end(turn.answer, 0, RENDER_CHARS)
     answer = chat_text(turn.answer[:end]) + turn.answer[end:]
     return Shown(turn, blocks, f"{turn.question}\n\n{answer}\n{label}".strip())
