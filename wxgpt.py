@@ -7049,14 +7049,16 @@ async def show_history(
     }
     # The newest session is shown as the conversation it is; others fold what is long.
     chars_so_far = itertools.accumulate(len(turn.answer) for turn in turns)
-    unfolded = [
+    ended = [
         turn
         for turn, chars in zip(turns, chars_so_far, strict=True)
-        if len(turn.answer) <= FOLD_CHARS
-        or (turn.session_id == turns[0].session_id and chars < OPEN_CHARS)
-        or only >= 0
+        if turn.id not in made
+        and (
+            (turn.session_id == turns[0].session_id and chars < OPEN_CHARS)
+            or len(turn.answer) <= FOLD_CHARS
+            or only >= 0
+        )
     ]
-    ended = [turn for turn in unfolded if turn.id not in made]
     await note_read(bot, ended)
     asking = None
     if reader.cookie_hash:
