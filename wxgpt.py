@@ -6106,14 +6106,10 @@ TEMPLATES = """page.html parts.html blocks.html answer.html history.html found.h
 # What a page has of style and script; it takes no more of them than it needs.
 PIECES = """page.css notice.css history.css ask.css
     page.js live.js ask.js fold.js found.js sign_in.js""".split()
-POLICY = (
-    "default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action {forms}; "
-    "frame-ancestors 'none'"
-)
 RENDER_CHARS = 32_768  # the rest of a longer answer stays plain: rendering takes time
 PLAIN_CHARS = 8192  # of that rest in one block
 FOLD_CHARS = 300  # longer answers are folded in the history, and typeset when opened
+OPEN_CHARS = 20_000  # of the newest session's answers that are not folded
 HISTORY_COUNT = 50
 FOUND_COUNT = 20  # on a page of what a search found
 EVENT_CHARS = 32_768  # in one event of a stream, unless a single block has more
@@ -6126,21 +6122,24 @@ def element(tag: str, words: str, kind: str = "") -> str:
     return f"<{tag}{attribute}>{html.escape(words)}</{tag}>"
 
 
-LONG_LINE = 30  # characters of code that a phone shows without scrolling
 SHORT_CELL = 8  # characters of a table's cell that are not broken into lines
 
 
-def fix_headings(tokens: list[Token], above: int, level: int) -> int:
+def fix_tokens(tokens: list[Token], above: int, level: int) -> int:
     """Leave no heading level out and no header cell empty, for screen readers.
 
     `level` is that of the heading before these tokens; return that of their last one.
     """
-    for index, token in enumerate(tokens):
+    for token, content, end in zip(tokens, tokens[1:], tokens[2:], strict=False):
         if token.type == "heading_open":
             level = min(above + int(token.tag[1]), level + 1, 6)
-            token.tag = tokens[index + 2].tag = f"h{level}"  # the one that closes it
-        if token.type == "th_open" and not tokens[index + 1].content:
-            token.tag = tokens[index + 2].tag = "td"
+            token.tag = end.tag = f"h{level}"
+        if token.type in ("th_open", "td_open"):
+            if not content.content:
+                token.tag = end.tag = "td"
+            is_long = len(content.content) > SHORT_CELL
+            if kind := f"{token.info} long" if is_long else token.info:
+                token.attrSet("class", kind.strip())
     return level
 
 
@@ -6148,17 +6147,17 @@ COLOURED_CHARS = 20_000  # a longer block of code stays plain
 
 
 @functools.cache
-def code_rules() -> dict[str, tuple[re.Pattern[str], frozenset[str]]]:
-    """Return by a language's name what finds its tokens, and its keywords."""
-    rules: dict[str, tuple[re.Pattern[str], frozenset[str]]] = {}
+def code_rules() -> dict[str, re.Pattern[str]]:
+    """Return by a language's name what finds its tokens, and signs to escape."""
+    rules: dict[str, re.Pattern[str]] = {}
     for table in read_toml(PAGES / "code.toml")["languages"]:
-        words = frozenset(table.get("words", "").split())
-        keywords = table.get("pattern", r"(?!)")
+        words, flags = "|".join(table.get("words", "").split()), table.get("flags", "")
+        keywords = table.get("pattern") or rf"(?=[^\W\d])(?{flags}:{words})(?!\w)"
         pattern = re.compile(
             f"(?P<k>{keywords})|(?P<c>{table['comment']})|(?P<s>{table['string']})"
-            r"|(?P<n>(?<![\w.])\d[\w.]*+)|(?P<w>[^\W\d]\w*+)"
+            r"""|(?P<n>(?<![\w.])\d[\w.]*+)|[^\W\d]\w*+|[&<>"']"""
         )
-        rules |= dict.fromkeys(table["names"].split(), (pattern, words))
+        rules |= dict.fromkeys(table["names"].split(), pattern)
     return rules
 
 
@@ -6167,17 +6166,12 @@ def coloured(code: str, info: str) -> str:
     language = re.split(r"[^\w+#]", info.strip().lower())[0]
     if language not in code_rules() or len(code) > COLOURED_CHARS:
         return html.escape(code)
-    pattern, words = code_rules()[language]
-    out, end, is_sql = [], 0, "select" in words
-    for found in pattern.finditer(code):
-        kind, word = str(found.lastgroup), found[0]
-        if kind == "w":
-            if word not in words and not (is_sql and word.lower() in words):
-                continue
-            kind = "k"
-        out += [html.escape(code[end : found.start()]), element("span", word, kind)]
-        end = found.end()
-    return "".join(out) + html.escape(code[end:])
+
+    def as_html(found: re.Match[str]) -> str:
+        kind = found.lastgroup
+        return element("span", found[0], kind) if kind else html.escape(found[0])
+
+    return code_rules()[language].sub(as_html, code)
 
 
 def clock(seconds: float, form: str = "%Y-%m-%d %H:%M") -> str:
@@ -6264,8 +6258,8 @@ def load_pages() -> jinja2.Environment:
         lstrip_blocks=True,
         auto_reload=False,
     )
-    pages.filters |= {"clock": clock, "day": day_and_time, "excerpt": excerpt}
-    pages.filters |= {"preview": preview, "closed": closed, "snippet": snippet}
+    for one in (clock, day_and_time, excerpt, preview, closed, snippet, coloured):
+        pages.filters[one.__name__] = one
     pages.globals |= {"ending_words": ending_words, "now": time.time}
     pages.globals |= {"random_hex": secrets.token_hex}
     try:
@@ -6289,30 +6283,31 @@ def load_pages() -> jinja2.Environment:
 
 
 MAX_FORMULAS = 500  # typeset on a page; each takes a fifth of a millisecond
-DATA_PICTURE_CHARS = 4 * 1024 * 1024 * 4 // 3
 BOX = re.compile(r'<menclose notation="box">((?:(?!<menclose).)*?)</menclose>')
 RENDER_OPTIONS = MarkdownIt("zero", {"breaks": True}).options
 
 
+def by_macro(macro: Callable, tokens: Sequence[Token], index: int, *_: object) -> str:
+    """Render a token by a macro of blocks.html, which gets the next one, too."""
+    return str(macro(*tokens[index : index + 2]))
+
+
 class AnswerRenderer(RendererHTML):
-    """Renders an answer; a method for each token the library renders otherwise."""
+    """Renders an answer; by methods and macros what the library renders otherwise."""
 
     def __init__(self, texts: Texts) -> None:
         super().__init__()
         blocks = load_pages().get_template("blocks.html")
         self.made: Any = blocks.make_module({"texts": texts})  # its macros
+        for name in ("link_open", "fence", "table_open", "table_close"):
+            self.rules[name] = types.MethodType(by_macro, getattr(self.made, name))
         self.formulas = 0  # so far
-
-    def link_open(self, tokens: Sequence[Token], index: int, *_: object) -> str:
-        address = tokens[index].attrGet("href") or ""
-        is_empty = tokens[index + 1].type == "link_close"
-        return str(self.made.link_open(address, address if is_empty else ""))
 
     def image(self, tokens: Sequence[Token], index: int, *_: object) -> str:
         # As a link, unless the answer holds it: loading one tells a stranger who reads.
         token = tokens[index]
         source, label = str(token.attrGet("src")), Markup(html.escape(token.content))
-        if len(source) <= DATA_PICTURE_CHARS and DATA_PICTURE.fullmatch(source):
+        if DATA_PICTURE.fullmatch(source):
             return f'<img src="{source}" alt="{label}">'
         return str(self.made.picture_link(source, label))
 
@@ -6329,26 +6324,6 @@ class AnswerRenderer(RendererHTML):
         return element("code", written)
 
     math_block = math_inline
-
-    def fence(self, tokens: Sequence[Token], index: int, *_: object) -> str:
-        content, info = tokens[index].content, tokens[index].info
-        is_wide = max(map(len, content.split("\n"))) > LONG_LINE
-        return str(self.made.code(info.strip()[:20], coloured(content, info), is_wide))
-
-    def table_open(self, *_: object) -> str:
-        return str(self.made.table_open())
-
-    def table_close(self, *_: object) -> str:
-        return str(self.made.table_close())
-
-    def td_open(self, tokens: Sequence[Token], index: int, *_: object) -> str:
-        kinds = [tokens[index].info] if tokens[index].info else []
-        if len(tokens[index + 1].content) > SHORT_CELL:
-            kinds.append("long")
-        kind = f' class="{" ".join(kinds)}"' if kinds else ""
-        return f"<{tokens[index].tag}{kind}>"
-
-    th_open = td_open
 
 
 def piece_end(text: str, begin: int, most: int) -> int:
@@ -6391,35 +6366,43 @@ class BlockRenderer:
         self.tokens: list[Token] = []  # of the block that is not done
         self.begin = 0  # of what has not been read: the last line, or plain text
         self.is_plain = False
+        self.seconds = 0.0  # of processor time for the last rendering
 
     def render(self, markdown: str, has_ended: bool) -> list[str]:
-        """Read what was added; return all blocks, as they are if the answer ends."""
+        """Read what was added; return all blocks, as they are if the answer ends.
+
+        Before that nobody has looked for blocked words in those that are not done: the
+        chat does not show yet what an open mark may change.
+        """
+        began = time.thread_time()
         if not self.is_plain:
             self.is_plain = len(markdown) > RENDER_CHARS
             end = len(markdown) if has_ended else markdown.rfind("\n") + 1
             if self.is_plain:
                 end = piece_end(markdown, 0, RENDER_CHARS)
-            self.read(markdown[self.begin : end], has_ended or self.is_plain)
+            # Read complete lines, and render the blocks that they complete.
+            tokens = self.reader.tokens
+            self.reader.feed(markdown[self.begin : end])
+            if has_ended or self.is_plain:
+                self.reader.finish()
+            self.level = fix_tokens(tokens, self.above, self.level)
+            *done, self.tokens = split_blocks(self.tokens + tokens)
+            self.done += map(self.render_block, done)
+            tokens.clear()
             self.begin = end
-            if not (has_ended or self.is_plain):
-                return self.done + self.open_blocks(markdown[end:])
-        while len(markdown) - self.begin > PLAIN_CHARS:
-            end = piece_end(markdown, self.begin, PLAIN_CHARS)
-            self.done.append(element("p", markdown[self.begin : end], "plain"))
-            self.begin = end
-        rest = markdown[self.begin :]
-        return self.done + ([element("p", rest, "plain")] if rest else [])
-
-    def read(self, text: str, is_end: bool) -> None:
-        """Read complete lines, and render the blocks that they complete."""
-        tokens = self.reader.tokens
-        self.reader.feed(text)
-        if is_end:
-            self.reader.finish()
-        self.level = fix_headings(tokens, self.above, self.level)
-        *done, self.tokens = split_blocks(self.tokens + tokens)
-        self.done += map(self.render_block, done)
-        tokens.clear()
+        if self.is_plain or has_ended:
+            while len(markdown) - self.begin > PLAIN_CHARS:
+                end = piece_end(markdown, self.begin, PLAIN_CHARS)
+                self.done.append(element("p", markdown[self.begin : end], "plain"))
+                self.begin = end
+            rest = markdown[self.begin :]
+            blocks = [element("p", rest, "plain")] if rest else []
+        else:
+            blocks = self.open_blocks(markdown[self.begin :])
+        if not has_ended and self.blocked.are_in_html("".join(blocks)):
+            blocks = []
+        self.seconds = time.thread_time() - began
+        return self.done + blocks
 
     def render_block(self, tokens: list[Token]) -> str:
         rendered = self.renderer.render(tokens, RENDER_OPTIONS, {})
@@ -6434,32 +6417,32 @@ class BlockRenderer:
         if not MARKS.fullmatch(line):  # which become something else with the next sign
             reader.feed(line)
         reader.finish()
-        fix_headings(reader.tokens, self.above, self.level)
+        fix_tokens(reader.tokens, self.above, self.level)
         *tokens, _ = split_blocks(self.tokens + reader.tokens)
         blocks = list(map(self.render_block, tokens))
         self.renderer.formulas = formulas
         return blocks
 
 
-def render_blocks(
-    texts: Texts, markdown: str, above: int = 0, blocked: BlockedWords | None = None
-) -> list[str]:
-    """Return the blocks of a whole answer as HTML; see BlockRenderer."""
-    return BlockRenderer(texts, above, blocked).render(markdown, has_ended=True)
-
-
-def render(config: Config, template: str, **values: object) -> str:
+def render(bot: Bot, template: str, **values: object) -> str:
     """Return what a template makes of these values."""
-    page = load_pages().get_template(template)
-    return page.render(config=config, texts=config.texts, **values)
+    page, config = load_pages().get_template(template), bot.config
+    return page.render(config=config, texts=config.texts, blocked=bot.blocked, **values)
+
+
+POLICY = (
+    "default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action {forms}; "
+    "frame-ancestors 'none'"
+)
 
 
 def page_response(
-    config: Config, name: str, status: int = 200, **values: object
+    bot: Bot, name: str, status: int = 200, **values: object
 ) -> web.Response:
     """Return a page made from a template, with the headers that keep it private."""
     nonce = secrets.token_urlsafe(12)
-    text = render(config, f"{name}.html", nonce=nonce, **values)
+    text = render(bot, f"{name}.html", nonce=nonce, status=status, **values)
     response = web.Response(text=text, status=status, content_type="text/html")
     forms = "'none'"
     if "<form" in text:  # whose Origin would be null without a referrer
@@ -6474,13 +6457,12 @@ class Asking:
     """What a page needs to ask for its reader, who is signed in."""
 
     token: str  # proves that a form is ours, and of this device
-    form: str  # a random id: a second sending of the same words joins the first
-    assistant: str  # of the newest session
     session: int  # that runs, 0: none
+    assistant: str  # of the newest session
     opened_at: float
     is_told: bool  # what happens to what they write
-    typed: str = ""  # what could not be asked
-    refusal: str = ""
+    typed: str  # what could not be asked
+    refusal: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -6489,46 +6471,18 @@ class Shown:
 
     turn: Turn
     blocks: list[str]  # of the typeset answer; none if it is folded
-    text: str  # what 复制全文 copies: both as the chat would show them, with the label
-    address: str  # of its own page; '': that cannot be opened any more
-    is_live: bool  # it was being written when this was made
+    text: str = ""  # what 复制全文 copies: as the chat would show both, with the label
+    is_live: bool = False  # it was being written when this was made
 
 
-def exchange_of(
-    config: Config,
-    blocked: BlockedWords,
-    turn: Turn,
-    live: list[str] | None = None,
-    above: int = 0,
-    is_folded: bool = False,
-) -> Shown:
-    """Return an exchange for a page; `live`: the blocks of an answer being written."""
-    blocks, text = live or [], ""
-    if live is None and not is_folded:
-        blocks = render_blocks(config.texts, turn.answer, above, blocked)
-        end = piece_end(turn.answer, 0, RENDER_CHARS)
-        answer = chat_text(turn.answer[:end]) + turn.answer[end:]
-        text = f"{turn.question}\n\n{answer}\n{config.replies.label}".strip()
-    is_linked = time.time() - turn.created_at < config.history.link_hours * 3600
-    address = f"{config.root}/a/{turn.link_key}" if is_linked else ""
-    return Shown(turn, blocks, text, address, live is not None)
-
-
-OPEN_CHARS = 20_000  # of the newest session's answers that are not folded
-
-
-def open_turns(turns: list[Turn]) -> list[Turn]:
-    """Return the turns whose answers a history shows; the others are folded.
-
-    The newest session is shown as the conversation it is.
-    """
-    chars, shown = 0, []
-    for turn in turns:
-        chars += len(turn.answer)
-        is_newest = turn.session_id == turns[0].session_id and chars < OPEN_CHARS
-        if is_newest or len(turn.answer) <= FOLD_CHARS:
-            shown.append(turn)
-    return shown
+def typeset(bot: Bot, turn: Turn, above: int = 0) -> Shown:
+    """Return an exchange whose answer has ended, for a page."""
+    label = bot.config.replies.label
+    renderer = BlockRenderer(bot.config.texts, above, bot.blocked)
+    blocks = renderer.render(turn.answer, has_ended=True)
+    end = piece_end(turn.answer, 0, RENDER_CHARS)
+    answer = chat_text(turn.answer[:end]) + turn.answer[end:]
+    return Shown(turn, blocks, f"{turn.question}\n\n{answer}\n{label}".strip())
 
 
 def sse_event(data: dict, event: str = "", number: str = "") -> bytes:
@@ -6546,20 +6500,18 @@ FORMULA_SIGN = re.compile(r"[$\\]")  # a formula takes long, the first one most 
 
 async def finished(bot: Bot, turn: Turn) -> Shown:
     """Return an exchange whose answer has ended, made once for all who want it."""
-    values = bot.config, bot.blocked, turn
-    return await bot.work.once(("page", turn.id), exchange_of, *values)
+    return await bot.work.once(("page", turn.id), typeset, bot, turn)
 
 
 class LivePage:
     """One writing of an answer as all who follow it see it; typeset once for them."""
 
     def __init__(self, bot: Bot, writing: str) -> None:
-        self.writing, self.blocked = writing, bot.blocked
+        self.writing = writing
         self.renderer = BlockRenderer(bot.texts, blocked=bot.blocked)
         self.blocks: list[str] = []  # replaced, never changed
         self.done = 0  # of the blocks; these stay as they are
         self.shows = 0, False  # characters of the answer, and whether it has ended
-        self.seconds = 0.0  # of processor time for the last typesetting
         self.next_at = 0.0  # when the next may be (loop's clock)
         self.task: asyncio.Task | None = None  # typesets; no viewer cancels it
 
@@ -6572,30 +6524,16 @@ class LivePage:
             return  # it is written anew, and this is nobody's
         text, has_ended = turn.answer, not turn.is_open
         added = text[self.shows[0] :]
-        is_quick = self.seconds < QUICK_SECONDS and len(added) < QUICK_CHARS
+        is_quick = self.renderer.seconds < QUICK_SECONDS and len(added) < QUICK_CHARS
         if has_ended and not self.shows[0]:
             blocks = (await finished(bot, turn)).blocks
         elif is_quick and not FORMULA_SIGN.search(added):
-            blocks = self.render(text, has_ended)
+            blocks = self.renderer.render(text, has_ended)
         else:
-            blocks = await bot.work.run(self.render, text, has_ended)
+            blocks = await bot.work.run(self.renderer.render, text, has_ended)
         self.blocks, self.done = blocks, len(self.renderer.done)
         self.shows = len(text), has_ended
-        self.next_at = loop.time() + max(LIVE_SECONDS, 4 * self.seconds)
-
-    def render(self, text: str, has_ended: bool) -> list[str]:
-        """Return the blocks of the answer so far.
-
-        The chat does not show yet what an open mark may change, so nobody has looked
-        for blocked words in there.
-        """
-        began = time.thread_time()
-        blocks = self.renderer.render(text, has_ended)
-        done = len(self.renderer.done)
-        if not has_ended and self.blocked.are_in_html("".join(blocks[done:])):
-            del blocks[done:]
-        self.seconds = time.thread_time() - began
-        return blocks
+        self.next_at = loop.time() + max(LIVE_SECONDS, 4 * self.renderer.seconds)
 
     def events(self, begin: int) -> Iterator[bytes]:
         """Yield the events that bring the blocks from one on, so many as fit at once.
@@ -6628,6 +6566,9 @@ async def live_page(bot: Bot, turn: Turn) -> LivePage:
 
 # ---------------------------------------------------------------------------
 # 12. HTTP handlers
+#
+# Each takes a request and returns the response. Who asks, and whether they may, comes
+# first: find_linked, find_reader and read_form raise Refusal if they may not.
 # ---------------------------------------------------------------------------
 
 BOT = web.AppKey("bot", Bot)
@@ -6660,50 +6601,11 @@ async def verify_url(request: web.Request) -> web.Response:
     return web.Response(text=request.query.get("echostr", ""))
 
 
-def outcome_of(reply: Reply) -> str:
-    """Return how the log names what a reply brought."""
-    if not reply.content:
-        return "nothing to say"
-    if reply.is_patience:
-        return "asked for patience"
-    if reply.part and reply.part.number:
-        return f"part {reply.part.number} sent"
-    return "answered early" if reply.is_early else "replied"
-
-
 def drop_connection(request: web.Request) -> web.Response:
     """Close the connection without an answer: a reply would end WeChat's retries."""
     if request.transport:
         request.transport.abort()
     return web.Response()
-
-
-async def answer_request(
-    request: web.Request, delivery: Delivery, number: int, arrived: float
-) -> web.StreamResponse:
-    """Wait for the reply and write it, or drop the connection; log the outcome."""
-    bot, message, loop = request.app[BOT], delivery.message, asyncio.get_running_loop()
-    name = f"{message.name} attempt={number}"
-    try:
-        reply = await bot.reply_to(delivery, number, arrived)
-        if reply is None:
-            log.info("%s held to the end, cut", name)
-            return drop_connection(request)
-        body = render_text_reply(message, reply.content, reply.created)
-        if bot.cipher and reply.content:  # `success` is never encrypted
-            body = bot.cipher.seal(body, reply.created)
-        response = web.Response(body=body, content_type="text/xml", charset="utf-8")
-        await response.prepare(request)
-        await response.write_eof()
-    except (asyncio.CancelledError, ConnectionResetError) as gone:
-        log.info("%s WeChat hung up after %.1f s", name, loop.time() - arrived)
-        bot.note_delivery(delivery, number, is_taken=False)
-        if isinstance(gone, asyncio.CancelledError):
-            raise
-        return web.Response()
-    bot.note_delivery(delivery, number, is_taken=True)
-    log.info("%s %s after %.1f s", name, outcome_of(reply), loop.time() - arrived)
-    return response
 
 
 BODY_SECONDS = 10.0  # how long a push's body may take to arrive
@@ -6745,15 +6647,45 @@ async def read_push(request: web.Request) -> Message | web.Response:
 
 async def receive_message(request: web.Request) -> web.StreamResponse:
     """Answer a push with a passive reply, or with `success` whatever breaks."""
-    bot, arrived = request.app[BOT], asyncio.get_running_loop().time()
+    bot, loop = request.app[BOT], asyncio.get_running_loop()
+    arrived, delivery, number = loop.time(), None, 0
     try:
         message = await read_push(request)
         if isinstance(message, web.Response):
             return message
+        # Wait for the reply.
         delivery, number = bot.deliver(message, arrived)
-        return await answer_request(request, delivery, number, arrived)
+        name = f"{message.name} attempt={number}"
+        reply = await bot.reply_to(delivery, number, arrived)
+        if reply is None:
+            log.info("%s held to the end, cut", name)
+            return drop_connection(request)
+        # Write it.
+        body = render_text_reply(message, reply.content, reply.created)
+        if bot.cipher and reply.content:  # `success` is never encrypted
+            body = bot.cipher.seal(body, reply.created)
+        response = web.Response(body=body, content_type="text/xml", charset="utf-8")
+        await response.prepare(request)
+        await response.write_eof()
+        # Note what it brought.
+        bot.note_delivery(delivery, number, is_taken=True)
+        outcome = "answered early" if reply.is_early else "replied"
+        if not reply.content:
+            outcome = "nothing to say"
+        elif reply.is_patience:
+            outcome = "asked for patience"
+        elif reply.part and reply.part.number:
+            outcome = f"part {reply.part.number} sent"
+        log.info("%s %s after %.1f s", name, outcome, loop.time() - arrived)
+        return response
     except web.HTTPException:
         raise  # 413: no push of WeChat's is so long
+    except (asyncio.CancelledError, ConnectionResetError):
+        if delivery:
+            seconds = loop.time() - arrived
+            log.info("%s WeChat hung up after %.1f s", name, seconds)
+            bot.note_delivery(delivery, number, is_taken=False)
+        raise
     except Exception:
         log.exception("a push broke off at the door")
         return web.Response(body=b"success")
@@ -6764,23 +6696,24 @@ def redirect(location: str) -> web.Response:
     return web.Response(status=303, headers={"Location": location})
 
 
+def home_of(request: web.Request) -> str:
+    """Return the history of which a form is sent, or opened as a page."""
+    return "../" + request.match_info.get("key", "me")
+
+
 def wants_json(request: web.Request) -> bool:
     """Say whether the page's script asks; without it the browser does."""
     return request.headers.get("Accept", "").startswith("application/json")
 
 
-class Refusal(web.HTTPException):
-    """Why nothing is shown or done, in words for a page or for the page's script."""
+class Refusal(Exception):
+    """Why nothing is shown or done: a status, and words where they are not the usual.
 
-    def __init__(self, request: web.Request, status: int, words: str = "") -> None:
-        self.status_code, config = status, request.app[BOT].config
-        usual = {404: config.texts.page_missing, 410: config.texts.page_expired}
-        words, glyph = words or usual[status], "…" if status == 410 else "?"
-        if wants_json(request):
-            response = web.json_response({"error": words})
-        else:
-            response = page_response(config, "error", words=words, glyph=glyph)
-        super().__init__(headers=response.headers, text=response.text)
+    `refuse_kindly` makes a page of it, or says it to the page's script.
+    """
+
+    def __init__(self, status: int, words: str = "") -> None:
+        super().__init__(status, words)
 
 
 Handler = Callable[..., Awaitable[web.StreamResponse]]
@@ -6788,7 +6721,8 @@ Handler = Callable[..., Awaitable[web.StreamResponse]]
 
 @web.middleware
 async def refuse_kindly(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer what keeps a page from being made; a push is answered all the same."""
+    """Say what keeps a page from being made; a push is answered all the same."""
+    bot = request.app[BOT]
     try:
         return await handler(request)
     # Nobody reads it any more, or sends the rest of a form.
@@ -6798,19 +6732,25 @@ async def refuse_kindly(request: web.Request, handler: Handler) -> web.StreamRes
         if request.writer.output_size:  # in the midst of a file
             raise
         log.error("%s not done: %s", request.path, error)
-        raise Refusal(request, 503, request.app[BOT].texts.page_failed) from None
+        status, words = 503, bot.texts.page_failed
+    except Refusal as refusal:
+        status, words = refusal.args
+        usual = {404: bot.config.texts.page_missing, 410: bot.config.texts.page_expired}
+        words = words or usual[status]
+    if wants_json(request):
+        return web.json_response({"error": words}, status=status)
+    return page_response(bot, "error", status, words=words)
 
 
 async def front_page(request: web.Request) -> web.Response:
     """Say that the account works here and how to begin; nothing about anybody."""
-    config = request.app[BOT].config
-    words, glyph = config.texts.page_front, config.texts.page_hello
-    return page_response(config, "error", words=words, glyph=glyph)
+    bot = request.app[BOT]
+    return page_response(bot, "error", words=bot.config.texts.page_front)
 
 
 async def missing_page(request: web.Request) -> web.Response:
     """Answer what leads nowhere."""
-    raise Refusal(request, 404)
+    raise Refusal(404)
 
 
 async def find_linked(request: web.Request) -> Turn:
@@ -6818,9 +6758,9 @@ async def find_linked(request: web.Request) -> Turn:
     bot = request.app[BOT]
     turn = await bot.store.turn_by_link(request.match_info["key"])
     if turn is None:
-        raise Refusal(request, 404)
+        raise Refusal(404)
     if time.time() - turn.created_at > bot.config.history.link_hours * 3600:
-        raise Refusal(request, 410)
+        raise Refusal(410)
     return turn
 
 
@@ -6852,6 +6792,7 @@ class Reader(NamedTuple):
 
     openid: str
     cookie_hash: str = ""  # of the device that is signed in; '': by a link
+    token: str = ""  # proves that a form is ours, and of this device
 
 
 async def find_device(request: web.Request) -> Reader | None:
@@ -6863,7 +6804,8 @@ async def find_device(request: web.Request) -> Reader | None:
     openid = await bot.store.device_owner(cookie_hash)
     if openid is None or openid in bot.config.limits.deny:
         return None
-    return Reader(openid, cookie_hash)
+    token = bot.store.keyed_hash(f"form {cookie_hash}")
+    return Reader(openid, cookie_hash, token)
 
 
 async def find_reader(request: web.Request) -> Reader | None:
@@ -6876,53 +6818,37 @@ async def find_reader(request: web.Request) -> Reader | None:
         return await find_device(request)
     owner = await request.app[BOT].store.history_owner(key)
     if owner is None:
-        raise Refusal(request, 404)
+        raise Refusal(404)
     openid, expires_at = owner
     if time.time() > expires_at:
-        raise Refusal(request, 410)
+        raise Refusal(410)
     return Reader(openid)
 
 
-def form_token(bot: Bot, reader: Reader) -> str:
-    """Return what proves that a form is ours, and of this device."""
-    return bot.store.keyed_hash(f"form {reader.cookie_hash}")
-
-
-Form = dict[str, str]
 FORM_FIELDS = 9
 
 
-async def read_form(request: web.Request) -> tuple[Reader, Form]:
+async def read_form(request: web.Request) -> tuple[Reader, dict[str, str]]:
     """Return who sends a form, and its fields; raise Refusal unless they may.
 
     A device's cookie alone would not do: a page of somebody else may send it, too.
     """
     bot, reader = request.app[BOT], await find_reader(request)
     if reader is None:
-        raise Refusal(request, 401, bot.texts.page_signed_out)
-    form: Form = {}
+        raise Refusal(401, bot.texts.page_signed_out)
+    form: dict[str, str] = {}
     if request.content_type == "application/x-www-form-urlencoded":
         async with asyncio.timeout(BODY_SECONDS):
             text = (await request.read()).decode("utf-8", "replace")
         with contextlib.suppress(ValueError):  # more fields than any form of ours has
             form = dict(urllib.parse.parse_qsl(text, max_num_fields=FORM_FIELDS))
     if reader.cookie_hash:
-        token, given = form_token(bot, reader), form.get("token", "")
-        is_ours = hmac.compare_digest(token.encode(), given.encode())
+        given = form.get("token", "").encode()
+        is_ours = hmac.compare_digest(reader.token.encode(), given)
         origin = str(yarl.URL(bot.config.public_url).origin())
         if not is_ours or request.headers.get("Origin") != origin:
-            raise Refusal(request, 403, bot.texts.page_failed)
+            raise Refusal(403, bot.texts.page_failed)
     return reader, form
-
-
-def by_form(act: Handler) -> Handler:
-    """Let a handler have who sends a form, and its fields, once they are read."""
-
-    @functools.wraps(act)
-    async def read(request: web.Request) -> web.StreamResponse:
-        return await act(request, *await read_form(request))
-
-    return read
 
 
 def a_few_at_once(make: Handler) -> Handler:
@@ -6934,13 +6860,13 @@ def a_few_at_once(make: Handler) -> Handler:
 
     @functools.wraps(make)
     async def write(
-        request: web.Request, whose: Turn | Reader, *values: object, **named: object
+        request: web.Request, whose: Turn | Reader, *values: object
     ) -> web.StreamResponse:
         bot = request.app[BOT]
         subscriber = bot.subscriber(whose.openid)
         async with subscriber.pages:
             async with bot.pages, asyncio.timeout(PAGE_SECONDS):
-                response = await make(request, whose, *values, **named)
+                response = await make(request, whose, *values)
                 size = response.content_length or 0
                 if size > bot.page_room:
                     await response.prepare(request)
@@ -6962,17 +6888,9 @@ async def asking_of(
     bot: Bot, device: Reader, typed: str = "", refusal: str = ""
 ) -> Asking:
     """Return what a page needs to ask for a device's subscriber."""
-    session, assistant, opened_at = await bot.newest_session(device.openid)
-    return Asking(
-        token=form_token(bot, device),
-        form=secrets.token_urlsafe(12),
-        assistant=assistant,
-        session=session,
-        opened_at=opened_at,
-        is_told=await bot.store.was_told(device.openid),
-        typed=typed,
-        refusal=refusal,
-    )
+    newest = await bot.newest_session(device.openid)
+    is_told = await bot.store.was_told(device.openid)
+    return Asking(device.token, *newest, is_told, typed, refusal)
 
 
 @a_few_at_once
@@ -6983,14 +6901,13 @@ async def show_answer(request: web.Request, turn: Turn) -> web.Response:
     device = await find_device(request)
     is_theirs = device is not None and device.openid == turn.openid
     asking = await asking_of(bot, device) if device and is_theirs else None
-    live = (await live_page(bot, turn)).blocks if turn.is_open else None
-    if turn.is_open:
-        one = exchange_of(bot.config, bot.blocked, turn, live)
+    live = await live_page(bot, turn) if turn.is_open else None
+    if live and turn.is_open:
+        one = Shown(turn, live.blocks, is_live=True)
     else:  # by now
         await note_read(bot, [turn])
         one = await finished(bot, turn)
-    values = {"one": one, "asking": asking}
-    return await bot.work.run(page_response, bot.config, "answer", **values)
+    return await bot.work.run(page_response, bot, "answer", one=one, asking=asking)
 
 
 async def answer_page(request: web.Request) -> web.StreamResponse:
@@ -7050,12 +6967,12 @@ async def answer_events(request: web.Request) -> web.StreamResponse:
     bot, found = request.app[BOT], await find_linked(request)
     turn = bot.turns.get(found.id) or await bot.store.turn(found.id)  # if it has ended
     if turn is None:  # deleted meanwhile
-        raise Refusal(request, 404)
+        raise Refusal(404)
     subscriber = bot.subscriber(turn.openid)
     viewers = sum(one.viewers for one in bot.subscribers.values())
     most = VIEWERS if viewers < ALL_VIEWERS else 2
     if subscriber.viewers >= most:  # their pages look again by themselves
-        raise Refusal(request, 503, bot.texts.page_failed)
+        raise Refusal(503, bot.texts.page_failed)
     response = web.StreamResponse(headers=EVENT_HEADERS)
     subscriber.viewers += 1
     try:
@@ -7079,7 +6996,7 @@ async def let_in(request: web.Request, sign_in: SignIn) -> web.Response:
     bot = request.app[BOT]
     cookie, response = await bot.let_in(sign_in), redirect("me")
     if cookie == "":
-        raise Refusal(request, 403, bot.texts.page_devices_full)
+        raise Refusal(403, bot.texts.page_devices_full)
     if cookie:
         set_cookie(response, COOKIE, cookie, bot.config.history.device_days * 86400)
         set_cookie(response, WAIT_COOKIE, "", 0)
@@ -7093,7 +7010,7 @@ async def sign_in_page(request: web.Request) -> web.Response:
     """
     bot, cookie = request.app[BOT], request.cookies.get(WAIT_COOKIE, "")
     if not bot.config.is_secure:
-        raise Refusal(request, 404, bot.texts.page_not_secure)
+        raise Refusal(404, bot.texts.page_not_secure)
     sign_in, fresh = bot.sign_ins.find(cookie_hash_of(cookie)), ""
     if sign_in and sign_in.is_confirmed:
         try:
@@ -7104,7 +7021,7 @@ async def sign_in_page(request: web.Request) -> web.Response:
         fresh = secrets.token_urlsafe(32)
         sign_in = bot.sign_ins.begin(cookie_hash_of(fresh))
     number = sign_in.number if sign_in else ""
-    response = page_response(bot.config, "sign_in", number=number)
+    response = page_response(bot, "sign_in", number=number)
     if fresh:
         set_cookie(response, WAIT_COOKIE, fresh, SIGN_IN_SECONDS)
     return response
@@ -7130,34 +7047,38 @@ async def show_history(
         turns.pop()
         older = turns[-1].id
     turns = [bot.turns.get(turn.id, turn) for turn in turns]
-    live = {t.id: (await live_page(bot, t)).blocks for t in turns if t.is_open}
-    shown = turns if only >= 0 else open_turns(turns)
-    await note_read(bot, shown)
+    made = {  # of the exchanges that are not folded
+        turn.id: Shown(turn, (await live_page(bot, turn)).blocks, is_live=True)
+        for turn in turns
+        if turn.is_open
+    }
+    # The newest session is shown as the conversation it is; others fold what is long.
+    chars_so_far = itertools.accumulate(len(turn.answer) for turn in turns)
+    ended = [
+        turn
+        for turn, chars in zip(turns, chars_so_far, strict=True)
+        if turn.id not in made
+        and (
+            (turn.session_id == turns[0].session_id and chars < OPEN_CHARS)
+            or len(turn.answer) <= FOLD_CHARS
+            or only >= 0
+        )
+    ]
+    await note_read(bot, ended)
     asking = None
     if reader.cookie_hash:
         asking = await asking_of(bot, reader, typed, refusal)
-        if query:  # what has just begun stands on the first page
-            asking = replace(asking, session=0)
-    exchanges = await bot.work.run(
-        lambda: [
-            exchange_of(
-                bot.config, bot.blocked, turn, live.get(turn.id), 3, turn not in shown
-            )
-            for turn in turns
-        ]
-    )
-    return await bot.work.run(
-        page_response,
-        bot.config,
-        "history",
-        409 if refusal else 200,
-        home=request.match_info.get("key") or f"{bot.config.root}/me",
-        exchanges=exchanges,
-        older=older,
-        is_whole=only < 0,
-        asking=asking,
-        blocked=bot.blocked,
-    )
+    home = request.match_info.get("key") or f"{bot.config.root}/me"
+    values: dict[str, Any] = {"home": home, "older": older, "asking": asking}
+    values |= {"is_first": not query, "is_whole": only < 0}
+
+    def make_page() -> web.Response:
+        made.update((turn.id, typeset(bot, turn, above=3)) for turn in ended)
+        exchanges = [made.get(turn.id) or Shown(turn, []) for turn in turns]
+        status = 409 if refusal else 200
+        return page_response(bot, "history", status, exchanges=exchanges, **values)
+
+    return await bot.work.run(make_page)
 
 
 async def history_page(request: web.Request) -> web.StreamResponse:
@@ -7173,101 +7094,93 @@ def led_back(request: web.Request, **values: str) -> web.Response:
     return web.json_response(values) if wants_json(request) else redirect("../me")
 
 
-@by_form
-async def ask_on_page(
-    request: web.Request, device: Reader, form: Form
-) -> web.StreamResponse:
+async def ask_on_page(request: web.Request) -> web.StreamResponse:
     """Take up a question; a refused one stays in its field."""
-    bot, form_id = request.app[BOT], form.get("id", "")
+    bot, (device, form) = request.app[BOT], await read_form(request)
     text = stream_safe(ILLEGAL.sub("", form.get("question", ""))).strip()
+    form_id = form.get("id", "")
     if not text or not re.fullmatch(r"[A-Za-z0-9_-]{8,64}", form_id):
         return led_back(request)
-    source = await bot.ask_here(*device, form_id, text)
+    source = await bot.ask_here(device.openid, device.cookie_hash, form_id, text)
     if isinstance(source, tuple):
         turn = source[0]
         return led_back(request, key=turn.link_key, session=str(turn.session_id))
     if wants_json(request):
-        raise Refusal(request, 409, source)
+        raise Refusal(409, source)
     return await show_history(request, device, text, source)
 
 
-@by_form
-async def stop_answer(request: web.Request, device: Reader, form: Form) -> web.Response:
+async def stop_answer(request: web.Request) -> web.Response:
     """End an answer that is being written for a device's subscriber."""
-    request.app[BOT].stop_turn(device.openid, form.get("key", ""))
+    bot, (device, form) = request.app[BOT], await read_form(request)
+    bot.stop_turn(device.openid, form.get("key", ""))
     return led_back(request)
 
 
-@by_form
-async def begin_topic(request: web.Request, device: Reader, form: Form) -> web.Response:
+async def begin_topic(request: web.Request) -> web.Response:
     """Open a new session, with another assistant if one is named."""
-    await request.app[BOT].begin_topic(*device, form.get("assistant", ""))
+    bot, (device, form) = request.app[BOT], await read_form(request)
+    await bot.begin_topic(device.openid, device.cookie_hash, form.get("assistant", ""))
     return led_back(request)
 
 
-@by_form
-async def leave(request: web.Request, device: Reader, _: Form) -> web.Response:
+async def leave(request: web.Request) -> web.Response:
     """Sign this device out."""
-    await request.app[BOT].store.sign_out(*device)
+    bot, (device, _) = request.app[BOT], await read_form(request)
+    await bot.store.sign_out(device.openid, device.cookie_hash)
     response = led_back(request)
     set_cookie(response, COOKIE, "", 0)
     return response
 
 
-@by_form
 @a_few_at_once
-async def search_page(request: web.Request, reader: Reader, form: Form) -> web.Response:
-    """Show where in all of a subscriber's exchanges the words of a form are.
+async def show_found(
+    request: web.Request, reader: Reader, words: list[str], before: int
+) -> web.Response:
+    """Return a page with where in a subscriber's exchanges all the words are."""
+    bot, home = request.app[BOT], home_of(request)
+    turns, older = await bot.store.search(reader.openid, words, before, FOUND_COUNT)
+    values = {"words": words, "turns": turns, "older": older, "token": reader.token}
+    return await bot.work.run(page_response, bot, "found", home=home, **values)
 
-    Without words lead to the history.
-    """
-    bot, home = request.app[BOT], "../" + request.match_info.get("key", "me")
+
+async def search_page(request: web.Request) -> web.StreamResponse:
+    """Look for the words of a form; without words lead to the history."""
+    reader, form = await read_form(request)
     words = form.get("words", "")[:SEARCH_CHARS].replace("\0", "").split()
     words = list(dict.fromkeys(words))[:SEARCH_WORDS]
     if not words:
-        return redirect(home)
-    before, token = number_in(form, "before", 2**62), form.get("token", "")
-    turns, older = await bot.store.search(reader.openid, words, before, FOUND_COUNT)
-    return await bot.work.run(
-        page_response,
-        bot.config,
-        "found",
-        home=home,
-        token=token,
-        words=words,
-        turns=turns,
-        older=older,
-        blocked=bot.blocked,
-    )
+        return redirect(home_of(request))
+    return await show_found(request, reader, words, number_in(form, "before", 2**62))
 
 
-@by_form
-async def export(request: web.Request, reader: Reader, _: Form) -> web.StreamResponse:
+async def export(request: web.Request) -> web.StreamResponse:
     """Send all of a subscriber's exchanges as a Markdown file, a few at a time."""
-    bot = request.app[BOT]
+    bot, (reader, _) = request.app[BOT], await read_form(request)
     last, session, day = 0, 0, clock(time.time(), "%Y-%m-%d")
     name = urllib.parse.quote(f"{bot.texts.page_history}-{day}.md")
-    response = web.StreamResponse()
-    response.content_type, response.charset = "text/markdown", "utf-8"
-    response.headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{name}"
+    headers = {
+        "Content-Type": "text/markdown; charset=utf-8",
+        "Content-Disposition": f"attachment; filename*=UTF-8''{name}",
+    }
+    response = web.StreamResponse(headers=headers)
     host = yarl.URL(bot.config.public_url).host
-    head = render(bot.config, "export.md", turn=None, host=host)
+    head = render(bot, "export.md", turns=[], host=host)
     subscriber = bot.subscriber(reader.openid)
     async with subscriber.pages, bot.exports, asyncio.timeout(PAGE_SECONDS):
         await response.prepare(request)
         await response.write(head.encode())
         while turns := await bot.store.turns_after(reader.openid, last):
-            for turn in turns:
-                values = {"turn": turn, "is_first": turn.session_id != session}
-                text = await bot.work.run(render, bot.config, "export.md", **values)
-                await response.write(text.encode())
-                last, session = turn.id, turn.session_id
+            named = {"turns": turns, "session": session}
+            text = await bot.work.run(render, bot, "export.md", **named)
+            await response.write(text.encode())
+            last, session = turns[-1].id, turns[-1].session_id
     return response
 
 
 async def form_page(request: web.Request) -> web.Response:
     """Lead whoever opens a form's address as a page, or reloads it, to the form."""
-    return redirect("../" + request.match_info.get("key", "me"))
+    return redirect(home_of(request))
 
 
 async def health(request: web.Request) -> web.Response:
@@ -7309,21 +7222,20 @@ def is_our_fault(record: logging.LogRecord) -> bool:
 ROOT_FILE_BYTES = 4096  # far more than the platform's MP_verify_….txt have
 
 
-def open_quickly(path: str, flags: int) -> int:
-    """Open a file, but follow no link out of its folder and wait for no pipe."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
-
-
 async def root_file(request: web.Request) -> web.Response:
     """Send a small text file of the owner's, which proves that the domain is theirs."""
     folder = request.app[BOT].config.server.root_files
     path = pathlib.Path(folder, request.match_info["name"])
-    with contextlib.suppress(OSError), open(path, "rb", opener=open_quickly) as file:
+
+    def follow_no_link(path: str, flags: int) -> int:  # nor wait for a pipe
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+    with contextlib.suppress(OSError), open(path, "rb", opener=follow_no_link) as file:
         is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
         body = file.read(ROOT_FILE_BYTES + 1)
         if folder and is_file and len(body) <= ROOT_FILE_BYTES:
             return web.Response(body=body, content_type="text/plain")
-    raise Refusal(request, 404)
+    raise Refusal(404)
 
 
 PRIVATE = {

@@ -339,12 +339,12 @@ async def test_an_answer_is_read_once_for_all_who_wait(serve, database, monkeypa
     statement = "INSERT INTO part (openid, number, turn_id, start, offered_at) VALUES (?, ?, ?, 0, 0)"
     for number in range(100, 110):
         database(statement, ANN, number, turn)
-    calls, read, render = [], wxgpt.Turn.read, wxgpt.render_blocks
+    calls, read, render = [], wxgpt.Turn.read, wxgpt.typeset
     monkeypatch.setattr(
         wxgpt.Turn, "read", lambda self: calls.append("read") or read(self)
     )
     monkeypatch.setattr(
-        wxgpt, "render_blocks", lambda *given: calls.append("page") or render(*given)
+        wxgpt, "typeset", lambda *given: calls.append("page") or render(*given)
     )
     pages = [server.get(f"{server.url}/a/{key}") for _ in range(10)]
     taps = [server.ask(f"继续{number}") for number in range(100, 110)]

@@ -654,7 +654,9 @@ PURE = {
     "chat_text": chat_text,
     "stable_text": stable_text,
     "cut_text": cut_whole,
-    "render_blocks": lambda text: wxgpt.render_blocks(TEXTS, text, blocked=BLOCKED),
+    "BlockRenderer": lambda text: wxgpt.BlockRenderer(TEXTS, 0, BLOCKED).render(
+        text, has_ended=True
+    ),
     "preview": lambda text: wxgpt.preview(text, BLOCKED),
     "excerpt": wxgpt.excerpt,
     "outgoing": wxgpt.outgoing,

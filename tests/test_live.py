@@ -118,7 +118,8 @@ async def events_until(response, words):
 
 def check_growth(text, cuts):
     """Check that what is done stays, and ends as the finished page has it."""
-    growing, finished = wxgpt.BlockRenderer(TEXTS), wxgpt.render_blocks(TEXTS, text)
+    growing = wxgpt.BlockRenderer(TEXTS)
+    finished = wxgpt.BlockRenderer(TEXTS).render(text, has_ended=True)
     for cut in [*sorted(cuts), len(text)]:
         growing.render(text[:cut], has_ended=False)
         assert growing.done == finished[: len(growing.done)]
