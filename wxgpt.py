@@ -6508,7 +6508,7 @@ class LivePage:
 
     def __init__(self, bot: Bot, writing: str) -> None:
         self.writing = writing
-        self.renderer = BlockRenderer(bot.texts, blocked=bot.blocked)
+        self.renderer = BlockRenderer(bot.config.texts, blocked=bot.blocked)
         self.blocks: list[str] = []  # replaced, never changed
         self.done = 0  # of the blocks; these stay as they are
         self.shows = 0, False  # characters of the answer, and whether it has ended
@@ -6732,7 +6732,7 @@ async def refuse_kindly(request: web.Request, handler: Handler) -> web.StreamRes
         if request.writer.output_size:  # in the midst of a file
             raise
         log.error("%s not done: %s", request.path, error)
-        status, words = 503, bot.texts.page_failed
+        status, words = 503, bot.config.texts.page_failed
     except Refusal as refusal:
         status, words = refusal.args
         usual = {404: bot.config.texts.page_missing, 410: bot.config.texts.page_expired}
@@ -6835,7 +6835,7 @@ async def read_form(request: web.Request) -> tuple[Reader, dict[str, str]]:
     """
     bot, reader = request.app[BOT], await find_reader(request)
     if reader is None:
-        raise Refusal(401, bot.texts.page_signed_out)
+        raise Refusal(401, bot.config.texts.page_signed_out)
     form: dict[str, str] = {}
     if request.content_type == "application/x-www-form-urlencoded":
         async with asyncio.timeout(BODY_SECONDS):
@@ -6847,7 +6847,7 @@ async def read_form(request: web.Request) -> tuple[Reader, dict[str, str]]:
         is_ours = hmac.compare_digest(reader.token.encode(), given)
         origin = str(yarl.URL(bot.config.public_url).origin())
         if not is_ours or request.headers.get("Origin") != origin:
-            raise Refusal(403, bot.texts.page_failed)
+            raise Refusal(403, bot.config.texts.page_failed)
     return reader, form
 
 
@@ -6972,7 +6972,7 @@ async def answer_events(request: web.Request) -> web.StreamResponse:
     viewers = sum(one.viewers for one in bot.subscribers.values())
     most = VIEWERS if viewers < ALL_VIEWERS else 2
     if subscriber.viewers >= most:  # their pages look again by themselves
-        raise Refusal(503, bot.texts.page_failed)
+        raise Refusal(503, bot.config.texts.page_failed)
     response = web.StreamResponse(headers=EVENT_HEADERS)
     subscriber.viewers += 1
     try:
@@ -6996,7 +6996,7 @@ async def let_in(request: web.Request, sign_in: SignIn) -> web.Response:
     bot = request.app[BOT]
     cookie, response = await bot.let_in(sign_in), redirect("me")
     if cookie == "":
-        raise Refusal(403, bot.texts.page_devices_full)
+        raise Refusal(403, bot.config.texts.page_devices_full)
     if cookie:
         set_cookie(response, COOKIE, cookie, bot.config.history.device_days * 86400)
         set_cookie(response, WAIT_COOKIE, "", 0)
@@ -7010,7 +7010,7 @@ async def sign_in_page(request: web.Request) -> web.Response:
     """
     bot, cookie = request.app[BOT], request.cookies.get(WAIT_COOKIE, "")
     if not bot.config.is_secure:
-        raise Refusal(404, bot.texts.page_not_secure)
+        raise Refusal(404, bot.config.texts.page_not_secure)
     sign_in, fresh = bot.sign_ins.find(cookie_hash_of(cookie)), ""
     if sign_in and sign_in.is_confirmed:
         try:
@@ -7158,7 +7158,7 @@ async def export(request: web.Request) -> web.StreamResponse:
     """Send all of a subscriber's exchanges as a Markdown file, a few at a time."""
     bot, (reader, _) = request.app[BOT], await read_form(request)
     last, session, day = 0, 0, clock(time.time(), "%Y-%m-%d")
-    name = urllib.parse.quote(f"{bot.texts.page_history}-{day}.md")
+    name = urllib.parse.quote(f"{bot.config.texts.page_history}-{day}.md")
     headers = {
         "Content-Type": "text/markdown; charset=utf-8",
         "Content-Disposition": f"attachment; filename*=UTF-8''{name}",
