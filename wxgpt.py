@@ -1833,7 +1833,8 @@ class MarkdownReader(TokenReader):
         *lines, rest = (self.rest + ILLEGAL.sub("", text)).split("\n")
         for line in lines:
             self.read_line(line.removesuffix("\r"))
-        self.read_line(rest, is_whole=False)
+        if rest:
+            self.read_line(rest, is_whole=False)
         if has_ended:
             if self.rest or self.is_in_line:
                 self.read_line(self.rest.removesuffix("\r"))
@@ -2166,11 +2167,21 @@ def inline_text(children: list[Token]) -> str:
     return re.sub(r"\v\s*([，。；：、,.;:）)]?)", lambda m: m[1] or "\n", "".join(out))
 
 
-class ChatWriter:
-    """Writes tokens as chat text; what it has written never changes."""
+MAX_UNREAD = 2000  # characters: what is asked for at once takes a few milliseconds
+MAX_LEADING = 2000  # characters of such lines in a row
+# Lines that no part may end with: headings and list marks go with what follows.
+LEADING = re.compile(r"[ │•]*(?:【[^\n【】]*】|\d{1,4}[.)、）]|[•☐☑│])")
 
-    def __init__(self) -> None:
-        self.out: list[str] = []  # cleared by whoever shows it
+
+class ChatText:
+    """The chat text of an answer that is being written; it only gets longer."""
+
+    def __init__(self, markdown: str = "") -> None:
+        self.unread = markdown  # read in bulk: the text is rarely asked for
+        self.reader = MarkdownReader()
+        self.kinds: collections.Counter[str] = collections.Counter()  # of its tokens
+        self.shown = ""
+        self.out: list[str] = []  # what has been written since
         self.is_empty = True  # nothing has been written
         self.newlines = 0  # before the next text
         self.spaces = ""  # before the next text, if it is on the same line
@@ -2182,10 +2193,39 @@ class ChatWriter:
         self.is_code = False  # in a code block, which is not indented
         self.is_hidden = False  # it is a diagram
 
+    def feed(self, delta: str) -> None:
+        """Add what the model has written."""
+        self.unread += delta
+        if len(self.unread) > MAX_UNREAD:  # or too much work would come at once
+            self.text()
+
+    def text(self, has_ended: bool = False) -> str:
+        """Return the chat text; while the answer grows, the part that is final."""
+        # Read and write what has been added. Tokens take far more memory than text.
+        for begin in range(0, len(self.unread) + 1, MAX_WINDOW):
+            end = begin + MAX_WINDOW
+            is_end = has_ended and end > len(self.unread)
+            self.reader.read(self.unread[begin:end], is_end)
+            for token in self.reader.tokens:
+                self.kinds.update([token.type, *(t.type for t in token.children or [])])
+                self.write(token)
+            self.reader.tokens.clear()
+        self.unread = ""
+        self.shown += "".join(self.out)
+        self.out.clear()
+        # Leave out headings and list marks at the end, until something follows them.
+        kept = tail = "" if has_ended else self.shown[-2 * MAX_LEADING :]
+        while len(tail) - len(kept) < MAX_LEADING:
+            above, newline, last = kept.rstrip().rpartition("\n")
+            if not LEADING.fullmatch(last):
+                return self.shown[: len(self.shown) - len(tail) + len(kept)]
+            kept = above + newline
+        return self.shown
+
     def write(self, token: Token) -> None:
         """Write a token; each but the text inside a block begins a line."""
         if token.type != "inline":
-            self.break_line()
+            self.newlines = max(self.newlines, 1)
         match token.type:
             case "inline" if self.captured is not None:
                 text = inline_text(token.children or [])
@@ -2193,7 +2233,7 @@ class ChatWriter:
             case "inline":
                 self.put(inline_text(token.children or []))
             case "blank":
-                self.break_line(2)
+                self.newlines = max(self.newlines, 2)
             case "hr":
                 self.put("———")
             case "list_item_open":
@@ -2217,20 +2257,17 @@ class ChatWriter:
             case "heading_open" | "tr_open":
                 self.captured = []
             case "heading_close":
-                text = "".join(self.take_captured()).strip()
+                text, self.captured = "".join(self.captured or []).strip(), None
                 is_long = len(text) > MAX_HEADING_CHARS
                 is_plain = is_long or re.search("[【】《》]|^$", text)
                 self.put(text if is_plain else f"【{text}】")
             case "table_open":
                 self.columns, self.has_rows = [], False
             case "tr_close":
-                self.write_row(self.take_captured())
+                cells, self.captured = self.captured or [], None
+                self.write_row(cells)
             case "table_close" if self.is_wide and not self.has_rows:
                 self.put("｜".join(self.columns))
-
-    def take_captured(self) -> list[str]:
-        captured, self.captured = self.captured or [], None
-        return captured
 
     def write_row(self, cells: list[str]) -> None:
         """Write a row, or a record of the cells below their columns."""
@@ -2238,7 +2275,7 @@ class ChatWriter:
             self.columns = cells
             self.is_wide = len(cells) > 3 or len("".join(cells)) > MAX_ROW_CHARS
         elif self.is_wide:
-            self.break_line(2 if self.has_rows else 1)
+            self.newlines = max(self.newlines, 2 if self.has_rows else 1)
             pairs = itertools.zip_longest(self.columns, cells, fillvalue="")
             lines = [f"{a}：{b}" if a and b else b for a, b in pairs]
             lines[0] = f"【{lines[0]}】" if lines[0] else ""
@@ -2247,95 +2284,25 @@ class ChatWriter:
         if not self.is_wide:
             self.put("｜".join(cells))
 
-    def break_line(self, newlines: int = 1) -> None:
-        """Begin the next text on a new line, or after a blank one."""
-        self.newlines = max(self.newlines, newlines)
-
     def put(self, text: str) -> None:
         """Append text to the current line; white space at line ends is dropped."""
         for index, line in enumerate(text.split("\n")):
             if index:
-                self.break_line()
+                self.newlines = max(self.newlines, 1)
             words = line.rstrip()
+            if words and (self.newlines or self.is_empty):
+                kept = [p for p in self.prefixes if not (self.is_code and p == "  ")]
+                newlines = 0 if self.is_empty else self.newlines
+                self.out.append("\n" * newlines + "".join(kept))
+                self.newlines, self.is_empty, self.spaces = 0, False, ""
+                self.prefixes = [p if p == "│ " else "  " for p in self.prefixes]
             if words:
-                self.begin()
                 self.out.append(SPACES.sub(" ", self.spaces + words))
                 self.spaces = ""
             self.spaces += line[len(words) :]
 
-    def begin(self) -> None:
-        """Write the newlines and prefixes that come before a text."""
-        if not (self.newlines or self.is_empty):
-            return
-        kept = [p for p in self.prefixes if not (self.is_code and p == "  ")]
-        newlines = 0 if self.is_empty else self.newlines
-        self.out.append("\n" * newlines + "".join(kept))
-        self.newlines, self.is_empty, self.spaces = 0, False, ""
-        self.prefixes = [prefix if prefix == "│ " else "  " for prefix in self.prefixes]
-
-
-# --- The chat text of an answer
-
-MAX_UNREAD = 2000  # characters: what is asked for at once takes a few milliseconds
-MAX_LEADING = 2000  # characters of such lines in a row
-# Lines that no part may end with: headings and list marks go with what follows.
-LEADING = re.compile(r"[ │•]*(?:【[^\n【】]*】|\d{1,4}[.)、）]|[•☐☑│])")
-
-
-def end_before_leading(text: str) -> int:
-    """Return where a text ends without the headings and list marks at its end."""
-    kept = tail = text[-2 * MAX_LEADING :]
-    while len(tail) - len(kept) < MAX_LEADING:
-        above, newline, last = kept.rstrip().rpartition("\n")
-        if not LEADING.fullmatch(last):
-            return len(text) - len(tail) + len(kept)
-        kept = above + newline
-    return len(text)
-
-
-class ChatText:
-    """The chat text of an answer that is being written; it only gets longer."""
-
-    def __init__(self, markdown: str = "") -> None:
-        self.reader, self.writer = MarkdownReader(), ChatWriter()
-        self.kinds: collections.Counter[str] = collections.Counter()  # of its tokens
-        self.unread = markdown  # read in bulk: the text is rarely asked for
-        self.shown = ""
-
-    def feed(self, delta: str) -> None:
-        """Add what the model has written."""
-        self.unread += delta
-        if len(self.unread) > MAX_UNREAD:  # or too much work would come at once
-            self.read()
-
-    def read(self) -> None:
-        """Read what has been added."""
-        for begin in range(0, len(self.unread), MAX_WINDOW):
-            self.reader.read(self.unread[begin : begin + MAX_WINDOW])
-            self.write()  # the tokens take far more memory than the text
-        self.unread = ""
-
-    def write(self) -> None:
-        """Write what has been read."""
-        for token in self.reader.tokens:
-            self.writer.write(token)
-            self.kinds.update([token.type, *(t.type for t in token.children or [])])
-        self.reader.tokens.clear()
-        self.shown += "".join(self.writer.out)
-        self.writer.out.clear()
-
-    def text(self, has_ended: bool) -> str:
-        """Return the chat text; while the answer grows, the part that is final."""
-        self.read()
-        if has_ended:
-            self.reader.read("", has_ended=True)
-            self.write()
-            return self.shown
-        return self.shown[: end_before_leading(self.shown)]
-
     def has_more_on_page(self) -> bool:
         """Say whether the page shows more: code, a table, formulas, pictures, links."""
-        self.read()
         shown = {"table_open", "code_begin", "image", "math_inline", "math_block"}
         is_long = self.kinds["heading_open"] >= 2 or self.kinds["link_open"] >= 3
         return is_long or not shown.isdisjoint(self.kinds)
@@ -2348,25 +2315,7 @@ def chat_text(markdown: str) -> str:
 
 def stable_text(markdown: str) -> str:
     """Return what may be shown of an answer that grows: no more text changes it."""
-    return ChatText(markdown).text(has_ended=False)
-
-
-TEXT_END = re.compile(rf"\n|{SENTENCE_END.pattern}")
-
-
-def markdown_length(markdown: str, chat_length: int) -> int:
-    """Return how much of a text has a chat text of at most `chat_length` characters."""
-
-    def length(end: int) -> int:
-        return len(chat_text(markdown[:end]))
-
-    most = 2 * chat_length + 100
-    while most < len(markdown) and length(most) <= chat_length:
-        most *= 2
-    ends = [0, *(found.end() for found in TEXT_END.finditer(markdown, 0, most))]
-    if most >= len(markdown):
-        ends.append(len(markdown))
-    return ends[bisect.bisect_right(ends, chat_length, lo=1, key=length) - 1]
+    return ChatText(markdown).text()
 
 
 # --- Cuts
@@ -2654,6 +2603,7 @@ class Ending:
 
 
 SENTENCE_SIGN = re.compile(r"[。！？…!?.\n]")
+TEXT_END = re.compile(rf"\n|{SENTENCE_END.pattern}")
 
 
 @dataclass(slots=True, eq=False)
@@ -2752,14 +2702,16 @@ class Turn:
         self.deltas.look()
 
     def as_sent(self, text: str) -> str:
-        """Return what of a text was sent in replies."""
-        return text[: markdown_length(text, max(self.stops.values(), default=0))]
+        """Return the lines and sentences of a text that were sent in replies."""
+        sent = max(self.stops.values(), default=0)
+        ends = [0, *(found.end() for found in TEXT_END.finditer(text)), len(text)]
+        count = bisect.bisect(ends, sent, key=lambda end: len(chat_text(text[:end])))
+        return text[: ends[count - 1]]
 
     def without_thought(self, text: str) -> str:
         """Return what of a text was sent; the rest turned out to be a thought."""
         sent, kept = max(self.stops.values(), default=0), self.as_sent(text)
-        # Sent in the midst of a mark:
-        kept += ChatText(text).text(has_ended=False)[len(chat_text(kept)) : sent]
+        kept += stable_text(text)[len(chat_text(kept)) : sent]  # in the midst of a mark
         return kept and f"{kept}\n\n"
 
     def finish(self, state: str, reason: str | None = None) -> None:

@@ -433,7 +433,9 @@ def test_the_same_answer_has_the_same_chat_text_in_every_version():
     ],
 )
 def test_of_the_markdown_only_what_was_sent_is_kept(markdown, length, kept):
-    assert markdown[: wxgpt.markdown_length(markdown, length)] == kept
+    turn = wxgpt.Turn(1, 1, "o", "o 1", "key", "问", None, 0.0, 1, "chatgpt")
+    turn.stops = {0: length}
+    assert turn.as_sent(markdown) == kept
 
 
 @pytest.mark.parametrize("markdown", AS_WRITTEN)
