@@ -1495,9 +1495,7 @@ class TokenReader:
     """What the two readers below share: they turn a text into markdown-it's tokens."""
 
     is_block: bool  # these tokens are blocks, and not marks inside a line
-
-    def __init__(self) -> None:
-        self.tokens: list[Token] = []
+    tokens: list[Token]
 
     def add(
         self,
@@ -1532,7 +1530,7 @@ class InlineReader(TokenReader):
     is_block = False
 
     def __init__(self, text: str, before: str = "\n", is_whole: bool = True) -> None:
-        super().__init__()
+        self.tokens = []
         self.text = before + text  # so positions in it are one higher than in `text`
         self.is_whole = is_whole  # else more of the text may come
         self.openers: list[Opener] = []
@@ -1800,13 +1798,13 @@ class MarkdownReader(TokenReader):
 
     A token that has been added never changes. Besides markdown-it's own there are
     hidden ones, which pages leave out: a blank line of the source, and each line of
-    code as soon as it is known. Whoever writes the tokens clears them.
+    code as soon as it is known.
     """
 
     is_block = True
 
     def __init__(self, depth: int = 0) -> None:
-        super().__init__()
+        self.tokens = []  # cleared by whoever writes them
         self.depth = depth  # of quotes around it
         self.rest = ""  # the line that is not complete
         self.is_in_line = False  # its beginning has been read, as text
@@ -2110,13 +2108,6 @@ class MarkdownReader(TokenReader):
             self.add("inline", cell, children=InlineReader(cell).read())
             self.add(f"{tag}_close")
         self.add("tr_close")
-
-
-def read_markdown(markdown: str) -> list[Token]:
-    """Return the tokens of a whole answer, for its chat text and for its page."""
-    reader = MarkdownReader()
-    reader.read(markdown, has_ended=True)
-    return reader.tokens
 
 
 # --- From tokens to chat text

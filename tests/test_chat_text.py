@@ -17,7 +17,6 @@ from wxgpt import (
     ChatText,
     chat_text,
     cut_text,
-    read_markdown,
     size_of,
     stable_text,
 )
@@ -554,9 +553,10 @@ def check_pairs(tokens):
 @MANY
 @given(MARKDOWN)
 def test_the_page_can_write_the_same_tokens(markdown):
-    tokens = read_markdown(markdown)
-    check_pairs(tokens)
-    RendererHTML().render(tokens, MarkdownIt().options, {})
+    reader = wxgpt.MarkdownReader()
+    reader.read(markdown, has_ended=True)
+    check_pairs(reader.tokens)
+    RendererHTML().render(reader.tokens, MarkdownIt().options, {})
 
 
 CUTS = [
