@@ -1365,6 +1365,10 @@ def formula_mathml(latex: str, is_block: bool) -> str | None:
 # chat and on the page, which are written from the same markdown-it tokens. What a line
 # is, is decided once, when it is complete: so the chat text of a growing answer only
 # gets longer, and a part of the answer is a slice of it.
+#
+# ChatText.feed takes what the model writes. ChatText.text gives it to a MarkdownReader,
+# which tells lines apart, and an InlineReader the marks in them; then it writes their
+# tokens. An early reply shows that text up to where no mark is open: see `sure`.
 # ---------------------------------------------------------------------------
 
 CJK = re.compile(
@@ -2480,9 +2484,8 @@ class WordGuard:
     def __init__(self, blocked: BlockedWords) -> None:
         self.blocked = blocked
         self.open = ""  # the end of the text: what follows may still combine with it
-        # Clusters held back, with their lengths as compared; `form` is all of them.
-        self.held: collections.deque[tuple[str, int]] = collections.deque()
-        self.form = ""
+        # The clusters before it that are held back, each with how it is compared.
+        self.held: collections.deque[tuple[str, str]] = collections.deque()
         self.seen = ["", ""]  # the ends of what chat and page show, as compared
 
     def sees(self, shown: str) -> bool:
@@ -2503,18 +2506,16 @@ class WordGuard:
         self.open = entity[0] if entity else ""
         if settled and not entity and not is_end:
             self.open = settled.pop()  # it may get an accent
-        for cluster in settled:
-            form = compared(cluster)
-            self.held.append((cluster, len(form)))
-            self.form += form
-        if self.blocked.are_in_form(self.form):
+        self.held += [(cluster, compared(cluster)) for cluster in settled]
+        form = "".join(form for _, form in self.held)
+        if self.blocked.are_in_form(form):
             return "", True
-        keep, shown = 0 if is_end else self.blocked.longest, []
-        while self.held and len(self.form) - self.held[0][1] >= keep:
-            cluster, length = self.held.popleft()
-            self.form = self.form[length:]
-            shown.append(cluster)
-        return "".join(shown), False
+        keep, left, shown = 0 if is_end else self.blocked.longest, len(form), ""
+        while self.held and left - len(self.held[0][1]) >= keep:
+            cluster, form = self.held.popleft()
+            left -= len(form)
+            shown += cluster
+        return shown, False
 
 
 # ---------------------------------------------------------------------------
