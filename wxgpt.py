@@ -1552,30 +1552,6 @@ class InlineReader(TokenReader):
         self.escapes = {found.end() - 2 for found in ESCAPE.finditer(self.text, 1)}
         self.escapes -= self.in_paths
 
-    def read(self) -> list[Token]:
-        """Read all of the text, as far as it can be told by now; return its tokens."""
-        begin = 1
-        while begin < len(self.text):
-            mark = MARK.search(self.text, begin)
-            end = mark.start() if mark else len(self.text)
-            # Before the mark, a sentence that ends is sure if nothing is open.
-            if not (self.is_whole or self.openers or self.is_held):
-                for found in SENTENCE_END.finditer(self.text, begin, end):
-                    self.add("text", self.text[begin : found.end()])
-                    begin = found.end()
-                    self.sure = begin, len(self.tokens)
-            if begin < end:
-                self.add("text", self.text[begin:end])
-            if not mark:
-                break
-            begin = getattr(self, f"read_{mark.lastgroup}")(mark)
-            if not begin:  # it is text
-                self.add("text", mark[0])
-                begin = mark.end()
-        if self.is_whole:
-            self.sure, self.closer = (len(self.text), len(self.tokens)), ""
-        return self.tokens
-
     def open(self, mark: str, text: str, end: int, is_doubtful: bool = False) -> None:
         """Add a mark that is text until it is closed."""
         if sum(one.end > self.line_start for one in self.openers) < MAX_OPENERS:
@@ -1746,6 +1722,30 @@ class InlineReader(TokenReader):
             self.close(opener, *([name] if name in ("sub", "sup") else []))
         return tag.end()
 
+    def read(self) -> list[Token]:
+        """Read all of the text, as far as it can be told by now; return its tokens."""
+        begin = 1
+        while begin < len(self.text):
+            mark = MARK.search(self.text, begin)
+            end = mark.start() if mark else len(self.text)
+            # Before the mark, a sentence that ends is sure if nothing is open.
+            if not (self.is_whole or self.openers or self.is_held):
+                for found in SENTENCE_END.finditer(self.text, begin, end):
+                    self.add("text", self.text[begin : found.end()])
+                    begin = found.end()
+                    self.sure = begin, len(self.tokens)
+            if begin < end:
+                self.add("text", self.text[begin:end])
+            if not mark:
+                break
+            begin = getattr(self, f"read_{mark.lastgroup}")(mark)
+            if not begin:  # it is text
+                self.add("text", mark[0])
+                begin = mark.end()
+        if self.is_whole:
+            self.sure, self.closer = (len(self.text), len(self.tokens)), ""
+        return self.tokens
+
 
 # --- The lines of an answer
 
@@ -1830,118 +1830,12 @@ class MarkdownReader(TokenReader):
         self.later_lines = ""  # the lines after that one
         self.is_replay = False  # they are read again: the formula was never closed
 
-    def read(self, text: str, has_ended: bool = False) -> None:
-        """Read what has been added to the text; at its end close whatever is open."""
-        *lines, rest = (self.rest + ILLEGAL.sub("", text)).split("\n")
-        for line in lines:
-            self.read_line(line.removesuffix("\r"))
-        if rest:
-            self.read_line(rest, is_whole=False)
-        if has_ended:
-            if self.rest or self.is_in_line:
-                self.read_line(self.rest.removesuffix("\r"))
-            if self.closer:
-                self.read_in_formula()
-            if self.header:
-                self.read_text(self.header)
-                self.header = ""
-            self.close_to(0)
-
     def copy(self, tokens: list[Token]) -> "MarkdownReader":
         """Return a reader that reads on by itself, and adds to these tokens."""
         twin = copy.copy(self)
         twin.tokens, twin.code, twin.lists = tokens, [*self.code], [*self.lists]
         twin.quote = self.quote and self.quote.copy(tokens)
         return twin
-
-    def is_settled(self, line: str) -> bool:
-        """Say whether an incomplete line is certain to be text or a list item."""
-        is_open = self.fence or self.closer or self.header or self.row is not None
-        is_sentence = len(line) > MAX_WINDOW or SENTENCE_END.search(line)
-        if is_open or not is_sentence or not line.strip(" \t-*"):  # or a rule
-            return False
-        item = ITEM.fullmatch(line)
-        is_block = BLOCK.match(item[2] if item else line)
-        return not (is_block or HEADER.match(line, 0, MAX_HEADER))
-
-    def read_line(self, line: str, is_whole: bool = True) -> None:
-        """Read a line, or of one that is not complete as much as is certain."""
-        # A heading, quote or row that is too long is read as lines.
-        while not (self.is_in_line or self.fence) and len(line) > MAX_WINDOW:
-            if self.is_settled(line[: MAX_WINDOW + 1]):
-                break
-            self.read_line(line[:MAX_WINDOW])
-            line = line[MAX_WINDOW:]
-        # What is it? That is decided once.
-        if not (is_whole or self.is_in_line or self.is_settled(line)):
-            self.rest = line
-            return
-        if self.is_in_line:
-            self.pending += line
-            self.closer = ""
-        elif self.closer:
-            self.read_in_formula(line)
-        elif self.fence:
-            self.read_code(self.fence, line)
-        else:
-            self.read_block(line)
-        self.rest, self.is_in_line = "", not is_whole
-        # Then its marks are read; those that are open may be closed on the next line.
-        if not is_whole:
-            self.read_pending()
-        elif self.paragraph and not (self.closer or self.pending.endswith("\n")):
-            if fence := LATE_FENCE.search(self.pending):
-                self.pending = self.pending[: fence.start()]
-                return self.read_block(fence[0].strip())
-            self.pending += "\n"
-            self.read_pending()
-            if self.closer and self.is_replay:
-                self.read_pending(is_end=True)
-
-    def read_block(self, line: str) -> None:
-        """Decide what a line is, and read it."""
-        if self.header:
-            return self.read_below_header(line)
-        if not line.strip():
-            self.close_to()
-            self.add("blank", hidden=True)
-            return None
-        is_after_amount, self.is_after_amount = self.is_after_amount, False
-        if self.row is not None and "|" in line and line.lstrip().startswith(self.row):
-            cells = split_cells(line)
-            if self.cells + len(cells) <= MAX_CELLS:
-                return self.add_row("td", cells)
-        is_in_two = self.quote and self.quote.quote
-        quote = (QUOTE_IN_TWO if is_in_two else QUOTE).fullmatch(line)
-        is_new = not (self.quote or self.depth == MAX_QUOTES)
-        if quote and is_new and not AMOUNT.match(quote[1]):  # not `> 60 分`
-            self.close_to(indent_of(line))
-            self.add("blockquote_open")
-            self.quote = MarkdownReader(self.depth + 1)
-            self.quote.tokens = self.tokens
-        if quote and self.quote:
-            return self.quote.read_line(quote[1])
-        if self.quote or self.row is not None:
-            self.close_to()
-        is_first, self.is_first = self.is_first, False
-        if fence := FENCE.fullmatch(line):
-            self.read_fence(fence, line, is_first)
-        elif heading := HEADING.fullmatch(line):
-            words = re.sub(r"\s#+$", "", heading[2].rstrip()).rstrip()
-            tag = f"h{len(heading[1])}"
-            self.close_to(indent_of(line))
-            self.add("heading_open", tag=tag)
-            self.add("inline", words, children=InlineReader(words).read())
-            self.add("heading_close", tag=tag)
-        elif RULE.fullmatch(line):
-            self.close_to(indent_of(line))
-            self.add("hr", tag="hr")
-        elif item := ITEM.fullmatch(line):
-            self.read_item(line, item[1], item[2], is_after_amount)
-        elif HEADER.match(line, 0, MAX_HEADER):
-            self.header = line
-        else:
-            self.read_text(line)
 
     def close_to(self, indent: float = math.inf) -> None:
         """Close the block that is open, and lists that this indent is outside of."""
@@ -1965,13 +1859,6 @@ class MarkdownReader(TokenReader):
             _, kind = self.lists.pop()
             self.add("list_item_close")
             self.add("ordered_list_close" if kind == "1" else "bullet_list_close")
-
-    def read_text(self, line: str) -> None:
-        indent = indent_of(line)
-        if not self.paragraph or self.lists and indent < self.lists[-1][0] + 2:
-            self.close_to(indent)
-            self.paragraph, self.pending = self.add("paragraph_open"), ""
-        self.pending += line.lstrip() if self.lists else line
 
     def read_pending(self, is_end: bool = False) -> None:
         """Add what is sure of the paragraph's end; when it ends, all of it."""
@@ -2004,23 +1891,15 @@ class MarkdownReader(TokenReader):
             self.add("inline", text[:begin], children=tokens)
         self.pending = "\n" if is_end else text[begin:]
 
-    def read_in_formula(self, line: str | None = None) -> None:
-        """Read a line inside an open formula, where nothing is Markdown, or the end."""
-        self.later_lines += "" if line is None else line + "\n"
-        is_end = not (line and line.strip()) or FENCE.match(line) or HEADING.match(line)
-        if is_end or len(self.later_lines) > MAX_FORMULA_SPAN:
-            # It is never closed, so it is text, and the lines after it are read again.
-            self.read_pending(is_end=True)
-            lines, self.later_lines, self.is_replay = self.later_lines, "", True
-            for later in lines.split("\n")[:-1]:
-                self.read_line(later)
-            self.is_replay = False
-        elif line and self.closer in line:
-            self.pending += self.later_lines[:-1]
-            self.later_lines, self.closer = "", ""
+    def read_text(self, line: str) -> None:
+        indent = indent_of(line)
+        if not self.paragraph or self.lists and indent < self.lists[-1][0] + 2:
+            self.close_to(indent)
+            self.paragraph, self.pending = self.add("paragraph_open"), ""
+        self.pending += line.lstrip() if self.lists else line
 
     def read_item(self, line: str, mark: str, content: str, is_after: bool) -> None:
-        """Read a list item, or a line whose mark is a sign, maybe after such a line."""
+        """Read a list item, or a line that begins with a sign, maybe after another."""
         indent, kind = indent_of(line), "1" if mark[0].isdigit() else mark
         above = [outer for outer in self.lists if outer[0] <= indent] or [(indent, "")]
         is_nested = indent >= above[-1][0] + 2
@@ -2084,6 +1963,15 @@ class MarkdownReader(TokenReader):
         self.code.append(line[indent:])
         self.add("code_line", line[indent:], hidden=True)
 
+    def add_row(self, tag: str, cells: list[str]) -> None:
+        self.cells += len(cells)
+        self.add("tr_open")
+        for cell, side in itertools.zip_longest(cells, self.sides[: len(cells)]):
+            self.add(f"{tag}_open", info=side or "")
+            self.add("inline", cell, children=InlineReader(cell).read())
+            self.add(f"{tag}_close")
+        self.add("tr_close")
+
     def read_below_header(self, line: str) -> None:
         """Open a table if this line is a rule; otherwise the header was text."""
         header, self.header = self.header, ""
@@ -2104,14 +1992,126 @@ class MarkdownReader(TokenReader):
         self.add("thead_close")
         self.add("tbody_open")
 
-    def add_row(self, tag: str, cells: list[str]) -> None:
-        self.cells += len(cells)
-        self.add("tr_open")
-        for cell, side in itertools.zip_longest(cells, self.sides[: len(cells)]):
-            self.add(f"{tag}_open", info=side or "")
-            self.add("inline", cell, children=InlineReader(cell).read())
-            self.add(f"{tag}_close")
-        self.add("tr_close")
+    def read_block(self, line: str) -> None:
+        """Decide what a line is, and read it."""
+        if self.header:
+            return self.read_below_header(line)
+        if not line.strip():
+            self.close_to()
+            self.add("blank", hidden=True)
+            return None
+        is_after_amount, self.is_after_amount = self.is_after_amount, False
+        if self.row is not None and "|" in line and line.lstrip().startswith(self.row):
+            cells = split_cells(line)
+            if self.cells + len(cells) <= MAX_CELLS:
+                return self.add_row("td", cells)
+        is_in_two = self.quote and self.quote.quote
+        quote = (QUOTE_IN_TWO if is_in_two else QUOTE).fullmatch(line)
+        is_new = not (self.quote or self.depth == MAX_QUOTES)
+        if quote and is_new and not AMOUNT.match(quote[1]):  # not `> 60 分`
+            self.close_to(indent_of(line))
+            self.add("blockquote_open")
+            self.quote = MarkdownReader(self.depth + 1)
+            self.quote.tokens = self.tokens
+        if quote and self.quote:
+            return self.quote.read_line(quote[1])
+        if self.quote or self.row is not None:
+            self.close_to()
+        is_first, self.is_first = self.is_first, False
+        if fence := FENCE.fullmatch(line):
+            self.read_fence(fence, line, is_first)
+        elif heading := HEADING.fullmatch(line):
+            words = re.sub(r"\s#+$", "", heading[2].rstrip()).rstrip()
+            tag = f"h{len(heading[1])}"
+            self.close_to(indent_of(line))
+            self.add("heading_open", tag=tag)
+            self.add("inline", words, children=InlineReader(words).read())
+            self.add("heading_close", tag=tag)
+        elif RULE.fullmatch(line):
+            self.close_to(indent_of(line))
+            self.add("hr", tag="hr")
+        elif item := ITEM.fullmatch(line):
+            self.read_item(line, item[1], item[2], is_after_amount)
+        elif HEADER.match(line, 0, MAX_HEADER):
+            self.header = line
+        else:
+            self.read_text(line)
+
+    def read_in_formula(self, line: str | None = None) -> None:
+        """Read a line inside an open formula, where nothing is Markdown, or the end."""
+        self.later_lines += "" if line is None else line + "\n"
+        is_end = not (line and line.strip()) or FENCE.match(line) or HEADING.match(line)
+        if is_end or len(self.later_lines) > MAX_FORMULA_SPAN:
+            # It is never closed, so it is text, and the lines after it are read again.
+            self.read_pending(is_end=True)
+            lines, self.later_lines, self.is_replay = self.later_lines, "", True
+            for later in lines.split("\n")[:-1]:
+                self.read_line(later)
+            self.is_replay = False
+        elif line and self.closer in line:
+            self.pending += self.later_lines[:-1]
+            self.later_lines, self.closer = "", ""
+
+    def is_settled(self, line: str) -> bool:
+        """Say whether an incomplete line is certain to be text or a list item."""
+        is_open = self.fence or self.closer or self.header or self.row is not None
+        is_sentence = len(line) > MAX_WINDOW or SENTENCE_END.search(line)
+        if is_open or not is_sentence or not line.strip(" \t-*"):  # or a rule
+            return False
+        item = ITEM.fullmatch(line)
+        is_block = BLOCK.match(item[2] if item else line)
+        return not (is_block or HEADER.match(line, 0, MAX_HEADER))
+
+    def read_line(self, line: str, is_whole: bool = True) -> None:
+        """Read a line, or of one that is not complete as much as is certain."""
+        # A heading, quote or row that is too long is read as lines.
+        while not (self.is_in_line or self.fence) and len(line) > MAX_WINDOW:
+            if self.is_settled(line[: MAX_WINDOW + 1]):
+                break
+            self.read_line(line[:MAX_WINDOW])
+            line = line[MAX_WINDOW:]
+        # What is it? That is decided once.
+        if not (is_whole or self.is_in_line or self.is_settled(line)):
+            self.rest = line
+            return
+        if self.is_in_line:
+            self.pending += line
+            self.closer = ""  # it is looked for again
+        elif self.closer:
+            self.read_in_formula(line)
+        elif self.fence:
+            self.read_code(self.fence, line)
+        else:
+            self.read_block(line)
+        self.rest, self.is_in_line = "", not is_whole
+        # Then its marks are read; those that are open may be closed on the next line.
+        if not is_whole:
+            self.read_pending()
+        elif self.paragraph and not (self.closer or self.pending.endswith("\n")):
+            if fence := LATE_FENCE.search(self.pending):
+                self.pending = self.pending[: fence.start()]
+                return self.read_block(fence[0].strip())
+            self.pending += "\n"
+            self.read_pending()
+            if self.closer and self.is_replay:
+                self.read_pending(is_end=True)
+
+    def read(self, text: str, has_ended: bool = False) -> None:
+        """Read what has been added to the text; at its end close whatever is open."""
+        *lines, rest = (self.rest + ILLEGAL.sub("", text)).split("\n")
+        for line in lines:
+            self.read_line(line.removesuffix("\r"))
+        if rest:
+            self.read_line(rest, is_whole=False)
+        if has_ended:
+            if self.rest or self.is_in_line:
+                self.read_line(self.rest.removesuffix("\r"))
+            if self.closer:
+                self.read_in_formula()
+            if self.header:
+                self.read_text(self.header)
+                self.header = ""
+            self.close_to(0)
 
 
 # --- From tokens to chat text
