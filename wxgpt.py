@@ -1540,8 +1540,8 @@ class InlineReader(TokenReader):
         self.openers: list[Opener] = []
         self.line_start = 1
         self.sure = 1, 0  # the text and the tokens before these ends cannot change
-        # The same of the line before, once this line is complete: a mark is closed on
-        # the next line at the latest. `close` takes it back if a pair spans its end.
+        # Where the line before ends. It is sure when this line ends, too, as a mark is
+        # closed on the next line or never; `close` takes it back if a pair spans it.
         self.line_before = 1, 0
         self.is_held = False  # something is open that can change all that follows
         self.closer = ""  # what closes the formula or comment that is open
@@ -2359,16 +2359,6 @@ def may_end(text: str, end: int) -> bool:
     return is_last and not (is_in_heading or is_in_sign or EMOJI_TAIL.match(text, end))
 
 
-def best_end(masked: str, most: int) -> int:
-    """Return the best end of a part of at most `most` characters, or 0."""
-    for pattern, least in PART_ENDS:
-        ends = [found.end() for found in re.finditer(pattern, masked[: most + 1])]
-        for end in reversed(ends):
-            if least * most <= end <= most and may_end(masked, end):
-                return end
-    return 0
-
-
 def cut_text(text: str, room: int) -> int:
     """Return where the part that begins a text ends, at most `room` bytes of UTF-8."""
     most = len(text[:room].encode()[:room].decode(errors="ignore"))
@@ -2381,8 +2371,13 @@ def cut_text(text: str, room: int) -> int:
     whole = SHOWN_URL.sub(mask, text[: most + room])
     kept = RECORD_OR_ROW.sub(mask, whole)
     # A heading goes with its record, even if that must be torn.
-    ends = (best_end(masked, most) for masked in dict.fromkeys((kept, whole)))
-    return next(filter(None, ends), most)
+    texts = dict.fromkeys((kept, whole))
+    for masked, (pattern, least) in itertools.product(texts, PART_ENDS):
+        ends = [found.end() for found in re.finditer(pattern, masked[: most + 1])]
+        for end in reversed(ends):
+            if least * most <= end <= most and may_end(masked, end):
+                return end
+    return most
 
 
 # --- Blocked words
