@@ -1369,6 +1369,10 @@ def formula_mathml(latex: str, is_block: bool) -> str | None:
 # chat and on the page, which are written from the same markdown-it tokens. What a line
 # is, is decided once, when it is complete: so the chat text of a growing answer only
 # gets longer, and a part of the answer is a slice of it.
+#
+# ChatText.feed takes what the model writes. ChatText.text gives it to a MarkdownReader,
+# which tells lines apart, and an InlineReader the marks in them; then it writes their
+# tokens. An early reply shows that text up to where no mark is open: see `sure`.
 # ---------------------------------------------------------------------------
 
 CJK = re.compile(
@@ -1417,9 +1421,6 @@ MAX_WINDOW = 4000  # characters read at once, which bounds what a search can cos
 MAX_FORMULA_SPAN = 2000  # characters up to its closing mark, or a comment's
 MAX_OPENERS = 20  # in a line
 
-# The HTML tags of tokens, where the two names differ.
-TAGS = {"link": "a", "paragraph": "p", "list_item": "li"}
-TAGS |= {"ordered_list": "ol", "bullet_list": "ul"}
 EMPHASIS = {"*": ("em",), "**": ("strong",), "***": ("strong", "em"), "~~": ("s",)}
 ENTITY = r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z][a-z0-9]{1,31});"
 # Of a link: words, maybe with a picture, code, escaped signs or brackets in them.
@@ -1429,27 +1430,38 @@ LABEL = (
 )
 # The first that matches counts; it is read by the method of its name: `read_code`.
 INLINE_MARKS = {
+    # a line's end, maybe with a backslash that only stands for it
     "newline": r"\n|(?:(?<=[\n，。！？；：、…”’）」』》,!?])"
-    rf"|(?<={CJK.pattern}))\\\n",  # a backslash that only stands for the line's end
+    rf"|(?<={CJK.pattern}))\\\n",
+    # $$x$$  \(x\)  \[x\]  \begin{cases} x \end{cases}  <!-- x -->
     "formula": r"\$\$|\\[(\[]|\\begin\{(?P<environment>\w{1,20}\*?)\}|<!--",
+    # \*  \#  and any other
     "backslash": r"\\\\|\\",
+    # `x`  ``a ` b``
     "code": r"(?<!`)(?P<ticks>`+)(?!`)(?P<inside>[^\n]{1,1000}?)(?<!`)(?P=ticks)(?!`)",
+    # *x*  **x**  ***x***  ＊＊x＊＊  ~~x~~
     "stars": r"\*+|＊+|~~+",
-    "dollars": r"(?<![0-9A-Za-z])\$(?:"  # in a line, but not `从 $5 涨到 $10`
+    # $x^2$  $ x = 1 $  in a line, but not `从 $5 涨到 $10`
+    "dollars": r"(?<![0-9A-Za-z])\$(?:"
     r"(?![\s$])(?P<latex>(?:\\\$|[^$\n。！？]){0,299}?(?:\\\$|[^\s$\\。！？]))"
     r"|(?<!\d \$)(?P<spaced> [^$\n。！？]{1,298}? ))\$(?![0-9A-Za-z${]|_(?!_))",
+    # [words](https://a.cn)  ![a picture](<a b.png> "its title")
     "link": rf"(?P<picture>!?)\[(?P<label>{LABEL})\]"
     r"(?u:\([ \t]*(?:<(?P<whole>[^<>\n]*)>|(?P<plain>(?:[^\s()<>]++|\([^\s()]*+\))*+))"
     r"(?:[ \t]+(?P<title>\"[^\"\n]*\"|'[^'\n]*'|\([^()\n]*\)))?[ \t]*\))",
-    # Nothing comes behind it yet but what may become code, a link or a formula.
+    # `x  $x  [x  [x](y  at the end of what there is: may become one of those above
     "open": r"`++(?=.{0,999}+\Z)|(?<![0-9A-Za-z])\$(?=[^\n。！？]{0,999}+\Z)"
     rf"|!?\[(?={LABEL}(?:!?\[[^\[\]\n]*+)?(?:\](?:\(.*+)?)?\Z)",
+    # <https://a.cn/水>  <me@a.cn>  https://a.cn/b_c?d=e
     "url": r"<(?:https?://|mailto:)[^\s<>]+>|<[\w.+-]+@[\w-]+(?:\.[\w-]+)+>"
     r"|https?://[\w./?#%&=+~:;@!$',*()-]+",
+    # <br>  <br />  </br>
     "break": r"</?br\s*/?>[ \t]*",
+    # <b>  </b>  <p align="center">  <details open>, but not `List<int>`
     "tag": r"<(?P<closes>/?)(?P<name>b|i|u|em|strong|span|div|p|center|font|mark"
     r"|kbd|details|summary|sub|sup)(?:\s+(?:open\b|[\w-]+\s*=\s*(?:\"[^\"]{0,300}\""
     r"|'[^']{0,300}'|[^\s\"'<>=]+)))*\s*/?>",
+    # &lt;  &#65;  &#x4e2d;
     "entity": ENTITY,
 }
 MARK = re.compile(
@@ -1481,6 +1493,35 @@ PATH = re.compile(
 DATA_PICTURE = re.compile(r"data:image/(?:png|jpeg|gif|webp);base64,[A-Za-z0-9+/=]+")
 
 
+# The HTML tags of tokens, where the two names differ.
+TAGS = {"link": "a", "paragraph": "p", "list_item": "li"}
+TAGS |= {"ordered_list": "ol", "bullet_list": "ul"}
+NESTING = {"open": 1, "close": -1}
+
+
+class TokenReader:
+    """What the two readers below share: they turn a text into markdown-it's tokens."""
+
+    is_block: bool  # these tokens are blocks, and not marks inside a line
+    tokens: list[Token]
+
+    def add(
+        self,
+        type: str,
+        content: str = "",
+        tag: str = "",
+        at: int | None = None,
+        **more: Any,
+    ) -> Token:
+        """Add a token, which opens or closes what its type says."""
+        name, _, end = type.rpartition("_")
+        tag, nesting = tag or TAGS.get(name, name), NESTING.get(end, 0)
+        token = Token(type, tag, nesting, content=content, **more)  # type: ignore[arg-type]
+        token.block = self.is_block
+        self.tokens.insert(len(self.tokens) if at is None else at, token)
+        return token
+
+
 @dataclass(slots=True)
 class Opener:
     """A mark that is markup if its closing mark comes."""
@@ -1491,17 +1532,20 @@ class Opener:
     is_doubtful: bool
 
 
-class InlineReader:
+class InlineReader(TokenReader):
     """Reads the marks inside one text, once, from left to right."""
 
-    def __init__(self, text: str, before: str, is_whole: bool) -> None:
+    is_block = False
+
+    def __init__(self, text: str, before: str = "\n", is_whole: bool = True) -> None:
+        self.tokens = []
         self.text = before + text  # so positions in it are one higher than in `text`
         self.is_whole = is_whole  # else more of the text may come
-        self.tokens: list[Token] = []
         self.openers: list[Opener] = []
         self.line_start = 1
         self.sure = 1, 0  # the text and the tokens before these ends cannot change
-        # The end of the line before, unless a mark was closed across it.
+        # Where the line before ends. It is sure when this line ends, too, as a mark is
+        # closed on the next line or never; `close` takes it back if a pair spans it.
         self.line_before = 1, 0
         self.is_held = False  # something is open that can change all that follows
         self.closer = ""  # what closes the formula or comment that is open
@@ -1512,72 +1556,38 @@ class InlineReader:
         self.escapes = {found.end() - 2 for found in ESCAPE.finditer(self.text, 1)}
         self.escapes -= self.in_paths
 
-    def read(self) -> None:
-        """Read all of the text, as far as it can be told by now."""
-        begin = 1
-        while mark := MARK.search(self.text, begin):
-            self.add_words(begin, mark.start())
-            begin = getattr(self, f"read_{mark.lastgroup}")(mark)
-            if not begin:
-                self.add_text(mark[0])
-                begin = mark.end()
-        self.add_words(begin, len(self.text))
-        if self.is_whole:
-            self.sure = len(self.text), len(self.tokens)
-
-    def add_words(self, begin: int, end: int) -> None:
-        """Add what stands before a mark; note the last sentence end in it."""
-        if not (self.is_whole or self.openers or self.is_held):
-            for found in SENTENCE_END.finditer(self.text, begin, end):
-                self.add_text(self.text[begin : found.end()])
-                begin = found.end()
-                self.sure = begin, len(self.tokens)
-        self.add_text(self.text[begin:end])
-
-    def add_text(self, text: str) -> None:
-        if text:
-            self.add("text", content=text)
-
-    def add(self, type: str, tag: str = "", nesting: int = 0, **more: object) -> None:
-        self.tokens.append(Token(type, tag, nesting, **more))  # type: ignore[arg-type]
-
-    def hold(self, closer: str = "") -> None:
-        """Take nothing as final from here on: a closing mark may still come."""
-        if not self.is_whole:
-            self.is_held, self.closer = True, self.closer or closer
-
     def open(self, mark: str, text: str, end: int, is_doubtful: bool = False) -> None:
         """Add a mark that is text until it is closed."""
         if sum(one.end > self.line_start for one in self.openers) < MAX_OPENERS:
             self.openers.append(Opener(mark, len(self.tokens), end, is_doubtful))
-        self.add("text", content=text)
+        self.add("text", text)
 
     def find(self, mark: str) -> Opener | None:
         return next((o for o in reversed(self.openers) if o.mark == mark), None)
 
     def close(self, opener: Opener, *names: str) -> None:
         """Pair an open mark with the one just read; marks open in between are text."""
-        if opener.end < self.line_start:
+        if opener.end < self.line_start:  # the line before is not sure without this one
             self.line_before = self.sure
         del self.openers[self.openers.index(opener) :]
-        opened = [Token(f"{name}_open", TAGS.get(name, name), 1) for name in names]
-        self.tokens[opener.index : opener.index + 1] = opened
+        del self.tokens[opener.index]
         for name in reversed(names):
-            self.add(f"{name}_close", TAGS.get(name, name), -1)
+            self.add(f"{name}_open", at=opener.index)
+            self.add(f"{name}_close")
 
     # One method for each mark, which returns where the markup ends, or 0 if it is text.
 
     def read_newline(self, mark: re.Match[str]) -> int:
         """Read a line's end; a mark may close one line later, but not a single star."""
         if mark.start() in self.in_paths:  # a backslash that is part of a path
-            self.add_text("\\")
+            self.add("text", "\\")
         openers = [o for o in self.openers if o.end > self.line_start]
         openers = [o for o in openers if o.mark not in ("*", "＊")]
         here = mark.start(), len(self.tokens)
         if not self.is_held:
             self.sure = max(self.sure, self.line_before if openers else here)
         self.line_before = here
-        self.add("softbreak", "br")
+        self.add("softbreak")
         self.openers, self.line_start = openers, mark.end()
         return mark.end()
 
@@ -1609,20 +1619,20 @@ class InlineReader:
         code = mark["inside"]
         if code.strip() and code[0] == code[-1] == " ":
             code = code[1:-1]
-        self.add("code_inline", "code", content=code, markup=mark["ticks"])
+        self.add("code_inline", code, markup=mark["ticks"])
         return mark.end()
 
     def read_dollars(self, mark: re.Match[str]) -> int:
         latex, spaced = mark["latex"] or "", mark["spaced"] or ""
         is_formula = FORMULA.match(latex) and not PRICE.match(latex)
         if is_formula or LATEX_SIGN.search(latex) or SPACED.fullmatch(spaced):
-            self.add("math_inline", "math", content=latex + spaced, markup="$")
+            self.add("math_inline", latex + spaced, markup="$")
             return mark.end()
-        self.add_text("$")
+        self.add("text", "$")
         return mark.start() + 1
 
     def read_open(self, mark: re.Match[str]) -> int:
-        self.hold()
+        self.is_held = True
         return 0
 
     def read_formula(self, mark: re.Match[str]) -> int:
@@ -1635,16 +1645,16 @@ class InlineReader:
         latex = self.text[inside:end]
         if end < 0:
             if len(self.text) - inside < MAX_FORMULA_SPAN:
-                self.hold(closer)
+                self.is_held, self.closer = True, self.closer or closer
             return 0
         if mark["environment"]:  # is LaTeX as a whole
-            self.add(kind, "math", content=opener + latex + closer)
+            self.add(kind, opener + latex + closer)
         elif opener in CLOSERS and FORMULA.match(latex):
-            self.add(kind, "math", content=latex, markup=opener)
+            self.add(kind, latex, markup=opener)
         elif opener in CLOSERS:  # `\[words\]` are brackets, but not in a pattern
             if mark.start() in self.in_paths:
                 return 0
-            self.add_text(opener.removeprefix("\\"))
+            self.add("text", opener.removeprefix("\\"))
             self.escapes.add(end)
             return inside
         return end + len(closer)
@@ -1652,7 +1662,7 @@ class InlineReader:
     def read_backslash(self, mark: re.Match[str]) -> int:
         if mark.start() not in self.escapes:
             return 0
-        self.add_text(self.text[mark.end()])
+        self.add("text", self.text[mark.end()])
         return mark.end() + 1
 
     def read_link(self, mark: re.Match[str]) -> int:
@@ -1662,19 +1672,18 @@ class InlineReader:
         is_path = ":" not in url and re.search("[./]", url)  # not so `arr[0](x.y)`
         is_data = is_picture and url.lower().startswith("data:image/")
         if not (ADDRESS.match(url) or is_path and shape(before) not in "x_" or is_data):
-            self.add_text(mark["picture"] + "[")
+            self.add("text", mark["picture"] + "[")
             return mark.start("label")
-        inside = InlineReader(mark["label"], "[", is_whole=True)
-        inside.read()  # but no link is inside a link
-        label = [token for token in inside.tokens if token.tag != "a"]
+        inside = InlineReader(mark["label"], before="[").read()
+        label = [token for token in inside if token.tag != "a"]  # no link in a link
         if is_picture:
             attrs = {"src": url, "alt": ""}
-            self.add("image", "img", attrs=attrs, children=label, content=mark["label"])
+            self.add("image", mark["label"], attrs=attrs, children=label)
             return mark.end()
         title = {"title": mark["title"][1:-1]} if mark["title"] else {}
-        self.add("link_open", "a", 1, attrs={"href": url} | title)
+        self.add("link_open", attrs={"href": url} | title)
         self.tokens += label
-        self.add("link_close", "a", -1)
+        self.add("link_close")
         return mark.end()
 
     def read_url(self, mark: re.Match[str]) -> int:
@@ -1685,20 +1694,20 @@ class InlineReader:
         end = mark.start() + len(url)
         label = re.sub("(?i)^<(?:mailto:)?|>$", "", url)
         href = label if "://" in label else f"mailto:{label}"
-        self.add("link_open", "a", 1, attrs={"href": href}, markup="autolink")
-        self.add_text(label)
-        self.add("link_close", "a", -1, markup="autolink")
+        self.add("link_open", attrs={"href": href}, markup="autolink")
+        self.add("text", label)
+        self.add("link_close", markup="autolink")
         return end
 
     def read_entity(self, mark: re.Match[str]) -> int:
         char = html.unescape(mark[0]).replace("\xa0", " ")
         if char in ("", "\r", "\ufffd", mark[0]) or ILLEGAL.search(char):
             return 0
-        self.add_text(char)
+        self.add("text", char)
         return mark.end()
 
     def read_break(self, mark: re.Match[str]) -> int:
-        self.add("hardbreak", "br")
+        self.add("hardbreak")
         return mark.end()
 
     def read_tag(self, tag: re.Match[str]) -> int:
@@ -1717,38 +1726,29 @@ class InlineReader:
             self.close(opener, *([name] if name in ("sub", "sup") else []))
         return tag.end()
 
-
-def window_end(text: str, begin: int, is_whole: bool) -> int:
-    """Return where the window that begins here ends; it never splits a data picture."""
-    end, at = begin + MAX_WINDOW, begin
-    while picture := DATA_PICTURE.search(text, at, end):
-        at = text.find(")", picture.end()) + 1
-        if not at:
-            return end if is_whole else picture.start()
-        end = max(end, at)
-    return end
-
-
-def read_inline(
-    text: str, before: str = "\n", is_whole: bool = True
-) -> tuple[list[Token], int, str]:
-    """Return a text's final tokens, where they end, and what would close the rest."""
-    tokens: list[Token] = []
-    begin, closer = 0, ""
-    while begin < len(text):
-        end = window_end(text, begin, is_whole)
-        is_last = end >= len(text)
-        reader = InlineReader(text[begin:end], before, is_whole and is_last)
-        reader.read()
-        (sure, count), closer = reader.sure, reader.closer
-        if sure == 1 and not is_last and end - begin >= MAX_WINDOW:
-            sure, count = end - begin + 1, len(reader.tokens)  # it never closed
-        tokens += reader.tokens[:count]
-        begin += sure - 1
-        if sure == 1 or is_last:
-            break
-        before = text[begin - 1]
-    return tokens, begin, closer
+    def read(self) -> list[Token]:
+        """Read all of the text, as far as it can be told by now; return its tokens."""
+        begin = 1
+        while begin < len(self.text):
+            mark = MARK.search(self.text, begin)
+            end = mark.start() if mark else len(self.text)
+            # Before the mark, a sentence that ends is sure if nothing is open.
+            if not (self.is_whole or self.openers or self.is_held):
+                for found in SENTENCE_END.finditer(self.text, begin, end):
+                    self.add("text", self.text[begin : found.end()])
+                    begin = found.end()
+                    self.sure = begin, len(self.tokens)
+            if begin < end:
+                self.add("text", self.text[begin:end])
+            if not mark:
+                break
+            begin = getattr(self, f"read_{mark.lastgroup}")(mark)
+            if not begin:  # it is text
+                self.add("text", mark[0])
+                begin = mark.end()
+        if self.is_whole:
+            self.sure, self.closer = (len(self.text), len(self.tokens)), ""
+        return self.tokens
 
 
 # --- The lines of an answer
@@ -1771,6 +1771,7 @@ QUOTE = re.compile(r"[ \t]*>(?!>>|=) ?(.*)")
 QUOTE_IN_TWO = re.compile(r"[ \t]*>(?!=) ?(.*)")  # where `>>>` is not Python's prompt
 BLOCK = re.compile(r"[ \t]*(?:`{3}|~{3}|#{1,6}[ \t]+\S|>(?!>>|=))")
 ITEM = re.compile(r"[ \t]*([-*+]|\d{1,3}[.)])[ \t]+(\S.*)", re.ASCII)
+RULE = re.compile(r"[ \t]*([-*])(?:[ \t]*\1){2,}[ \t]*")
 TASK = re.compile(r"\[([ xX])\][ \t]+(?=\S)")
 # After a sign: `- 100 元`, `+ 300 元`, `> 60 分`; neither `2024 年` nor `1. 甲`.
 AMOUNT = re.compile(
@@ -1781,6 +1782,8 @@ BAR = re.compile(  # a bar, or code and formulas that may hold one
     r"|\$(?![\s\d$])[^$]{0,300}[^\s$]\$(?!\w)|\\\||\|"
 )
 SIDES = {":": "center", "-": "right"}  # by how a column's rule begins that ends with :
+# Of what can be a table's header: a bar, and no sentence end before it.
+HEADER = re.compile(rf"(?:[^|。！？…!?.]|(?!{SENTENCE_END.pattern})[^|])*+\|")
 TABLE_RULE = re.compile(r"\s*+\|?(?:\s*+:?-++:?\s*+(?:\||\Z))++\s*")
 
 
@@ -1798,13 +1801,7 @@ def split_cells(line: str) -> list[str]:
     return [cell.replace("\\|", "|").replace("\0", "|").strip() for cell in cells]
 
 
-def can_be_header(line: str) -> bool:
-    """Say whether a line can be a table's header: a bar before any sentence end."""
-    bar = line.find("|", 0, MAX_HEADER)
-    return bar >= 0 and not SENTENCE_END.search(line, 0, bar + 1)
-
-
-class MarkdownReader:
+class MarkdownReader(TokenReader):
     """Reads a growing Markdown text, line by line, into tokens.
 
     A token that has been added never changes. Besides markdown-it's own there are
@@ -1812,9 +1809,11 @@ class MarkdownReader:
     code as soon as it is known.
     """
 
+    is_block = True
+
     def __init__(self, depth: int = 0) -> None:
+        self.tokens = []  # cleared by whoever writes them
         self.depth = depth  # of quotes around it
-        self.tokens: list[Token] = []  # cleared by whoever writes them
         self.rest = ""  # the line that is not complete
         self.is_in_line = False  # its beginning has been read, as text
         self.is_first = True  # no line with text has been read
@@ -1835,33 +1834,6 @@ class MarkdownReader:
         self.later_lines = ""  # the lines after that one
         self.is_replay = False  # they are read again: the formula was never closed
 
-    def feed(self, text: str) -> None:
-        """Read what has been added to the text."""
-        text = ILLEGAL.sub("", text)
-        *lines, self.rest = (self.rest + text).split("\n")
-        for line in lines:
-            self.read_line(line.removesuffix("\r"))
-        self.rest = self.read_pieces(self.rest)
-        if self.is_in_line:
-            self.pending += self.rest
-        elif self.is_settled(self.rest):
-            self.is_in_line = True
-            self.read_block(self.rest)
-        else:
-            return
-        self.read_pending()
-        self.rest = ""
-
-    def finish(self) -> None:
-        """Read the last line, and close whatever is open."""
-        if self.rest or self.is_in_line:
-            self.read_line(self.rest.removesuffix("\r"))
-        self.give_up_formula()
-        if self.header:
-            self.read_text(self.header)
-        self.close_to(0)
-        self.rest = self.header = ""
-
     def copy(self, tokens: list[Token]) -> "MarkdownReader":
         """Return a reader that reads on by itself, and adds to these tokens."""
         twin = copy.copy(self)
@@ -1869,170 +1841,69 @@ class MarkdownReader:
         twin.quote = self.quote and self.quote.copy(tokens)
         return twin
 
-    def is_settled(self, line: str) -> bool:
-        """Say whether an incomplete line is certain to be text or a list item."""
-        is_open = self.fence or self.closer or self.header or self.row is not None
-        item = ITEM.fullmatch(line)
-        if is_open or BLOCK.match(item[2] if item else line) or can_be_header(line):
-            return False
-        has_words = bool(line.strip(" \t-*"))  # is no rule
-        return has_words and (len(line) > MAX_WINDOW or bool(SENTENCE_END.search(line)))
-
-    def read_pieces(self, line: str) -> str:
-        """Read a heading, quote or row that is too long as lines; return the rest."""
-        while not (self.is_in_line or self.fence) and len(line) > MAX_WINDOW:
-            if self.is_settled(line[: MAX_WINDOW + 1]):
-                break
-            self.read_line(line[:MAX_WINDOW])
-            line = line[MAX_WINDOW:]
-        return line
-
-    def read_line(self, line: str) -> None:
-        """Read a complete line, or the end of one whose beginning was read."""
-        line = self.read_pieces(line)
-        if self.is_in_line:
-            self.is_in_line, self.closer = False, ""
-            self.pending += line
-        elif self.closer:
-            self.read_in_formula(line)
-        elif self.fence:
-            self.read_code(self.fence, line)
-        else:
-            self.read_block(line)
-        if self.paragraph and not self.closer:
-            self.end_text_line()
-
-    def read_block(self, line: str) -> None:
-        """Decide what a line is, and read it."""
-        if self.header:
-            return self.read_below_header(line)
-        if not line.strip():
-            self.close_block()
-            self.add("blank", hidden=True)
-            return None
-        if self.row is not None and "|" in line and line.lstrip().startswith(self.row):
-            cells = split_cells(line)
-            if self.cells + len(cells) <= MAX_CELLS:
-                return self.add_row("td", cells)
-        is_in_two = self.quote and self.quote.quote
-        quote = (QUOTE_IN_TWO if is_in_two else QUOTE).fullmatch(line)
-        is_new = not (self.quote or self.depth == MAX_QUOTES)
-        if quote and is_new and not AMOUNT.match(quote[1]):  # not `> 60 分`
-            self.close_to(indent_of(line))
-            self.open("blockquote")
-            self.quote = MarkdownReader(self.depth + 1)
-            self.quote.tokens = self.tokens
-        if quote and self.quote:
-            return self.quote.read_line(quote[1])
-        if self.quote or self.row is not None:
-            self.close_block()
-        is_first, self.is_first = self.is_first, False
-        if fence := FENCE.fullmatch(line):
-            self.read_fence(fence, line, is_first)
-        elif heading := HEADING.fullmatch(line):
-            words = re.sub(r"\s#+$", "", heading[2].rstrip()).rstrip()
-            self.close_to(indent_of(line))
-            self.open("heading", f"h{len(heading[1])}")
-            self.add("inline", children=read_inline(words)[0], content=words)
-            self.close("heading", f"h{len(heading[1])}")
-        elif re.fullmatch(r"[ \t]*([-*])(?:[ \t]*\1){2,}[ \t]*", line):
-            self.close_to(indent_of(line))
-            self.add("hr", "hr")
-        elif item := ITEM.fullmatch(line):
-            self.read_item(line, item[1], item[2])
-        elif can_be_header(line):
-            self.header = line
-        else:
-            self.read_text(line)
-
-    def add(self, type: str, tag: str = "", nesting: int = 0, **more: object) -> Token:
-        token = Token(type, tag, nesting, block=True, **more)  # type: ignore[arg-type]
-        self.tokens.append(token)
-        return token
-
-    def open(self, name: str, tag: str = "", **more: object) -> Token:
-        return self.add(f"{name}_open", tag or TAGS.get(name, name), 1, **more)
-
-    def close(self, name: str, tag: str = "", **more: object) -> None:
-        self.add(f"{name}_close", tag or TAGS.get(name, name), -1, **more)
-
-    def close_to(self, indent: int) -> None:
-        """Close every block that a line with this indent is outside of."""
-        self.close_block()
-        self.is_after_amount = False
-        while self.lists and indent < self.lists[-1][0] + 2:
-            self.close("list_item")
-            self.close("ordered_list" if self.lists.pop()[1] == "1" else "bullet_list")
-
-    def close_block(self) -> None:
-        """Close the paragraph, quote, code block or table that is open."""
+    def close_to(self, indent: float = math.inf) -> None:
+        """Close the block that is open, and lists that this indent is outside of."""
         if self.paragraph:
-            self.read_pending(is_whole=True)
-            self.close("paragraph", hidden=self.paragraph.hidden)
+            self.read_pending(is_end=True)
+            self.add("paragraph_close", hidden=self.paragraph.hidden)
             self.paragraph, self.before = None, "\n"
         elif self.quote:
-            self.quote.finish()
-            self.close("blockquote")
+            self.quote.read("", has_ended=True)
+            self.add("blockquote_close")
             self.quote = None
         elif self.fence:
             code, info = "".join(f"{line}\n" for line in self.code), self.fence.info
-            self.add("fence", "code", content=code, info=info, markup=self.fence.markup)
+            self.add("fence", code, info=info, markup=self.fence.markup)
             self.fence, self.code = None, []
         elif self.row is not None:
-            self.close("tbody")
-            self.close("table")
+            self.add("tbody_close")
+            self.add("table_close")
             self.row = None
+        while self.lists and indent < self.lists[-1][0] + 2:
+            _, kind = self.lists.pop()
+            self.add("list_item_close")
+            self.add("ordered_list_close" if kind == "1" else "bullet_list_close")
+
+    def read_pending(self, is_end: bool = False) -> None:
+        """Add what is sure of the paragraph's end; when it ends, all of it."""
+        text = self.pending.rstrip() if is_end else self.pending
+        tokens: list[Token] = []
+        begin, self.closer = 0, ""
+        while begin < len(text):
+            # A window, which bounds what a search costs; no data picture is split.
+            end, at = begin + MAX_WINDOW, begin
+            while picture := DATA_PICTURE.search(text, at, end):
+                at = text.find(")", picture.end()) + 1
+                if not at:
+                    end = end if is_end else picture.start()
+                    break
+                end = max(end, at)
+            is_last = end >= len(text)
+            reader = InlineReader(text[begin:end], self.before, is_end and is_last)
+            read = reader.read()
+            (sure, count), self.closer = reader.sure, reader.closer
+            if sure == 1 and not is_last and end - begin >= MAX_WINDOW:
+                sure, count = end - begin + 1, len(read)  # it never closed
+            if sure == 1:
+                break
+            tokens += read[:count]
+            begin += sure - 1
+            self.before = text[begin - 1]
+            if is_last:
+                break
+        if begin:
+            self.add("inline", text[:begin], children=tokens)
+        self.pending = "\n" if is_end else text[begin:]
 
     def read_text(self, line: str) -> None:
         indent = indent_of(line)
         if not self.paragraph or self.lists and indent < self.lists[-1][0] + 2:
             self.close_to(indent)
-            self.paragraph, self.pending = self.open("paragraph"), ""
-        self.is_after_amount = False
+            self.paragraph, self.pending = self.add("paragraph_open"), ""
         self.pending += line.lstrip() if self.lists else line
 
-    def end_text_line(self) -> None:
-        """Read the paragraph's last line; open marks may continue on the next line."""
-        if self.pending.endswith("\n"):  # has been read
-            return
-        if fence := LATE_FENCE.search(self.pending):
-            self.pending = self.pending[: fence.start()]
-            return self.read_block(fence[0].strip())
-        self.pending += "\n"
-        self.read_pending()
-        if self.closer and self.is_replay:
-            self.read_pending(is_whole=True)
-
-    def read_pending(self, is_whole: bool = False) -> None:
-        """Add what is sure of the paragraph's end; if it is whole, all of it."""
-        text = self.pending.rstrip() if is_whole else self.pending
-        tokens, end, self.closer = read_inline(text, self.before, is_whole)
-        if end:
-            self.add("inline", children=tokens, content=text[:end])
-            self.before = text[end - 1]
-        self.pending = "\n" if is_whole else text[end:]
-
-    def read_in_formula(self, line: str) -> None:
-        """Read a line inside an open formula, where nothing is Markdown."""
-        self.later_lines += line + "\n"
-        is_end = not line.strip() or FENCE.match(line) or HEADING.match(line)
-        if len(self.later_lines) > MAX_FORMULA_SPAN or is_end:
-            self.give_up_formula()
-        elif self.closer in line:
-            self.pending += self.later_lines[:-1]
-            self.later_lines, self.closer = "", ""
-
-    def give_up_formula(self) -> None:
-        """Take an unclosed formula as text, and read the lines after it again."""
-        if self.closer:
-            self.read_pending(is_whole=True)
-            lines, self.later_lines, self.is_replay = self.later_lines, "", True
-            for line in lines.split("\n")[:-1]:
-                self.read_line(line)
-            self.is_replay = False
-
-    def read_item(self, line: str, mark: str, content: str) -> None:
-        """Read a list item, or a line whose mark is a sign."""
+    def read_item(self, line: str, mark: str, content: str, is_after: bool) -> None:
+        """Read a list item, or a line that begins with a sign, maybe after another."""
         indent, kind = indent_of(line), "1" if mark[0].isdigit() else mark
         above = [outer for outer in self.lists if outer[0] <= indent] or [(indent, "")]
         is_nested = indent >= above[-1][0] + 2
@@ -2042,18 +1913,18 @@ class MarkdownReader:
             is_sign = kind == "+" and is_amount
         else:
             is_plus = kind == "+" and not is_nested and not task
-            is_sign = kind in "+-" and (is_amount or self.is_after_amount or is_plus)
+            is_sign = kind in "+-" and (is_amount or is_after or is_plus)
         if is_sign:
             self.read_text(line)
             self.is_after_amount = True
             return
         self.close_to(indent + 2 if is_next else indent)
         if is_next:
-            self.close("list_item")
+            self.add("list_item_close")
         else:
             self.lists.append((indent, kind))
-            self.open("ordered_list" if kind == "1" else "bullet_list")
-        item = self.open("list_item", info="•")  # as the chat shows it
+            self.add("ordered_list_open" if kind == "1" else "bullet_list_open")
+        item = self.add("list_item_open", info="•")  # as the chat shows it
         if kind == "1":
             item.info, item.attrs = mark, {"value": int(mark[:-1])}
         if BLOCK.match(content):
@@ -2062,7 +1933,7 @@ class MarkdownReader:
             content = ("☐ " if task[1] == " " else "☑ ") + content[task.end() :]
             item.info = mark if kind == "1" else ""
             item.attrs["class"] = "task"
-        self.paragraph, self.pending = self.open("paragraph", hidden=True), content
+        self.paragraph, self.pending = self.add("paragraph_open", hidden=True), content
 
     def read_fence(self, fence: re.Match[str], line: str, is_first: bool) -> None:
         """Read a fence's first line, or the last line of the one around the answer."""
@@ -2082,19 +1953,28 @@ class MarkdownReader:
             if words:
                 self.read_text(" " * indent + words)
             self.close_to(indent)
-            self.fence = self.add("code_open", info=info, markup=mark, hidden=True)
+            self.fence = self.add("code_begin", info=info, markup=mark, hidden=True)
             self.fence.level = indent  # which its lines lose
 
     def read_code(self, fence: Token, line: str) -> None:
         found = FENCE.fullmatch(line)
         if found and found["mark"].startswith(fence.markup) and not found["language"]:
-            self.close_block()
+            self.close_to()
             if found["words"]:
                 self.read_line(found["words"])
             return
         indent = min(fence.level, len(line) - len(line.lstrip(" \t")))
         self.code.append(line[indent:])
-        self.add("code_line", content=line[indent:], hidden=True)
+        self.add("code_line", line[indent:], hidden=True)
+
+    def add_row(self, tag: str, cells: list[str]) -> None:
+        self.cells += len(cells)
+        self.add("tr_open")
+        for cell, side in itertools.zip_longest(cells, self.sides[: len(cells)]):
+            self.add(f"{tag}_open", info=side or "")
+            self.add("inline", cell, children=InlineReader(cell).read())
+            self.add(f"{tag}_close")
+        self.add("tr_close")
 
     def read_below_header(self, line: str) -> None:
         """Open a table if this line is a rule; otherwise the header was text."""
@@ -2103,34 +1983,139 @@ class MarkdownReader:
         is_small = len(header) <= MAX_HEADER and self.cells < MAX_CELLS
         if not is_rule or not is_small:
             self.read_text(header)
-            self.end_text_line()
+            self.is_in_line = True  # in the header's, which ends here
+            self.read_line("")
             return self.read_line(line)
         self.close_to(indent_of(header))
         self.row = "|" if header.lstrip().startswith("|") else ""
         rules = split_cells(line)
         self.sides = [SIDES[cell[0]] if cell[-1:] == ":" else "" for cell in rules]
-        self.open("table")
-        self.open("thead")
+        self.add("table_open")
+        self.add("thead_open")
         self.add_row("th", split_cells(header))
-        self.close("thead")
-        self.open("tbody")
+        self.add("thead_close")
+        self.add("tbody_open")
 
-    def add_row(self, tag: str, cells: list[str]) -> None:
-        self.cells += len(cells)
-        self.open("tr")
-        for cell, side in itertools.zip_longest(cells, self.sides[: len(cells)]):
-            self.open(tag, info=side or "")
-            self.add("inline", children=read_inline(cell)[0], content=cell)
-            self.close(tag)
-        self.close("tr")
+    def read_block(self, line: str) -> None:
+        """Decide what a line is, and read it."""
+        if self.header:
+            return self.read_below_header(line)
+        if not line.strip():
+            self.close_to()
+            self.add("blank", hidden=True)
+            return None
+        is_after_amount, self.is_after_amount = self.is_after_amount, False
+        if self.row is not None and "|" in line and line.lstrip().startswith(self.row):
+            cells = split_cells(line)
+            if self.cells + len(cells) <= MAX_CELLS:
+                return self.add_row("td", cells)
+        is_in_two = self.quote and self.quote.quote
+        quote = (QUOTE_IN_TWO if is_in_two else QUOTE).fullmatch(line)
+        is_new = not (self.quote or self.depth == MAX_QUOTES)
+        if quote and is_new and not AMOUNT.match(quote[1]):  # not `> 60 分`
+            self.close_to(indent_of(line))
+            self.add("blockquote_open")
+            self.quote = MarkdownReader(self.depth + 1)
+            self.quote.tokens = self.tokens
+        if quote and self.quote:
+            return self.quote.read_line(quote[1])
+        if self.quote or self.row is not None:
+            self.close_to()
+        is_first, self.is_first = self.is_first, False
+        if fence := FENCE.fullmatch(line):
+            self.read_fence(fence, line, is_first)
+        elif heading := HEADING.fullmatch(line):
+            words = re.sub(r"\s#+$", "", heading[2].rstrip()).rstrip()
+            tag = f"h{len(heading[1])}"
+            self.close_to(indent_of(line))
+            self.add("heading_open", tag=tag)
+            self.add("inline", words, children=InlineReader(words).read())
+            self.add("heading_close", tag=tag)
+        elif RULE.fullmatch(line):
+            self.close_to(indent_of(line))
+            self.add("hr", tag="hr")
+        elif item := ITEM.fullmatch(line):
+            self.read_item(line, item[1], item[2], is_after_amount)
+        elif HEADER.match(line, 0, MAX_HEADER):
+            self.header = line
+        else:
+            self.read_text(line)
 
+    def read_in_formula(self, line: str | None = None) -> None:
+        """Read a line inside an open formula, where nothing is Markdown, or the end."""
+        self.later_lines += "" if line is None else line + "\n"
+        is_end = not (line and line.strip()) or FENCE.match(line) or HEADING.match(line)
+        if is_end or len(self.later_lines) > MAX_FORMULA_SPAN:
+            # It is never closed, so it is text, and the lines after it are read again.
+            self.read_pending(is_end=True)
+            lines, self.later_lines, self.is_replay = self.later_lines, "", True
+            for later in lines.split("\n")[:-1]:
+                self.read_line(later)
+            self.is_replay = False
+        elif line and self.closer in line:
+            self.pending += self.later_lines[:-1]
+            self.later_lines, self.closer = "", ""
 
-def read_markdown(markdown: str) -> list[Token]:
-    """Return the tokens of a whole answer, for its chat text and for its page."""
-    reader = MarkdownReader()
-    reader.feed(markdown)
-    reader.finish()
-    return reader.tokens
+    def is_settled(self, line: str) -> bool:
+        """Say whether an incomplete line is certain to be text or a list item."""
+        is_open = self.fence or self.closer or self.header or self.row is not None
+        is_sentence = len(line) > MAX_WINDOW or SENTENCE_END.search(line)
+        if is_open or not is_sentence or not line.strip(" \t-*"):  # or a rule
+            return False
+        item = ITEM.fullmatch(line)
+        is_block = BLOCK.match(item[2] if item else line)
+        return not (is_block or HEADER.match(line, 0, MAX_HEADER))
+
+    def read_line(self, line: str, is_whole: bool = True) -> None:
+        """Read a line, or of one that is not complete as much as is certain."""
+        # A heading, quote or row that is too long is read as lines.
+        while not (self.is_in_line or self.fence) and len(line) > MAX_WINDOW:
+            if self.is_settled(line[: MAX_WINDOW + 1]):
+                break
+            self.read_line(line[:MAX_WINDOW])
+            line = line[MAX_WINDOW:]
+        # What is it? That is decided once.
+        if not (is_whole or self.is_in_line or self.is_settled(line)):
+            self.rest = line
+            return
+        if self.is_in_line:
+            self.pending += line
+            self.closer = ""  # it is looked for again
+        elif self.closer:
+            self.read_in_formula(line)
+        elif self.fence:
+            self.read_code(self.fence, line)
+        else:
+            self.read_block(line)
+        self.rest, self.is_in_line = "", not is_whole
+        # Then its marks are read; those that are open may be closed on the next line.
+        if not is_whole:
+            self.read_pending()
+        elif self.paragraph and not (self.closer or self.pending.endswith("\n")):
+            if fence := LATE_FENCE.search(self.pending):
+                self.pending = self.pending[: fence.start()]
+                return self.read_block(fence[0].strip())
+            self.pending += "\n"
+            self.read_pending()
+            if self.closer and self.is_replay:
+                self.read_pending(is_end=True)
+
+    def read(self, text: str, has_ended: bool = False) -> None:
+        """Read what has been added to the text; at its end close whatever is open."""
+        *lines, rest = (self.rest + ILLEGAL.sub("", text)).split("\n")
+        for line in lines:
+            self.read_line(line.removesuffix("\r"))
+        if rest:
+            self.read_line(rest, is_whole=False)
+        if has_ended:
+            if self.rest or self.is_in_line:
+                self.read_line(self.rest.removesuffix("\r"))
+            if self.closer:
+                self.read_in_formula()
+            if self.header:
+                self.read_text(self.header)
+                self.header = ""
+            self.close_to(0)
 
 
 # --- From tokens to chat text
@@ -2181,11 +2166,21 @@ def inline_text(children: list[Token]) -> str:
     return re.sub(r"\v\s*([，。；：、,.;:）)]?)", lambda m: m[1] or "\n", "".join(out))
 
 
-class ChatWriter:
-    """Writes tokens as chat text; what it has written never changes."""
+MAX_UNREAD = 2000  # characters: what is asked for at once takes a few milliseconds
+MAX_LEADING = 2000  # characters of such lines in a row
+# Lines that no part may end with: headings and list marks go with what follows.
+LEADING = re.compile(r"[ │•]*(?:【[^\n【】]*】|\d{1,4}[.)、）]|[•☐☑│])")
 
-    def __init__(self) -> None:
-        self.out: list[str] = []  # cleared by whoever shows it
+
+class ChatText:
+    """The chat text of an answer that is being written; it only gets longer."""
+
+    def __init__(self, markdown: str = "") -> None:
+        self.unread = markdown  # read in bulk: the text is rarely asked for
+        self.reader = MarkdownReader()
+        self.kinds: collections.Counter[str] = collections.Counter()  # of its tokens
+        self.shown = ""
+        self.out: list[str] = []  # what has been written since
         self.is_empty = True  # nothing has been written
         self.newlines = 0  # before the next text
         self.spaces = ""  # before the next text, if it is on the same line
@@ -2197,10 +2192,39 @@ class ChatWriter:
         self.is_code = False  # in a code block, which is not indented
         self.is_hidden = False  # it is a diagram
 
+    def feed(self, delta: str) -> None:
+        """Add what the model has written."""
+        self.unread += delta
+        if len(self.unread) > MAX_UNREAD:  # or too much work would come at once
+            self.text()
+
+    def text(self, has_ended: bool = False) -> str:
+        """Return the chat text; while the answer grows, the part that is final."""
+        # Read and write what has been added. Tokens take far more memory than text.
+        for begin in range(0, len(self.unread) + 1, MAX_WINDOW):
+            end = begin + MAX_WINDOW
+            is_end = has_ended and end > len(self.unread)
+            self.reader.read(self.unread[begin:end], is_end)
+            for token in self.reader.tokens:
+                self.kinds.update([token.type, *(t.type for t in token.children or [])])
+                self.write(token)
+            self.reader.tokens.clear()
+        self.unread = ""
+        self.shown += "".join(self.out)
+        self.out.clear()
+        # Leave out headings and list marks at the end, until something follows them.
+        kept = tail = "" if has_ended else self.shown[-2 * MAX_LEADING :]
+        while len(tail) - len(kept) < MAX_LEADING:
+            above, newline, last = kept.rstrip().rpartition("\n")
+            if not LEADING.fullmatch(last):
+                return self.shown[: len(self.shown) - len(tail) + len(kept)]
+            kept = above + newline
+        return self.shown
+
     def write(self, token: Token) -> None:
         """Write a token; each but the text inside a block begins a line."""
         if token.type != "inline":
-            self.break_line()
+            self.newlines = max(self.newlines, 1)
         match token.type:
             case "inline" if self.captured is not None:
                 text = inline_text(token.children or [])
@@ -2208,7 +2232,7 @@ class ChatWriter:
             case "inline":
                 self.put(inline_text(token.children or []))
             case "blank":
-                self.break_line(2)
+                self.newlines = max(self.newlines, 2)
             case "hr":
                 self.put("———")
             case "list_item_open":
@@ -2219,7 +2243,7 @@ class ChatWriter:
                 self.put(self.prefixes.pop().rstrip())  # its mark, if it has no text
             case "blockquote_close":
                 self.prefixes.pop()
-            case "code_open":
+            case "code_begin":
                 self.is_code = True
                 self.is_hidden = token.info.split(" ")[0].lower() == "mermaid"
                 self.put("（流程图，在网页里看）" if self.is_hidden else "")
@@ -2232,20 +2256,17 @@ class ChatWriter:
             case "heading_open" | "tr_open":
                 self.captured = []
             case "heading_close":
-                text = "".join(self.take_captured()).strip()
+                text, self.captured = "".join(self.captured or []).strip(), None
                 is_long = len(text) > MAX_HEADING_CHARS
                 is_plain = is_long or re.search("[【】《》]|^$", text)
                 self.put(text if is_plain else f"【{text}】")
             case "table_open":
                 self.columns, self.has_rows = [], False
             case "tr_close":
-                self.write_row(self.take_captured())
+                cells, self.captured = self.captured or [], None
+                self.write_row(cells)
             case "table_close" if self.is_wide and not self.has_rows:
                 self.put("｜".join(self.columns))
-
-    def take_captured(self) -> list[str]:
-        captured, self.captured = self.captured or [], None
-        return captured
 
     def write_row(self, cells: list[str]) -> None:
         """Write a row, or a record of the cells below their columns."""
@@ -2253,7 +2274,7 @@ class ChatWriter:
             self.columns = cells
             self.is_wide = len(cells) > 3 or len("".join(cells)) > MAX_ROW_CHARS
         elif self.is_wide:
-            self.break_line(2 if self.has_rows else 1)
+            self.newlines = max(self.newlines, 2 if self.has_rows else 1)
             pairs = itertools.zip_longest(self.columns, cells, fillvalue="")
             lines = [f"{a}：{b}" if a and b else b for a, b in pairs]
             lines[0] = f"【{lines[0]}】" if lines[0] else ""
@@ -2262,96 +2283,26 @@ class ChatWriter:
         if not self.is_wide:
             self.put("｜".join(cells))
 
-    def break_line(self, newlines: int = 1) -> None:
-        """Begin the next text on a new line, or after a blank one."""
-        self.newlines = max(self.newlines, newlines)
-
     def put(self, text: str) -> None:
         """Append text to the current line; white space at line ends is dropped."""
         for index, line in enumerate(text.split("\n")):
             if index:
-                self.break_line()
+                self.newlines = max(self.newlines, 1)
             words = line.rstrip()
+            if words and (self.newlines or self.is_empty):
+                kept = [p for p in self.prefixes if not (self.is_code and p == "  ")]
+                newlines = 0 if self.is_empty else self.newlines
+                self.out.append("\n" * newlines + "".join(kept))
+                self.newlines, self.is_empty, self.spaces = 0, False, ""
+                self.prefixes = [p if p == "│ " else "  " for p in self.prefixes]
             if words:
-                self.begin()
                 self.out.append(SPACES.sub(" ", self.spaces + words))
                 self.spaces = ""
             self.spaces += line[len(words) :]
 
-    def begin(self) -> None:
-        """Write the newlines and prefixes that come before a text."""
-        if not (self.newlines or self.is_empty):
-            return
-        kept = [p for p in self.prefixes if not (self.is_code and p == "  ")]
-        newlines = 0 if self.is_empty else self.newlines
-        self.out.append("\n" * newlines + "".join(kept))
-        self.newlines, self.is_empty, self.spaces = 0, False, ""
-        self.prefixes = [prefix if prefix == "│ " else "  " for prefix in self.prefixes]
-
-
-# --- The chat text of an answer
-
-MAX_UNREAD = 2000  # characters: what is asked for at once takes a few milliseconds
-MAX_LEADING = 2000  # characters of such lines in a row
-# Lines that no part may end with: headings and list marks go with what follows.
-LEADING = re.compile(r"[ │•]*(?:【[^\n【】]*】|\d{1,4}[.)、）]|[•☐☑│])")
-
-
-def end_before_leading(text: str) -> int:
-    """Return where a text ends without the headings and list marks at its end."""
-    kept = tail = text[-2 * MAX_LEADING :]
-    while len(tail) - len(kept) < MAX_LEADING:
-        above, newline, last = kept.rstrip().rpartition("\n")
-        if not LEADING.fullmatch(last):
-            return len(text) - len(tail) + len(kept)
-        kept = above + newline
-    return len(text)
-
-
-class ChatText:
-    """The chat text of an answer that is being written; it only gets longer."""
-
-    def __init__(self, markdown: str = "") -> None:
-        self.reader, self.writer = MarkdownReader(), ChatWriter()
-        self.kinds: collections.Counter[str] = collections.Counter()  # of its tokens
-        self.unread = markdown  # read in bulk: the text is rarely asked for
-        self.shown = ""
-
-    def feed(self, delta: str) -> None:
-        """Add what the model has written."""
-        self.unread += delta
-        if len(self.unread) > MAX_UNREAD:  # or too much work would come at once
-            self.read()
-
-    def read(self) -> None:
-        """Read what has been added."""
-        for begin in range(0, len(self.unread), MAX_WINDOW):
-            self.reader.feed(self.unread[begin : begin + MAX_WINDOW])
-            self.write()  # the tokens take far more memory than the text
-        self.unread = ""
-
-    def write(self) -> None:
-        """Write what has been read."""
-        for token in self.reader.tokens:
-            self.writer.write(token)
-            self.kinds.update([token.type, *(t.type for t in token.children or [])])
-        self.reader.tokens.clear()
-        self.shown += "".join(self.writer.out)
-        self.writer.out.clear()
-
-    def text(self, has_ended: bool) -> str:
-        """Return the chat text; while the answer grows, the part that is final."""
-        self.read()
-        if has_ended:
-            self.reader.finish()
-            self.write()
-            return self.shown
-        return self.shown[: end_before_leading(self.shown)]
-
     def has_more_on_page(self) -> bool:
         """Say whether the page shows more: code, a table, formulas, pictures, links."""
-        self.read()
-        shown = {"table_open", "code_open", "image", "math_inline", "math_block"}
+        shown = {"table_open", "code_begin", "image", "math_inline", "math_block"}
         is_long = self.kinds["heading_open"] >= 2 or self.kinds["link_open"] >= 3
         return is_long or not shown.isdisjoint(self.kinds)
 
@@ -2363,25 +2314,7 @@ def chat_text(markdown: str) -> str:
 
 def stable_text(markdown: str) -> str:
     """Return what may be shown of an answer that grows: no more text changes it."""
-    return ChatText(markdown).text(has_ended=False)
-
-
-TEXT_END = re.compile(rf"\n|{SENTENCE_END.pattern}")
-
-
-def markdown_length(markdown: str, chat_length: int) -> int:
-    """Return how much of a text has a chat text of at most `chat_length` characters."""
-
-    def length(end: int) -> int:
-        return len(chat_text(markdown[:end]))
-
-    most = 2 * chat_length + 100
-    while most < len(markdown) and length(most) <= chat_length:
-        most *= 2
-    ends = [0, *(found.end() for found in TEXT_END.finditer(markdown, 0, most))]
-    if most >= len(markdown):
-        ends.append(len(markdown))
-    return ends[bisect.bisect_right(ends, chat_length, lo=1, key=length) - 1]
+    return ChatText(markdown).text()
 
 
 # --- Cuts
@@ -2430,16 +2363,6 @@ def may_end(text: str, end: int) -> bool:
     return is_last and not (is_in_heading or is_in_sign or EMOJI_TAIL.match(text, end))
 
 
-def best_end(masked: str, most: int) -> int:
-    """Return the best end of a part of at most `most` characters, or 0."""
-    for pattern, least in PART_ENDS:
-        ends = [found.end() for found in re.finditer(pattern, masked[: most + 1])]
-        for end in reversed(ends):
-            if least * most <= end <= most and may_end(masked, end):
-                return end
-    return 0
-
-
 def cut_text(text: str, room: int) -> int:
     """Return where the part that begins a text ends, at most `room` bytes of UTF-8."""
     most = len(text[:room].encode()[:room].decode(errors="ignore"))
@@ -2452,8 +2375,13 @@ def cut_text(text: str, room: int) -> int:
     whole = SHOWN_URL.sub(mask, text[: most + room])
     kept = RECORD_OR_ROW.sub(mask, whole)
     # A heading goes with its record, even if that must be torn.
-    ends = (best_end(masked, most) for masked in dict.fromkeys((kept, whole)))
-    return next(filter(None, ends), most)
+    texts = dict.fromkeys((kept, whole))
+    for masked, (pattern, least) in itertools.product(texts, PART_ENDS):
+        ends = [found.end() for found in re.finditer(pattern, masked[: most + 1])]
+        for end in reversed(ends):
+            if least * most <= end <= most and may_end(masked, end):
+                return end
+    return most
 
 
 # --- Blocked words
@@ -2555,9 +2483,8 @@ class WordGuard:
     def __init__(self, blocked: BlockedWords) -> None:
         self.blocked = blocked
         self.open = ""  # the end of the text: what follows may still combine with it
-        # Clusters held back, with their lengths as compared; `form` is all of them.
-        self.held: collections.deque[tuple[str, int]] = collections.deque()
-        self.form = ""
+        # The clusters before it that are held back, each with how it is compared.
+        self.held: collections.deque[tuple[str, str]] = collections.deque()
         self.seen = ["", ""]  # the ends of what chat and page show, as compared
 
     def sees(self, shown: str) -> bool:
@@ -2578,18 +2505,16 @@ class WordGuard:
         self.open = entity[0] if entity else ""
         if settled and not entity and not is_end:
             self.open = settled.pop()  # it may get an accent
-        for cluster in settled:
-            form = compared(cluster)
-            self.held.append((cluster, len(form)))
-            self.form += form
-        if self.blocked.are_in_form(self.form):
+        self.held += [(cluster, compared(cluster)) for cluster in settled]
+        form = "".join(form for _, form in self.held)
+        if self.blocked.are_in_form(form):
             return "", True
-        keep, shown = 0 if is_end else self.blocked.longest, []
-        while self.held and len(self.form) - self.held[0][1] >= keep:
-            cluster, length = self.held.popleft()
-            self.form = self.form[length:]
-            shown.append(cluster)
-        return "".join(shown), False
+        keep, left, shown = 0 if is_end else self.blocked.longest, len(form), ""
+        while self.held and left - len(self.held[0][1]) >= keep:
+            cluster, form = self.held.popleft()
+            left -= len(form)
+            shown += cluster
+        return shown, False
 
 
 # ---------------------------------------------------------------------------
@@ -2669,6 +2594,7 @@ class Ending:
 
 
 SENTENCE_SIGN = re.compile(r"[。！？…!?.\n]")
+TEXT_END = re.compile(rf"\n|{SENTENCE_END.pattern}")
 
 
 @dataclass(slots=True, eq=False)
@@ -2767,14 +2693,16 @@ class Turn:
         self.deltas.look()
 
     def as_sent(self, text: str) -> str:
-        """Return what of a text was sent in replies."""
-        return text[: markdown_length(text, max(self.stops.values(), default=0))]
+        """Return the lines and sentences of a text that were sent in replies."""
+        sent = max(self.stops.values(), default=0)
+        ends = [0, *(found.end() for found in TEXT_END.finditer(text)), len(text)]
+        count = bisect.bisect(ends, sent, key=lambda end: len(chat_text(text[:end])))
+        return text[: ends[count - 1]]
 
     def without_thought(self, text: str) -> str:
         """Return what of a text was sent; the rest turned out to be a thought."""
         sent, kept = max(self.stops.values(), default=0), self.as_sent(text)
-        # Sent in the midst of a mark:
-        kept += ChatText(text).text(has_ended=False)[len(chat_text(kept)) : sent]
+        kept += stable_text(text)[len(chat_text(kept)) : sent]  # in the midst of a mark
         return kept and f"{kept}\n\n"
 
     def finish(self, state: str, reason: str | None = None) -> None:
@@ -6382,9 +6310,7 @@ class BlockRenderer:
                 end = piece_end(markdown, 0, RENDER_CHARS)
             # Read complete lines, and render the blocks that they complete.
             tokens = self.reader.tokens
-            self.reader.feed(markdown[self.begin : end])
-            if has_ended or self.is_plain:
-                self.reader.finish()
+            self.reader.read(markdown[self.begin : end], has_ended or self.is_plain)
             self.level = fix_tokens(tokens, self.above, self.level)
             *done, self.tokens = split_blocks(self.tokens + tokens)
             self.done += map(self.render_block, done)
@@ -6414,9 +6340,8 @@ class BlockRenderer:
     def open_blocks(self, line: str) -> list[str]:
         """Return what is not done, and a line that is not complete."""
         reader, formulas = self.reader.copy([]), self.renderer.formulas
-        if not MARKS.fullmatch(line):  # which become something else with the next sign
-            reader.feed(line)
-        reader.finish()
+        # Marks alone become something else with the next sign.
+        reader.read("" if MARKS.fullmatch(line) else line, has_ended=True)
         fix_tokens(reader.tokens, self.above, self.level)
         *tokens, _ = split_blocks(self.tokens + reader.tokens)
         blocks = list(map(self.render_block, tokens))

@@ -17,7 +17,6 @@ from wxgpt import (
     ChatText,
     chat_text,
     cut_text,
-    read_markdown,
     size_of,
     stable_text,
 )
@@ -433,7 +432,9 @@ def test_the_same_answer_has_the_same_chat_text_in_every_version():
     ],
 )
 def test_of_the_markdown_only_what_was_sent_is_kept(markdown, length, kept):
-    assert markdown[: wxgpt.markdown_length(markdown, length)] == kept
+    turn = wxgpt.Turn(1, 1, "o", "o 1", "key", "问", None, 0.0, 1, "chatgpt")
+    turn.stops = {0: length}
+    assert turn.as_sent(markdown) == kept
 
 
 @pytest.mark.parametrize("markdown", AS_WRITTEN)
@@ -552,9 +553,10 @@ def check_pairs(tokens):
 @MANY
 @given(MARKDOWN)
 def test_the_page_can_write_the_same_tokens(markdown):
-    tokens = read_markdown(markdown)
-    check_pairs(tokens)
-    RendererHTML().render(tokens, MarkdownIt().options, {})
+    reader = wxgpt.MarkdownReader()
+    reader.read(markdown, has_ended=True)
+    check_pairs(reader.tokens)
+    RendererHTML().render(reader.tokens, MarkdownIt().options, {})
 
 
 CUTS = [
