@@ -2596,20 +2596,13 @@ class WordGuard:
 # ---------------------------------------------------------------------------
 
 
-@dataclass(slots=True, eq=False)
-class Signal:
+class Signal(asyncio.Event):
     """A change that others wait for with Tasks.until, each with their own condition."""
 
-    # Condition and wake-up of each; Tasks.until adds them and takes them out.
-    waiting: list[tuple[Callable[[], bool], asyncio.Future]] = field(
-        default_factory=list
-    )
-
     def look(self) -> None:
-        """Wake those whose condition is met; to be called after every change."""
-        for is_wanted, future in self.waiting:
-            if not future.done() and is_wanted():
-                future.set_result(None)
+        """Let all who wait look at their condition; to be called after every change."""
+        self.set()
+        self.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -2700,7 +2693,7 @@ class Turn:
     first_seconds: float | None = None  # from the question to the first text
     calls: int = 0  # how often this process asked an upstream
     task: asyncio.Task | None = None  # writes it
-    news: Signal = field(default_factory=Signal)  # a sentence more, or the end
+    news: Signal = field(default_factory=Signal)  # the subscriber's, while it is open
     deltas: Signal = field(default_factory=Signal)  # any change: live pages
     page: "LivePage | None" = None  # what viewers of this writing share
 
@@ -2731,12 +2724,6 @@ class Turn:
         """Return the chat text; of a growing answer what will not change any more."""
         return self.chat.text(has_ended=not self.is_open)
 
-    def has_part(self, start: int) -> bool:
-        """Say whether a reply from `start` on is full, or the answer has ended."""
-        if not self.is_open:
-            return True
-        return size_of(self.shown()[start : start + REPLY_BYTES + 1]) > REPLY_BYTES
-
     def read(self) -> "Turn":
         """Read the answer that came with the row, for seconds at worst."""
         self.chat = ChatText(self.answer)
@@ -2752,7 +2739,7 @@ class Turn:
         self.answer += delta
         self.chat.feed(delta)
         # What a reply shows grows with a line or a sentence, not with every token.
-        if self.news.waiting and SENTENCE_SIGN.search(delta):
+        if SENTENCE_SIGN.search(delta):
             self.news.look()
         self.deltas.look()
 
@@ -4460,19 +4447,12 @@ class Pictures:
 # ---------------------------------------------------------------------------
 
 
-def wake(future: asyncio.Future[None]) -> None:
-    """Let a wait look at its condition and its deadline."""
-    if not future.done():
-        future.set_result(None)
-
-
 class Tasks:
-    """Every task of the process, and every wait, so that a shutdown can end them."""
+    """Every task of the process, and when waits end, so that a shutdown can end all."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.running: set[asyncio.Task] = set()
-        self.waits: set[asyncio.Future[None]] = set()
         self.closes_at: float | None = None  # loop's clock; set at a shutdown
 
     def start(
@@ -4511,23 +4491,10 @@ class Tasks:
                 deadline = min(deadline, self.closes_at)
             if self.loop.time() >= deadline:
                 return False
-            future: asyncio.Future[None] = self.loop.create_future()
-            timer = self.loop.call_at(deadline, wake, future)
-            self.waits.add(future)
-            news.waiting.append((is_wanted, future))
-            try:
-                await future
-            finally:
-                timer.cancel()
-                self.waits.remove(future)
-                news.waiting.remove((is_wanted, future))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(deadline):
+                    await news.wait()
         return True
-
-    def end_waits(self, at: float) -> None:
-        """End all waits at that time at the latest, those to come as well."""
-        self.closes_at = at
-        for future in self.waits:
-            self.loop.call_at(at, wake, future)
 
     async def close(self) -> None:
         """Cancel all tasks, and wait until they have ended."""
@@ -4570,6 +4537,8 @@ class Subscriber:
 
     # Messages are taken up in the order they came.
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    # A message is answered, a sentence is written, an answer has ended.
+    news: Signal = field(default_factory=Signal)
     # Few of their pages are made or written at once, so that readers who stall leave
     # places for others' pages.
     pages: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
@@ -4621,34 +4590,22 @@ class Delivery:
     is_kept: bool = True  # False: nothing about this message is to be stored
     reply: Reply | None = None  # as decided
     stored: asyncio.Future | None = None  # storing the decided reply
-    news: Signal = field(default_factory=Signal)  # `source` or `reply` is there
-
-    def arrive(self, now: float, half_attempt: float) -> int:
-        """Count a request; return which attempt it is in this process.
-
-        One that comes within half an attempt of the one before is a duplicate.
-        """
-        if now - self.newest >= half_attempt:
-            self.seen += 1
-        self.newest = now
-        return self.seen
-
-    def is_answered(self) -> bool:
-        """Say whether it is known what answers the message."""
-        return self.reply is not None or self.source is not None
 
     def is_ready(self) -> bool:
-        """Say whether the reply can be complete."""
+        """Say whether the reply can be complete: its part is full, or all is there."""
         # A reply may be decided before it is known what would have answered.
         if self.reply or not isinstance(self.source, tuple):
-            return self.is_answered()
+            return self.reply is not None or self.source is not None
         turn, part = self.source
-        return turn.has_part(part.start)
+        if not turn.is_open:
+            return True
+        rest = turn.shown()[part.start : part.start + REPLY_BYTES + 1]
+        return size_of(rest) > REPLY_BYTES
 
     def answer_with(self, source: Source) -> None:
         """Answer with a fixed text, or with what a model writes."""
         self.source = source
-        self.news.look()
+        self.subscriber.news.look()
 
 
 class MuteGuard:
@@ -4994,7 +4951,9 @@ class Bot:
 
     def end_waits(self, at: float) -> None:
         """End all waits at that time at the latest (loop's clock), live pages now."""
-        self.tasks.end_waits(at)
+        self.tasks.closes_at = at
+        for subscriber in self.subscribers.values():
+            subscriber.news.look()
         for turn in self.turns.values():
             turn.deltas.look()
 
@@ -5061,7 +5020,11 @@ class Bot:
             self.tasks.loop.call_later(seconds, self.deliveries.pop, key, None)
             trouble = functools.partial(delivery.answer_with, self.texts.trouble)
             self.tasks.start(self.find_source(delivery), message.name, trouble)
-        return delivery, delivery.arrive(arrived, wechat.attempt_timeout / 2)
+        # One that comes within half an attempt of the one before is a duplicate.
+        if arrived - delivery.newest >= wechat.attempt_timeout / 2:
+            delivery.seen += 1
+        delivery.newest = arrived
+        return delivery, delivery.seen
 
     async def find_source(self, delivery: Delivery) -> None:
         """Find out what answers a message; a subscriber's messages take turns.
@@ -5086,7 +5049,7 @@ class Bot:
                     subscriber.to_mention[missed_id] = (number, question)
             if recalled.reply:  # a copy of a message that was answered before
                 delivery.seen_before, delivery.reply = 1, recalled.reply
-                delivery.news.look()
+                subscriber.news.look()
                 return
             if recalled.turn_id is not None:  # asked by a process before this one
                 delivery.seen_before = 1
@@ -5375,6 +5338,7 @@ class Bot:
 
         self.turns[turn.id] = turn
         subscriber.turns.append(turn)
+        turn.news = subscriber.news
         turn.is_queued = True
         turn.task = self.tasks.start(self.converse(turn, subscriber), turn.name, fail)
 
@@ -5621,10 +5585,11 @@ class Bot:
         self, delivery: Delivery, number: int, arrived: float
     ) -> Reply | None:
         """Return the reply for this request, or None: WeChat is to ask again."""
-        wechat, loop = self.config.wechat, self.tasks.loop
+        wechat, loop, until = self.config.wechat, self.tasks.loop, self.tasks.until
         over, margin = arrived + wechat.attempt_timeout, wechat.margin
         # 1. Wait until the reply can be complete.
-        is_ready = await self.until_ready(delivery, over - margin)
+        news, is_ready = delivery.subscriber.news, delivery.is_ready
+        await until(news, is_ready, over - margin)
         # 2. If it is not, and WeChat will ask again, wait on. The last attempt is also
         #    one that comes later than halfway between the last but one and the last. A
         #    timeout is charged now: a burst of them, charged when WeChat hangs up,
@@ -5632,15 +5597,12 @@ class Bot:
         late = (wechat.attempts - 1.5) * wechat.attempt_timeout
         is_last = number + delivery.seen_before >= wechat.attempts
         is_last = is_last or arrived - delivery.first > late
-        if not (is_ready or is_last) and self.guard.charge(loop.time()):
-            if not await self.until_ready(delivery, over):
+        if not (is_ready() or is_last) and self.guard.charge(loop.time()):
+            if not await until(news, is_ready, over):
                 # WeChat has stopped reading, but an answer here would end its retries:
                 # say nothing, unless another request gets the reply, and hang up.
-                news = delivery.news
-                await self.tasks.until(
-                    news, lambda: delivery.reply is not None, over + HOLD_SECONDS
-                )
-                if delivery.reply is None:
+                held = over + HOLD_SECONDS
+                if not await until(news, lambda: delivery.reply is not None, held):
                     return None
         # 3. Decide once for all requests: all there is, or a word of patience. Before
         #    that, the parts of a long answer are counted unless it takes too long.
@@ -5660,15 +5622,6 @@ class Bot:
                 name = delivery.message.name
                 log.warning("%s replied before it was stored: a slow disk?", name)
         return delivery.reply
-
-    async def until_ready(self, delivery: Delivery, deadline: float) -> bool:
-        """Wait until a message's reply can be complete; False at the deadline."""
-        news, tasks = delivery.news, self.tasks
-        if not await tasks.until(news, delivery.is_answered, deadline):
-            return False
-        if isinstance(delivery.source, tuple):
-            news = delivery.source[0].news
-        return await tasks.until(news, delivery.is_ready, deadline)
 
     def decide(self, delivery: Delivery) -> None:
         """Fix the reply of a message for all its requests, and start to store it."""
@@ -5697,9 +5650,7 @@ class Bot:
             delivery.stored.add_done_callback(failed)
         # Later copies need the reply alone; the answer would stay in memory with them.
         delivery.source = delivery.reply = reply
-        delivery.news.look()
-        if isinstance(source, tuple):  # others wait for more of the answer
-            source[0].news.look()
+        subscriber.news.look()
 
     def compose(self, delivery: Delivery) -> Reply:
         """Return the reply a message gets now: a fixed text, or part of an answer."""
@@ -5716,7 +5667,7 @@ class Bot:
             if sent_size(content) <= REPLY_BYTES:
                 return Reply(content, now, part, stop=len(shown))
         # Not all of it. The first reply that shows a part fixes where it ends.
-        is_early = not turn.has_part(part.start)
+        is_early = not delivery.is_ready()
         room = self.room_in(turn) - sent_size(head)
         rest = shown[part.start : part.start + 2 * REPLY_BYTES]
         stop = turn.stops.get(part.start) or part.start + cut_reply(rest, room)
@@ -5923,8 +5874,8 @@ class Bot:
         message = Message(openid, "", "text", now, msg_id=name, content=text)
         arrived = self.tasks.loop.time()
         delivery, _ = self.deliver(message, arrived, cookie_hash)
-        until = arrived + PAGE_SECONDS
-        await self.tasks.until(delivery.news, delivery.is_answered, until)
+        news, until = delivery.subscriber.news, arrived + PAGE_SECONDS
+        await self.tasks.until(news, lambda: delivery.source is not None, until)
         if isinstance(delivery.source, tuple):
             return delivery.source
         self.deliveries.pop(message.key, None)  # another try may be accepted
