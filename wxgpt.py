@@ -2762,6 +2762,8 @@ class Turn:
 
     def finish(self, state: str, reason: str | None = None) -> None:
         """End the answer, and wake all who wait for it."""
+        if state == "failed" and self.answer:
+            state = "broken"  # off, in its midst
         self.state, self.reason = state, reason
         self.news.look()
         self.deltas.look()
@@ -4784,31 +4786,23 @@ def folded(text: str) -> str:
     return unicodedata.normalize("NFKC", text).strip().casefold() if is_short else ""
 
 
-def find_command(text: str) -> Command | None:
-    """Return the command that a whole text is, or None."""
-    name = folded(text)
-    return COMMANDS.get(name[1:].strip()) if name.startswith("/") else None
+def find_command(text: str, assistants: Iterable[str]) -> tuple[str, str] | None:
+    """Return the command or the assistant a text names, and the question after it.
 
-
-def find_assistant(text: str, names: Iterable[str]) -> tuple[str, str] | None:
-    """Return the assistant a text opens and the question after it, or None.
-
-    `/chatgpt 问题` and `/chatgpt问题` are the same; of two names the longer one counts.
+    A command is the whole text. `/chatgpt 问题` and `/chatgpt问题` are the same; of two
+    assistants' names the longer one counts.
     """
     text = text.strip()
     if not folded(text[:1]).startswith("/"):
         return None
-    for name in sorted(names, key=len, reverse=True):
+    if (name := folded(text)[1:].strip()) in COMMANDS:
+        return name, ""
+    for name in sorted(assistants, key=len, reverse=True):
         wanted = folded("/" + name)
         for end in range(1, min(len(text), 2 * len(wanted)) + 1):
             if folded(text[:end]) == wanted:
                 return name, text[end:].strip()
     return None
-
-
-def is_command(text: str, names: Iterable[str]) -> bool:
-    """Say whether a whole text is a command, or opens one of these assistants."""
-    return bool(find_command(text) or find_assistant(text, names))
 
 
 CONTINUE = "继续"  # what a tap for a part sends, with its number
@@ -4843,13 +4837,6 @@ def shortened(messages: list[dict], is_last: bool) -> list[dict]:
     rest = messages[len(head) :]
     begin = len(rest) if is_last else (len(rest) // 4 + 1) * 2  # whole exchanges
     return head + rest[min(begin, len(rest) - 1) :]
-
-
-def failed_state(turn: Turn, kind: str) -> str:
-    """Return the state of an answer that did not end well."""
-    if kind == "blocked":
-        return "blocked"
-    return "broken" if turn.answer else "failed"
 
 
 def ending_words(texts: Texts, turn: Turn, retry: str, go_on: str = "") -> str:
@@ -5125,13 +5112,14 @@ class Bot:
         config, is_words = self.config, bool(text) and text not in STICKER_TEXTS
         meant = self.aliases.get(folded(text), text)
         keyword = "" if session else config.replies.keywords.get(text, "")
-        if keyword and is_command(keyword, config.assistants):
+        if find_command(keyword, config.assistants):
             meant = keyword
-        if method := find_command(meant):
-            log.info("%s command %s", delivery.message.name, method.__name__)
-            return await method(self, delivery)
-        if opened := find_assistant(meant, config.assistants):
-            return await self.open_and_ask(delivery, *opened)
+        if found := find_command(meant, config.assistants):
+            name, question = found
+            if name not in COMMANDS:
+                return await self.open_and_ask(delivery, name, question)
+            log.info("%s command %s", delivery.message.name, name)
+            return await COMMANDS[name](self, delivery)
         if session and not is_words:
             return self.texts.unsupported
         if (source := await self.handle_tap(delivery, folded(text))) is not None:
@@ -5332,14 +5320,10 @@ class Bot:
 
     def start_turn(self, turn: Turn, subscriber: Subscriber) -> None:
         """Start the task that answers a question, after those before it."""
-
-        def fail() -> None:
-            self.end_unwritten(turn, failed_state(turn, "trouble"), "trouble")
-
         self.turns[turn.id] = turn
         subscriber.turns.append(turn)
-        turn.news = subscriber.news
-        turn.is_queued = True
+        turn.news, turn.is_queued = subscriber.news, True
+        fail = functools.partial(self.end_turn, turn, "failed", "trouble")
         turn.task = self.tasks.start(self.converse(turn, subscriber), turn.name, fail)
 
     async def converse(self, turn: Turn, subscriber: Subscriber) -> None:
@@ -5360,11 +5344,13 @@ class Bot:
             except ChatError as error:
                 level = logging.ERROR if error.kind == "setup" else logging.WARNING
                 log.log(level, "%s failed: %s", turn.name, error)
+                state = "failed"
                 if error.kind == "blocked":
+                    state = "blocked"
                     await self.rewrite(turn, turn.as_sent)
                 elif turn.earlier and not turn.answer:
                     await self.rewrite(turn, lambda _: turn.earlier or "")
-                turn.finish(failed_state(turn, error.kind), error.kind)
+                turn.finish(state, error.kind)
             finally:
                 if turn.is_open:  # cancelled: the next process goes on from this text
                     await self.save_texts([turn])
@@ -5549,20 +5535,24 @@ class Bot:
             if subscriber and turn in subscriber.turns:
                 subscriber.turns.remove(turn)
 
-    def end_unwritten(self, turn: Turn, state: str, reason: str | None = None) -> None:
-        """End an answer that no task is writing, unless it has ended."""
-        if turn.is_open:
-            turn.finish(state, reason)
+    def end_turn(self, turn: Turn, state: str, reason: str | None = None) -> None:
+        """End an answer before its time, unless it has ended; what is there stays."""
+        if not turn.is_open:
+            return
+        turn.finish(state, reason)
+        if turn.is_queued or turn.task is None or turn.task.done():
             self.tasks.start(self.store_end(turn), turn.name)
+        else:
+            turn.task.cancel()  # which closes the upstream's call, and stores the end
 
     def end_queued(self, subscriber: Subscriber) -> None:
         """End the questions that still wait in a session that has ended.
 
         What is being written is finished, and stays readable by its links.
         """
-        for turn in list(subscriber.turns):
-            if turn.is_open and turn.is_queued:
-                self.end_unwritten(turn, "ended")
+        for turn in subscriber.turns:
+            if turn.is_queued:
+                self.end_turn(turn, "ended")
 
     async def resume_turns(self) -> None:
         """Take up the questions that the process before this one left unfinished."""
@@ -5570,10 +5560,10 @@ class Bot:
         for turn, is_session_open in await self.store.open_turns():
             if turn.asked >= ASKINGS or now - turn.created_at > RESUME_SECONDS:
                 self.turns[turn.id] = await self.work.run(turn.read)
-                self.end_unwritten(turn, failed_state(turn, "given_up"), "given_up")
+                self.end_turn(turn, "failed", "given_up")
             elif not turn.asked and not is_session_open:
                 self.turns[turn.id] = turn
-                self.end_unwritten(turn, "ended")
+                self.end_turn(turn, "ended")
             else:
                 turn.earlier, turn.answer = turn.answer if turn.asked else None, ""
                 self.start_turn(turn, self.subscriber(turn.openid))
@@ -5886,7 +5876,7 @@ class Bot:
         text, openid = delivery.message.content, delivery.message.openid
         if await self.store.device_owner(delivery.cookie_hash) != openid:
             return self.texts.page_signed_out
-        if is_command(self.aliases.get(folded(text), text), self.config.assistants):
+        if find_command(self.aliases.get(folded(text), text), self.config.assistants):
             return self.texts.page_command.format(text=excerpt(text))
         if delivery.session is None:
             if refusal := self.refuse_question(delivery, text, ""):
@@ -5929,13 +5919,9 @@ class Bot:
 
     def stop_turn(self, openid: str, link_key: str) -> None:
         """End an answer that is being written: what is there of it stays, as cut."""
-        for turn in list(self.turns.values()):
-            is_theirs = turn.link_key == link_key and turn.openid == openid
-            if is_theirs and turn.is_open and turn.is_queued:
-                self.end_unwritten(turn, "cut", "stopped")
-            elif is_theirs and turn.is_open and turn.task:
-                turn.finish("cut", "stopped")
-                turn.task.cancel()  # which closes the upstream's call
+        for turn in self.turns.values():
+            if turn.link_key == link_key and turn.openid == openid:
+                self.end_turn(turn, "cut", "stopped")
 
     async def claim_sign_in(self, openid: str, number: str) -> str:
         """Return what is said to a number that a browser shows, or does not."""
@@ -6033,7 +6019,7 @@ def check_commands(config: Config, mistakes: Mistakes) -> None:
         if key in taken:
             words = "{name}: found {found}, expected a text that is not in {taken}"
             mistakes.add(where, words, found=repr(name), taken=taken[key])
-        is_known = is_command(text, config.assistants)
+        is_known = find_command(text, config.assistants)
         require(is_known, where, text, "a command, or the name of an assistant after /")
         taken[key] = "the aliases"
 
