@@ -2638,13 +2638,9 @@ class Reply:
     stop: int = 0  # where in the chat text that ends
     offered: Part | None = None  # the part that its tap asks for
     is_early: bool = False  # neither all that is left nor a full part
+    is_patience: bool = False  # it only asks for that: nothing can be shown yet
     mentions: int | None = None  # a turn whose unread answer is named under it
     introduces: bool = False  # it says who answers here, and the privacy words
-
-    @property
-    def is_patience(self) -> bool:
-        """Say whether it only asks for patience: nothing can be shown yet."""
-        return self.is_early and self.part is not None and self.stop <= self.part.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -5617,12 +5613,6 @@ class Bot:
         """Fix the reply of a message for all its requests, and start to store it."""
         subscriber, message = delivery.subscriber, delivery.message
         source, reply = delivery.source, self.compose(delivery)
-        if reply.content and reply is not source:
-            for words, changes in self.footers(delivery, reply):
-                content = f"{reply.content}\n\n{words}"
-                if not reply.mentions and sent_size(content) <= REPLY_BYTES:
-                    reply = replace(reply, content=content, **changes)
-            reply = replace(reply, content=outgoing(reply.content))
         subscriber.is_told |= reply.introduces
         if reply.mentions:
             del subscriber.to_mention[reply.mentions]
@@ -5643,41 +5633,79 @@ class Bot:
         subscriber.news.look()
 
     def compose(self, delivery: Delivery) -> Reply:
-        """Return the reply a message gets now: a fixed text, or part of an answer."""
-        now, source = int(time.time()), delivery.source
-        if isinstance(source, Reply):
+        """Return the reply a message gets now, with what is said once below it."""
+        texts, source, subscriber = self.texts, delivery.source, delivery.subscriber
+        if isinstance(source, Reply):  # as it is
             return source
-        if not isinstance(source, tuple):
-            return Reply(self.texts.trouble if source is None else source, now)
-        turn, part = source
-        shown, subscriber = turn.shown(), delivery.subscriber
-        head = self.texts.anew + "\n" if part.is_anew else ""
+        own_id, assistant = None, delivery.session and delivery.session.assistant
+        if isinstance(source, tuple):
+            reply = self.compose_part(delivery, *source)
+            own_id, assistant = source[0].id, source[0].assistant
+        else:
+            words = texts.trouble if source is None else source
+            reply = Reply(words, int(time.time()))
+        if not reply.content:
+            return reply
+        # In a conversation the introduction comes first; nobody reads the privacy
+        # words twice, except after /forget.
+        if assistant and delivery.is_kept and not subscriber.is_told:
+            one, two = tap_link(texts.word_example_1), tap_link(texts.word_example_2)
+            words = texts.introduction.format(assistant=assistant, one=one, two=two)
+            words = f"{reply.content}\n\n{words}\n{self.tappable(texts.privacy)}"
+            if sent_size(words) <= REPLY_BYTES:
+                reply = replace(reply, content=words, introduces=True)
+        # Then an answer that was not read yet.
+        for turn_id, (number, question) in subscriber.to_mention.items():
+            tap = tap_link(texts.word_answer, f"{CONTINUE}{number}")
+            words = texts.unread.format(question=excerpt(question), tap=tap)
+            words = f"{reply.content}\n\n{words}"
+            is_ended = turn_id != own_id and turn_id not in self.turns
+            if is_ended and sent_size(words) <= REPLY_BYTES:
+                reply = replace(reply, content=words, mentions=turn_id)
+                break
+        return replace(reply, content=outgoing(reply.content))
+
+    def compose_part(self, delivery: Delivery, turn: Turn, part: Part) -> Reply:
+        """Return what shows an answer from a part on, or asks for patience."""
+        texts, now, subscriber = self.texts, int(time.time()), delivery.subscriber
+        head, shown = texts.anew + "\n" if part.is_anew else "", turn.shown()
+        # 1. All that is left of an ended answer, if it fits.
         if not turn.is_open:
             content = self.rest_of(turn, part.start, head)
             if sent_size(content) <= REPLY_BYTES:
                 return Reply(content, now, part, stop=len(shown))
-        # Not all of it. The first reply that shows a part fixes where it ends.
-        is_early = not delivery.is_ready()
+        # 2. What fits of it. The first reply that shows a part fixes where it ends.
         room = self.room_in(turn) - sent_size(head)
         rest = shown[part.start : part.start + 2 * REPLY_BYTES]
         stop = turn.stops.get(part.start) or part.start + cut_reply(rest, room)
-        text = shown[part.start : stop].strip("\n")
-        if text:
+        if text := shown[part.start : stop].strip("\n"):
             place = part.place and part.place + 1
             offered = subscriber.offer(turn.id, stop, place)
             left = None if turn.is_open else turn.left.get(stop, 0)
             content = head + text + self.tail(turn, offered, left)
+            is_early = not delivery.is_ready()
             return Reply(content, now, part, stop, offered, is_early)
+        # 3. Nothing can be shown yet: ask for patience.
         offered = part if part.number else subscriber.offer(turn.id, part.start)
-        content = self.patience(delivery, turn, offered.number)
-        return Reply(content, now, part, part.start, offered, is_early=True)
+        turns = [t for t in subscriber.turns if t.session_id == turn.session_id]
+        before = sum(t.is_open and t.id < turn.id for t in turns)
+        words = texts.queued if turn.is_queued else texts.thinking
+        content = words.format(
+            question=excerpt(turn.question),
+            before=max(1, before),
+            time=spoken_age(texts, turn.age),
+            tap=tap_link(texts.word_answer, f"{CONTINUE}{offered.number}"),
+            page=self.page_link(turn, texts.word_page),
+        )
+        return Reply(content, now, part, part.start, offered, True, is_patience=True)
 
     def rest_of(self, turn: Turn, start: int, head: str) -> str:
         """Return all that is left to say of an ended answer, of any size."""
-        text = turn.shown()[start:].strip("\n")
-        retry = tap_link(self.texts.word_retry, f"{RETRY}{turn.id}")
-        go_on = tap_link(self.texts.word_go_on)
-        words = ending_words(self.texts, turn, retry, go_on)
+        text, words = turn.shown()[start:].strip("\n"), ""
+        if turn.state != "done":
+            retry = tap_link(self.texts.word_retry, f"{RETRY}{turn.id}")
+            go_on = tap_link(self.texts.word_go_on)
+            words = ending_words(self.texts, turn, retry, go_on)
         if not text:
             return words or self.texts.no_more
         content = f"{head}{text}{self.label}"
@@ -5721,43 +5749,6 @@ class Bot:
                 starts.append(turn.stops.get(at) or at + cut_reply(rest, room))
         for number, start in enumerate(reversed(starts), turn.left[at]):
             turn.left[start] = number
-
-    def patience(self, delivery: Delivery, turn: Turn, number: int) -> str:
-        """Return what is said while nothing can be shown yet."""
-        texts, session_id = self.texts, turn.session_id
-        turns = [t for t in delivery.subscriber.turns if t.session_id == session_id]
-        before = sum(t.is_open and t.id < turn.id for t in turns)
-        text = texts.queued if turn.is_queued else texts.thinking
-        return text.format(
-            question=excerpt(turn.question),
-            before=max(1, before),
-            time=spoken_age(texts, turn.age),
-            tap=tap_link(texts.word_answer, f"{CONTINUE}{number}"),
-            page=self.page_link(turn, texts.word_page),
-        )
-
-    def footers(
-        self, delivery: Delivery, reply: Reply
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield what may stand below a reply, and the fields that this changes in it.
-
-        In a conversation the introduction comes first; nobody reads the privacy words
-        twice, except after /forget. Then come answers that were not read yet.
-        """
-        texts, source, subscriber = self.texts, delivery.source, delivery.subscriber
-        talk = source[0] if isinstance(source, tuple) else delivery.session
-        if talk and delivery.is_kept and not subscriber.is_told:
-            one, two = tap_link(texts.word_example_1), tap_link(texts.word_example_2)
-            words = texts.introduction.format(
-                assistant=talk.assistant, one=one, two=two
-            )
-            yield f"{words}\n{self.tappable(texts.privacy)}", {"introduces": True}
-        own_id = reply.part.turn_id if reply.part else None
-        for turn_id, (number, question) in subscriber.to_mention.items():
-            if turn_id != own_id and turn_id not in self.turns:
-                tap = tap_link(texts.word_answer, f"{CONTINUE}{number}")
-                line = texts.unread.format(question=excerpt(question), tap=tap)
-                yield line, {"mentions": turn_id}
 
     def note_delivery(self, delivery: Delivery, number: int, is_taken: bool) -> None:
         """Store for `stats` how text of an answer was delivered, or that it was not."""
