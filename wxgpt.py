@@ -2685,16 +2685,14 @@ class Turn:
     writing: str = field(default_factory=functools.partial(secrets.token_hex, 4))
     earlier: str | None = None  # asked again after a restart: the text before that
     is_queued: bool = False  # the question before it is not answered yet
-    asked_at: float = 0.0  # created_at by the monotonic clock, which does not jump
+    # created_at by the monotonic clock, which does not jump.
+    asked_at: float = field(default_factory=time.monotonic)
     first_seconds: float | None = None  # from the question to the first text
     calls: int = 0  # how often this process asked an upstream
     task: asyncio.Task | None = None  # writes it
     news: Signal = field(default_factory=Signal)  # the subscriber's, while it is open
     deltas: Signal = field(default_factory=Signal)  # any change: live pages
     page: "LivePage | None" = None  # what viewers of this writing share
-
-    def __post_init__(self) -> None:
-        self.asked_at = time.monotonic() - max(0.0, time.time() - self.created_at)
 
     @property
     def name(self) -> str:
@@ -5554,6 +5552,7 @@ class Bot:
         """Take up the questions that the process before this one left unfinished."""
         now = time.time()
         for turn, is_session_open in await self.store.open_turns():
+            turn.asked_at -= max(0.0, now - turn.created_at)
             if turn.asked >= ASKINGS or now - turn.created_at > RESUME_SECONDS:
                 self.turns[turn.id] = await self.work.run(turn.read)
                 self.end_turn(turn, "failed", "given_up")
@@ -5599,7 +5598,15 @@ class Bot:
                 counted = self.work.run(self.count_parts, turn, part.start)
                 await asyncio.wait({counted}, timeout=margin / 4)
         if delivery.reply is None:
-            self.decide(delivery)
+            message, reply = delivery.message, self.compose(delivery)
+            if reply.content and delivery.is_kept:
+                stored = self.store.save_reply(message.key, message.openid, reply)
+                failed = functools.partial(log_failure, f"{message.name} reply")
+                stored.add_done_callback(failed)
+                delivery.stored = stored
+            # Later copies need the reply alone; an answer would stay in memory with it.
+            delivery.source = delivery.reply = reply
+            news.look()
         # 4. It is stored before it is sent, if that does not take too long.
         if delivery.stored and not delivery.stored.done():
             left = over - margin / 2 - loop.time()
@@ -5609,38 +5616,21 @@ class Bot:
                 log.warning("%s replied before it was stored: a slow disk?", name)
         return delivery.reply
 
-    def decide(self, delivery: Delivery) -> None:
-        """Fix the reply of a message for all its requests, and start to store it."""
-        subscriber, message = delivery.subscriber, delivery.message
-        source, reply = delivery.source, self.compose(delivery)
-        subscriber.is_told |= reply.introduces
-        if reply.mentions:
-            del subscriber.to_mention[reply.mentions]
+    def compose(self, delivery: Delivery) -> Reply:
+        """Fix the reply of a message: what it says now, and what is said once below."""
+        texts, source, subscriber = self.texts, delivery.source, delivery.subscriber
+        if isinstance(source, Reply):  # as it is
+            return source
+        assistant = delivery.session and delivery.session.assistant
         if isinstance(source, tuple):
             turn, part = source
+            assistant, reply = turn.assistant, self.compose_part(delivery, turn, part)
             if reply.stop > part.start:
                 turn.stops[part.start] = reply.stop
             if reply.offered and reply.is_early and part.number == 0:
                 subscriber.to_mention[turn.id] = (reply.offered.number, turn.question)
             elif not reply.is_patience:
                 subscriber.to_mention.pop(turn.id, None)
-        if reply.content and delivery.is_kept:
-            delivery.stored = self.store.save_reply(message.key, message.openid, reply)
-            failed = functools.partial(log_failure, f"{message.name} reply")
-            delivery.stored.add_done_callback(failed)
-        # Later copies need the reply alone; the answer would stay in memory with them.
-        delivery.source = delivery.reply = reply
-        subscriber.news.look()
-
-    def compose(self, delivery: Delivery) -> Reply:
-        """Return the reply a message gets now, with what is said once below it."""
-        texts, source, subscriber = self.texts, delivery.source, delivery.subscriber
-        if isinstance(source, Reply):  # as it is
-            return source
-        own_id, assistant = None, delivery.session and delivery.session.assistant
-        if isinstance(source, tuple):
-            reply = self.compose_part(delivery, *source)
-            own_id, assistant = source[0].id, source[0].assistant
         else:
             words = texts.trouble if source is None else source
             reply = Reply(words, int(time.time()))
@@ -5654,14 +5644,15 @@ class Bot:
             words = f"{reply.content}\n\n{words}\n{self.tappable(texts.privacy)}"
             if sent_size(words) <= REPLY_BYTES:
                 reply = replace(reply, content=words, introduces=True)
+                subscriber.is_told = True
         # Then an answer that was not read yet.
         for turn_id, (number, question) in subscriber.to_mention.items():
             tap = tap_link(texts.word_answer, f"{CONTINUE}{number}")
             words = texts.unread.format(question=excerpt(question), tap=tap)
             words = f"{reply.content}\n\n{words}"
-            is_ended = turn_id != own_id and turn_id not in self.turns
-            if is_ended and sent_size(words) <= REPLY_BYTES:
+            if turn_id not in self.turns and sent_size(words) <= REPLY_BYTES:
                 reply = replace(reply, content=words, mentions=turn_id)
+                del subscriber.to_mention[turn_id]
                 break
         return replace(reply, content=outgoing(reply.content))
 
