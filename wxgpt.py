@@ -4458,22 +4458,20 @@ class Tasks:
         fail: Callable[[], None] | None = None,
     ) -> asyncio.Task:
         """Run work as a task; if it raises, `fail` is called, so nobody waits on."""
+
+        def end(task: asyncio.Task) -> None:
+            self.running.discard(task)
+            if error := None if task.cancelled() else task.exception():
+                is_known = isinstance(error, sqlite3.Error)  # a full or locked disk
+                trace = None if is_known else error
+                log.error("%s broke off: %s", name, error, exc_info=trace)
+                if fail:
+                    fail()
+
         task = self.loop.create_task(work)
         self.running.add(task)
-        task.add_done_callback(functools.partial(self.end, name, fail))
+        task.add_done_callback(end)
         return task
-
-    def end(
-        self, name: str, fail: Callable[[], None] | None, task: asyncio.Task
-    ) -> None:
-        """Log what a task raised: nobody awaits it."""
-        self.running.discard(task)
-        if error := None if task.cancelled() else task.exception():
-            is_known = isinstance(error, sqlite3.Error)  # a full or locked disk
-            trace = None if is_known else error
-            log.error("%s broke off: %s", name, error, exc_info=trace)
-            if fail:
-                fail()
 
     async def until(
         self, news: Signal, is_wanted: Callable[[], bool], deadline: float
@@ -5104,7 +5102,8 @@ class Bot:
         """Return what answers a text: the first of these cases that applies."""
         text, session = delivery.message.content.strip(), delivery.session
         config, is_words = self.config, bool(text) and text not in STICKER_TEXTS
-        meant = self.aliases.get(folded(text), text)
+        words = folded(text)
+        meant = self.aliases.get(words, text)
         keyword = "" if session else config.replies.keywords.get(text, "")
         if find_command(keyword, config.assistants):
             meant = keyword
@@ -5116,7 +5115,7 @@ class Bot:
             return await COMMANDS[name](self, delivery)
         if session and not is_words:
             return self.texts.unsupported
-        if (source := await self.handle_tap(delivery, folded(text))) is not None:
+        if (source := await self.handle_tap(delivery, words)) is not None:
             return source
         if session:
             return await self.accept_question(delivery, text)
@@ -5662,7 +5661,7 @@ class Bot:
         head, shown = texts.anew + "\n" if part.is_anew else "", turn.shown()
         # 1. All that is left of an ended answer, if it fits.
         if not turn.is_open:
-            content = self.rest_of(turn, part.start, head)
+            content = self.rest_of(turn, shown[part.start :], head)
             if sent_size(content) <= REPLY_BYTES:
                 return Reply(content, now, part, stop=len(shown))
         # 2. What fits of it. The first reply that shows a part fixes where it ends.
@@ -5690,9 +5689,9 @@ class Bot:
         )
         return Reply(content, now, part, part.start, offered, True, is_patience=True)
 
-    def rest_of(self, turn: Turn, start: int, head: str) -> str:
-        """Return all that is left to say of an ended answer, of any size."""
-        text, words = turn.shown()[start:].strip("\n"), ""
+    def rest_of(self, turn: Turn, text: str, head: str) -> str:
+        """Return the last text of an ended answer and how it ended, of any size."""
+        text, words = text.strip("\n"), ""
         if turn.state != "done":
             retry = tap_link(self.texts.word_retry, f"{RETRY}{turn.id}")
             go_on = tap_link(self.texts.word_go_on)
@@ -5733,10 +5732,10 @@ class Bot:
         starts, shown, room = [start], turn.shown(), self.room_in(turn)
         while (at := starts[-1]) not in turn.left:
             is_short = len(shown) - at <= REPLY_BYTES
-            if is_short and sent_size(self.rest_of(turn, at, "")) <= REPLY_BYTES:
+            rest = shown[at : at + 2 * REPLY_BYTES]
+            if is_short and sent_size(self.rest_of(turn, rest, "")) <= REPLY_BYTES:
                 turn.left[at] = 1
             else:
-                rest = shown[at : at + 2 * REPLY_BYTES]
                 starts.append(turn.stops.get(at) or at + cut_reply(rest, room))
         for number, start in enumerate(reversed(starts), turn.left[at]):
             turn.left[start] = number
