@@ -905,28 +905,28 @@ def with_links(text: str) -> str:
     return ANCHOR.sub(lambda link: web_link(link[3], link[2]), text)
 
 
-def no_link(text: str) -> str:
-    """Return text in which WeChat finds no link, and our XML nothing illegal."""
-    return re.sub(r"(?i)<(?=/?a)", "<\u200b", ILLEGAL.sub("", text))
-
-
 def outgoing(text: str) -> str:
     """Return a reply's text as it is sent: our own links in it, and no others.
 
     Nothing is removed or decoded behind this gate, which could join others' characters
     to a link.
     """
-    kept, at = [], 0
-    for link in OUR_LINK.finditer(text):
-        anchor = f'<a href="{ILLEGAL.sub("", link[1])}">{no_link(link[2])}</a>'
-        kept += [no_link(text[at : link.start()]), anchor]
-        at = link.end()
-    return "".join([*kept, no_link(text[at:])])
+    kept = []
+    for at, piece in enumerate(OUR_LINK.split(text)):  # a text, URL, words, a text ...
+        legal = ILLEGAL.sub("", piece)
+        no_link = re.sub(r"(?i)<(?=/?a)", "<\u200b", legal)
+        if at % 3 == 0:
+            kept.append(no_link)
+        elif at % 3 == 1:
+            kept.append(f'<a href="{legal}">')
+        else:
+            kept.append(f"{no_link}</a>")
+    return "".join(kept)
 
 
 def sent_size(text: str) -> int:
     """Return the size that a text has when it is sent."""
-    return size_of(outgoing(text))
+    return len(outgoing(text).encode())
 
 
 def excerpt(text: str, length: int = 12) -> str:
@@ -4451,13 +4451,8 @@ class Tasks:
         self.running: set[asyncio.Task] = set()
         self.closes_at: float | None = None  # loop's clock; set at a shutdown
 
-    def start(
-        self,
-        work: Coroutine[None, None, None],
-        name: str,
-        fail: Callable[[], None] | None = None,
-    ) -> asyncio.Task:
-        """Run work as a task; if it raises, `fail` is called, so nobody waits on."""
+    def start(self, work: Coroutine[None, None, None], name: str) -> asyncio.Task:
+        """Run work as a task; what it raises is logged, since nobody awaits it."""
 
         def end(task: asyncio.Task) -> None:
             self.running.discard(task)
@@ -4465,8 +4460,6 @@ class Tasks:
                 is_known = isinstance(error, sqlite3.Error)  # a full or locked disk
                 trace = None if is_known else error
                 log.error("%s broke off: %s", name, error, exc_info=trace)
-                if fail:
-                    fail()
 
         task = self.loop.create_task(work)
         self.running.add(task)
@@ -4552,14 +4545,6 @@ class Subscriber:
             self.offered[turn_id, start] = self.last_part
         return Part(self.offered[turn_id, start], turn_id, start, place=place)
 
-    def forget(self) -> None:
-        """Forget what the store forgets; the lock and who reads stay."""
-        self.last_part = 0
-        self.is_told = False
-        self.turns.clear()
-        self.offered.clear()
-        self.to_mention.clear()
-
 
 # A text of ours ('' says nothing), part of an answer, or a reply to be sent as it is.
 Source = str | tuple[Turn, Part] | Reply
@@ -4594,12 +4579,7 @@ class Delivery:
         if not turn.is_open:
             return True
         rest = turn.shown()[part.start : part.start + REPLY_BYTES + 1]
-        return size_of(rest) > REPLY_BYTES
-
-    def answer_with(self, source: Source) -> None:
-        """Answer with a fixed text, or with what a model writes."""
-        self.source = source
-        self.subscriber.news.look()
+        return len(rest.encode()) > REPLY_BYTES
 
 
 class MuteGuard:
@@ -4997,8 +4977,7 @@ class Bot:
             # Long after the last attempt a copy is answered from the store.
             seconds = 4 * wechat.attempts * wechat.attempt_timeout
             self.tasks.loop.call_later(seconds, self.deliveries.pop, key, None)
-            trouble = functools.partial(delivery.answer_with, self.texts.trouble)
-            self.tasks.start(self.find_source(delivery), message.name, trouble)
+            self.tasks.start(self.find_source(delivery), message.name)
         # One that comes within half an attempt of the one before is a duplicate.
         if arrived - delivery.newest >= wechat.attempt_timeout / 2:
             delivery.seen += 1
@@ -5006,53 +4985,22 @@ class Bot:
         return delivery, delivery.seen
 
     async def find_source(self, delivery: Delivery) -> None:
-        """Find out what answers a message; a subscriber's messages take turns.
+        """Find out what answers a message, and extend its session.
 
-        A message that is new extends its session.
+        A subscriber's messages take turns. Whatever breaks, nobody waits on.
         """
         message, subscriber = delivery.message, delivery.subscriber
-        async with subscriber.lock:
-            openid = message.openid
-            if openid in self.store.due:
-                await self.store.forget_due()
-            if openid in self.store.due:
-                delivery.is_kept = False
-                delivery.answer_with(self.texts.forget_noted)
-                return
-            recalled = await self.store.recall(message.key, openid, time.time())
-            if subscriber.last_part is None:
-                subscriber.last_part = recalled.last_part
-                subscriber.is_told = recalled.is_told
-                if recalled.mention:
-                    number, missed_id, question = recalled.mention
-                    subscriber.to_mention[missed_id] = (number, question)
-            if recalled.reply:  # a copy of a message that was answered before
-                delivery.seen_before, delivery.reply = 1, recalled.reply
-                subscriber.news.look()
-                return
-            if recalled.turn_id is not None:  # asked by a process before this one
-                delivery.seen_before = 1
-                # If the turn was deleted meanwhile, nothing is said: to ask it again
-                # would store it again.
-                source = await self.source_of(Part(0, recalled.turn_id)) or ""
-                if isinstance(source, tuple):
-                    delivery.first = min(delivery.first, source[0].asked_at)
-                delivery.answer_with(source)
-                return
-            session, delivery.pictures = recalled.session, recalled.pictures
-            delivery.hinted_at = recalled.hinted_at
-            if session and session.assistant in self.config.assistants:
-                idle = time.time() - session.last_at - self.config.session.ttl
-                if idle <= 0 or session.is_busy:
-                    delivery.session = session
-                elif idle < LAPSE_SECONDS:
-                    delivery.lapsed = session
-            source = await self.handle_message(delivery)
-            # Storing a question has extended the session.
-            is_question = isinstance(source, tuple) and source[1].number == 0
-            if delivery.session and message.msg_type != "event" and not is_question:
-                await self.store.touch_session(delivery.session.id, time.time())
-        delivery.answer_with(source)
+        source: Source = self.texts.trouble
+        try:
+            async with subscriber.lock:
+                source = await self.handle_message(delivery)
+                # Storing a question has extended the session.
+                is_question = isinstance(source, tuple) and source[1].number == 0
+                if delivery.session and message.msg_type != "event" and not is_question:
+                    await self.store.touch_session(delivery.session.id, time.time())
+        finally:
+            delivery.source = source
+            subscriber.news.look()
 
     async def source_of(self, part: Part) -> Source | None:
         """Return a part with its turn; None if that was deleted meanwhile."""
@@ -5065,15 +5013,83 @@ class Bot:
         return turn, part
 
     async def handle_message(self, delivery: Delivery) -> Source:
-        """Return what answers a message that has no reply yet."""
-        message, limits = delivery.message, self.config.limits
-        if message.openid in limits.deny and message.event != "unsubscribe":
+        """Return what answers a message: what is known of it, or what it means."""
+        message, subscriber, store = delivery.message, delivery.subscriber, self.store
+        openid = message.openid
+        # 1. Nothing about a subscriber is stored until a deletion that is due is done.
+        if openid in store.due:
+            await store.forget_due()
+        if openid in store.due:
+            delivery.is_kept = False
+            return self.texts.forget_noted
+        # 2. What is stored of it and its sender; memory may know better of the latter.
+        recalled = await store.recall(message.key, openid, time.time())
+        if subscriber.last_part is None:
+            subscriber.last_part = recalled.last_part
+            subscriber.is_told = recalled.is_told
+            if recalled.mention:
+                number, missed_id, question = recalled.mention
+                subscriber.to_mention[missed_id] = (number, question)
+        # 3. A copy of one that was answered, or was asked by a process before this one.
+        #    If the turn was deleted meanwhile, nothing is said: to ask it again would
+        #    store it again.
+        if recalled.reply:
+            delivery.seen_before, delivery.reply = 1, recalled.reply
+            return recalled.reply
+        if recalled.turn_id is not None:
+            delivery.seen_before = 1
+            source = await self.source_of(Part(0, recalled.turn_id)) or ""
+            if isinstance(source, tuple):
+                delivery.first = min(delivery.first, source[0].asked_at)
+            return source
+        # 4. A new one, in its session unless that was idle for too long.
+        session, delivery.pictures = recalled.session, recalled.pictures
+        delivery.hinted_at = recalled.hinted_at
+        if session and session.assistant in self.config.assistants:
+            idle = time.time() - session.last_at - self.config.session.ttl
+            if idle <= 0 or session.is_busy:
+                delivery.session = session
+            elif idle < LAPSE_SECONDS:
+                delivery.lapsed = session
+        if openid in self.config.limits.deny and message.event != "unsubscribe":
             return self.leave_alone(delivery, "the sender is in limits.deny")
+        if message.msg_type == "text":
+            return await self.handle_text(delivery)
+        return await self.handle_other(delivery)
+
+    async def handle_text(self, delivery: Delivery) -> Source:
+        """Return what answers a text: the first of these cases that applies."""
         if delivery.cookie_hash:
             return await self.ask_on_page(delivery)
+        text, session = delivery.message.content.strip(), delivery.session
+        config, is_words = self.config, bool(text) and text not in STICKER_TEXTS
+        words = folded(text)
+        meant = self.aliases.get(words, text)
+        keyword = "" if session else config.replies.keywords.get(text, "")
+        if keyword and find_command(keyword, config.assistants):
+            meant = keyword
+        if found := find_command(meant, config.assistants):
+            name, question = found
+            if name not in COMMANDS:
+                return await self.open_and_ask(delivery, name, question)
+            log.info("%s command %s", delivery.message.name, name)
+            return await COMMANDS[name](self, delivery)
+        if session and not is_words:
+            return self.texts.unsupported
+        if (source := await self.handle_tap(delivery, words)) is not None:
+            return source
+        if session:
+            return await self.accept_question(delivery, text)
+        if text in config.replies.keywords:
+            return self.tappable(config.replies.keywords[text])
+        if not is_words:
+            return self.leave_alone(delivery, "no words, and no session is open")
+        return await self.handle_outside(delivery, text)
+
+    async def handle_other(self, delivery: Delivery) -> Source:
+        """Return what answers an event, or what is no text."""
+        message = delivery.message
         match message.msg_type, message.event:
-            case "text", _:
-                return await self.handle_text(delivery)
             case "event", "subscribe":
                 return self.with_notice(self.config.replies.subscribe)
             case "event", "unsubscribe":
@@ -5097,33 +5113,6 @@ class Bot:
             return texts.unsupported
         await self.store.add_picture(message.openid, kept, time.time())
         return reply.format(tap=tap_link(tap))
-
-    async def handle_text(self, delivery: Delivery) -> Source:
-        """Return what answers a text: the first of these cases that applies."""
-        text, session = delivery.message.content.strip(), delivery.session
-        config, is_words = self.config, bool(text) and text not in STICKER_TEXTS
-        words = folded(text)
-        meant = self.aliases.get(words, text)
-        keyword = "" if session else config.replies.keywords.get(text, "")
-        if find_command(keyword, config.assistants):
-            meant = keyword
-        if found := find_command(meant, config.assistants):
-            name, question = found
-            if name not in COMMANDS:
-                return await self.open_and_ask(delivery, name, question)
-            log.info("%s command %s", delivery.message.name, name)
-            return await COMMANDS[name](self, delivery)
-        if session and not is_words:
-            return self.texts.unsupported
-        if (source := await self.handle_tap(delivery, words)) is not None:
-            return source
-        if session:
-            return await self.accept_question(delivery, text)
-        if text in config.replies.keywords:
-            return self.tappable(config.replies.keywords[text])
-        if not is_words:
-            return self.leave_alone(delivery, "no words, and no session is open")
-        return await self.handle_outside(delivery, text)
 
     async def handle_tap(self, delivery: Delivery, words: str) -> Source | None:
         """Return what answers a tap, or the same words typed; None if they are a text.
@@ -5316,13 +5305,13 @@ class Bot:
         self.turns[turn.id] = turn
         subscriber.turns.append(turn)
         turn.news, turn.is_queued = subscriber.news, True
-        fail = functools.partial(self.end_turn, turn, "failed", "trouble")
-        turn.task = self.tasks.start(self.converse(turn, subscriber), turn.name, fail)
+        turn.task = self.tasks.start(self.converse(turn, subscriber), turn.name)
 
     async def converse(self, turn: Turn, subscriber: Subscriber) -> None:
         """Answer a question after those before it, and store how that ended.
 
         Until then it keeps alive the subscriber's state and the session's lock.
+        Whatever breaks, the answer ends, so that nobody waits on.
         """
         async with self.locks.setdefault(turn.session_id, asyncio.Lock()):
             if not turn.is_open:  # its session has ended meanwhile
@@ -5345,7 +5334,10 @@ class Bot:
                     await self.rewrite(turn, lambda _: turn.earlier or "")
                 turn.finish(state, error.kind)
             finally:
-                if turn.is_open:  # cancelled: the next process goes on from this text
+                is_cancelled = turn.task and turn.task.cancelling()
+                if turn.is_open and not is_cancelled:
+                    turn.finish("failed", "trouble")
+                if turn.is_open:  # a shutdown: the next process goes on from this text
                     await self.save_texts([turn])
                 else:
                     await self.store_end(turn, ending)
@@ -5533,7 +5525,7 @@ class Bot:
         if not turn.is_open:
             return
         turn.finish(state, reason)
-        if turn.is_queued or turn.task is None or turn.task.done():
+        if turn.is_queued or turn.task is None:
             self.tasks.start(self.store_end(turn), turn.name)
         else:
             turn.task.cancel()  # which closes the upstream's call, and stores the end
@@ -5823,7 +5815,10 @@ class Bot:
             if turn.task:
                 turn.task.cancel()
             self.turns.pop(turn.id, None)
-        subscriber.forget()
+        subscriber.turns.clear()
+        subscriber.offered.clear()
+        subscriber.to_mention.clear()
+        subscriber.last_part, subscriber.is_told = 0, False
         self.sign_ins.end(message.openid)
         self.work.results.clear()
         await self.store.forget(message.openid, message.key, outgoing(reply))
@@ -5847,10 +5842,11 @@ class Bot:
         delivery, _ = self.deliver(message, arrived, cookie_hash)
         news, until = delivery.subscriber.news, arrived + PAGE_SECONDS
         await self.tasks.until(news, lambda: delivery.source is not None, until)
-        if isinstance(delivery.source, tuple):
-            return delivery.source
+        source = delivery.source
+        if isinstance(source, tuple):
+            return source
         self.deliveries.pop(message.key, None)  # another try may be accepted
-        return str(delivery.source or self.texts.trouble)
+        return source if source and isinstance(source, str) else self.texts.trouble
 
     async def ask_on_page(self, delivery: Delivery) -> Source:
         """Ask what was written on a page, in the session that runs or in a new one."""
