@@ -4817,16 +4817,17 @@ def ending_words(texts: Texts, turn: Turn, retry: str, go_on: str = "") -> str:
     `retry` is how its question is asked again, where that may help, and `go_on` how the
     rest of one is asked for that reached the limit of its length.
     """
-    fixed = {
-        "done": "",
-        "cut": texts.stopped_here
-        if turn.reason == "stopped"
-        else texts.cut_short.format(tap=go_on),
-        "ended": texts.session_ended,
-        "blocked": texts.blocked_answer,
-    }
-    if turn.state in fixed:
-        return fixed[turn.state]
+    match turn.state:
+        case "done":
+            return ""
+        case "cut" if turn.reason == "stopped":
+            return texts.stopped_here
+        case "cut":
+            return texts.cut_short.format(tap=go_on)
+        case "ended":
+            return texts.session_ended
+        case "blocked":
+            return texts.blocked_answer
     name = "broken" if turn.state == "broken" else turn.reason or "empty"
     return getattr(texts, f"failed_{name}").format(tap=retry)
 
