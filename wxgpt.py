@@ -909,28 +909,28 @@ def with_links(text: str) -> str:
     return ANCHOR.sub(lambda link: web_link(link[3], link[2]), text)
 
 
-def no_link(text: str) -> str:
-    """Return text in which WeChat finds no link, and our XML nothing illegal."""
-    return re.sub(r"(?i)<(?=/?a)", "<\u200b", ILLEGAL.sub("", text))
-
-
 def outgoing(text: str) -> str:
     """Return a reply's text as it is sent: our own links in it, and no others.
 
     Nothing is removed or decoded behind this gate, which could join others' characters
     to a link.
     """
-    kept, at = [], 0
-    for link in OUR_LINK.finditer(text):
-        anchor = f'<a href="{ILLEGAL.sub("", link[1])}">{no_link(link[2])}</a>'
-        kept += [no_link(text[at : link.start()]), anchor]
-        at = link.end()
-    return "".join([*kept, no_link(text[at:])])
+    kept = []
+    for at, piece in enumerate(OUR_LINK.split(text)):  # a text, URL, words, a text ...
+        legal = ILLEGAL.sub("", piece)
+        no_link = re.sub(r"(?i)<(?=/?a)", "<\u200b", legal)
+        if at % 3 == 0:
+            kept.append(no_link)
+        elif at % 3 == 1:
+            kept.append(f'<a href="{legal}">')
+        else:
+            kept.append(f"{no_link}</a>")
+    return "".join(kept)
 
 
 def sent_size(text: str) -> int:
     """Return the size that a text has when it is sent."""
-    return size_of(outgoing(text))
+    return len(outgoing(text).encode())
 
 
 def excerpt(text: str, length: int = 12) -> str:
@@ -2525,20 +2525,13 @@ class WordGuard:
 # ---------------------------------------------------------------------------
 
 
-@dataclass(slots=True, eq=False)
-class Signal:
+class Signal(asyncio.Event):
     """A change that others wait for with Tasks.until, each with their own condition."""
 
-    # Condition and wake-up of each; Tasks.until adds them and takes them out.
-    waiting: list[tuple[Callable[[], bool], asyncio.Future]] = field(
-        default_factory=list
-    )
-
     def look(self) -> None:
-        """Wake those whose condition is met; to be called after every change."""
-        for is_wanted, future in self.waiting:
-            if not future.done() and is_wanted():
-                future.set_result(None)
+        """Let all who wait look at their condition; to be called after every change."""
+        self.set()
+        self.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -2574,13 +2567,9 @@ class Reply:
     stop: int = 0  # where in the chat text that ends
     offered: Part | None = None  # the part that its tap asks for
     is_early: bool = False  # neither all that is left nor a full part
+    is_patience: bool = False  # it only asks for that: nothing can be shown yet
     mentions: int | None = None  # a turn whose unread answer is named under it
     introduces: bool = False  # it says who answers here, and the privacy words
-
-    @property
-    def is_patience(self) -> bool:
-        """Say whether it only asks for patience: nothing can be shown yet."""
-        return self.is_early and self.part is not None and self.stop <= self.part.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -2626,16 +2615,14 @@ class Turn:
     writing: str = field(default_factory=functools.partial(secrets.token_hex, 4))
     earlier: str | None = None  # asked again after a restart: the text before that
     is_queued: bool = False  # the question before it is not answered yet
-    asked_at: float = 0.0  # created_at by the monotonic clock, which does not jump
+    # created_at by the monotonic clock, which does not jump.
+    asked_at: float = field(default_factory=time.monotonic)
     first_seconds: float | None = None  # from the question to the first text
     calls: int = 0  # how often this process asked an upstream
     task: asyncio.Task | None = None  # writes it
-    news: Signal = field(default_factory=Signal)  # a sentence more, or the end
+    news: Signal = field(default_factory=Signal)  # the subscriber's, while it is open
     deltas: Signal = field(default_factory=Signal)  # any change: live pages
     page: "LivePage | None" = None  # what viewers of this writing share
-
-    def __post_init__(self) -> None:
-        self.asked_at = time.monotonic() - max(0.0, time.time() - self.created_at)
 
     @property
     def name(self) -> str:
@@ -2661,12 +2648,6 @@ class Turn:
         """Return the chat text; of a growing answer what will not change any more."""
         return self.chat.text(has_ended=not self.is_open)
 
-    def has_part(self, start: int) -> bool:
-        """Say whether a reply from `start` on is full, or the answer has ended."""
-        if not self.is_open:
-            return True
-        return size_of(self.shown()[start : start + REPLY_BYTES + 1]) > REPLY_BYTES
-
     def read(self) -> "Turn":
         """Read the answer that came with the row, for seconds at worst."""
         self.chat = ChatText(self.answer)
@@ -2682,7 +2663,7 @@ class Turn:
         self.answer += delta
         self.chat.feed(delta)
         # What a reply shows grows with a line or a sentence, not with every token.
-        if self.news.waiting and SENTENCE_SIGN.search(delta):
+        if SENTENCE_SIGN.search(delta):
             self.news.look()
         self.deltas.look()
 
@@ -2707,6 +2688,8 @@ class Turn:
 
     def finish(self, state: str, reason: str | None = None) -> None:
         """End the answer, and wake all who wait for it."""
+        if state == "failed" and self.answer:
+            state = "broken"  # off, in its midst
         self.state, self.reason = state, reason
         self.news.look()
         self.deltas.look()
@@ -4392,44 +4375,28 @@ class Pictures:
 # ---------------------------------------------------------------------------
 
 
-def wake(future: asyncio.Future[None]) -> None:
-    """Let a wait look at its condition and its deadline."""
-    if not future.done():
-        future.set_result(None)
-
-
 class Tasks:
-    """Every task of the process, and every wait, so that a shutdown can end them."""
+    """Every task of the process, and when waits end, so that a shutdown can end all."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.running: set[asyncio.Task] = set()
-        self.waits: set[asyncio.Future[None]] = set()
         self.closes_at: float | None = None  # loop's clock; set at a shutdown
 
-    def start(
-        self,
-        work: Coroutine[None, None, None],
-        name: str,
-        fail: Callable[[], None] | None = None,
-    ) -> asyncio.Task:
-        """Run work as a task; if it raises, `fail` is called, so nobody waits on."""
+    def start(self, work: Coroutine[None, None, None], name: str) -> asyncio.Task:
+        """Run work as a task; what it raises is logged, since nobody awaits it."""
+
+        def end(task: asyncio.Task) -> None:
+            self.running.discard(task)
+            if error := None if task.cancelled() else task.exception():
+                is_known = isinstance(error, sqlite3.Error)  # a full or locked disk
+                trace = None if is_known else error
+                log.error("%s broke off: %s", name, error, exc_info=trace)
+
         task = self.loop.create_task(work)
         self.running.add(task)
-        task.add_done_callback(functools.partial(self.end, name, fail))
+        task.add_done_callback(end)
         return task
-
-    def end(
-        self, name: str, fail: Callable[[], None] | None, task: asyncio.Task
-    ) -> None:
-        """Log what a task raised: nobody awaits it."""
-        self.running.discard(task)
-        if error := None if task.cancelled() else task.exception():
-            is_known = isinstance(error, sqlite3.Error)  # a full or locked disk
-            trace = None if is_known else error
-            log.error("%s broke off: %s", name, error, exc_info=trace)
-            if fail:
-                fail()
 
     async def until(
         self, news: Signal, is_wanted: Callable[[], bool], deadline: float
@@ -4443,23 +4410,10 @@ class Tasks:
                 deadline = min(deadline, self.closes_at)
             if self.loop.time() >= deadline:
                 return False
-            future: asyncio.Future[None] = self.loop.create_future()
-            timer = self.loop.call_at(deadline, wake, future)
-            self.waits.add(future)
-            news.waiting.append((is_wanted, future))
-            try:
-                await future
-            finally:
-                timer.cancel()
-                self.waits.remove(future)
-                news.waiting.remove((is_wanted, future))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(deadline):
+                    await news.wait()
         return True
-
-    def end_waits(self, at: float) -> None:
-        """End all waits at that time at the latest, those to come as well."""
-        self.closes_at = at
-        for future in self.waits:
-            self.loop.call_at(at, wake, future)
 
     async def close(self) -> None:
         """Cancel all tasks, and wait until they have ended."""
@@ -4502,6 +4456,8 @@ class Subscriber:
 
     # Messages are taken up in the order they came.
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    # A message is answered, a sentence is written, an answer has ended.
+    news: Signal = field(default_factory=Signal)
     # Few of their pages are made or written at once, so that readers who stall leave
     # places for others' pages.
     pages: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
@@ -4520,14 +4476,6 @@ class Subscriber:
             self.last_part = (self.last_part or 0) + 1
             self.offered[turn_id, start] = self.last_part
         return Part(self.offered[turn_id, start], turn_id, start, place=place)
-
-    def forget(self) -> None:
-        """Forget what the store forgets; the lock and who reads stay."""
-        self.last_part = 0
-        self.is_told = False
-        self.turns.clear()
-        self.offered.clear()
-        self.to_mention.clear()
 
 
 # A text of ours ('' says nothing), part of an answer, or a reply to be sent as it is.
@@ -4553,34 +4501,17 @@ class Delivery:
     is_kept: bool = True  # False: nothing about this message is to be stored
     reply: Reply | None = None  # as decided
     stored: asyncio.Future | None = None  # storing the decided reply
-    news: Signal = field(default_factory=Signal)  # `source` or `reply` is there
-
-    def arrive(self, now: float, half_attempt: float) -> int:
-        """Count a request; return which attempt it is in this process.
-
-        One that comes within half an attempt of the one before is a duplicate.
-        """
-        if now - self.newest >= half_attempt:
-            self.seen += 1
-        self.newest = now
-        return self.seen
-
-    def is_answered(self) -> bool:
-        """Say whether it is known what answers the message."""
-        return self.reply is not None or self.source is not None
 
     def is_ready(self) -> bool:
-        """Say whether the reply can be complete."""
+        """Say whether the reply can be complete: its part is full, or all is there."""
         # A reply may be decided before it is known what would have answered.
         if self.reply or not isinstance(self.source, tuple):
-            return self.is_answered()
+            return self.reply is not None or self.source is not None
         turn, part = self.source
-        return turn.has_part(part.start)
-
-    def answer_with(self, source: Source) -> None:
-        """Answer with a fixed text, or with what a model writes."""
-        self.source = source
-        self.news.look()
+        if not turn.is_open:
+            return True
+        rest = turn.shown()[part.start : part.start + REPLY_BYTES + 1]
+        return len(rest.encode()) > REPLY_BYTES
 
 
 class MuteGuard:
@@ -4759,31 +4690,23 @@ def folded(text: str) -> str:
     return unicodedata.normalize("NFKC", text).strip().casefold() if is_short else ""
 
 
-def find_command(text: str) -> Command | None:
-    """Return the command that a whole text is, or None."""
-    name = folded(text)
-    return COMMANDS.get(name[1:].strip()) if name.startswith("/") else None
+def find_command(text: str, assistants: Iterable[str]) -> tuple[str, str] | None:
+    """Return the command or the assistant a text names, and the question after it.
 
-
-def find_assistant(text: str, names: Iterable[str]) -> tuple[str, str] | None:
-    """Return the assistant a text opens and the question after it, or None.
-
-    `/chatgpt 问题` and `/chatgpt问题` are the same; of two names the longer one counts.
+    A command is the whole text. `/chatgpt 问题` and `/chatgpt问题` are the same; of two
+    assistants' names the longer one counts.
     """
     text = text.strip()
     if not folded(text[:1]).startswith("/"):
         return None
-    for name in sorted(names, key=len, reverse=True):
+    if (name := folded(text)[1:].strip()) in COMMANDS:
+        return name, ""
+    for name in sorted(assistants, key=len, reverse=True):
         wanted = folded("/" + name)
         for end in range(1, min(len(text), 2 * len(wanted)) + 1):
             if folded(text[:end]) == wanted:
                 return name, text[end:].strip()
     return None
-
-
-def is_command(text: str, names: Iterable[str]) -> bool:
-    """Say whether a whole text is a command, or opens one of these assistants."""
-    return bool(find_command(text) or find_assistant(text, names))
 
 
 CONTINUE = "继续"  # what a tap for a part sends, with its number
@@ -4820,29 +4743,23 @@ def shortened(messages: list[dict], is_last: bool) -> list[dict]:
     return head + rest[min(begin, len(rest) - 1) :]
 
 
-def failed_state(turn: Turn, kind: str) -> str:
-    """Return the state of an answer that did not end well."""
-    if kind == "blocked":
-        return "blocked"
-    return "broken" if turn.answer else "failed"
-
-
 def ending_words(texts: Texts, turn: Turn, retry: str, go_on: str = "") -> str:
     """Return what is said after the text of an ended answer; '' if it ended well.
 
     `retry` is how its question is asked again, where that may help, and `go_on` how the
     rest of one is asked for that reached the limit of its length.
     """
-    fixed = {
-        "done": "",
-        "cut": texts.stopped_here
-        if turn.reason == "stopped"
-        else texts.cut_short.format(tap=go_on),
-        "ended": texts.session_ended,
-        "blocked": texts.blocked_answer,
-    }
-    if turn.state in fixed:
-        return fixed[turn.state]
+    match turn.state:
+        case "done":
+            return ""
+        case "cut" if turn.reason == "stopped":
+            return texts.stopped_here
+        case "cut":
+            return texts.cut_short.format(tap=go_on)
+        case "ended":
+            return texts.session_ended
+        case "blocked":
+            return texts.blocked_answer
     name = "broken" if turn.state == "broken" else turn.reason or "empty"
     return getattr(texts, f"failed_{name}").format(tap=retry)
 
@@ -4926,7 +4843,9 @@ class Bot:
 
     def end_waits(self, at: float) -> None:
         """End all waits at that time at the latest (loop's clock), live pages now."""
-        self.tasks.end_waits(at)
+        self.tasks.closes_at = at
+        for subscriber in self.subscribers.values():
+            subscriber.news.look()
         for turn in self.turns.values():
             turn.deltas.look()
 
@@ -4991,58 +4910,30 @@ class Bot:
             # Long after the last attempt a copy is answered from the store.
             seconds = 4 * wechat.attempts * wechat.attempt_timeout
             self.tasks.loop.call_later(seconds, self.deliveries.pop, key, None)
-            trouble = functools.partial(delivery.answer_with, self.texts.trouble)
-            self.tasks.start(self.find_source(delivery), message.name, trouble)
-        return delivery, delivery.arrive(arrived, wechat.attempt_timeout / 2)
+            self.tasks.start(self.find_source(delivery), message.name)
+        # One that comes within half an attempt of the one before is a duplicate.
+        if arrived - delivery.newest >= wechat.attempt_timeout / 2:
+            delivery.seen += 1
+        delivery.newest = arrived
+        return delivery, delivery.seen
 
     async def find_source(self, delivery: Delivery) -> None:
-        """Find out what answers a message; a subscriber's messages take turns.
+        """Find out what answers a message, and extend its session.
 
-        A message that is new extends its session.
+        A subscriber's messages take turns. Whatever breaks, nobody waits on.
         """
         message, subscriber = delivery.message, delivery.subscriber
-        async with subscriber.lock:
-            openid = message.openid
-            if openid in self.store.due:
-                await self.store.forget_due()
-            if openid in self.store.due:
-                delivery.is_kept = False
-                delivery.answer_with(self.texts.forget_noted)
-                return
-            recalled = await self.store.recall(message.key, openid, time.time())
-            if subscriber.last_part is None:
-                subscriber.last_part = recalled.last_part
-                subscriber.is_told = recalled.is_told
-                if recalled.mention:
-                    number, missed_id, question = recalled.mention
-                    subscriber.to_mention[missed_id] = (number, question)
-            if recalled.reply:  # a copy of a message that was answered before
-                delivery.seen_before, delivery.reply = 1, recalled.reply
-                delivery.news.look()
-                return
-            if recalled.turn_id is not None:  # asked by a process before this one
-                delivery.seen_before = 1
-                # If the turn was deleted meanwhile, nothing is said: to ask it again
-                # would store it again.
-                source = await self.source_of(Part(0, recalled.turn_id)) or ""
-                if isinstance(source, tuple):
-                    delivery.first = min(delivery.first, source[0].asked_at)
-                delivery.answer_with(source)
-                return
-            session, delivery.pictures = recalled.session, recalled.pictures
-            delivery.hinted_at = recalled.hinted_at
-            if session and session.assistant in self.config.assistants:
-                idle = time.time() - session.last_at - self.config.session.ttl
-                if idle <= 0 or session.is_busy:
-                    delivery.session = session
-                elif idle < LAPSE_SECONDS:
-                    delivery.lapsed = session
-            source = await self.handle_message(delivery)
-            # Storing a question has extended the session.
-            is_question = isinstance(source, tuple) and source[1].number == 0
-            if delivery.session and message.msg_type != "event" and not is_question:
-                await self.store.touch_session(delivery.session.id, time.time())
-        delivery.answer_with(source)
+        source: Source = self.texts.trouble
+        try:
+            async with subscriber.lock:
+                source = await self.handle_message(delivery)
+                # Storing a question has extended the session.
+                is_question = isinstance(source, tuple) and source[1].number == 0
+                if delivery.session and message.msg_type != "event" and not is_question:
+                    await self.store.touch_session(delivery.session.id, time.time())
+        finally:
+            delivery.source = source
+            subscriber.news.look()
 
     async def source_of(self, part: Part) -> Source | None:
         """Return a part with its turn; None if that was deleted meanwhile."""
@@ -5055,15 +4946,83 @@ class Bot:
         return turn, part
 
     async def handle_message(self, delivery: Delivery) -> Source:
-        """Return what answers a message that has no reply yet."""
-        message, limits = delivery.message, self.config.limits
-        if message.openid in limits.deny and message.event != "unsubscribe":
+        """Return what answers a message: what is known of it, or what it means."""
+        message, subscriber, store = delivery.message, delivery.subscriber, self.store
+        openid = message.openid
+        # 1. Nothing about a subscriber is stored until a deletion that is due is done.
+        if openid in store.due:
+            await store.forget_due()
+        if openid in store.due:
+            delivery.is_kept = False
+            return self.texts.forget_noted
+        # 2. What is stored of it and its sender; memory may know better of the latter.
+        recalled = await store.recall(message.key, openid, time.time())
+        if subscriber.last_part is None:
+            subscriber.last_part = recalled.last_part
+            subscriber.is_told = recalled.is_told
+            if recalled.mention:
+                number, missed_id, question = recalled.mention
+                subscriber.to_mention[missed_id] = (number, question)
+        # 3. A copy of one that was answered, or was asked by a process before this one.
+        #    If the turn was deleted meanwhile, nothing is said: to ask it again would
+        #    store it again.
+        if recalled.reply:
+            delivery.seen_before, delivery.reply = 1, recalled.reply
+            return recalled.reply
+        if recalled.turn_id is not None:
+            delivery.seen_before = 1
+            source = await self.source_of(Part(0, recalled.turn_id)) or ""
+            if isinstance(source, tuple):
+                delivery.first = min(delivery.first, source[0].asked_at)
+            return source
+        # 4. A new one, in its session unless that was idle for too long.
+        session, delivery.pictures = recalled.session, recalled.pictures
+        delivery.hinted_at = recalled.hinted_at
+        if session and session.assistant in self.config.assistants:
+            idle = time.time() - session.last_at - self.config.session.ttl
+            if idle <= 0 or session.is_busy:
+                delivery.session = session
+            elif idle < LAPSE_SECONDS:
+                delivery.lapsed = session
+        if openid in self.config.limits.deny and message.event != "unsubscribe":
             return self.leave_alone(delivery, "the sender is in limits.deny")
+        if message.msg_type == "text":
+            return await self.handle_text(delivery)
+        return await self.handle_other(delivery)
+
+    async def handle_text(self, delivery: Delivery) -> Source:
+        """Return what answers a text: the first of these cases that applies."""
         if delivery.cookie_hash:
             return await self.ask_on_page(delivery)
+        text, session = delivery.message.content.strip(), delivery.session
+        config, is_words = self.config, bool(text) and text not in STICKER_TEXTS
+        words = folded(text)
+        meant = self.aliases.get(words, text)
+        keyword = "" if session else config.replies.keywords.get(text, "")
+        if keyword and find_command(keyword, config.assistants):
+            meant = keyword
+        if found := find_command(meant, config.assistants):
+            name, question = found
+            if name not in COMMANDS:
+                return await self.open_and_ask(delivery, name, question)
+            log.info("%s command %s", delivery.message.name, name)
+            return await COMMANDS[name](self, delivery)
+        if session and not is_words:
+            return self.texts.unsupported
+        if (source := await self.handle_tap(delivery, words)) is not None:
+            return source
+        if session:
+            return await self.accept_question(delivery, text)
+        if text in config.replies.keywords:
+            return self.tappable(config.replies.keywords[text])
+        if not is_words:
+            return self.leave_alone(delivery, "no words, and no session is open")
+        return await self.handle_outside(delivery, text)
+
+    async def handle_other(self, delivery: Delivery) -> Source:
+        """Return what answers an event, or what is no text."""
+        message = delivery.message
         match message.msg_type, message.event:
-            case "text", _:
-                return await self.handle_text(delivery)
             case "event", "subscribe":
                 return self.with_notice(self.config.replies.subscribe)
             case "event", "unsubscribe":
@@ -5087,31 +5046,6 @@ class Bot:
             return texts.unsupported
         await self.store.add_picture(message.openid, kept, time.time())
         return reply.format(tap=tap_link(tap))
-
-    async def handle_text(self, delivery: Delivery) -> Source:
-        """Return what answers a text: the first of these cases that applies."""
-        text, session = delivery.message.content.strip(), delivery.session
-        config, is_words = self.config, bool(text) and text not in STICKER_TEXTS
-        meant = self.aliases.get(folded(text), text)
-        keyword = "" if session else config.replies.keywords.get(text, "")
-        if keyword and is_command(keyword, config.assistants):
-            meant = keyword
-        if method := find_command(meant):
-            log.info("%s command %s", delivery.message.name, method.__name__)
-            return await method(self, delivery)
-        if opened := find_assistant(meant, config.assistants):
-            return await self.open_and_ask(delivery, *opened)
-        if session and not is_words:
-            return self.texts.unsupported
-        if (source := await self.handle_tap(delivery, folded(text))) is not None:
-            return source
-        if session:
-            return await self.accept_question(delivery, text)
-        if text in config.replies.keywords:
-            return self.tappable(config.replies.keywords[text])
-        if not is_words:
-            return self.leave_alone(delivery, "no words, and no session is open")
-        return await self.handle_outside(delivery, text)
 
     async def handle_tap(self, delivery: Delivery, words: str) -> Source | None:
         """Return what answers a tap, or the same words typed; None if they are a text.
@@ -5301,19 +5235,16 @@ class Bot:
 
     def start_turn(self, turn: Turn, subscriber: Subscriber) -> None:
         """Start the task that answers a question, after those before it."""
-
-        def fail() -> None:
-            self.end_unwritten(turn, failed_state(turn, "trouble"), "trouble")
-
         self.turns[turn.id] = turn
         subscriber.turns.append(turn)
-        turn.is_queued = True
-        turn.task = self.tasks.start(self.converse(turn, subscriber), turn.name, fail)
+        turn.news, turn.is_queued = subscriber.news, True
+        turn.task = self.tasks.start(self.converse(turn, subscriber), turn.name)
 
     async def converse(self, turn: Turn, subscriber: Subscriber) -> None:
         """Answer a question after those before it, and store how that ended.
 
         Until then it keeps alive the subscriber's state and the session's lock.
+        Whatever breaks, the answer ends, so that nobody waits on.
         """
         async with self.locks.setdefault(turn.session_id, asyncio.Lock()):
             if not turn.is_open:  # its session has ended meanwhile
@@ -5328,13 +5259,18 @@ class Bot:
             except ChatError as error:
                 level = logging.ERROR if error.kind == "setup" else logging.WARNING
                 log.log(level, "%s failed: %s", turn.name, error)
+                state = "failed"
                 if error.kind == "blocked":
+                    state = "blocked"
                     await self.rewrite(turn, turn.as_sent)
                 elif turn.earlier and not turn.answer:
                     await self.rewrite(turn, lambda _: turn.earlier or "")
-                turn.finish(failed_state(turn, error.kind), error.kind)
+                turn.finish(state, error.kind)
             finally:
-                if turn.is_open:  # cancelled: the next process goes on from this text
+                is_cancelled = turn.task and turn.task.cancelling()
+                if turn.is_open and not is_cancelled:
+                    turn.finish("failed", "trouble")
+                if turn.is_open:  # a shutdown: the next process goes on from this text
                     await self.save_texts([turn])
                 else:
                     await self.store_end(turn, ending)
@@ -5517,31 +5453,36 @@ class Bot:
             if subscriber and turn in subscriber.turns:
                 subscriber.turns.remove(turn)
 
-    def end_unwritten(self, turn: Turn, state: str, reason: str | None = None) -> None:
-        """End an answer that no task is writing, unless it has ended."""
-        if turn.is_open:
-            turn.finish(state, reason)
+    def end_turn(self, turn: Turn, state: str, reason: str | None = None) -> None:
+        """End an answer before its time, unless it has ended; what is there stays."""
+        if not turn.is_open:
+            return
+        turn.finish(state, reason)
+        if turn.is_queued or turn.task is None:
             self.tasks.start(self.store_end(turn), turn.name)
+        else:
+            turn.task.cancel()  # which closes the upstream's call, and stores the end
 
     def end_queued(self, subscriber: Subscriber) -> None:
         """End the questions that still wait in a session that has ended.
 
         What is being written is finished, and stays readable by its links.
         """
-        for turn in list(subscriber.turns):
-            if turn.is_open and turn.is_queued:
-                self.end_unwritten(turn, "ended")
+        for turn in subscriber.turns:
+            if turn.is_queued:
+                self.end_turn(turn, "ended")
 
     async def resume_turns(self) -> None:
         """Take up the questions that the process before this one left unfinished."""
         now = time.time()
         for turn, is_session_open in await self.store.open_turns():
+            turn.asked_at -= max(0.0, now - turn.created_at)
             if turn.asked >= ASKINGS or now - turn.created_at > RESUME_SECONDS:
                 self.turns[turn.id] = await self.work.run(turn.read)
-                self.end_unwritten(turn, failed_state(turn, "given_up"), "given_up")
+                self.end_turn(turn, "failed", "given_up")
             elif not turn.asked and not is_session_open:
                 self.turns[turn.id] = turn
-                self.end_unwritten(turn, "ended")
+                self.end_turn(turn, "ended")
             else:
                 turn.earlier, turn.answer = turn.answer if turn.asked else None, ""
                 self.start_turn(turn, self.subscriber(turn.openid))
@@ -5553,10 +5494,11 @@ class Bot:
         self, delivery: Delivery, number: int, arrived: float
     ) -> Reply | None:
         """Return the reply for this request, or None: WeChat is to ask again."""
-        wechat, loop = self.config.wechat, self.tasks.loop
+        wechat, loop, until = self.config.wechat, self.tasks.loop, self.tasks.until
         over, margin = arrived + wechat.attempt_timeout, wechat.margin
         # 1. Wait until the reply can be complete.
-        is_ready = await self.until_ready(delivery, over - margin)
+        news, is_ready = delivery.subscriber.news, delivery.is_ready
+        await until(news, is_ready, over - margin)
         # 2. If it is not, and WeChat will ask again, wait on. The last attempt is also
         #    one that comes later than halfway between the last but one and the last. A
         #    timeout is charged now: a burst of them, charged when WeChat hangs up,
@@ -5564,15 +5506,12 @@ class Bot:
         late = (wechat.attempts - 1.5) * wechat.attempt_timeout
         is_last = number + delivery.seen_before >= wechat.attempts
         is_last = is_last or arrived - delivery.first > late
-        if not (is_ready or is_last) and self.guard.charge(loop.time()):
-            if not await self.until_ready(delivery, over):
+        if not (is_ready() or is_last) and self.guard.charge(loop.time()):
+            if not await until(news, is_ready, over):
                 # WeChat has stopped reading, but an answer here would end its retries:
                 # say nothing, unless another request gets the reply, and hang up.
-                news = delivery.news
-                await self.tasks.until(
-                    news, lambda: delivery.reply is not None, over + HOLD_SECONDS
-                )
-                if delivery.reply is None:
+                held = over + HOLD_SECONDS
+                if not await until(news, lambda: delivery.reply is not None, held):
                     return None
         # 3. Decide once for all requests: all there is, or a word of patience. Before
         #    that, the parts of a long answer are counted unless it takes too long.
@@ -5583,7 +5522,15 @@ class Bot:
                 counted = self.work.run(self.count_parts, turn, part.start)
                 await asyncio.wait({counted}, timeout=margin / 4)
         if delivery.reply is None:
-            self.decide(delivery)
+            message, reply = delivery.message, self.compose(delivery)
+            if reply.content and delivery.is_kept:
+                stored = self.store.save_reply(message.key, message.openid, reply)
+                failed = functools.partial(log_failure, f"{message.name} reply")
+                stored.add_done_callback(failed)
+                delivery.stored = stored
+            # Later copies need the reply alone; an answer would stay in memory with it.
+            delivery.source = delivery.reply = reply
+            news.look()
         # 4. It is stored before it is sent, if that does not take too long.
         if delivery.stored and not delivery.stored.done():
             left = over - margin / 2 - loop.time()
@@ -5593,82 +5540,87 @@ class Bot:
                 log.warning("%s replied before it was stored: a slow disk?", name)
         return delivery.reply
 
-    async def until_ready(self, delivery: Delivery, deadline: float) -> bool:
-        """Wait until a message's reply can be complete; False at the deadline."""
-        news, tasks = delivery.news, self.tasks
-        if not await tasks.until(news, delivery.is_answered, deadline):
-            return False
-        if isinstance(delivery.source, tuple):
-            news = delivery.source[0].news
-        return await tasks.until(news, delivery.is_ready, deadline)
-
-    def decide(self, delivery: Delivery) -> None:
-        """Fix the reply of a message for all its requests, and start to store it."""
-        subscriber, message = delivery.subscriber, delivery.message
-        source, reply = delivery.source, self.compose(delivery)
-        if reply.content and reply is not source:
-            for words, changes in self.footers(delivery, reply):
-                content = f"{reply.content}\n\n{words}"
-                if not reply.mentions and sent_size(content) <= REPLY_BYTES:
-                    reply = replace(reply, content=content, **changes)
-            reply = replace(reply, content=outgoing(reply.content))
-        subscriber.is_told |= reply.introduces
-        if reply.mentions:
-            del subscriber.to_mention[reply.mentions]
+    def compose(self, delivery: Delivery) -> Reply:
+        """Fix the reply of a message: what it says now, and what is said once below."""
+        texts, source, subscriber = self.texts, delivery.source, delivery.subscriber
+        if isinstance(source, Reply):  # as it is
+            return source
+        assistant = delivery.session and delivery.session.assistant
         if isinstance(source, tuple):
             turn, part = source
+            assistant, reply = turn.assistant, self.compose_part(delivery, turn, part)
             if reply.stop > part.start:
                 turn.stops[part.start] = reply.stop
             if reply.offered and reply.is_early and part.number == 0:
                 subscriber.to_mention[turn.id] = (reply.offered.number, turn.question)
             elif not reply.is_patience:
                 subscriber.to_mention.pop(turn.id, None)
-        if reply.content and delivery.is_kept:
-            delivery.stored = self.store.save_reply(message.key, message.openid, reply)
-            failed = functools.partial(log_failure, f"{message.name} reply")
-            delivery.stored.add_done_callback(failed)
-        # Later copies need the reply alone; the answer would stay in memory with them.
-        delivery.source = delivery.reply = reply
-        delivery.news.look()
-        if isinstance(source, tuple):  # others wait for more of the answer
-            source[0].news.look()
+        else:
+            words = texts.trouble if source is None else source
+            reply = Reply(words, int(time.time()))
+        if not reply.content:
+            return reply
+        # In a conversation the introduction comes first; nobody reads the privacy
+        # words twice, except after /forget.
+        if assistant and delivery.is_kept and not subscriber.is_told:
+            one, two = tap_link(texts.word_example_1), tap_link(texts.word_example_2)
+            words = texts.introduction.format(assistant=assistant, one=one, two=two)
+            words = f"{reply.content}\n\n{words}\n{self.tappable(texts.privacy)}"
+            if sent_size(words) <= REPLY_BYTES:
+                reply = replace(reply, content=words, introduces=True)
+                subscriber.is_told = True
+        # Then an answer that was not read yet.
+        for turn_id, (number, question) in subscriber.to_mention.items():
+            tap = tap_link(texts.word_answer, f"{CONTINUE}{number}")
+            words = texts.unread.format(question=excerpt(question), tap=tap)
+            words = f"{reply.content}\n\n{words}"
+            if turn_id not in self.turns and sent_size(words) <= REPLY_BYTES:
+                reply = replace(reply, content=words, mentions=turn_id)
+                del subscriber.to_mention[turn_id]
+                break
+        return replace(reply, content=outgoing(reply.content))
 
-    def compose(self, delivery: Delivery) -> Reply:
-        """Return the reply a message gets now: a fixed text, or part of an answer."""
-        now, source = int(time.time()), delivery.source
-        if isinstance(source, Reply):
-            return source
-        if not isinstance(source, tuple):
-            return Reply(self.texts.trouble if source is None else source, now)
-        turn, part = source
-        shown, subscriber = turn.shown(), delivery.subscriber
-        head = self.texts.anew + "\n" if part.is_anew else ""
+    def compose_part(self, delivery: Delivery, turn: Turn, part: Part) -> Reply:
+        """Return what shows an answer from a part on, or asks for patience."""
+        texts, now, subscriber = self.texts, int(time.time()), delivery.subscriber
+        head, shown = texts.anew + "\n" if part.is_anew else "", turn.shown()
+        # 1. All that is left of an ended answer, if it fits.
         if not turn.is_open:
-            content = self.rest_of(turn, part.start, head)
+            content = self.rest_of(turn, shown[part.start :], head)
             if sent_size(content) <= REPLY_BYTES:
                 return Reply(content, now, part, stop=len(shown))
-        # Not all of it. The first reply that shows a part fixes where it ends.
-        is_early = not turn.has_part(part.start)
+        # 2. What fits of it. The first reply that shows a part fixes where it ends.
         room = self.room_in(turn) - sent_size(head)
         rest = shown[part.start : part.start + 2 * REPLY_BYTES]
         stop = turn.stops.get(part.start) or part.start + cut_reply(rest, room)
-        text = shown[part.start : stop].strip("\n")
-        if text:
+        if text := shown[part.start : stop].strip("\n"):
             place = part.place and part.place + 1
             offered = subscriber.offer(turn.id, stop, place)
             left = None if turn.is_open else turn.left.get(stop, 0)
             content = head + text + self.tail(turn, offered, left)
+            is_early = not delivery.is_ready()
             return Reply(content, now, part, stop, offered, is_early)
+        # 3. Nothing can be shown yet: ask for patience.
         offered = part if part.number else subscriber.offer(turn.id, part.start)
-        content = self.patience(delivery, turn, offered.number)
-        return Reply(content, now, part, part.start, offered, is_early=True)
+        turns = [t for t in subscriber.turns if t.session_id == turn.session_id]
+        before = sum(t.is_open and t.id < turn.id for t in turns)
+        words = texts.queued if turn.is_queued else texts.thinking
+        content = words.format(
+            question=excerpt(turn.question),
+            before=max(1, before),
+            time=spoken_age(texts, turn.age),
+            tap=tap_link(texts.word_answer, f"{CONTINUE}{offered.number}"),
+            page=self.page_link(turn, texts.word_page),
+        )
+        return Reply(content, now, part, part.start, offered, True, is_patience=True)
 
-    def rest_of(self, turn: Turn, start: int, head: str) -> str:
-        """Return all that is left to say of an ended answer, of any size."""
-        text = turn.shown()[start:].strip("\n")
-        retry = tap_link(self.texts.word_retry, f"{RETRY}{turn.id}")
-        go_on = tap_link(self.texts.word_go_on)
-        words = ending_words(self.texts, turn, retry, go_on)
+    def rest_of(self, turn: Turn, text: str, head: str) -> str:
+        """Return the last text of an ended answer and how it ended, of any size."""
+        text, words = text.strip("\n"), ""
+        if turn.state != "done":
+            retry = tap_link(self.texts.word_retry, f"{RETRY}{turn.id}")
+            go_on = tap_link(self.texts.word_go_on)
+            words = ending_words(self.texts, turn, retry, go_on)
         if not text:
             return words or self.texts.no_more
         content = f"{head}{text}{self.label}"
@@ -5705,50 +5657,13 @@ class Bot:
         starts, shown, room = [start], turn.shown(), self.room_in(turn)
         while (at := starts[-1]) not in turn.left:
             is_short = len(shown) - at <= REPLY_BYTES
-            if is_short and sent_size(self.rest_of(turn, at, "")) <= REPLY_BYTES:
+            rest = shown[at : at + 2 * REPLY_BYTES]
+            if is_short and sent_size(self.rest_of(turn, rest, "")) <= REPLY_BYTES:
                 turn.left[at] = 1
             else:
-                rest = shown[at : at + 2 * REPLY_BYTES]
                 starts.append(turn.stops.get(at) or at + cut_reply(rest, room))
         for number, start in enumerate(reversed(starts), turn.left[at]):
             turn.left[start] = number
-
-    def patience(self, delivery: Delivery, turn: Turn, number: int) -> str:
-        """Return what is said while nothing can be shown yet."""
-        texts, session_id = self.texts, turn.session_id
-        turns = [t for t in delivery.subscriber.turns if t.session_id == session_id]
-        before = sum(t.is_open and t.id < turn.id for t in turns)
-        text = texts.queued if turn.is_queued else texts.thinking
-        return text.format(
-            question=excerpt(turn.question),
-            before=max(1, before),
-            time=spoken_age(texts, turn.age),
-            tap=tap_link(texts.word_answer, f"{CONTINUE}{number}"),
-            page=self.page_link(turn, texts.word_page),
-        )
-
-    def footers(
-        self, delivery: Delivery, reply: Reply
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield what may stand below a reply, and the fields that this changes in it.
-
-        In a conversation the introduction comes first; nobody reads the privacy words
-        twice, except after /forget. Then come answers that were not read yet.
-        """
-        texts, source, subscriber = self.texts, delivery.source, delivery.subscriber
-        talk = source[0] if isinstance(source, tuple) else delivery.session
-        if talk and delivery.is_kept and not subscriber.is_told:
-            one, two = tap_link(texts.word_example_1), tap_link(texts.word_example_2)
-            words = texts.introduction.format(
-                assistant=talk.assistant, one=one, two=two
-            )
-            yield f"{words}\n{self.tappable(texts.privacy)}", {"introduces": True}
-        own_id = reply.part.turn_id if reply.part else None
-        for turn_id, (number, question) in subscriber.to_mention.items():
-            if turn_id != own_id and turn_id not in self.turns:
-                tap = tap_link(texts.word_answer, f"{CONTINUE}{number}")
-                line = texts.unread.format(question=excerpt(question), tap=tap)
-                yield line, {"mentions": turn_id}
 
     def note_delivery(self, delivery: Delivery, number: int, is_taken: bool) -> None:
         """Store for `stats` how text of an answer was delivered, or that it was not."""
@@ -5833,7 +5748,10 @@ class Bot:
             if turn.task:
                 turn.task.cancel()
             self.turns.pop(turn.id, None)
-        subscriber.forget()
+        subscriber.turns.clear()
+        subscriber.offered.clear()
+        subscriber.to_mention.clear()
+        subscriber.last_part, subscriber.is_told = 0, False
         self.sign_ins.end(message.openid)
         self.work.results.clear()
         await self.store.forget(message.openid, message.key, outgoing(reply))
@@ -5855,19 +5773,20 @@ class Bot:
         message = Message(openid, "", "text", now, msg_id=name, content=text)
         arrived = self.tasks.loop.time()
         delivery, _ = self.deliver(message, arrived, cookie_hash)
-        until = arrived + PAGE_SECONDS
-        await self.tasks.until(delivery.news, delivery.is_answered, until)
-        if isinstance(delivery.source, tuple):
-            return delivery.source
+        news, until = delivery.subscriber.news, arrived + PAGE_SECONDS
+        await self.tasks.until(news, lambda: delivery.source is not None, until)
+        source = delivery.source
+        if isinstance(source, tuple):
+            return source
         self.deliveries.pop(message.key, None)  # another try may be accepted
-        return str(delivery.source or self.texts.trouble)
+        return source if source and isinstance(source, str) else self.texts.trouble
 
     async def ask_on_page(self, delivery: Delivery) -> Source:
         """Ask what was written on a page, in the session that runs or in a new one."""
         text, openid = delivery.message.content, delivery.message.openid
         if await self.store.device_owner(delivery.cookie_hash) != openid:
             return self.texts.page_signed_out
-        if is_command(self.aliases.get(folded(text), text), self.config.assistants):
+        if find_command(self.aliases.get(folded(text), text), self.config.assistants):
             return self.texts.page_command.format(text=excerpt(text))
         if delivery.session is None:
             if refusal := self.refuse_question(delivery, text, ""):
@@ -5910,13 +5829,9 @@ class Bot:
 
     def stop_turn(self, openid: str, link_key: str) -> None:
         """End an answer that is being written: what is there of it stays, as cut."""
-        for turn in list(self.turns.values()):
-            is_theirs = turn.link_key == link_key and turn.openid == openid
-            if is_theirs and turn.is_open and turn.is_queued:
-                self.end_unwritten(turn, "cut", "stopped")
-            elif is_theirs and turn.is_open and turn.task:
-                turn.finish("cut", "stopped")
-                turn.task.cancel()  # which closes the upstream's call
+        for turn in self.turns.values():
+            if turn.link_key == link_key and turn.openid == openid:
+                self.end_turn(turn, "cut", "stopped")
 
     async def claim_sign_in(self, openid: str, number: str) -> str:
         """Return what is said to a number that a browser shows, or does not."""
@@ -6015,7 +5930,7 @@ def check_commands(config: Config, mistakes: Mistakes) -> None:
         if key in taken:
             words = "{name}: found {found}, expected a text that is not in {taken}"
             mistakes.add(where, words, found=repr(name), taken=taken[key])
-        if not is_command(text, config.assistants):
+        if not find_command(text, config.assistants):
             wrong(where, text, "a command, or the name of an assistant after /")
         taken[key] = "the aliases"
 

@@ -666,8 +666,7 @@ PURE = {
     "compared": wxgpt.compared,
     "are_in": BLOCKED.are_in,
     "formula_text": lambda text: wxgpt.formula_text(text[:1500]),
-    "find_assistant": lambda text: wxgpt.find_assistant(text, ["chatgpt"]),
-    "find_command": wxgpt.find_command,
+    "find_command": lambda text: wxgpt.find_command(text, ["chatgpt"]),
     "cdata": wxgpt.cdata,
     "with_taps": lambda text: wxgpt.with_taps(text, "chatgpt", "help"),
 }

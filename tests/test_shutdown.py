@@ -162,11 +162,11 @@ async def test_a_wait_that_ends_with_the_shutdown_is_answered(serve, upstream):
     push = server.wechat.text(ANN, "/chatgpt 问")
     waiting = asyncio.create_task(server.wechat.attempt(push))
     await upstream.arrival("问")
-    tasks, loop = server.bot.tasks, asyncio.get_running_loop()
+    loop = asyncio.get_running_loop()
     [delivery] = server.bot.deliveries.values()
     at = delivery.newest + 1 - server.bot.config.wechat.margin
     shutting = loop.create_future()
-    loop.call_at(at, lambda: shutting.set_result(tasks.end_waits(at)))
+    loop.call_at(at, lambda: shutting.set_result(server.bot.end_waits(at)))
     await within(30, "moment of the shutdown", shutting)
     assert (await waiting).text.startswith("到这里为止。")
 
