@@ -5353,11 +5353,26 @@ class Bot:
         """
         settings = self.config.assistants[turn.assistant]
         fallback, urls = settings.fallback, json.loads(turn.pictures or "[]")
-        within = settings.fallback_after or None if fallback else None
-        async with self.slots, self.pictures.fetch_all(urls) as pictures:
-            messages = await self.messages_for(turn, pictures)
+        fetched: contextlib.AbstractAsyncContextManager[list[Picture]]
+        fetched = self.pictures.fetch_all(urls) if urls else contextlib.nullcontext([])
+        async with self.slots, fetched as pictures:
+            # What a model gets: the prompt, the session so far, the question.
+            messages: list[dict] = []
+            if settings.system_prompt:
+                messages.append({"role": "system", "content": settings.system_prompt})
+            chars = self.config.session.context_chars
+            for question, answer in await self.store.history(turn, chars):
+                messages.append({"role": "user", "content": question})
+                messages.append({"role": "assistant", "content": answer})
+            content: str | list[dict] = turn.question
+            if pictures:
+                content = [{"type": "text", "text": self.question_words(turn)}]
+                shown = [{"url": picture, "detail": "low"} for picture in pictures]
+                content += [{"type": "image_url", "image_url": one} for one in shown]
+            messages.append({"role": "user", "content": content})
             if turn.earlier is not None or not turn.asked:
                 await self.store.count_asking(turn.id)
+            within = settings.fallback_after or None if fallback else None
             try:
                 return await self.ask_model(turn, turn.assistant, messages, within)
             except ChatError as error:
@@ -5366,23 +5381,6 @@ class Bot:
                 log.warning("%s goes to %s after %s", turn.name, fallback, error)
             turn.restart()
             return await self.ask_model(turn, fallback, messages, None)
-
-    async def messages_for(self, turn: Turn, pictures: list[Picture]) -> list[dict]:
-        """Return what the model gets: prompt, the session so far, the question."""
-        prompt = self.config.assistants[turn.assistant].system_prompt
-        messages: list[dict] = []
-        if prompt:
-            messages.append({"role": "system", "content": prompt})
-        chars = self.config.session.context_chars
-        for question, answer in await self.store.history(turn, chars):
-            messages.append({"role": "user", "content": question})
-            messages.append({"role": "assistant", "content": answer})
-        content: str | list[dict] = turn.question
-        if pictures:
-            content = [{"type": "text", "text": self.question_words(turn)}]
-            urls = [{"url": url, "detail": "low"} for url in pictures]
-            content += [{"type": "image_url", "image_url": url} for url in urls]
-        return [*messages, {"role": "user", "content": content}]
 
     def question_words(self, turn: Turn) -> str:
         """Return a question without the marks of its pictures."""
@@ -5446,12 +5444,11 @@ class Bot:
                 if isinstance(item, ThoughtEnd):
                     await self.rewrite(turn, turn.without_thought)
                     guard = WordGuard(self.blocked)
-                rest = item[: ANSWER_CHARS - len(turn.answer)]
-                while len(rest) > DELTA_CHARS:
-                    self.show(turn, guard, rest[:DELTA_CHARS], False)
-                    rest = rest[DELTA_CHARS:]
-                    await asyncio.sleep(0)
-                self.show(turn, guard, rest, False)
+                text = item[: ANSWER_CHARS - len(turn.answer)]
+                for at in range(0, len(text), DELTA_CHARS):
+                    if at:
+                        await asyncio.sleep(0)
+                    self.show(turn, guard, text[at : at + DELTA_CHARS], False)
                 if len(turn.answer) >= ANSWER_CHARS:
                     break
         self.show(turn, guard, "", True)
@@ -5477,12 +5474,15 @@ class Bot:
         Links and tags part a word in the Markdown that is whole in the chat or on the
         page: so what they show is looked through as well, before anybody is told.
         """
+        if not self.blocked.words:
+            if delta:
+                turn.append(delta)
+            return
         text, is_blocked = guard.feed(delta, is_end)
-        answer, has_words = turn.answer, bool(self.blocked.words)
-        before = len(turn.shown()) if has_words else 0
+        answer, before = turn.answer, len(turn.shown())
         if text and not is_blocked:
             turn.append(text)
-        if has_words and not is_blocked:
+        if not is_blocked:
             # The end is final now: no sign waits any more for what may follow it.
             is_blocked = guard.sees(turn.chat.text(is_end)[before:])
         if is_blocked:
