@@ -3698,77 +3698,142 @@ class ChatError(Exception):
         super().__setattr__(name, value)
 
 
-EVENT_BYTES = 1 << 20  # more in one event would only fill the memory
-BLANKS = b" \t\r\n\xef\xbb\xbf"  # may stand before a body, the last as byte order mark
-# The fields of an event stream that matter (llama.cpp has errors in one of that name),
-# those that do not, and the lines of a body that is JSON.
-DATA = re.compile(rb"(?:data: ?)+|(?:data|error)(?:: ?|$)")
-OTHER_FIELD = re.compile(rb"(?:event|id|retry)?(?::|$)")
-JSON_LINE = re.compile(rb"(?=.)")
-# What begins a second event in a line: GLM loses the end of the one before it. Inside
-# JSON the quote had a backslash.
-GLUED = re.compile(rb'data: ?(?=\{"\w)')
+async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    """Return a body, cut after `limit` bytes."""
+    try:
+        return await response.content.readexactly(limit)
+    except asyncio.IncompleteReadError as whole:
+        return whole.partial
 
 
-@dataclass(slots=True)
-class EventDecoder:
-    """Cuts a body into payloads, from chunks of any size.
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture among messages; it becomes base64 only while a request is written."""
 
-    Its first byte says what it is, since content types are often wrong. An event stream
-    is parsed as the HTML standard does, but an object ends where the next one begins,
-    too. JSON is taken line by line in the same way.
+    kind: str
+    body: bytes
+
+
+PICTURE_BYTES = 4 * 1024 * 1024  # a third more in a request, as base64
+PICTURE_FETCHES = 3  # at the same time, for all subscribers
+PICTURE_TIMEOUT = 20  # seconds for one picture
+PICTURES_BYTES = 8 * PICTURE_BYTES  # of questions that are being answered, in all
+MAGIC = {
+    "image/jpeg": rb"\xff\xd8\xff",
+    "image/png": rb"\x89PNG\r\n\x1a\n",
+    "image/gif": rb"GIF8[79]a",
+    "image/webp": rb"RIFF....WEBP",
+}
+
+
+class Pictures:
+    """Fetches subscribers' pictures, from WeChat's hosts only, a few at a time."""
+
+    def __init__(self, hosts: tuple[str, ...], http: aiohttp.ClientSession) -> None:
+        self.hosts, self.http = hosts, http
+        self.slots = asyncio.Semaphore(PICTURE_FETCHES)
+        self.room = PICTURES_BYTES  # that is left
+        self.news = asyncio.Condition()  # there is more room
+
+    @contextlib.asynccontextmanager
+    async def fetch_all(self, urls: list[str]) -> AsyncIterator[list[Picture]]:
+        """Give a question's pictures, once there is room; raise ChatError.
+
+        Inside the block they take their room.
+        """
+        size = len(urls) * PICTURE_BYTES
+        async with self.news:
+            await self.news.wait_for(lambda: self.room >= size)
+            self.room -= size
+        try:
+            pictures = await asyncio.gather(*map(self.fetch, urls))
+            used = sum(len(picture.body) for picture in pictures)
+            await self.give_back(size - used)
+            size = used
+            yield pictures
+        finally:
+            await self.give_back(size)
+
+    async def give_back(self, size: int) -> None:
+        """Let others have room that was taken."""
+        self.room += size
+        async with self.news:
+            self.news.notify_all()
+
+    async def fetch(self, url: str) -> Picture:
+        """Return a picture; raise ChatError.
+
+        Its own URL would not do: a provider abroad may not reach WeChat's hosts.
+        """
+        try:
+            target = urllib.parse.urlsplit(url)
+            is_web = target.scheme in ("http", "https")
+            if not is_web or target.hostname not in self.hosts:
+                raise ChatError("picture", "its host is not in picture_hosts")
+            async with (
+                self.slots,
+                asyncio.timeout(PICTURE_TIMEOUT),
+                self.http.get(url, allow_redirects=False) as response,
+            ):
+                if response.status != 200:
+                    raise ChatError("picture", f"status {response.status}")
+                body = await read_body(response, PICTURE_BYTES + 1)
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            words = f"not fetched: {type(error).__name__}"  # no message, no URL
+            raise ChatError("picture", words) from error
+        if len(body) > PICTURE_BYTES:
+            raise ChatError("picture", "larger than 4 MB")
+        for kind, magic in MAGIC.items():
+            if re.match(magic, body, re.DOTALL):
+                return Picture(kind, body)
+        raise ChatError("picture", "neither JPEG, PNG, GIF nor WebP")
+
+
+PIECE_BYTES = 48 * 1024  # of a picture that is encoded at once; a multiple of three
+PLACE = secrets.token_hex(16)  # where a picture belongs; nobody's text has it
+
+
+def render_request(body: dict) -> tuple[int, bytes | AsyncIterator[bytes]]:
+    """Return the length of a request's JSON, and it, with pictures in pieces."""
+    pictures: list[bytes] = []
+
+    def place(picture: Picture) -> str:
+        pictures.append(picture.body)
+        return f"data:{picture.kind};base64,{PLACE}"
+
+    text = json.dumps(body, default=place)
+    if not pictures:
+        return len(text), text.encode()
+    texts = text.split(PLACE)
+    length = sum(map(len, texts)) + sum((len(one) + 2) // 3 * 4 for one in pictures)
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for part, picture in zip(texts, [*pictures, b""], strict=True):
+            yield part.encode()
+            for at in range(0, len(picture), PIECE_BYTES):
+                yield base64.b64encode(picture[at : at + PIECE_BYTES])
+
+    return length, pieces()
+
+
+def refused_field(text: str, body: dict) -> str:
+    """Return the optional field of a request that an error is about, or "".
+
+    Its name, or one with `_` inside it, may be there in any case and without any `_`;
+    what turns thinking off is also meant by a word about thinking.
     """
-
-    prefix: re.Pattern[bytes] | None = None  # of lines with data; None: nothing came
-    line: bytes = b""  # the unfinished line
-    data: list[bytes] = field(default_factory=list)  # lines of the unfinished event
-    after_cr: bool = False  # a LF that comes next belongs to the CR before
-    has_comment: bool = False  # the last chunk had one: the server is alive
-    stray: str = ""  # the last line that is none of an event stream
-
-    def feed(self, chunk: bytes) -> list[str]:
-        """Return the payloads that a chunk completes, b"" all; raise ChatError."""
-        text, self.has_comment = chunk or b"\n\n", False
-        if self.prefix is None:
-            text = text.lstrip(BLANKS)
-            if text.startswith(b"<"):
-                page = ChatError(
-                    "setup", "a web page, not an answer", setting="base_url"
-                )
-                raise page from ValueError("not JSON")
-            if not text:
-                return []
-            self.prefix = JSON_LINE if text.startswith((b"{", b"[")) else DATA
-        # Lines end with LF, CR or both, of which a chunk may have the first alone.
-        if self.after_cr:
-            text = text.removeprefix(b"\n")
-        self.after_cr = text.endswith(b"\r")
-        text = (self.line + text).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        *lines, self.line = text.split(b"\n")
-        events = [self.data]
-        for line in lines:
-            if found := self.prefix.match(line):
-                value = line[found.end() :]
-                is_new = value.startswith((b"{", b"[DONE]")) and events[-1]
-                if is_new and events[-1][-1].rstrip().endswith(b"}"):
-                    events.append([])
-                events[-1].append(value)
-            elif not line and self.prefix is DATA:
-                events.append([])
-            elif not OTHER_FIELD.match(line):
-                self.stray = line.decode("utf-8", "replace")
-            self.has_comment |= line.startswith(b":")
-        self.data = events.pop() if chunk else []
-        size = sum(len(line) + 8 for line in self.data)  # empty ones take room, too
-        if len(self.line) + size > EVENT_BYTES:
-            is_json = self.prefix is JSON_LINE
-            raise ChatError("broken", "an event is longer than 1 MiB", is_json)
-        payloads: list[bytes] = []
-        for event in filter(None, events):
-            *glued, last = GLUED.split(b"\n".join(event))
-            payloads += [one for one in glued if one.rstrip().endswith(b"}")]
-            payloads.append(last)
-        return [payload.decode("utf-8", "replace") for payload in payloads]
+    places, switch = {}, ""
+    for name in [name for name in body if name not in ("model", "messages", "stream")]:
+        inner = re.findall(r'"(\w+_\w+)":', json.dumps(body[name]))
+        words = "|".join(map(re.escape, [name, *inner])).replace("_", "[ _]?")
+        pattern = rf"(?i)(?<![a-z0-9_])({words})(?![a-z0-9_])"
+        if found := re.search(pattern, text):
+            places[name] = found.start()
+        if re.search("(?i)think|reason", f"{name} {inner}"):
+            switch = name
+    if not places and re.search("(?i)思考|推理|think|reasoning", text):
+        return switch
+    return min(places, key=places.__getitem__, default="")
 
 
 PROVIDERS = pathlib.Path(__file__).with_name("providers.toml")
@@ -3885,6 +3950,79 @@ class ThoughtFilter:
         return self.held[: found.start()]
 
 
+EVENT_BYTES = 1 << 20  # more in one event would only fill the memory
+BLANKS = b" \t\r\n\xef\xbb\xbf"  # may stand before a body, the last as byte order mark
+# The fields of an event stream that matter (llama.cpp has errors in one of that name),
+# those that do not, and the lines of a body that is JSON.
+DATA = re.compile(rb"(?:data: ?)+|(?:data|error)(?:: ?|$)")
+OTHER_FIELD = re.compile(rb"(?:event|id|retry)?(?::|$)")
+JSON_LINE = re.compile(rb"(?=.)")
+# What begins a second event in a line: GLM loses the end of the one before it. Inside
+# JSON the quote had a backslash.
+GLUED = re.compile(rb'data: ?(?=\{"\w)')
+
+
+@dataclass(slots=True)
+class EventDecoder:
+    """Cuts a body into payloads, from chunks of any size.
+
+    Its first byte says what it is, since content types are often wrong. An event stream
+    is parsed as the HTML standard does, but an object ends where the next one begins,
+    too. JSON is taken line by line in the same way.
+    """
+
+    prefix: re.Pattern[bytes] | None = None  # of lines with data; None: nothing came
+    line: bytes = b""  # the unfinished line
+    data: list[bytes] = field(default_factory=list)  # lines of the unfinished event
+    after_cr: bool = False  # a LF that comes next belongs to the CR before
+    has_comment: bool = False  # the last chunk had one: the server is alive
+    stray: str = ""  # the last line that is none of an event stream
+
+    def feed(self, chunk: bytes) -> list[str]:
+        """Return the payloads that a chunk completes, b"" all; raise ChatError."""
+        text, self.has_comment = chunk or b"\n\n", False
+        if self.prefix is None:
+            text = text.lstrip(BLANKS)
+            if text.startswith(b"<"):
+                page = ChatError(
+                    "setup", "a web page, not an answer", setting="base_url"
+                )
+                raise page from ValueError("not JSON")
+            if not text:
+                return []
+            self.prefix = JSON_LINE if text.startswith((b"{", b"[")) else DATA
+        # Lines end with LF, CR or both, of which a chunk may have the first alone.
+        if self.after_cr:
+            text = text.removeprefix(b"\n")
+        self.after_cr = text.endswith(b"\r")
+        text = (self.line + text).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        *lines, self.line = text.split(b"\n")
+        events = [self.data]
+        for line in lines:
+            if found := self.prefix.match(line):
+                value = line[found.end() :]
+                is_new = value.startswith((b"{", b"[DONE]")) and events[-1]
+                if is_new and events[-1][-1].rstrip().endswith(b"}"):
+                    events.append([])
+                events[-1].append(value)
+            elif not line and self.prefix is DATA:
+                events.append([])
+            elif not OTHER_FIELD.match(line):
+                self.stray = line.decode("utf-8", "replace")
+            self.has_comment |= line.startswith(b":")
+        self.data = events.pop() if chunk else []
+        size = sum(len(line) + 8 for line in self.data)  # empty ones take room, too
+        if len(self.line) + size > EVENT_BYTES:
+            is_json = self.prefix is JSON_LINE
+            raise ChatError("broken", "an event is longer than 1 MiB", is_json)
+        payloads: list[bytes] = []
+        for event in filter(None, events):
+            *glued, last = GLUED.split(b"\n".join(event))
+            payloads += [one for one in glued if one.rstrip().endswith(b"}")]
+            payloads.append(last)
+        return [payload.decode("utf-8", "replace") for payload in payloads]
+
+
 KINDS = ("refused", "busy", "long", "blind", "picture", "broken")  # others: settings
 # How long to wait, in a message.
 WAIT = re.compile(r"(?i)(?:again in|after|wait|retry in) *(\d+(?:\.\d+)?) *(ms|[mh])?")
@@ -3949,6 +4087,24 @@ def make_error(status: int, body: object, headers: Mapping[str, str]) -> ChatErr
     return ChatError(*known, words=message, setting=setting)  # by name: args are shown
 
 
+ERROR_BYTES = 64 * 1024  # it may be a web page, which says all in its first lines
+ERROR_SECONDS = 2  # for its body: the status alone says most
+
+
+async def read_error(response: aiohttp.ClientResponse) -> ChatError:
+    """Return the error that a response other than a 200 means."""
+    text = ""
+    with contextlib.suppress(TimeoutError, aiohttp.ClientError, ConnectionError):
+        async with asyncio.timeout(ERROR_SECONDS):
+            body = await read_body(response, ERROR_BYTES)
+            text = body.decode("utf-8-sig", "replace")
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        fields = re.sub(r"<[^<>]*>|\s+", " ", text).strip()
+    return make_error(response.status, fields, response.headers)
+
+
 LENIENT = json.JSONDecoder(strict=False)  # a string may hold a raw tab or line end
 MID_SENTENCE = re.compile(r"[\w,，、:：;；(（《“-]\s*$")
 REPEATED_CHARS = 8  # a last delta that says all again is longer; some gateways send one
@@ -4006,7 +4162,9 @@ class Completion:
             self.stray = payload or self.stray
             return ""
         try:
-            value = LENIENT.decode(payload)
+            value, end = LENIENT.raw_decode(payload)
+            if end < len(payload):
+                raise ValueError("more than one value")
         except (ValueError, RecursionError) as error:
             words = "an event is not JSON"
             raise ChatError("broken", words, is_retryable=True) from error
@@ -4024,8 +4182,8 @@ class Completion:
             raise make_error(200, value, {})
         choices = event.get("choices")
         items = choices if isinstance(choices, list) else []
-        dicts = (item for item in items if isinstance(item, dict))
-        choice = next((item for item in dicts if not item.get("index")), {})
+        ours = [x for x in items if isinstance(x, dict) and not x.get("index")]
+        choice = as_dict(ours)
         if choice.get("error"):
             raise make_error(200, choice, {})
         self.usage = event.get("usage") or choice.get("usage") or self.usage
@@ -4088,87 +4246,6 @@ class Completion:
         return Ending(kind, ILLEGAL.sub("", str(self.model)[:100]), given, taken)
 
 
-async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
-    """Return a body, cut after `limit` bytes."""
-    try:
-        return await response.content.readexactly(limit)
-    except asyncio.IncompleteReadError as whole:
-        return whole.partial
-
-
-ERROR_BYTES = 64 * 1024  # it may be a web page, which says all in its first lines
-ERROR_SECONDS = 2  # for its body: the status alone says most
-
-
-async def read_error(response: aiohttp.ClientResponse) -> ChatError:
-    """Return the error that a response other than a 200 means."""
-    text = ""
-    with contextlib.suppress(TimeoutError, aiohttp.ClientError, ConnectionError):
-        async with asyncio.timeout(ERROR_SECONDS):
-            body = await read_body(response, ERROR_BYTES)
-            text = body.decode("utf-8-sig", "replace")
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError):
-        fields = re.sub(r"<[^<>]*>|\s+", " ", text).strip()
-    return make_error(response.status, fields, response.headers)
-
-
-def refused_field(text: str, body: dict) -> str:
-    """Return the optional field of a request that an error is about, or "".
-
-    Its name, or one with `_` inside it, may be there in any case and without any `_`;
-    what turns thinking off is also meant by a word about thinking.
-    """
-    places, switch = {}, ""
-    for name in [name for name in body if name not in ("model", "messages", "stream")]:
-        inner = re.findall(r'"(\w+_\w+)":', json.dumps(body[name]))
-        words = "|".join(map(re.escape, [name, *inner])).replace("_", "[ _]?")
-        pattern = rf"(?i)(?<![a-z0-9_])({words})(?![a-z0-9_])"
-        if found := re.search(pattern, text):
-            places[name] = found.start()
-        if re.search("(?i)think|reason", f"{name} {inner}"):
-            switch = name
-    if not places and re.search("(?i)思考|推理|think|reasoning", text):
-        return switch
-    return min(places, key=places.__getitem__, default="")
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture among messages; it becomes base64 only while a request is written."""
-
-    kind: str
-    body: bytes
-
-
-PIECE_BYTES = 48 * 1024  # of a picture that is encoded at once; a multiple of three
-PLACE = secrets.token_hex(16)  # where a picture belongs; nobody's text has it
-
-
-def render_request(body: dict) -> tuple[int, bytes | AsyncIterator[bytes]]:
-    """Return the length of a request's JSON, and it, with pictures in pieces."""
-    pictures: list[bytes] = []
-
-    def place(picture: Picture) -> str:
-        pictures.append(picture.body)
-        return f"data:{picture.kind};base64,{PLACE}"
-
-    text = json.dumps(body, default=place)
-    if not pictures:
-        return len(text), text.encode()
-    texts = text.split(PLACE)
-    length = sum(map(len, texts)) + sum((len(one) + 2) // 3 * 4 for one in pictures)
-
-    async def pieces() -> AsyncIterator[bytes]:
-        for part, picture in zip(texts, [*pictures, b""], strict=True):
-            yield part.encode()
-            for at in range(0, len(picture), PIECE_BYTES):
-                yield base64.b64encode(picture[at : at + PIECE_BYTES])
-
-    return length, pieces()
-
-
 USAGE_SECONDS = 2  # how long a complete answer waits for its usage
 CHUNK_BYTES = 16 * 1024  # at once: gzip may hold a thousand times its size
 
@@ -4198,7 +4275,17 @@ class ChatClient:
             # It thinks unless told not to; other models refuse the field.
             self.options["reasoning_effort"] = "none"
         self.options |= settings.extra
-        self.closing = ""  # of the thoughts that its answers begin with, untold
+        self.closing = ""  # tag of thoughts that its answers begin with, unopened
+
+    def leaves_out(self, error: ChatError, options: dict) -> bool:
+        """Leave out what an error refuses from now on; say whether that may help."""
+        if error.setting != "extra":
+            return False
+        name = refused_field(f"{error.detail} {error.words}", options)
+        if name in self.options:  # else another question found it out
+            self.options = {k: v for k, v in self.options.items() if k != name}
+            log.warning("%s refuses %s: no longer sent", self.base, name)
+        return bool(name)
 
     async def post(self, messages: list[dict]) -> aiohttp.ClientResponse:
         """Return the response to a question, to be closed; raise ChatError."""
@@ -4220,15 +4307,32 @@ class ChatClient:
             if not self.leaves_out(error, options):
                 raise error
 
-    def leaves_out(self, error: ChatError, options: dict) -> bool:
-        """Leave out what an error refuses from now on; say whether that may help."""
-        if error.setting != "extra":
-            return False
-        name = refused_field(f"{error.detail} {error.words}", options)
-        if name in self.options:  # else another question found it out
-            self.options = {k: v for k, v in self.options.items() if k != name}
-            log.warning("%s refuses %s: no longer sent", self.base, name)
-        return bool(name)
+    async def read(
+        self,
+        response: aiohttp.ClientResponse,
+        completion: Completion,
+        limit: asyncio.Timeout,
+        end: float,
+        is_patient: bool,
+    ) -> AsyncIterator[str]:
+        """Yield a response's visible deltas; each moves the time limit."""
+        loop, idle = asyncio.get_running_loop(), self.settings.idle_timeout
+        chunk = b"\n"
+        while chunk and not completion.is_over and not completion.error:
+            chunk = await response.content.read(CHUNK_BYTES)
+            if len(chunk) == CHUNK_BYTES:  # there may be more: others have a turn
+                await asyncio.sleep(0)
+            was_complete, text = completion.reason, completion.feed(chunk)
+            if text or isinstance(text, ThoughtEnd):
+                yield text
+            if completion.reason and not was_complete:
+                # From here on nothing can break it, only its usage is awaited.
+                limit.reschedule(loop.time() + USAGE_SECONDS)
+            elif completion.has_progress and not was_complete:
+                over = min(end, loop.time() + idle)
+                is_far = abs(over - (limit.when() or 0)) > idle / 20
+                if is_far and (is_patient or completion.has_begun):
+                    limit.reschedule(over)  # timers are expensive
 
     def judged(
         self, error: Exception, messages: list[dict], is_time_left: bool
@@ -4251,33 +4355,6 @@ class ChatClient:
         if self.leaves_out(error, self.options):  # it came in a 200
             return replace(error, is_retryable=True, retry_in=0.0)
         return error
-
-    async def read(
-        self,
-        response: aiohttp.ClientResponse,
-        completion: Completion,
-        limit: asyncio.Timeout,
-        end: float,
-        is_patient: bool,
-    ) -> AsyncIterator[str]:
-        """Yield a response's visible deltas; each moves the time limit."""
-        loop, idle = asyncio.get_running_loop(), self.settings.idle_timeout
-        chunk = b"\n"
-        while chunk and not completion.is_over and not completion.error:
-            chunk = await response.content.read(CHUNK_BYTES)
-            if len(chunk) == CHUNK_BYTES:  # there may be more: others have a turn
-                await asyncio.sleep(0)
-            was_complete, text = completion.reason, completion.feed(chunk)
-            if completion.reason and not was_complete:
-                # From here on nothing can break it, only its usage is awaited.
-                limit.reschedule(loop.time() + USAGE_SECONDS)
-            elif completion.has_progress and not was_complete:
-                over = min(end, loop.time() + idle)
-                is_far = abs(over - (limit.when() or 0)) > idle / 20
-                if is_far and (is_patient or completion.has_begun):
-                    limit.reschedule(over)  # timers are expensive
-            if text or isinstance(text, ThoughtEnd):
-                yield text
 
     async def stream(
         self, messages: list[dict], end: float, begin_within: float | None = None
@@ -4312,83 +4389,6 @@ class ChatClient:
         if text:
             yield text
         yield ending
-
-
-PICTURE_BYTES = 4 * 1024 * 1024  # a third more in a request, as base64
-PICTURE_FETCHES = 3  # at the same time, for all subscribers
-PICTURE_TIMEOUT = 20  # seconds for one picture
-PICTURES_BYTES = 8 * PICTURE_BYTES  # of questions that are being answered, in all
-MAGIC = {
-    "image/jpeg": rb"\xff\xd8\xff",
-    "image/png": rb"\x89PNG\r\n\x1a\n",
-    "image/gif": rb"GIF8[79]a",
-    "image/webp": rb"RIFF....WEBP",
-}
-
-
-class Pictures:
-    """Fetches subscribers' pictures, from WeChat's hosts only, a few at a time."""
-
-    def __init__(self, hosts: tuple[str, ...], http: aiohttp.ClientSession) -> None:
-        self.hosts, self.http = hosts, http
-        self.slots = asyncio.Semaphore(PICTURE_FETCHES)
-        self.room = PICTURES_BYTES  # that is left
-        self.news = asyncio.Condition()  # there is more room
-
-    @contextlib.asynccontextmanager
-    async def fetch_all(self, urls: list[str]) -> AsyncIterator[list[Picture]]:
-        """Give a question's pictures, once there is room; raise ChatError.
-
-        Inside the block they take their room.
-        """
-        size = len(urls) * PICTURE_BYTES
-        async with self.news:
-            await self.news.wait_for(lambda: self.room >= size)
-            self.room -= size
-        try:
-            pictures = await asyncio.gather(*map(self.fetch, urls))
-            used = sum(len(picture.body) for picture in pictures)
-            await self.give_back(size - used)
-            size = used
-            yield pictures
-        finally:
-            await self.give_back(size)
-
-    async def give_back(self, size: int) -> None:
-        """Let others have room that was taken."""
-        self.room += size
-        async with self.news:
-            self.news.notify_all()
-
-    async def fetch(self, url: str) -> Picture:
-        """Return a picture; raise ChatError.
-
-        Its own URL would not do: a provider abroad may not reach WeChat's hosts.
-        """
-        try:
-            target = urllib.parse.urlsplit(url)
-            is_web = target.scheme in ("http", "https")
-            if not is_web or target.hostname not in self.hosts:
-                raise ChatError("picture", "its host is not in picture_hosts")
-            async with self.slots, asyncio.timeout(PICTURE_TIMEOUT):
-                body = await self.read(url)
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            words = f"not fetched: {type(error).__name__}"  # no message, no URL
-            raise ChatError("picture", words) from error
-        for kind, magic in MAGIC.items():
-            if re.match(magic, body, re.DOTALL):
-                return Picture(kind, body)
-        raise ChatError("picture", "neither JPEG, PNG, GIF nor WebP")
-
-    async def read(self, url: str) -> bytes:
-        """Return the bytes behind a URL, without redirects; raise ChatError."""
-        async with self.http.get(url, allow_redirects=False) as response:
-            if response.status != 200:
-                raise ChatError("picture", f"status {response.status}")
-            body = await read_body(response, PICTURE_BYTES + 1)
-        if len(body) > PICTURE_BYTES:
-            raise ChatError("picture", "larger than 4 MB")
-        return body
 
 
 # ---------------------------------------------------------------------------
@@ -5445,9 +5445,9 @@ class Bot:
                     await self.rewrite(turn, turn.without_thought)
                     guard = WordGuard(self.blocked)
                 text = item[: ANSWER_CHARS - len(turn.answer)]
-                for at in range(0, len(text), DELTA_CHARS):
-                    if at:
-                        await asyncio.sleep(0)
+                self.show(turn, guard, text[:DELTA_CHARS], False)
+                for at in range(DELTA_CHARS, len(text), DELTA_CHARS):
+                    await asyncio.sleep(0)
                     self.show(turn, guard, text[at : at + DELTA_CHARS], False)
                 if len(turn.answer) >= ANSWER_CHARS:
                     break
