@@ -3816,26 +3816,6 @@ def render_request(body: dict) -> tuple[int, bytes | AsyncIterator[bytes]]:
     return length, pieces()
 
 
-def refused_field(text: str, body: dict) -> str:
-    """Return the optional field of a request that an error is about, or "".
-
-    Its name, or one with `_` inside it, may be there in any case and without any `_`;
-    what turns thinking off is also meant by a word about thinking.
-    """
-    places, switch = {}, ""
-    for name in [name for name in body if name not in ("model", "messages", "stream")]:
-        inner = re.findall(r'"(\w+_\w+)":', json.dumps(body[name]))
-        words = "|".join(map(re.escape, [name, *inner])).replace("_", "[ _]?")
-        pattern = rf"(?i)(?<![a-z0-9_])({words})(?![a-z0-9_])"
-        if found := re.search(pattern, text):
-            places[name] = found.start()
-        if re.search("(?i)think|reason", f"{name} {inner}"):
-            switch = name
-    if not places and re.search("(?i)思考|推理|think|reasoning", text):
-        return switch
-    return min(places, key=places.__getitem__, default="")
-
-
 PROVIDERS = pathlib.Path(__file__).with_name("providers.toml")
 
 
@@ -4277,36 +4257,6 @@ class ChatClient:
         self.options |= settings.extra
         self.closing = ""  # tag of thoughts that its answers begin with, unopened
 
-    def leaves_out(self, error: ChatError, options: dict) -> bool:
-        """Leave out what an error refuses from now on; say whether that may help."""
-        if error.setting != "extra":
-            return False
-        name = refused_field(f"{error.detail} {error.words}", options)
-        if name in self.options:  # else another question found it out
-            self.options = {k: v for k, v in self.options.items() if k != name}
-            log.warning("%s refuses %s: no longer sent", self.base, name)
-        return bool(name)
-
-    async def post(self, messages: list[dict]) -> aiohttp.ClientResponse:
-        """Return the response to a question, to be closed; raise ChatError."""
-        while True:
-            options = self.options
-            body = {"model": self.settings.model, "messages": messages, "stream": True}
-            length, pieces = render_request(body | options)
-            response = await self.http.post(
-                self.url,
-                data=pieces,
-                headers=self.headers | {"Content-Length": str(length)},
-                proxy=self.settings.proxy or None,
-                allow_redirects=False,
-            )
-            if 200 <= response.status < 300:
-                return response
-            async with response:
-                error = await read_error(response)
-            if not self.leaves_out(error, options):
-                raise error
-
     async def read(
         self,
         response: aiohttp.ClientResponse,
@@ -4333,6 +4283,51 @@ class ChatClient:
                 is_far = abs(over - (limit.when() or 0)) > idle / 20
                 if is_far and (is_patient or completion.has_begun):
                     limit.reschedule(over)  # timers are expensive
+
+    def leaves_out(self, error: ChatError, sent: dict[str, object]) -> bool:
+        """Leave out from now on what was sent and is refused; say whether that was it.
+
+        The name, or one with `_` inside it, may be there in any case and without any
+        `_`; what turns thinking off is also meant by a word about thinking.
+        """
+        if error.setting != "extra":
+            return False
+        said, places, switch = f"{error.detail} {error.words}", {}, ""
+        for name, value in sent.items():
+            inner = re.findall(r'"(\w+_\w+)":', json.dumps(value))
+            words = "|".join(map(re.escape, [name, *inner])).replace("_", "[ _]?")
+            pattern = rf"(?i)(?<![a-z0-9_])({words})(?![a-z0-9_])"
+            if found := re.search(pattern, said):
+                places[name] = found.start()
+            if re.search("(?i)think|reason", f"{name} {inner}"):
+                switch = name
+        if not re.search("(?i)思考|推理|think|reasoning", said):
+            switch = ""
+        refused = min(places, key=places.__getitem__, default=switch)
+        if refused in self.options:  # else another question found it out
+            self.options = {k: v for k, v in self.options.items() if k != refused}
+            log.warning("%s refuses %s: no longer sent", self.base, refused)
+        return refused != ""
+
+    async def post(self, messages: list[dict]) -> aiohttp.ClientResponse:
+        """Return the response to a question, to be closed; raise ChatError."""
+        while True:
+            options = self.options
+            body = {"model": self.settings.model, "messages": messages, "stream": True}
+            length, pieces = render_request(body | options)
+            response = await self.http.post(
+                self.url,
+                data=pieces,
+                headers=self.headers | {"Content-Length": str(length)},
+                proxy=self.settings.proxy or None,
+                allow_redirects=False,
+            )
+            if 200 <= response.status < 300:
+                return response
+            async with response:
+                error = await read_error(response)
+            if not self.leaves_out(error, options):
+                raise error
 
     def judged(
         self, error: Exception, messages: list[dict], is_time_left: bool
