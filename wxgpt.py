@@ -44,9 +44,9 @@ a reply before it is sent, and what a killed process left unfinished is asked ag
 the next one.
 
 Beside this file: schema.sql; texts.toml, every line people read; providers.toml, what
-chat APIs mean by their words; pages/, what a browser shows, and the tables of formulas;
-owner/, the commands that do not serve, which import this file and not the other way
-round.
+chat APIs mean by their words and put around answers; pages/, what a browser shows, and
+the tables of formulas; owner/, the commands that do not serve, which import this file
+and not the other way round.
 
 Glossary: openid (a subscriber of this account), message (what came; its MsgId is the
 same every time it is sent), request or attempt (one time it is sent), delivery (all
@@ -3837,7 +3837,7 @@ def load_meanings() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
 
 
 def look_up(table: str, text: str) -> tuple[str, re.Match[str] | None]:
-    """Return what the first row of a table means that is in a text, and its match."""
+    """Return the meaning and the match of the first row that finds something."""
     for meaning, words in load_meanings()[table]:
         if found := words.search(text):
             return meaning, found
@@ -3875,6 +3875,7 @@ class ThoughtFilter:
     def feed(self, delta: str) -> str:
         """Return the text that is now known to be visible, perhaps as a ThoughtEnd."""
         self.held += delta
+        # Before the answer: what stands there is dropped as soon as it is whole.
         while not self.is_answer:
             if self.closing:
                 tag = re.escape(self.closing)
@@ -3886,9 +3887,8 @@ class ThoughtFilter:
                 if self.closing and self.is_guess:
                     self.unopened = self.closing
                 self.is_guess, self.is_wrapped = False, meaning == "wrapper"
-                self.closing = (
-                    "" if self.is_wrapped else meaning.format(**found.groupdict())
-                )
+                names = found.groupdict()
+                self.closing = "" if self.is_wrapped else meaning.format(**names)
                 self.held = self.held[found.end() :]
             elif self.closing:
                 if self.is_guess:
@@ -3899,21 +3899,21 @@ class ThoughtFilter:
                 return ""  # a thought perhaps, the word one of gpt-oss
             else:
                 self.is_answer = True
-        found = None
-        if self.tail is not None:
-            text = self.tail + self.held
-            if "<" in text or "[" in text or "◁" in text:  # searching is expensive
-                _, found = look_up("late", text)
-        if found:
-            self.tail = None
+        # In the answer: a closing tag shows that all the text before it was a thought.
+        text, found = (self.tail or "") + self.held, None
+        if self.tail is not None and ("<" in text or "[" in text or "◁" in text):
+            _, found = look_up("late", text)  # which is expensive
         if found and found[1]:
+            self.tail, self.unopened = None, found[1]
             self.held, self.is_answer = text[found.end() :], False
-            self.unopened = found[1]
             return ThoughtEnd(self.feed(""))
+        # At its end: what may become a token that stops the model is held back.
         begun = STOP_BEGUN.search(self.held)
         end = begun.start() if begun else len(self.held)
         text, self.held = self.held[:end], self.held[end:]
-        if self.tail is not None:
+        if found:
+            self.tail = None
+        elif self.tail is not None:
             self.tail = (self.tail + text)[-TAG_CHARS:]
         return text
 
