@@ -44,9 +44,9 @@ a reply before it is sent, and what a killed process left unfinished is asked ag
 the next one.
 
 Beside this file: schema.sql; texts.toml, every line people read; providers.toml, what
-chat APIs mean by their words; pages/, what a browser shows, and the tables of formulas;
-owner/, the commands that do not serve, which import this file and not the other way
-round.
+chat APIs mean by their words and put around answers; pages/, what a browser shows, and
+the tables of formulas; owner/, the commands that do not serve, which import this file
+and not the other way round.
 
 Glossary: openid (a subscriber of this account), message (what came; its MsgId is the
 same every time it is sent), request or attempt (one time it is sent), delivery (all
@@ -3613,443 +3613,6 @@ class ChatError(Exception):
         super().__setattr__(name, value)
 
 
-EVENT_BYTES = 1 << 20  # more in one event would only fill the memory
-BLANKS = b" \t\r\n\xef\xbb\xbf"  # may stand before a body, the last as byte order mark
-# What begins a second event in a line: GLM loses the end of the one before it. Inside
-# JSON the quote had a backslash.
-GLUED = re.compile(rb'data: ?(?=\{"\w)')
-# The fields of an event stream that matter (llama.cpp has errors in one of that name),
-# those that do not, and the lines of a body that is JSON.
-DATA = re.compile(rb"(?:data: ?)+|(?:data|error)(?:: ?|$)")
-OTHER_FIELD = re.compile(rb"(?:event|id|retry)?(?::|$)")
-JSON_LINE = re.compile(rb"(?=.)")
-
-
-class EventDecoder:
-    """Cuts a body into payloads, from chunks of any size.
-
-    Its first byte says what it is, since content types are often wrong. An event stream
-    is parsed as the HTML standard does, but an object ends where the next one begins,
-    too. JSON is taken line by line in the same way.
-    """
-
-    def __init__(self) -> None:
-        self.first = b""  # the first byte of the body
-        self.field = DATA
-        self.line = b""  # the unfinished line
-        self.data: list[bytes] = []  # the data lines of the unfinished event
-        self.size = 0  # their bytes
-        self.after_cr = False  # a LF that comes next belongs to the CR before
-        self.has_comment = False  # the last chunk had one: the server is alive
-        self.stray = ""  # the last line that is none of an event stream
-
-    def feed(self, chunk: bytes) -> list[str]:
-        """Return the payloads that a chunk completes, b"" all; raise ChatError."""
-        payloads, self.has_comment = [], False
-        for line in self.split(chunk or b"\n\n"):
-            if found := self.field.match(line):
-                payloads += self.read_data(line[found.end() :])
-                self.size += len(line)
-            elif not line and self.data and self.field is DATA:
-                payloads.append(self.take())
-            elif not OTHER_FIELD.match(line):
-                self.stray = line.decode("utf-8", "replace")
-            self.has_comment |= line.startswith(b":")
-        if not chunk and self.data:
-            payloads.append(self.take())
-        if len(self.line) + self.size > EVENT_BYTES:
-            is_json = self.field is JSON_LINE
-            raise ChatError("broken", "an event is longer than 1 MiB", is_json)
-        return payloads
-
-    def read_data(self, data: bytes) -> list[str]:
-        """Keep a data line; return the payloads of events that are glued to it."""
-        payloads = []
-        for number, value in enumerate(GLUED.split(data)):
-            is_new = value.startswith((b"{", b"[DONE]"))
-            if is_new and self.data and self.data[-1].rstrip().endswith(b"}"):
-                payloads.append(self.take())
-            if number:
-                self.data.clear()  # without its end
-            self.data.append(value)
-        return payloads
-
-    def split(self, chunk: bytes) -> list[bytes]:
-        """Return the lines that a chunk completes; raise ChatError for a web page."""
-        if not self.first:
-            chunk = chunk.lstrip(BLANKS)
-            self.first = chunk[:1]
-        if self.first == b"<":
-            page = ChatError("setup", "a web page, not an answer", setting="base_url")
-            raise page from ValueError("not JSON")
-        if self.first in (b"{", b"["):
-            self.field = JSON_LINE
-        if self.after_cr:
-            chunk = chunk.removeprefix(b"\n")
-        self.after_cr = chunk.endswith(b"\r")
-        text = (self.line + chunk).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        *lines, self.line = text.split(b"\n")
-        return lines
-
-    def take(self) -> str:
-        """Return the payload of the event that ends here."""
-        payload = b"\n".join(self.data).decode("utf-8", "replace")
-        self.data, self.size = [], 0
-        return payload
-
-
-TAG = r"[\w:]{0,40}(?:think|thought|reasoning)\w{0,40}"
-CHANNEL = r"(?:<\|start\|>assistant)?<\|channel\|>"
-# How thoughts begin and end.
-THOUGHTS = (
-    (rf"<(?P<tag>{TAG})(?:\s[^<>]*)?>", r"</(?P=tag)>"),  # DeepSeek, Qwen, Seed
-    (r"\[THINK\]", r"\[/THINK\]"),  # Magistral
-    (r"◁think▷", r"◁/think▷"),  # Kimi-VL
-    (r'<details\s[^<>]{0,99}type="reasoning"[^<>]{0,99}>', r"</details>"),  # Open WebUI
-    (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),  # OpenThinker
-    (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),  # Command A
-    (r"<\|channel>thought", r"<channel\|>"),  # Gemma
-    (rf"{CHANNEL}(?:analysis|commentary)[^<]*<\|message\|>", r"<\|end\|>"),  # gpt-oss
-    (r"analysis(?-i:[A-Z])", "assistantfinal"),  # the same, its tags dropped
-)
-CLOSING = rf"</{TAG}>|\[/THINK\]|◁/think▷|<channel\|>"
-OPEN = re.compile("|".join(opening for opening, _ in THOUGHTS), re.IGNORECASE)
-# Hunyuan, ERNIE, Command A, GLM-4.5V, and models whose template is not known.
-WRAPPER = r"<(?:answer|response)>|<\|(?:START_RESPONSE|begin_of_box)\|>"
-WRAPPER += r"|<\|im_start\|>assistant"
-# What comes before an answer: a thought, what is left of one, or how it is wrapped.
-BEFORE = "|".join(f"{opening}.*?{closing}" for opening, closing in THOUGHTS)
-BEFORE += rf"|{CLOSING}|{CHANNEL}final[^<]*<\|message\|>|(?P<wrapper>{WRAPPER})"
-BEFORE_ANSWER = re.compile(rf"\s*(?:{BEFORE})", re.IGNORECASE | re.DOTALL)
-TAG_CHARS = 200  # no tag is longer
-TAG_BEGUN = re.compile(rf"(?s:<\|.{{0,{TAG_CHARS}}})|[<\[◁][^>\]▷\n]{{0,{TAG_CHARS}}}")
-# The first tag inside an answer. One that is quoted, or code, is only spoken of.
-QUOTED = r"""(?<![`“‘「『])(?<!\s["'])(?<!`\n)(?<!`xml\n)(?<!`(?:html|text)\n)"""
-LATE = re.compile(rf"(?i){QUOTED}({CLOSING})|(?<!`)(?:<{TAG}[\s>]|\[THINK\]|◁think▷)")
-# What may follow an answer: the end of its wrapper, or a token that stops a model.
-STOPPED = re.compile(r"\s*(?:</(?:answer|response)>|<\|\w+\|>)\s*$")
-STOP = re.compile(r"\s*(?:</s>|<\|\w+\|>)\s*$")
-STOP_BEGUN = re.compile(r"<(?:[/|][\w|]{0,20}>?\s*)?$")
-ANSWER_CHARS = 200_000  # an answer that goes on and on is cut there
-
-
-class ThoughtFilter:
-    """Removes the thoughts from the start of an answer, however they are split.
-
-    Some servers swallow the opening tag. Then only the closing one shows that the text
-    before it was a thought; who knows that beforehand gives the `opening`.
-    """
-
-    def __init__(self, opening: str = "") -> None:
-        self.held = opening  # text that may still turn out to be a thought
-        self.kept = ""  # the text before it, an answer if no closing tag comes
-        self.opening = opening  # of a thought that came without it
-        self.is_inside = opening != ""  # as we believe
-        self.is_answer = False
-        self.is_wrapped = False  # the answer, in a tag of its own
-        self.is_late = False  # the text returned before was a thought: just found out
-        self.tail: str | None = ""  # of the answer; None: no tag is looked for
-
-    def feed(self, delta: str) -> str:
-        """Return the text that is now known to be visible."""
-        self.held, self.is_late = self.held + delta, False
-        self.is_answer = self.is_answer or self.has_answer()
-        if not self.is_answer:
-            return ""
-        text, found = "" if self.tail is None else self.tail + self.held, None
-        if any(sign in text for sign in "<[◁"):  # searching is expensive
-            found = LATE.search(text)
-        if found:
-            self.tail = None
-        if found and found[1]:
-            self.held, self.is_answer = text[found.end() :], False
-            self.opening = found[1].replace("/", "")
-            text, self.is_late = self.feed(""), True
-            return text
-        begun = STOP_BEGUN.search(self.held)
-        end = begun.start() if begun else len(self.held)
-        text, self.held = self.held[:end], self.held[end:]
-        self.tail = None if self.tail is None else (self.tail + text)[-TAG_CHARS:]
-        return text
-
-    def has_answer(self) -> bool:
-        """Drop what has ended before the answer; say whether that has begun."""
-        while found := BEFORE_ANSWER.match(self.held):
-            self.held, self.is_inside = self.held[found.end() :], False
-            self.is_wrapped = found["wrapper"] is not None
-        self.held = self.held.lstrip()
-        if found := OPEN.match(self.held):
-            end = max(found.end(), len(self.held) - TAG_CHARS)
-            if self.is_inside:
-                self.kept = (self.kept + self.held[found.end() : end])[:ANSWER_CHARS]
-            self.held = found[0] + self.held[end:]
-            return False
-        if "analysis".startswith(self.held):  # of gpt-oss, perhaps
-            return False
-        return not TAG_BEGUN.fullmatch(self.held)
-
-    def flush(self, is_cut: bool) -> str:
-        """Return the text still held at the end; an unclosed thought is not shown."""
-        if self.is_answer or not OPEN.match(self.held):
-            if "<s>" in (self.tail or "") + self.held:  # </s> ends what is struck out
-                return self.held
-            return (STOPPED if self.is_wrapped else STOP).sub("", self.held)
-        text = self.kept + self.held.removeprefix(self.opening)
-        is_shown, self.opening = self.is_inside and not is_cut, ""
-        return text if is_shown else ""
-
-
-PROVIDERS = pathlib.Path(__file__).with_name("providers.toml")
-
-
-@functools.cache
-def load_meanings() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    """Return the tables of providers.toml: what words mean, and what finds them.
-
-    First called at the start; raise ConfigError if the file cannot be read.
-    """
-    tables: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
-    for table, rows in read_toml(PROVIDERS).items():
-        try:
-            rows = [(name, re.compile(words, re.IGNORECASE)) for name, words in rows]
-        except (re.error, ValueError, TypeError) as error:
-            words, path = "{path}: {why}", f"{PROVIDERS}: {table}"
-            raise ConfigError(words, path=path, why=error) from None
-        tables[table] = rows
-    return tables
-
-
-def meaning_of(text: str, table: str) -> str:
-    """Return what the first row of a table means that fits a text, "" if none does."""
-    rows = load_meanings()[table]
-    return next((meaning for meaning, words in rows if words.search(text)), "")
-
-
-KINDS = ("refused", "busy", "long", "blind", "picture", "broken")  # others: settings
-# A limit that is not over within the minutes that somebody waits for an answer.
-LASTING = re.compile(
-    r"(?i)\b[rt]pd|hour|(?<!to)day|today's|daily|tomorrow|week|month"
-    r"|[每今当][日天周月]|使用上限|日流控"
-)
-# How long to wait, in a message.
-WAIT = re.compile(r"(?i)(?:again in|after|wait|retry in) *(\d+(?:\.\d+)?) *(ms|[mh])?")
-ERROR_NAMES = ("code", "status_code", "http_code", "type", "status", "param")
-MESSAGE_NAMES = ("message", "detail", "msg", "status_msg", "error_msg", "statusText")
-# A code or an id. Anything longer or with blanks may be what a subscriber wrote.
-WORD = re.compile(r"[A-Za-z0-9_.:\[\]-]{1,64}")
-RETRY_AFTER_SECONDS = 120  # nobody waits longer: then the question has failed
-
-
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return how many seconds the provider wants us to wait, None if it names none."""
-    text, seconds = headers.get("retry-after", ""), 0.0
-    with contextlib.suppress(ValueError, OverflowError):
-        seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
-    with contextlib.suppress(ValueError):
-        seconds = float(text)
-    with contextlib.suppress(KeyError, ValueError):
-        seconds = float(headers["retry-after-ms"]) / 1000
-    return seconds if seconds > 0 else None  # nor is NaN
-
-
-def as_dict(value: object) -> dict:
-    """Return a dict, also if it is the first item of a list, otherwise an empty one."""
-    value = value[0] if isinstance(value, list) and value else value
-    return value if isinstance(value, dict) else {}
-
-
-def make_error(status: int, body: object, headers: Mapping[str, str]) -> ChatError:
-    """Return the error that a response means; its body may have any shape."""
-    outer = as_dict(body)
-    inner = outer.get("error") or outer.get("errors") or outer.get("base_resp")
-    error = outer | as_dict(inner)
-    texts = [error.get(name) for name in MESSAGE_NAMES]
-    texts.append(as_dict(error.get("metadata")).get("raw"))  # OpenRouter's source
-    message = " ".join(str(x)[:300] for x in texts if x) or str(inner or body)[:300]
-    names = {name: str(error.get(name) or "") for name in ERROR_NAMES}
-    names = {name: word for name, word in names.items() if WORD.fullmatch(word)}
-    if status == 200:  # a gateway passes on the status that it received
-        found = (w for w in names.values() if re.fullmatch("[45][0-9]{2}", w))
-        status = int(next(found, status))
-    code = names.get("code") or names.get("status_code", "")
-    if code in ("", str(status)):  # which says nothing more
-        code = names.get("type", "")
-    summary = " ".join(f"{name}={word}" for name, word in names.items())
-    meaning = meaning_of(f"status {status} {summary} {message}", "errors")
-    kind, setting = (meaning, "") if meaning in KINDS else ("setup", meaning)
-    retry_in = retry_after(headers)
-    words = f"{message} {error.get('details')}"  # Gemini's name the limit
-    is_passing = retry_in is not None or not LASTING.search(words)
-    if retry_in is None and (wait := WAIT.search(message)):
-        unit = {"ms": 0.001, "m": 60, "h": 3600}
-        retry_in = float(wait[1]) * unit.get(str(wait[2]).lower(), 1)
-    is_retryable = kind in ("busy", "broken") and is_passing
-    if retry_in is not None and retry_in > RETRY_AFTER_SECONDS:
-        is_retryable, retry_in = False, None
-    if headers.get("x-should-retry") in ("true", "false"):
-        is_retryable = headers["x-should-retry"] == "true"
-    request_id = WORD.match(headers.get("x-request-id", ""))
-    detail = f"status {status} {summary} request {request_id[0] if request_id else '-'}"
-    known = (kind, detail, is_retryable, retry_in, status, code)
-    return ChatError(*known, words=message, setting=setting)  # by name: args are shown
-
-
-LENIENT = json.JSONDecoder(strict=False)  # a string may hold a raw tab or line end
-
-
-def read_event(payload: str) -> dict:
-    """Return the JSON object of an event; raise ChatError, also for an error in it."""
-    try:
-        event = LENIENT.decode(payload)
-    except (ValueError, RecursionError) as error:
-        raise ChatError("broken", "an event is not JSON", is_retryable=True) from error
-    fields = as_dict(event)
-    code = as_dict(fields.get("base_resp")).get("status_code")
-    if "choices" not in fields:
-        code = code or fields.get("code") or fields.get("error_code")
-    inner = fields.get("error") or fields.get("errors") or (event and not fields)
-    is_failed = any(inner.values()) if isinstance(inner, dict) else inner
-    is_named = "error" in (fields.get("object"), fields.get("type"))
-    if is_failed or is_named or code not in (None, "", 0, "0", 200, "200"):
-        raise make_error(200, event, {})
-    return fields
-
-
-def as_count(value: object) -> int | None:
-    """Return a value if it is a number that the database can hold, otherwise None."""
-    return value if isinstance(value, int) and 0 <= value < 2**31 else None
-
-
-def text_of(content: object) -> str:
-    """Return the text of a content: a string, or parts of which some are thoughts."""
-    if isinstance(content, str):
-        return content
-    parts = map(as_dict, content if isinstance(content, list) else [content])
-    shown = ("text", "output_text", None)
-    texts = (part.get("text") for part in parts if part.get("type") in shown)
-    return "".join(text for text in texts if isinstance(text, str))
-
-
-MID_SENTENCE = re.compile(r"[\w,，、:：;；(（《“-]\s*$")
-REPEATED_CHARS = 8  # a last delta that says all again is longer; some gateways send one
-# The fields of a delta that show that the model is at work.
-ALIVE = re.compile("content|refusal|reason|think|thought")
-
-
-class Completion:
-    """Everything a response has said so far; fed with its chunks, b"" at its end."""
-
-    def __init__(self, model: str, opening: str = "") -> None:
-        self.decoder = EventDecoder()
-        self.thoughts = ThoughtFilter(opening)
-        self.reason = ""  # the finish_reason; empty while the answer goes on
-        self.is_named = False  # there was a finish_reason, if only null
-        self.usage: object = {}
-        self.model: object = model
-        # Puts a character together of which the next event has the other half.
-        self.utf16 = codecs.getincrementaldecoder("utf-16-le")("ignore")
-        self.last = ""  # the last visible text
-        self.said = hashlib.sha256()  # of all text, thoughts included
-        self.stray: object = ""  # the last payload that is no part of an answer
-        self.has_progress = False  # the last chunk had text, thoughts or a comment
-        self.has_begun = False  # some event had text or thoughts
-        self.is_late = False  # all text before this chunk was a thought
-        self.is_over = False  # [DONE] was read
-        self.error: ChatError | None = None  # to be raised behind the text before it
-
-    def feed(self, chunk: bytes) -> str:
-        """Return the visible text of a chunk; set `error` if something is wrong."""
-        texts: list[str] = []
-        self.has_progress = self.is_late = False
-        try:
-            for payload in self.decoder.feed(chunk):
-                text = self.read(payload.strip())
-                if self.thoughts.is_late:
-                    texts, self.is_late, self.thoughts.is_late = [], True, False
-                texts.append(text)
-        except ChatError as error:
-            self.error = error
-        self.has_progress |= self.decoder.has_comment
-        return "".join(texts)
-
-    def read(self, payload: str) -> str:
-        """Return the visible text of an event; raise ChatError."""
-        if payload == "[DONE]":
-            is_cut = self.is_named and MID_SENTENCE.search(self.last)
-            self.reason = self.reason or ("length" if is_cut else "stop")
-            self.is_over = True
-        if self.is_over:
-            return ""
-        if not payload.startswith(("{", "[")):  # a heartbeat, or words of a failure
-            self.stray = payload or self.stray
-            return ""
-        event = read_event(payload)
-        if "choices" not in event:
-            is_told = any(name in event for name in MESSAGE_NAMES)
-            if is_told or self.decoder.field is JSON_LINE:
-                self.stray = event  # it may say why there is no answer
-        choices = event.get("choices")
-        items = choices if isinstance(choices, list) else []
-        dicts = (item for item in items if isinstance(item, dict))
-        choice = next((item for item in dicts if not item.get("index")), {})
-        if choice.get("error"):
-            raise make_error(200, choice, {})
-        self.usage = event.get("usage") or choice.get("usage") or self.usage
-        self.model = event.get("model") or self.model
-        self.read_reason(choice)
-        delta = as_dict(choice.get("delta"))
-        if not delta and not self.has_begun:  # an answer that is not streamed
-            delta = as_dict(choice.get("message"))
-            self.reason = self.reason or ("stop" if delta else "")
-        return self.read_delta(delta)
-
-    def read_reason(self, choice: dict) -> None:
-        """Take the finish_reason of an event; a filter's may follow another one."""
-        self.is_named |= "finish_reason" in choice
-        reason = str(choice.get("finish_reason") or "")
-        if reason.lower() in ("", "null", "none"):
-            return
-        # OpenRouter says stop for some failures of the providers behind it.
-        native = str(choice.get("native_finish_reason") or "")
-        if meaning_of(native, "ends") in ("refused", "broken", "length"):
-            reason = native
-        if not self.reason or meaning_of(reason, "ends") == "refused":
-            self.reason = reason
-
-    def read_delta(self, delta: dict) -> str:
-        """Return the visible text of a delta."""
-        text = text_of(delta.get("content")) or text_of(delta.get("refusal"))
-        if text or any(delta[name] for name in delta if ALIVE.search(name)):
-            self.has_progress = self.has_begun = True
-        raw = text.encode("utf-16-le", "surrogatepass")
-        if self.reason and len(text) > REPEATED_CHARS:
-            if hashlib.sha256(raw).digest() == self.said.digest():
-                return ""
-        self.said.update(raw)
-        text = self.utf16.decode(raw)
-        text = self.thoughts.feed(text)
-        self.last = text if text.strip() else self.last
-        return text
-
-    def ending(self) -> Ending:
-        """Return how the answer ended; raise ChatError unless it is good, or cut."""
-        if not self.reason:
-            if stray := self.stray or self.decoder.stray:
-                raise make_error(200, stray, {})
-            raise ChatError("broken", "the stream ended early", is_retryable=True)
-        usage = as_dict(self.usage)
-        given = as_count(usage.get("prompt_tokens", usage.get("input_tokens")))
-        taken = as_count(usage.get("completion_tokens", usage.get("output_tokens")))
-        kind = meaning_of(self.reason, "ends") or "broken"
-        is_full = "context" in self.reason.lower() or not (self.has_begun or taken)
-        if kind == "length" and is_full and not self.last:
-            kind = "long"  # not a word fitted behind the question
-        if kind not in ("stop", "length"):
-            word = self.reason if WORD.fullmatch(self.reason) else "odd"
-            raise ChatError(kind, f"finish_reason {word}", kind == "broken")
-        return Ending(kind, ILLEGAL.sub("", str(self.model)[:100]), given, taken)
-
-
 async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
     """Return a body, cut after `limit` bytes."""
     try:
@@ -4058,236 +3621,12 @@ async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
         return whole.partial
 
 
-CHUNK_BYTES = 16 * 1024  # at once: gzip may hold a thousand times its size
-
-
-async def read_chunk(response: aiohttp.ClientResponse) -> bytes:
-    """Return what came of a body, b"" at its end; in between others have a turn."""
-    chunk = await response.content.read(CHUNK_BYTES)
-    await asyncio.sleep(0)
-    return chunk
-
-
-ERROR_BYTES = 64 * 1024  # it may be a web page, which says all in its first lines
-ERROR_SECONDS = 2  # for its body: the status alone says most
-
-
-async def read_error(response: aiohttp.ClientResponse) -> ChatError:
-    """Return the error that a response other than a 200 means."""
-    text = ""
-    with contextlib.suppress(TimeoutError, aiohttp.ClientError, ConnectionError):
-        async with asyncio.timeout(ERROR_SECONDS):
-            body = await read_body(response, ERROR_BYTES)
-            text = body.decode("utf-8-sig", "replace")
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError):
-        fields = re.sub(r"<[^<>]*>|\s+", " ", text).strip()
-    return make_error(response.status, fields, response.headers)
-
-
-def refused_field(text: str, body: dict) -> str:
-    """Return the optional field of a request that an error is about, or "".
-
-    Its name, or one with `_` inside it, may be there in any case and without any `_`;
-    what turns thinking off is also meant by a word about thinking.
-    """
-    places, switch = {}, ""
-    for name in [name for name in body if name not in ("model", "messages", "stream")]:
-        inner = re.findall(r'"(\w+_\w+)":', json.dumps(body[name]))
-        words = "|".join(map(re.escape, [name, *inner])).replace("_", "[ _]?")
-        pattern = rf"(?i)(?<![a-z0-9_])({words})(?![a-z0-9_])"
-        if found := re.search(pattern, text):
-            places[name] = found.start()
-        if re.search("(?i)think|reason", f"{name} {inner}"):
-            switch = name
-    if not places and re.search("(?i)思考|推理|think|reasoning", text):
-        return switch
-    return min(places, key=places.__getitem__, default="")
-
-
-class ThoughtEnd(str):
-    """An empty delta that says: all the text before it was a thought."""
-
-
-USAGE_SECONDS = 2  # how long a complete answer waits for its usage
-
-
 @dataclass(frozen=True, slots=True)
 class Picture:
     """A picture among messages; it becomes base64 only while a request is written."""
 
     kind: str
     body: bytes
-
-
-PIECE_BYTES = 48 * 1024  # of a picture that is encoded at once; a multiple of three
-PLACE = secrets.token_hex(16)  # where a picture belongs; nobody's text has it
-
-
-def render_request(body: dict) -> tuple[int, bytes | AsyncIterator[bytes]]:
-    """Return the length of a request's JSON, and it, with pictures in pieces."""
-    pictures: list[bytes] = []
-
-    def place(picture: Picture) -> str:
-        pictures.append(picture.body)
-        return f"data:{picture.kind};base64,{PLACE}"
-
-    text = json.dumps(body, default=place)
-    if not pictures:
-        return len(text), text.encode()
-    texts = text.split(PLACE)
-    length = sum(map(len, texts)) + sum((len(one) + 2) // 3 * 4 for one in pictures)
-
-    async def pieces() -> AsyncIterator[bytes]:
-        for part, picture in zip(texts, [*pictures, b""], strict=True):
-            yield part.encode()
-            for at in range(0, len(picture), PIECE_BYTES):
-                yield base64.b64encode(picture[at : at + PIECE_BYTES])
-
-    return length, pieces()
-
-
-class ChatClient:
-    """One assistant's chat API. Any number of answers may stream at the same time."""
-
-    def __init__(
-        self, settings: AssistantSettings, http: aiohttp.ClientSession
-    ) -> None:
-        self.settings = settings
-        self.http = http
-        # Classic Azure has a query behind its path: ?api-version=…
-        base, mark, query = settings.base_url.strip().partition("?")
-        self.base = base.rstrip("/").removesuffix("/chat/completions")
-        self.url = f"{self.base}/chat/completions{mark}{query}"
-        # In one case: a header of the settings replaces ours, whatever case it has.
-        headers = {name.title(): value for name, value in settings.headers.items()}
-        own = {
-            "Authorization": f"Bearer {settings.api_key.strip()}",
-            "Content-Type": "application/json",
-        }
-        self.headers = own | headers
-        self.refused: set[str] = set()  # fields that the provider does not accept
-        self.opening = ""  # of the thoughts that its answers begin with, and lack
-
-    def request_body(self, messages: list[dict]) -> dict:
-        """Return the JSON of a request, without the fields refused before."""
-        body = {"model": self.settings.model, "messages": messages, "stream": True}
-        body["stream_options"] = {"include_usage": True}
-        if self.settings.model == DEFAULT_MODEL:
-            # It thinks unless told not to; other models refuse the field.
-            body["reasoning_effort"] = "none"
-        body |= self.settings.extra
-        return {name: value for name, value in body.items() if name not in self.refused}
-
-    async def post(self, messages: list[dict]) -> aiohttp.ClientResponse:
-        """Return the response to a question, to be closed; raise ChatError."""
-        while True:
-            body = self.request_body(messages)
-            length, pieces = render_request(body)
-            response = await self.http.post(
-                self.url,
-                data=pieces,
-                headers=self.headers | {"Content-Length": str(length)},
-                proxy=self.settings.proxy or None,
-                allow_redirects=False,
-            )
-            if 200 <= response.status < 300:
-                return response
-            async with response:
-                error = await read_error(response)
-            if not self.leaves_out(error, body):
-                raise error
-
-    def leaves_out(self, error: ChatError, body: dict) -> bool:
-        """Leave out what an error refuses from now on; say whether that may help."""
-        if error.setting != "extra":
-            return False
-        name = refused_field(f"{error.detail} {error.words}", body)
-        if name and name not in self.refused:  # else another question found it out
-            self.refused.add(name)
-            log.warning("%s refuses %s: no longer sent", self.base, name)
-        return bool(name)
-
-    def judged(self, error: ChatError, messages: list[dict]) -> ChatError:
-        """Return an error as this provider means it about this question."""
-        if error.code == "insufficient_quota" and "/compatible-mode/" in self.url:
-            # DashScope: too many tokens within a minute.
-            return replace(error, kind="busy", is_retryable=True, setting="")
-        if error.kind == "blind" and isinstance(messages[-1]["content"], str):
-            return replace(error, kind="setup", setting="model")  # no picture was sent
-        if self.leaves_out(error, self.request_body(messages)):  # it came in a 200
-            return replace(error, is_retryable=True, retry_in=0.0)
-        return error
-
-    async def stream(
-        self, messages: list[dict], end: float, begin_within: float | None = None
-    ) -> AsyncGenerator[str | Ending, None]:
-        """Yield the visible deltas, then the Ending, before `end`; raise ChatError.
-
-        The first token may take `begin_within` seconds, if that is less than usual.
-        Leaving the iterator early closes the connection, which stops the provider.
-        """
-        loop = asyncio.get_running_loop()
-        usual = self.settings.first_token_timeout
-        first = loop.time() + min(usual, begin_within or usual)
-        try:
-            async with (
-                asyncio.timeout_at(min(end, first)) as limit,
-                await self.post(messages) as response,
-            ):
-                # Where another model waits, a comment is no beginning.
-                is_patient = begin_within is None
-                async for item in self.read(response, limit, end, is_patient):
-                    yield item
-        except ChatError as error:
-            raise self.judged(error, messages) from error.__cause__
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            raise ChatError("unreachable", str(error), is_retryable=True) from error
-        except TimeoutError as error:
-            is_time_left = loop.time() < end
-            raise ChatError("slow", "time limit", is_retryable=is_time_left) from error
-        except (aiohttp.ClientError, ConnectionError) as error:
-            words = type(error).__name__  # its message may quote the answer
-            raise ChatError("broken", words, is_retryable=True) from error
-
-    async def read(
-        self,
-        response: aiohttp.ClientResponse,
-        limit: asyncio.Timeout,
-        end: float,
-        is_patient: bool,
-    ) -> AsyncIterator[str | Ending]:
-        """Yield a response's visible deltas and its Ending; raise ChatError."""
-        completion, chunk = Completion(self.settings.model, self.opening), b"\n"
-        loop, idle = asyncio.get_running_loop(), self.settings.idle_timeout
-        while chunk and not completion.reason:
-            chunk = await read_chunk(response)
-            text = completion.feed(chunk)
-            if completion.has_progress and (is_patient or completion.has_begun):
-                over = min(end, loop.time() + idle)
-                if abs(over - (limit.when() or 0)) > idle / 20:  # timers are expensive
-                    limit.reschedule(over)
-            if completion.is_late:
-                yield ThoughtEnd()
-            if text:
-                yield text
-            if completion.error and not completion.reason:
-                raise completion.error
-        # The answer is complete, whatever happens while its usage is awaited.
-        limit.reschedule(None)
-        text = ""
-        with contextlib.suppress(TimeoutError, aiohttp.ClientError, ConnectionError):
-            async with asyncio.timeout(USAGE_SECONDS):
-                while chunk and not completion.is_over and not completion.error:
-                    chunk = await read_chunk(response)
-                    text += completion.feed(chunk)
-        ending = completion.ending()
-        text += completion.thoughts.flush(ending.finish_reason == "length")
-        self.opening = completion.thoughts.opening
-        if text:
-            yield text
-        yield ending
 
 
 PICTURE_BYTES = 4 * 1024 * 1024  # a third more in a request, as base64
@@ -4346,25 +3685,620 @@ class Pictures:
             is_web = target.scheme in ("http", "https")
             if not is_web or target.hostname not in self.hosts:
                 raise ChatError("picture", "its host is not in picture_hosts")
-            async with self.slots, asyncio.timeout(PICTURE_TIMEOUT):
-                body = await self.read(url)
+            async with (
+                self.slots,
+                asyncio.timeout(PICTURE_TIMEOUT),
+                self.http.get(url, allow_redirects=False) as response,
+            ):
+                if response.status != 200:
+                    raise ChatError("picture", f"status {response.status}")
+                body = await read_body(response, PICTURE_BYTES + 1)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             words = f"not fetched: {type(error).__name__}"  # no message, no URL
             raise ChatError("picture", words) from error
+        if len(body) > PICTURE_BYTES:
+            raise ChatError("picture", "larger than 4 MB")
         for kind, magic in MAGIC.items():
             if re.match(magic, body, re.DOTALL):
                 return Picture(kind, body)
         raise ChatError("picture", "neither JPEG, PNG, GIF nor WebP")
 
-    async def read(self, url: str) -> bytes:
-        """Return the bytes behind a URL, without redirects; raise ChatError."""
-        async with self.http.get(url, allow_redirects=False) as response:
-            if response.status != 200:
-                raise ChatError("picture", f"status {response.status}")
-            body = await read_body(response, PICTURE_BYTES + 1)
-        if len(body) > PICTURE_BYTES:
-            raise ChatError("picture", "larger than 4 MB")
-        return body
+
+PIECE_BYTES = 48 * 1024  # of a picture that is encoded at once; a multiple of three
+PLACE = secrets.token_hex(16)  # where a picture belongs; nobody's text has it
+
+
+def render_request(body: dict) -> tuple[int, bytes | AsyncIterator[bytes]]:
+    """Return the length of a request's JSON, and it, with pictures in pieces."""
+    pictures: list[bytes] = []
+
+    def place(picture: Picture) -> str:
+        pictures.append(picture.body)
+        return f"data:{picture.kind};base64,{PLACE}"
+
+    text = json.dumps(body, default=place)
+    if not pictures:
+        return len(text), text.encode()
+    texts = text.split(PLACE)
+    length = sum(map(len, texts)) + sum((len(one) + 2) // 3 * 4 for one in pictures)
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for part, picture in zip(texts, [*pictures, b""], strict=True):
+            yield part.encode()
+            for at in range(0, len(picture), PIECE_BYTES):
+                yield base64.b64encode(picture[at : at + PIECE_BYTES])
+
+    return length, pieces()
+
+
+PROVIDERS = pathlib.Path(__file__).with_name("providers.toml")
+
+
+@functools.cache
+def load_meanings() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    """Return the tables of providers.toml: what words mean, and what finds them.
+
+    First called at the start; raise ConfigError if the file cannot be read.
+    """
+    tables: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    for table, rows in read_toml(PROVIDERS).items():
+        try:
+            rows = [(name, re.compile(words, re.IGNORECASE)) for name, words in rows]
+        except (re.error, ValueError, TypeError) as error:
+            words, path = "{path}: {why}", f"{PROVIDERS}: {table}"
+            raise ConfigError(words, path=path, why=error) from None
+        tables[table] = rows
+    return tables
+
+
+def look_up(table: str, text: str) -> tuple[str, re.Match[str] | None]:
+    """Return the meaning and the match of the first row that finds something."""
+    for meaning, words in load_meanings()[table]:
+        if found := words.search(text):
+            return meaning, found
+    return "", None
+
+
+class ThoughtEnd(str):
+    """A delta behind which nothing stays of the text before it: that was a thought."""
+
+
+TAG_CHARS = 200  # no tag is longer
+# What may become a tag, and what may become one that stops a model.
+TAG_BEGUN = re.compile(rf"(?s:<\|.{{0,{TAG_CHARS}}})|[<\[◁][^>\]▷\n]{{0,{TAG_CHARS}}}")
+STOP_BEGUN = re.compile(r"<(?:[/|][\w|]{0,20}>?\s*)?$")
+ANSWER_CHARS = 200_000  # an answer that goes on and on is cut there
+
+
+@dataclass(slots=True)
+class ThoughtFilter:
+    """Removes the thoughts from the start of an answer, however they are split.
+
+    Some servers swallow the opening tag. Then only the closing one shows that the text
+    before it was a thought; who knows beforehand how it `closing` is spelled says so.
+    """
+
+    closing: str = ""  # of the thought that we are in; "": in none
+    is_guess: bool = True  # no tag came yet: we may be in none all the same
+    kept: str = ""  # the text of such a thought, an answer if no closing tag comes
+    held: str = ""  # text that may still turn out to be a thought
+    is_answer: bool = False  # it has begun
+    is_wrapped: bool = False  # the answer, in a tag of its own
+    tail: str | None = ""  # of the answer; None: no tag is looked for
+    unopened: str = ""  # the closing tag of a thought that came without an opening one
+
+    def feed(self, delta: str) -> str:
+        """Return the text that is now known to be visible, perhaps as a ThoughtEnd."""
+        self.held += delta
+        # Before the answer: what stands there is dropped as soon as it is whole.
+        while not self.is_answer:
+            if self.closing:
+                tag = re.escape(self.closing)
+                meaning, found = "", re.search(tag, self.held, re.IGNORECASE)
+            else:
+                self.held = self.held.lstrip()
+                meaning, found = look_up("before", self.held)
+            if found:
+                if self.closing and self.is_guess:
+                    self.unopened = self.closing
+                self.is_guess, self.is_wrapped = False, meaning == "wrapper"
+                names = found.groupdict()
+                self.closing = "" if self.is_wrapped else meaning.format(**names)
+                self.held = self.held[found.end() :]
+            elif self.closing:
+                if self.is_guess:
+                    self.kept = (self.kept + self.held[:-TAG_CHARS])[:ANSWER_CHARS]
+                self.held = self.held[-TAG_CHARS:]
+                return ""
+            elif "analysis".startswith(self.held) or TAG_BEGUN.fullmatch(self.held):
+                return ""  # a thought perhaps, the word one of gpt-oss
+            else:
+                self.is_answer = True
+        # In the answer: a closing tag shows that all the text before it was a thought.
+        text, found = (self.tail or "") + self.held, None
+        if self.tail is not None and ("<" in text or "[" in text or "◁" in text):
+            _, found = look_up("late", text)  # which is expensive
+        if found and found[1]:
+            self.tail, self.unopened = None, found[1]
+            self.held, self.is_answer = text[found.end() :], False
+            return ThoughtEnd(self.feed(""))
+        # At its end: what may become a token that stops the model is held back.
+        begun = STOP_BEGUN.search(self.held)
+        end = begun.start() if begun else len(self.held)
+        text, self.held = self.held[:end], self.held[end:]
+        if found:
+            self.tail = None
+        elif self.tail is not None:
+            self.tail = (self.tail + text)[-TAG_CHARS:]
+        return text
+
+    def flush(self, is_cut: bool) -> str:
+        """Return the text still held at the end; an unclosed thought is not shown."""
+        if self.closing:
+            self.unopened = ""
+            return self.kept + self.held if self.is_guess and not is_cut else ""
+        if "<s>" in (self.tail or "") + self.held:  # </s> ends what is struck out
+            return self.held
+        meaning, found = look_up("after", self.held)
+        if not found or meaning == "wrapper" and not self.is_wrapped:
+            return self.held
+        return self.held[: found.start()]
+
+
+EVENT_BYTES = 1 << 20  # more in one event would only fill the memory
+BLANKS = b" \t\r\n\xef\xbb\xbf"  # may stand before a body, the last as byte order mark
+# The fields of an event stream that matter (llama.cpp has errors in one of that name),
+# those that do not, and the lines of a body that is JSON.
+DATA = re.compile(rb"(?:data: ?)+|(?:data|error)(?:: ?|$)")
+OTHER_FIELD = re.compile(rb"(?:event|id|retry)?(?::|$)")
+JSON_LINE = re.compile(rb"(?=.)")
+# What begins a second event in a line: GLM loses the end of the one before it. Inside
+# JSON the quote had a backslash.
+GLUED = re.compile(rb'data: ?(?=\{"\w)')
+
+
+@dataclass(slots=True)
+class EventDecoder:
+    """Cuts a body into payloads, from chunks of any size.
+
+    Its first byte says what it is, since content types are often wrong. An event stream
+    is parsed as the HTML standard does, but an object ends where the next one begins,
+    too. JSON is taken line by line in the same way.
+    """
+
+    prefix: re.Pattern[bytes] | None = None  # of lines with data; None: nothing came
+    line: bytes = b""  # the unfinished line
+    data: list[bytes] = field(default_factory=list)  # lines of the unfinished event
+    after_cr: bool = False  # a LF that comes next belongs to the CR before
+    has_comment: bool = False  # the last chunk had one: the server is alive
+    stray: str = ""  # the last line that is none of an event stream
+
+    def feed(self, chunk: bytes) -> list[str]:
+        """Return the payloads that a chunk completes, b"" all; raise ChatError."""
+        text, self.has_comment = chunk or b"\n\n", False
+        if self.prefix is None:
+            text = text.lstrip(BLANKS)
+            if text.startswith(b"<"):
+                page = ChatError(
+                    "setup", "a web page, not an answer", setting="base_url"
+                )
+                raise page from ValueError("not JSON")
+            if not text:
+                return []
+            self.prefix = JSON_LINE if text.startswith((b"{", b"[")) else DATA
+        # Lines end with LF, CR or both, of which a chunk may have the first alone.
+        if self.after_cr:
+            text = text.removeprefix(b"\n")
+        self.after_cr = text.endswith(b"\r")
+        text = (self.line + text).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        *lines, self.line = text.split(b"\n")
+        events = [self.data]
+        for line in lines:
+            if found := self.prefix.match(line):
+                value = line[found.end() :]
+                is_new = value.startswith((b"{", b"[DONE]")) and events[-1]
+                if is_new and events[-1][-1].rstrip().endswith(b"}"):
+                    events.append([])
+                events[-1].append(value)
+            elif not line and self.prefix is DATA:
+                events.append([])
+            elif not OTHER_FIELD.match(line):
+                self.stray = line.decode("utf-8", "replace")
+            self.has_comment |= line.startswith(b":")
+        self.data = events.pop() if chunk else []
+        size = sum(len(line) + 8 for line in self.data)  # empty ones take room, too
+        if len(self.line) + size > EVENT_BYTES:
+            is_json = self.prefix is JSON_LINE
+            raise ChatError("broken", "an event is longer than 1 MiB", is_json)
+        payloads: list[bytes] = []
+        for event in filter(None, events):
+            *glued, last = GLUED.split(b"\n".join(event))
+            payloads += [one for one in glued if one.rstrip().endswith(b"}")]
+            payloads.append(last)
+        return [payload.decode("utf-8", "replace") for payload in payloads]
+
+
+KINDS = ("refused", "busy", "long", "blind", "picture", "broken")  # others: settings
+# How long to wait, in a message.
+WAIT = re.compile(r"(?i)(?:again in|after|wait|retry in) *(\d+(?:\.\d+)?) *(ms|[mh])?")
+ERROR_NAMES = ("code", "status_code", "http_code", "type", "status", "param")
+MESSAGE_NAMES = ("message", "detail", "msg", "status_msg", "error_msg", "statusText")
+# A code or an id. Anything longer or with blanks may be what a subscriber wrote.
+WORD = re.compile(r"[A-Za-z0-9_.:\[\]-]{1,64}")
+RETRY_AFTER_SECONDS = 120  # nobody waits longer: then the question has failed
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Return how many seconds the provider wants us to wait, None if it names none."""
+    text, seconds = headers.get("retry-after", ""), 0.0
+    with contextlib.suppress(ValueError, OverflowError):
+        seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+    with contextlib.suppress(ValueError):
+        seconds = float(text)
+    with contextlib.suppress(KeyError, ValueError):
+        seconds = float(headers["retry-after-ms"]) / 1000
+    return seconds if seconds > 0 else None  # nor is NaN
+
+
+def as_dict(value: object) -> dict:
+    """Return a dict, also if it is the first item of a list, otherwise an empty one."""
+    value = value[0] if isinstance(value, list) and value else value
+    return value if isinstance(value, dict) else {}
+
+
+def make_error(status: int, body: object, headers: Mapping[str, str]) -> ChatError:
+    """Return the error that a response means; its body may have any shape."""
+    outer = as_dict(body)
+    inner = outer.get("error") or outer.get("errors") or outer.get("base_resp")
+    error = outer | as_dict(inner)
+    texts = [error.get(name) for name in MESSAGE_NAMES]
+    texts.append(as_dict(error.get("metadata")).get("raw"))  # OpenRouter's source
+    message = " ".join(str(x)[:300] for x in texts if x) or str(inner or body)[:300]
+    names = {name: str(error.get(name) or "") for name in ERROR_NAMES}
+    names = {name: word for name, word in names.items() if WORD.fullmatch(word)}
+    if status == 200:  # a gateway passes on the status that it received
+        found = (w for w in names.values() if re.fullmatch("[45][0-9]{2}", w))
+        status = int(next(found, status))
+    code = names.get("code") or names.get("status_code", "")
+    if code in ("", str(status)):  # which says nothing more
+        code = names.get("type", "")
+    summary = " ".join(f"{name}={word}" for name, word in names.items())
+    meaning, _ = look_up("errors", f"status {status} {summary} {message}")
+    kind, setting = (meaning, "") if meaning in KINDS else ("setup", meaning)
+    retry_in = retry_after(headers)
+    words = f"{message} {error.get('details')}"  # Gemini's name the limit
+    is_passing = retry_in is not None or not look_up("lasting", words)[1]
+    if retry_in is None and (wait := WAIT.search(message)):
+        unit = {"ms": 0.001, "m": 60, "h": 3600}
+        retry_in = float(wait[1]) * unit.get(str(wait[2]).lower(), 1)
+    is_retryable = kind in ("busy", "broken") and is_passing
+    if retry_in is not None and retry_in > RETRY_AFTER_SECONDS:
+        is_retryable, retry_in = False, None
+    if headers.get("x-should-retry") in ("true", "false"):
+        is_retryable = headers["x-should-retry"] == "true"
+    request_id = WORD.match(headers.get("x-request-id", ""))
+    detail = f"status {status} {summary} request {request_id[0] if request_id else '-'}"
+    known = (kind, detail, is_retryable, retry_in, status, code)
+    return ChatError(*known, words=message, setting=setting)  # by name: args are shown
+
+
+ERROR_BYTES = 64 * 1024  # it may be a web page, which says all in its first lines
+ERROR_SECONDS = 2  # for its body: the status alone says most
+
+
+async def read_error(response: aiohttp.ClientResponse) -> ChatError:
+    """Return the error that a response other than a 200 means."""
+    text = ""
+    with contextlib.suppress(TimeoutError, aiohttp.ClientError, ConnectionError):
+        async with asyncio.timeout(ERROR_SECONDS):
+            body = await read_body(response, ERROR_BYTES)
+            text = body.decode("utf-8-sig", "replace")
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        fields = re.sub(r"<[^<>]*>|\s+", " ", text).strip()
+    return make_error(response.status, fields, response.headers)
+
+
+LENIENT = json.JSONDecoder(strict=False)  # a string may hold a raw tab or line end
+MID_SENTENCE = re.compile(r"[\w,，、:：;；(（《“-]\s*$")
+REPEATED_CHARS = 8  # a last delta that says all again is longer; some gateways send one
+# The fields of a delta that show that the model is at work.
+ALIVE = re.compile("content|refusal|reason|think|thought")
+
+
+@dataclass(slots=True)
+class Completion:
+    """Everything a response has said so far; fed with its chunks, b"" at its end."""
+
+    model: object
+    thoughts: ThoughtFilter = field(default_factory=ThoughtFilter)
+    decoder: EventDecoder = field(default_factory=EventDecoder)
+    # Puts a character together of which the next event has the other half.
+    utf16: codecs.IncrementalDecoder = field(
+        default_factory=lambda: codecs.getincrementaldecoder("utf-16-le")("ignore")
+    )
+    said: Any = field(default_factory=hashlib.sha256)  # of all text, with the thoughts
+    last: str = ""  # the last visible text
+    reason: str = ""  # the finish_reason; empty while the answer goes on
+    is_named: bool = False  # there was a finish_reason, if only null
+    usage: object = None
+    stray: object = ""  # the last payload that is no part of an answer
+    has_progress: bool = False  # the last chunk had text, thoughts or a comment
+    has_begun: bool = False  # some event had text or thoughts
+    is_over: bool = False  # [DONE] was read
+    error: Exception | None = None  # what broke it off, behind the text before it
+
+    def feed(self, chunk: bytes) -> str:
+        """Return the visible text of a chunk; set `error` if something is wrong."""
+        texts: list[str] = []
+        kind: type[str] = str
+        self.has_progress = False
+        try:
+            for payload in self.decoder.feed(chunk):
+                text = self.read(payload.strip())
+                if isinstance(text, ThoughtEnd):
+                    texts, kind = [], ThoughtEnd
+                texts.append(text)
+        except ChatError as error:
+            self.error = error
+        self.has_progress |= self.decoder.has_comment
+        return kind("".join(texts))
+
+    def read(self, payload: str) -> str:
+        """Return the visible text of an event; raise ChatError, also for one in it."""
+        if payload == "[DONE]":
+            is_cut = self.is_named and MID_SENTENCE.search(self.last)
+            self.reason = self.reason or ("length" if is_cut else "stop")
+            self.is_over = True
+        if self.is_over:
+            return ""
+        if not payload.startswith(("{", "[")):  # a heartbeat, or words of a failure
+            self.stray = payload or self.stray
+            return ""
+        try:
+            value, end = LENIENT.raw_decode(payload)
+            if end < len(payload):
+                raise ValueError("more than one value")
+        except (ValueError, RecursionError) as error:
+            words = "an event is not JSON"
+            raise ChatError("broken", words, is_retryable=True) from error
+        event = as_dict(value)
+        code = as_dict(event.get("base_resp")).get("status_code")
+        if "choices" not in event:
+            code = code or event.get("code") or event.get("error_code")
+            is_told = any(name in event for name in MESSAGE_NAMES)
+            if is_told or self.decoder.prefix is JSON_LINE:
+                self.stray = event  # it may say why there is no answer
+        inner = event.get("error") or event.get("errors") or (value and not event)
+        is_failed = any(inner.values()) if isinstance(inner, dict) else inner
+        is_failed = is_failed or "error" in (event.get("object"), event.get("type"))
+        if is_failed or code not in (None, "", 0, "0", 200, "200"):
+            raise make_error(200, value, {})
+        choices = event.get("choices")
+        items = choices if isinstance(choices, list) else []
+        ours = [x for x in items if isinstance(x, dict) and not x.get("index")]
+        choice = as_dict(ours)
+        if choice.get("error"):
+            raise make_error(200, choice, {})
+        self.usage = event.get("usage") or choice.get("usage") or self.usage
+        self.model = event.get("model") or self.model
+        return self.read_choice(choice)
+
+    def read_choice(self, choice: dict) -> str:
+        """Take in the finish_reason of an event; return its visible text."""
+        self.is_named |= "finish_reason" in choice
+        reason = str(choice.get("finish_reason") or "")
+        if reason.lower() not in ("", "null", "none"):
+            # OpenRouter says stop for some failures of the providers behind it.
+            native = str(choice.get("native_finish_reason") or "")
+            if look_up("ends", native)[0] in ("refused", "broken", "length"):
+                reason = native
+            # A filter's may follow another one.
+            if not self.reason or look_up("ends", reason)[0] == "refused":
+                self.reason = reason
+        delta = as_dict(choice.get("delta"))
+        if not delta and not self.has_begun:  # an answer that is not streamed
+            delta = as_dict(choice.get("message"))
+            self.reason = self.reason or ("stop" if delta else "")
+        text = delta.get("content") or delta.get("refusal") or ""
+        if not isinstance(text, str):  # parts, of which some may be thoughts
+            parts = map(as_dict, text if isinstance(text, list) else [text])
+            shown = ("text", "output_text", None)
+            texts = (part.get("text") for part in parts if part.get("type") in shown)
+            text = "".join(text for text in texts if isinstance(text, str))
+        if text or any(delta[name] for name in delta if ALIVE.search(name)):
+            self.has_progress = self.has_begun = True
+        raw = text.encode("utf-16-le", "surrogatepass")
+        if self.reason and len(text) > REPEATED_CHARS:
+            if hashlib.sha256(raw).digest() == self.said.digest():
+                return ""
+        self.said.update(raw)
+        text = self.thoughts.feed(self.utf16.decode(raw))
+        self.last = text if text.strip() else self.last
+        return text
+
+    def ending(self) -> Ending | Exception:
+        """Return how the answer ended: well, or cut; or else why not."""
+        if not self.reason:
+            stray = self.stray or self.decoder.stray
+            if stray and not self.error:
+                return make_error(200, stray, {})
+            early = ChatError("broken", "the stream ended early", is_retryable=True)
+            return self.error or early
+        # A number that the database cannot hold does not count.
+        usage = as_dict(self.usage).items()
+        counts = {k: n for k, n in usage if isinstance(n, int) and 0 <= n < 2**31}
+        given = counts.get("prompt_tokens", counts.get("input_tokens"))
+        taken = counts.get("completion_tokens", counts.get("output_tokens"))
+        kind = look_up("ends", self.reason)[0] or "broken"
+        is_full = "context" in self.reason.lower() or not (self.has_begun or taken)
+        if kind == "length" and is_full and not self.last:
+            kind = "long"  # not a word fitted behind the question
+        if kind not in ("stop", "length"):
+            word = self.reason if WORD.fullmatch(self.reason) else "odd"
+            return ChatError(kind, f"finish_reason {word}", kind == "broken")
+        return Ending(kind, ILLEGAL.sub("", str(self.model)[:100]), given, taken)
+
+
+USAGE_SECONDS = 2  # how long a complete answer waits for its usage
+CHUNK_BYTES = 16 * 1024  # at once: gzip may hold a thousand times its size
+
+
+class ChatClient:
+    """One assistant's chat API. Any number of answers may stream at the same time."""
+
+    def __init__(
+        self, settings: AssistantSettings, http: aiohttp.ClientSession
+    ) -> None:
+        self.settings = settings
+        self.http = http
+        # Classic Azure has a query behind its path: ?api-version=…
+        base, mark, query = settings.base_url.strip().partition("?")
+        self.base = base.rstrip("/").removesuffix("/chat/completions")
+        self.url = f"{self.base}/chat/completions{mark}{query}"
+        # In one case: a header of the settings replaces ours, whatever case it has.
+        headers = {name.title(): value for name, value in settings.headers.items()}
+        own = {
+            "Authorization": f"Bearer {settings.api_key.strip()}",
+            "Content-Type": "application/json",
+        }
+        self.headers = own | headers
+        # Further fields of a request; those that the provider refuses are taken out.
+        self.options: dict[str, object] = {"stream_options": {"include_usage": True}}
+        if settings.model == DEFAULT_MODEL:
+            # It thinks unless told not to; other models refuse the field.
+            self.options["reasoning_effort"] = "none"
+        self.options |= settings.extra
+        self.closing = ""  # tag of thoughts that its answers begin with, unopened
+
+    async def read(
+        self,
+        response: aiohttp.ClientResponse,
+        completion: Completion,
+        limit: asyncio.Timeout,
+        end: float,
+        is_patient: bool,
+    ) -> AsyncIterator[str]:
+        """Yield a response's visible deltas; each moves the time limit."""
+        loop, idle = asyncio.get_running_loop(), self.settings.idle_timeout
+        chunk = b"\n"
+        while chunk and not completion.is_over and not completion.error:
+            chunk = await response.content.read(CHUNK_BYTES)
+            if len(chunk) == CHUNK_BYTES:  # there may be more: others have a turn
+                await asyncio.sleep(0)
+            was_complete, text = completion.reason, completion.feed(chunk)
+            if text or isinstance(text, ThoughtEnd):
+                yield text
+            if completion.reason and not was_complete:
+                # From here on nothing can break it, only its usage is awaited.
+                limit.reschedule(loop.time() + USAGE_SECONDS)
+            elif completion.has_progress and not was_complete:
+                over = min(end, loop.time() + idle)
+                is_far = abs(over - (limit.when() or 0)) > idle / 20
+                if is_far and (is_patient or completion.has_begun):
+                    limit.reschedule(over)  # timers are expensive
+
+    def leaves_out(self, error: ChatError, sent: dict[str, object]) -> bool:
+        """Leave out from now on what was sent and is refused; say whether that was it.
+
+        The name, or one with `_` inside it, may be there in any case and without any
+        `_`; what turns thinking off is also meant by a word about thinking.
+        """
+        if error.setting != "extra":
+            return False
+        said, places, switch = f"{error.detail} {error.words}", {}, ""
+        for name, value in sent.items():
+            inner = re.findall(r'"(\w+_\w+)":', json.dumps(value))
+            words = "|".join(map(re.escape, [name, *inner])).replace("_", "[ _]?")
+            pattern = rf"(?i)(?<![a-z0-9_])({words})(?![a-z0-9_])"
+            if found := re.search(pattern, said):
+                places[name] = found.start()
+            if re.search("(?i)think|reason", f"{name} {inner}"):
+                switch = name
+        if not re.search("(?i)思考|推理|think|reasoning", said):
+            switch = ""
+        refused = min(places, key=places.__getitem__, default=switch)
+        if refused in self.options:  # else another question found it out
+            self.options = {k: v for k, v in self.options.items() if k != refused}
+            log.warning("%s refuses %s: no longer sent", self.base, refused)
+        return refused != ""
+
+    async def post(self, messages: list[dict]) -> aiohttp.ClientResponse:
+        """Return the response to a question, to be closed; raise ChatError."""
+        while True:
+            options = self.options
+            body = {"model": self.settings.model, "messages": messages, "stream": True}
+            length, pieces = render_request(body | options)
+            response = await self.http.post(
+                self.url,
+                data=pieces,
+                headers=self.headers | {"Content-Length": str(length)},
+                proxy=self.settings.proxy or None,
+                allow_redirects=False,
+            )
+            if 200 <= response.status < 300:
+                return response
+            async with response:
+                error = await read_error(response)
+            if not self.leaves_out(error, options):
+                raise error
+
+    def judged(
+        self, error: Exception, messages: list[dict], is_time_left: bool
+    ) -> ChatError:
+        """Return what a failure means with this provider and about this question."""
+        if isinstance(
+            error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError
+        ):
+            return ChatError("unreachable", str(error), is_retryable=True)
+        if isinstance(error, TimeoutError):
+            return ChatError("slow", "time limit", is_retryable=is_time_left)
+        if not isinstance(error, ChatError):
+            words = type(error).__name__  # its message may quote the answer
+            return ChatError("broken", words, is_retryable=True)
+        if error.code == "insufficient_quota" and "/compatible-mode/" in self.url:
+            # DashScope: too many tokens within a minute.
+            return replace(error, kind="busy", is_retryable=True, setting="")
+        if error.kind == "blind" and isinstance(messages[-1]["content"], str):
+            return replace(error, kind="setup", setting="model")  # no picture was sent
+        if self.leaves_out(error, self.options):  # it came in a 200
+            return replace(error, is_retryable=True, retry_in=0.0)
+        return error
+
+    async def stream(
+        self, messages: list[dict], end: float, begin_within: float | None = None
+    ) -> AsyncGenerator[str | Ending, None]:
+        """Yield the visible deltas, then the Ending, before `end`; raise ChatError.
+
+        The first token may take `begin_within` seconds, if that is less than usual.
+        Leaving the iterator early closes the connection, which stops the provider.
+        """
+        completion = Completion(self.settings.model, ThoughtFilter(self.closing))
+        loop, usual = asyncio.get_running_loop(), self.settings.first_token_timeout
+        first = loop.time() + min(usual, begin_within or usual)
+        try:
+            async with (
+                asyncio.timeout_at(min(end, first)) as limit,
+                await self.post(messages) as response,
+            ):
+                # Where another model waits, a comment is no beginning.
+                is_patient = begin_within is None
+                async for text in self.read(
+                    response, completion, limit, end, is_patient
+                ):
+                    yield text
+        except (ChatError, TimeoutError, aiohttp.ClientError, ConnectionError) as error:
+            completion.error = error
+        ending = completion.ending()
+        if not isinstance(ending, Ending):
+            cause = ending.__cause__ if isinstance(ending, ChatError) else ending
+            raise self.judged(ending, messages, loop.time() < end) from cause
+        text = completion.thoughts.flush(ending.finish_reason == "length")
+        self.closing = completion.thoughts.unopened
+        if text:
+            yield text
+        yield ending
 
 
 # ---------------------------------------------------------------------------
@@ -5282,11 +5216,26 @@ class Bot:
         """
         settings = self.config.assistants[turn.assistant]
         fallback, urls = settings.fallback, json.loads(turn.pictures or "[]")
-        within = settings.fallback_after or None if fallback else None
-        async with self.slots, self.pictures.fetch_all(urls) as pictures:
-            messages = await self.messages_for(turn, pictures)
+        fetched: contextlib.AbstractAsyncContextManager[list[Picture]]
+        fetched = self.pictures.fetch_all(urls) if urls else contextlib.nullcontext([])
+        async with self.slots, fetched as pictures:
+            # What a model gets: the prompt, the session so far, the question.
+            messages: list[dict] = []
+            if settings.system_prompt:
+                messages.append({"role": "system", "content": settings.system_prompt})
+            chars = self.config.session.context_chars
+            for question, answer in await self.store.history(turn, chars):
+                messages.append({"role": "user", "content": question})
+                messages.append({"role": "assistant", "content": answer})
+            content: str | list[dict] = turn.question
+            if pictures:
+                content = [{"type": "text", "text": self.question_words(turn)}]
+                shown = [{"url": picture, "detail": "low"} for picture in pictures]
+                content += [{"type": "image_url", "image_url": one} for one in shown]
+            messages.append({"role": "user", "content": content})
             if turn.earlier is not None or not turn.asked:
                 await self.store.count_asking(turn.id)
+            within = settings.fallback_after or None if fallback else None
             try:
                 return await self.ask_model(turn, turn.assistant, messages, within)
             except ChatError as error:
@@ -5295,23 +5244,6 @@ class Bot:
                 log.warning("%s goes to %s after %s", turn.name, fallback, error)
             turn.restart()
             return await self.ask_model(turn, fallback, messages, None)
-
-    async def messages_for(self, turn: Turn, pictures: list[Picture]) -> list[dict]:
-        """Return what the model gets: prompt, the session so far, the question."""
-        prompt = self.config.assistants[turn.assistant].system_prompt
-        messages: list[dict] = []
-        if prompt:
-            messages.append({"role": "system", "content": prompt})
-        chars = self.config.session.context_chars
-        for question, answer in await self.store.history(turn, chars):
-            messages.append({"role": "user", "content": question})
-            messages.append({"role": "assistant", "content": answer})
-        content: str | list[dict] = turn.question
-        if pictures:
-            content = [{"type": "text", "text": self.question_words(turn)}]
-            urls = [{"url": url, "detail": "low"} for url in pictures]
-            content += [{"type": "image_url", "image_url": url} for url in urls]
-        return [*messages, {"role": "user", "content": content}]
 
     def question_words(self, turn: Turn) -> str:
         """Return a question without the marks of its pictures."""
@@ -5375,12 +5307,11 @@ class Bot:
                 if isinstance(item, ThoughtEnd):
                     await self.rewrite(turn, turn.without_thought)
                     guard = WordGuard(self.blocked)
-                rest = item[: ANSWER_CHARS - len(turn.answer)]
-                while len(rest) > DELTA_CHARS:
-                    self.show(turn, guard, rest[:DELTA_CHARS], False)
-                    rest = rest[DELTA_CHARS:]
+                text = item[: ANSWER_CHARS - len(turn.answer)]
+                self.show(turn, guard, text[:DELTA_CHARS], False)
+                for at in range(DELTA_CHARS, len(text), DELTA_CHARS):
                     await asyncio.sleep(0)
-                self.show(turn, guard, rest, False)
+                    self.show(turn, guard, text[at : at + DELTA_CHARS], False)
                 if len(turn.answer) >= ANSWER_CHARS:
                     break
         self.show(turn, guard, "", True)
@@ -5406,12 +5337,15 @@ class Bot:
         Links and tags part a word in the Markdown that is whole in the chat or on the
         page: so what they show is looked through as well, before anybody is told.
         """
+        if not self.blocked.words:
+            if delta:
+                turn.append(delta)
+            return
         text, is_blocked = guard.feed(delta, is_end)
-        answer, has_words = turn.answer, bool(self.blocked.words)
-        before = len(turn.shown()) if has_words else 0
+        answer, before = turn.answer, len(turn.shown())
         if text and not is_blocked:
             turn.append(text)
-        if has_words and not is_blocked:
+        if not is_blocked:
             # The end is final now: no sign waits any more for what may follow it.
             is_blocked = guard.sees(turn.chat.text(is_end)[before:])
         if is_blocked:

@@ -505,22 +505,23 @@ FORMS = {
 }
 
 
-def outcome(raw, cuts=(), opening=""):
+def outcome(raw, cuts=(), closing=""):
     """Return the text of a body read in pieces, and how it ends or the kind of error."""
     edges = [0, *sorted(cuts), len(raw)]
-    completion, text = wxgpt.Completion("some-model", opening), ""
+    thoughts, text = wxgpt.ThoughtFilter(closing), ""
+    completion = wxgpt.Completion("some-model", thoughts)
     for start, end in [*zip(edges, edges[1:]), (len(raw), len(raw))]:
         more = completion.feed(raw[start:end])
-        text = more if completion.is_late else text + more
+        text = more if isinstance(more, wxgpt.ThoughtEnd) else text + more
         if completion.error and not completion.reason:
             return text.strip(), completion.error.kind
     if not completion.reason:
         return text.strip(), "early end"
-    try:
-        finish = completion.ending().finish_reason
-    except wxgpt.ChatError as error:
-        return text.strip(), error.kind
-    return (text + completion.thoughts.flush(finish == "length")).strip(), finish
+    ending = completion.ending()
+    if isinstance(ending, wxgpt.ChatError):
+        return text.strip(), ending.kind
+    finish = ending.finish_reason
+    return (text + thoughts.flush(finish == "length")).strip(), finish
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -668,10 +669,10 @@ def test_an_answer_known_to_begin_inside_a_thought(name):
     """Nothing is shown before the closing tag; an answer without one is still shown."""
     content, finish, shown, is_so_again = INSIDE[name]
     raw = sse(chunk(content, finish))
-    assert outcome(raw, opening="<think>") == (shown, finish)
-    thoughts = wxgpt.ThoughtFilter("<think>")
+    assert outcome(raw, closing="</think>") == (shown, finish)
+    thoughts = wxgpt.ThoughtFilter("</think>")
     text = thoughts.feed(content) + thoughts.flush(finish == "length")
-    assert (text, thoughts.opening != "") == (shown, is_so_again)
+    assert (text, thoughts.unopened != "") == (shown, is_so_again)
 
 
 # A finish_reason, what is behind it in the stream, and how the answer ends.
@@ -1120,9 +1121,9 @@ def test_a_refused_field_is_left_out(name):
     words, extra, field = FIELDS[name]
     made = wxgpt.AssistantSettings(api_key="x", model="m", extra=extra)
     client = wxgpt.ChatClient(made, None)
-    error = wxgpt.make_error(400, failure(words), {})
-    assert client.leaves_out(error, client.request_body([])) == (field != "")
-    assert client.refused == ({field} if field else set())
+    error, sent = wxgpt.make_error(400, failure(words), {}), client.options
+    assert client.leaves_out(error, sent) == (field != "")
+    assert set(sent) - set(client.options) == ({field} if field else set())
 
 
 EVERYTHING = {

@@ -392,7 +392,7 @@ async def test_whatever_breaks_the_question_ends(
     server, upstream, database, host, monkeypatch
 ):
     """A fault of ours is a polite word, and the turn is over in the database, too."""
-    monkeypatch.delattr(wxgpt.Pictures, "read")
+    monkeypatch.delattr(wxgpt.Pictures, "fetch")
     await send(server, host.url("png"))
     assert (await server.ask("这是什么？")).text.startswith("服务器这会儿有点忙")
     await server.ask("你好")

@@ -330,12 +330,8 @@ def test_a_message_may_say_how_long_to_wait(message, wait):
     assert error_in(refusal(429, body, Retry_After="3")).retry_in == 3.0
 
 
-# A request's optional fields, and the words of a refusal with the field it means.
-BODY = {
-    "model": "m",
-    "messages": [],
-    "stream": True,
-    "stream_options": {"include_usage": True},
+# What `extra` adds to a request, and the words of a refusal with the field it means.
+EXTRA = {
     "top_p": 0.5,
     "thinking": {"type": "disabled"},
     "extra_body": {"google": {"budget_tokens": 0}},
@@ -372,8 +368,11 @@ REFUSALS_OF_A_FIELD = {
 def test_a_refused_field_is_found_by_its_name(name):
     """In any wording and case; what turns thinking off also by a word about it."""
     body, field = REFUSALS_OF_A_FIELD[name]
-    error = error_in(refusal(400, body))
-    assert wxgpt.refused_field(f"{error.detail} {error.words}", BODY) == field
+    one = wxgpt.AssistantSettings(api_key="x", model="m", extra=EXTRA)
+    client = wxgpt.ChatClient(one, None)
+    error, sent = error_in(refusal(400, body)), client.options
+    assert client.leaves_out(error, sent) == (field != "")
+    assert set(sent) - set(client.options) == ({field} if field else set())
 
 
 REFUSED_FIELD = refusal(400, error(param="top_p", code="unsupported_value"))
@@ -748,7 +747,7 @@ def test_a_quota_of_dashscope_is_one_of_the_minute():
     for path in ("/v1", "/compatible-mode/v1"):
         base_url = f"https://api.example{path}"
         one = wxgpt.AssistantSettings(api_key="x", base_url=base_url)
-        judged = wxgpt.ChatClient(one, None).judged(error, asked)
+        judged = wxgpt.ChatClient(one, None).judged(error, asked, True)
         kinds.append((judged.kind, judged.is_retryable))
     assert kinds == [("setup", False), ("busy", True)]
 
