@@ -4412,8 +4412,15 @@ class Subscriber:
         return Part(self.offered[turn_id, start], turn_id, start, place=place)
 
 
+class TurnPart(NamedTuple):
+    """What answers a message that a model's answer answers: from this part on."""
+
+    turn: Turn
+    part: Part
+
+
 # A text of ours ('' says nothing), part of an answer, or a reply to be sent as it is.
-Source = str | tuple[Turn, Part] | Reply
+Source = str | TurnPart | Reply
 
 
 @dataclass(slots=True, eq=False)
@@ -4439,7 +4446,7 @@ class Delivery:
     def is_ready(self) -> bool:
         """Say whether the reply can be complete: its part is full, or all is there."""
         # A reply may be decided before it is known what would have answered.
-        if self.reply or not isinstance(self.source, tuple):
+        if self.reply or not isinstance(self.source, TurnPart):
             return self.reply is not None or self.source is not None
         turn, part = self.source
         if not turn.is_open:
@@ -4862,7 +4869,7 @@ class Bot:
             async with subscriber.lock:
                 source = await self.handle_message(delivery)
                 # Storing a question has extended the session.
-                is_question = isinstance(source, tuple) and source[1].number == 0
+                is_question = isinstance(source, TurnPart) and source.part.number == 0
                 if delivery.session and message.msg_type != "event" and not is_question:
                     await self.store.touch_session(delivery.session.id, time.time())
         finally:
@@ -4877,7 +4884,7 @@ class Bot:
             if turn is None:
                 return None
             turn = await self.work.once(("turn", turn.id), turn.read)
-        return turn, part
+        return TurnPart(turn, part)
 
     async def handle_message(self, delivery: Delivery) -> Source:
         """Return what answers a message: what is known of it, or what it means."""
@@ -4906,8 +4913,8 @@ class Bot:
         if recalled.turn_id is not None:
             delivery.seen_before = 1
             source = await self.source_of(Part(0, recalled.turn_id)) or ""
-            if isinstance(source, tuple):
-                delivery.first = min(delivery.first, source[0].asked_at)
+            if isinstance(source, TurnPart):
+                delivery.first = min(delivery.first, source.turn.asked_at)
             return source
         # 4. A new one, in its session unless that was idle for too long.
         session, delivery.pictures = recalled.session, recalled.pictures
@@ -5142,7 +5149,7 @@ class Bot:
             return day_over if most and asked >= most else self.texts.all_over
         self.start_turn(turn, subscriber)
         log.info("%s accepted, %d waiting", turn.name, len(subscriber.turns))
-        return turn, Part(0, turn.id)
+        return TurnPart(turn, Part(0, turn.id))
 
     def refuse_question(self, delivery: Delivery, question: str, said: str) -> str:
         """Return why a question is not accepted, '' if it is; nothing is counted.
@@ -5326,10 +5333,11 @@ class Bot:
         """Move unsent parts of what an earlier process wrote to the answer's start."""
         await self.store.begin_anew(turn.id)
         for delivery in self.deliveries.values():
-            if isinstance(delivery.source, tuple) and delivery.source[0] is turn:
-                part = delivery.source[1]
+            if isinstance(delivery.source, TurnPart) and delivery.source.turn is turn:
+                part = delivery.source.part
                 is_anew = part.is_anew or part.start > 0
-                delivery.source = turn, replace(part, start=0, is_anew=is_anew)
+                part = replace(part, start=0, is_anew=is_anew)
+                delivery.source = TurnPart(turn, part)
 
     def show(self, turn: Turn, guard: WordGuard, delta: str, is_end: bool) -> None:
         """Append what of a stream may be shown; raise ChatError for a blocked word.
@@ -5449,7 +5457,7 @@ class Bot:
                     return None
         # 3. Decide once for all requests: all there is, or a word of patience. Before
         #    that, the parts of a long answer are counted unless it takes too long.
-        if delivery.reply is None and isinstance(delivery.source, tuple):
+        if delivery.reply is None and isinstance(delivery.source, TurnPart):
             turn, part = delivery.source
             is_long = not turn.is_open and len(turn.shown()) - part.start > SURE_CHARS
             if is_long and part.start not in turn.left:
@@ -5480,7 +5488,7 @@ class Bot:
         if isinstance(source, Reply):  # as it is
             return source
         assistant = delivery.session and delivery.session.assistant
-        if isinstance(source, tuple):
+        if isinstance(source, TurnPart):
             turn, part = source
             assistant, reply = turn.assistant, self.compose_part(delivery, turn, part)
             if reply.stop > part.start:
@@ -5697,7 +5705,7 @@ class Bot:
 
     async def ask_here(
         self, openid: str, cookie_hash: str, form: str, text: str
-    ) -> tuple[Turn, Part] | str:
+    ) -> TurnPart | str:
         """Take up a question from a device as if it were a message of the chat.
 
         `form` is the random id of the form: a second sending of its words joins the
@@ -5710,7 +5718,7 @@ class Bot:
         news, until = delivery.subscriber.news, arrived + PAGE_SECONDS
         await self.tasks.until(news, lambda: delivery.source is not None, until)
         source = delivery.source
-        if isinstance(source, tuple):
+        if isinstance(source, TurnPart):
             return source
         self.deliveries.pop(message.key, None)  # another try may be accepted
         return source if source and isinstance(source, str) else self.texts.trouble
@@ -5728,9 +5736,12 @@ class Bot:
             _, assistant, _ = await self.newest_session(openid)
             await self.open_session(delivery, assistant)
         source = await self.accept_question(delivery, text)
-        if not isinstance(source, tuple) or source[0].msg_key != delivery.message.key:
+        if (
+            not isinstance(source, TurnPart)
+            or source.turn.msg_key != delivery.message.key
+        ):
             return source  # refused, or the chat asks the same and will be answered
-        turn, subscriber = source[0], delivery.subscriber
+        turn, subscriber = source.turn, delivery.subscriber
         if not subscriber.is_told:  # the words stood above the field
             subscriber.is_told = True
             await self.store.note(openid, told_at=time.time())
@@ -6876,8 +6887,8 @@ async def ask_on_page(request: web.Request) -> web.StreamResponse:
     if not text or not re.fullmatch(r"[A-Za-z0-9_-]{8,64}", form_id):
         return led_back(request)
     source = await bot.ask_here(device.openid, device.cookie_hash, form_id, text)
-    if isinstance(source, tuple):
-        turn = source[0]
+    if isinstance(source, TurnPart):
+        turn = source.turn
         return led_back(request, key=turn.link_key, session=str(turn.session_id))
     if wants_json(request):
         raise Refusal(409, source)
