@@ -2813,60 +2813,35 @@ BUSY_MILLISECONDS = 2000  # to wait for another process's lock
 DATABASE_ERRORS = (sqlite3.Error, ValueError, OverflowError)
 
 
-@contextlib.contextmanager
-def without_waiting(db: sqlite3.Connection) -> Iterator[None]:
-    """Wait for no other process: whatever is to be stored would wait as well."""
-    db.execute("PRAGMA busy_timeout = 0")
-    try:
-        yield
-    finally:
-        db.execute(f"PRAGMA busy_timeout = {BUSY_MILLISECONDS}")
-
-
-def run_transaction(db: sqlite3.Connection, jobs: list[Job]) -> list[list[list]]:
-    """Run jobs in one transaction; return the rows of their statements."""
-    try:
-        db.execute("BEGIN IMMEDIATE")
-        rows = [[db.execute(*one).fetchall() for one in job] for job in jobs]
-        db.execute("COMMIT")
-        return rows
-    finally:
-        if db.in_transaction:  # it failed; a full disk may have ended it already
-            db.execute("ROLLBACK")
-
-
-def run_alone(db: sqlite3.Connection, job: Job) -> list[list] | Exception:
-    """Run one job; return the rows of its statements, or the error."""
-    try:
-        if len(job) == 1:
-            return [db.execute(*job[0]).fetchall()]
-        return run_transaction(db, [job])[0]
-    except DATABASE_ERRORS as error:
-        return error
-
-
-def run_jobs(db: sqlite3.Connection, jobs: list[Job]) -> list:
+def run_jobs(
+    db: sqlite3.Connection, jobs: list[Job], is_patient: bool = True
+) -> list[Any]:
     """Run jobs with one commit; return the rows or the error of each.
 
     If one fails, nothing was done, and each runs by itself. If another process holds
-    the lock, those that only read get their rows, and nobody waits for it again.
+    the lock, those that only read get their rows, and nobody waits for it again:
+    whatever else is to be stored would wait as well.
     """
-    if len(jobs) == 1:
-        return [run_alone(db, jobs[0])]
+    # A statement by itself needs no transaction, nor the lock if it only reads.
+    is_transaction = len(jobs) > 1 or len(jobs[0]) > 1
     try:
-        return run_transaction(db, jobs)
-    except DATABASE_ERRORS:
-        with without_waiting(db):
-            return [run_alone(db, job) for job in jobs]
-
-
-def run_at_once(db: sqlite3.Connection, job: Job) -> list[list]:
-    """Run one job unless another process holds the lock."""
-    with without_waiting(db):
-        found = run_alone(db, job)
-    if isinstance(found, Exception):
-        raise found
-    return found
+        if not is_patient:
+            db.execute("PRAGMA busy_timeout = 0")
+        if is_transaction:
+            db.execute("BEGIN IMMEDIATE")
+        rows = [[db.execute(*one).fetchall() for one in job] for job in jobs]
+        if is_transaction:
+            db.execute("COMMIT")
+        return rows
+    except DATABASE_ERRORS as error:
+        if len(jobs) == 1:
+            return [error]
+    finally:
+        if db.in_transaction:  # it failed; a full disk may have ended it already
+            db.execute("ROLLBACK")
+        if not is_patient:
+            db.execute(f"PRAGMA busy_timeout = {BUSY_MILLISECONDS}")
+    return [run_jobs(db, [job], is_patient=False)[0] for job in jobs]
 
 
 class Batch:
@@ -2881,15 +2856,23 @@ class Batch:
     def __init__(self, db: aiosqlite.Connection) -> None:
         self.db = db
         self.waiting: list[tuple[Job, asyncio.Future]] = []
-        self.hop: asyncio.Task | None = None  # carries jobs to the thread and back
+        self.is_due = asyncio.Event()  # what waits is to go now
+        self.is_closed = False
+        self.carrier = asyncio.create_task(self.carry())
 
     def run(self, job: Job) -> asyncio.Future[list[list]]:
         """Run a job; the rows of its statements come later."""
         result = asyncio.get_running_loop().create_future()
         self.waiting.append((job, result))
-        if self.hop is None:
-            self.hop = asyncio.ensure_future(self.carry())
+        self.is_due.set()
         return result
+
+    async def run_at_once(self, job: Job) -> list[list]:
+        """Run a job, before those that wait, unless another process holds the lock."""
+        [found] = await self.call(run_jobs, [job], False)
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     async def call(self, function: Callable, *values: object) -> Any:
         """Run a function in the connection's thread, with the connection.
@@ -2900,9 +2883,13 @@ class Batch:
         return await self.db._execute(function, self.db._conn, *values)
 
     async def carry(self) -> None:
-        """Take waiting jobs to the thread until none is left; hand out the results."""
-        while self.waiting:
+        """Take waiting jobs to the thread, and hand out the results, until `close`."""
+        while self.waiting or not self.is_closed:
+            await self.is_due.wait()
+            self.is_due.clear()
             batch, self.waiting = self.waiting, []
+            if not batch:
+                continue
             try:
                 results = await self.call(run_jobs, [job for job, _ in batch])
             except DATABASE_ERRORS as error:  # the connection is closed
@@ -2914,12 +2901,12 @@ class Batch:
                     result.set_exception(found)
                 else:
                     result.set_result(found)
-        self.hop = None
 
     async def close(self) -> None:
         """Let all jobs end, then the connection and its thread."""
-        while self.hop:
-            await asyncio.wait({self.hop})
+        self.is_closed = True
+        self.is_due.set()
+        await self.carrier
         await self.db.close()
 
 
@@ -3531,11 +3518,10 @@ class Store:
 
     async def forget_due(self) -> None:
         """Try the deletions that are due again; nobody waits if they cannot be done."""
-        at_once = functools.partial(self.batch.call, run_at_once)
         async with self.forgetting:
             for openid in list(self.due):
                 with contextlib.suppress(OSError, *DATABASE_ERRORS):
-                    await self.delete(openid, at_once)
+                    await self.delete(openid, self.batch.run_at_once)
                     log.info("a deletion that was due is done")
 
     async def delete(self, openid: str, run: Callable[[Job], Awaitable]) -> None:
@@ -3572,7 +3558,7 @@ class Store:
         self.is_wal_behind = True
         job: Job = [("PRAGMA wal_checkpoint(TRUNCATE)", {})]
         with contextlib.suppress(sqlite3.Error):  # locked or full: it is tried again
-            [[(is_busy, *_)]] = await self.batch.call(run_at_once, job)
+            [[(is_busy, *_)]] = await self.batch.run_at_once(job)
             self.is_wal_behind = bool(is_busy)
 
     async def prune(self, now: float, link_seconds: float, keep_days: float) -> None:
