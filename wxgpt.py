@@ -2694,6 +2694,8 @@ class Turn:
     left: dict[int, int] = field(default_factory=dict)  # parts from a start to the end
     # Random, and new when the answer is started over: then live pages start over, too.
     writing: str = field(default_factory=functools.partial(secrets.token_hex, 4))
+    # Questions and answers of its session, the newest first; None: not read yet.
+    context: list[tuple[str, str]] | None = None
     earlier: str | None = None  # asked again after a restart: the text before that
     is_queued: bool = False  # the question before it is not answered yet
     asked_at: float = 0.0  # created_at by the monotonic clock, which does not jump
@@ -2998,6 +3000,22 @@ def noted(openid: str, **values: float | None) -> Statement:
     return query, {"openid": openid} | nothing | values
 
 
+def context_of(turn: Turn, chars: int) -> Statement:
+    """Return the statement for the whole exchanges before a turn within `chars`.
+
+    The newest comes first. None after the turn has ended: they wait for each other.
+    """
+    query = """
+        SELECT question, answer FROM (
+            SELECT question, answer, sum(length(question) + length(answer))
+                OVER (ORDER BY id DESC) AS chars
+            FROM turn WHERE session_id = :session_id
+            AND state IN ('done', 'cut') AND answer <> '' ORDER BY id DESC LIMIT 200)
+        WHERE chars <= :chars
+    """
+    return query, {"session_id": turn.session_id, "chars": chars}
+
+
 def keep_part(openid: str, part: Part, at: float, **values: object) -> Statement:
     """Return the statement that keeps a part: offered, or sent if `reply` is given.
 
@@ -3189,10 +3207,16 @@ class Store:
     # Turns
 
     async def add_turn(
-        self, turn: Turn, most: int, most_of_all: int, cookie_hash: str = ""
+        self,
+        turn: Turn,
+        context_chars: int,
+        most: int,
+        most_of_all: int,
+        cookie_hash: str = "",
     ) -> bool:
         """Store and count an accepted question, and give it its id.
 
+        With it comes its context, if it goes to the upstream at once.
         False, with nothing stored, if the day's questions are used up (0 is no limit)
         or the device that it comes from is signed out by now.
         Triggers count under a keyed hash, which outlives a deletion until midnight.
@@ -3211,17 +3235,21 @@ class Store:
                 AND openid = :openid AND expires_at > :created_at))
             RETURNING id
         """
-        values = {
+        values = columns_of(turn) | {
             "day": beijing_day(turn.created_at),
             "counted_as": self.keyed_hash(turn.openid),
             "most": most,
             "most_of_all": most_of_all,
             "cookie_hash": cookie_hash,
         }
-        rows = await self.rows(query, **columns_of(turn), **values)
-        if rows:
-            [(turn.id,)] = rows
-        return bool(rows)
+        job: Job = [(query, values)]
+        if turn.asked:
+            job.append(context_of(turn, context_chars))
+        ids, *context = await self.run(job)
+        if ids:
+            [(turn.id,)] = ids
+            turn.context = context[0] if context else None
+        return bool(ids)
 
     def keyed_hash(self, name: str) -> str:
         """Return what outlives a deletion in place of an openid or a message's key."""
@@ -3234,9 +3262,11 @@ class Store:
         rows = await self.rows(query, day=day, who=who)
         return rows[0][0] if rows else 0
 
-    async def count_asking(self, turn_id: int) -> None:
-        """Count that a stored question now goes to the model, before it does."""
-        await self.rows("UPDATE turn SET asked = asked + 1 WHERE id = :id", id=turn_id)
+    async def count_asking(self, turn: Turn, context_chars: int) -> None:
+        """Count that a stored question now goes to the model, and read its context."""
+        query = "UPDATE turn SET asked = asked + 1 WHERE id = :id"
+        job: Job = [(query, {"id": turn.id}), context_of(turn, context_chars)]
+        _, turn.context = await self.run(job)
 
     async def save_texts(self, turns: list[Turn]) -> None:
         """Store the text so far of turns."""
@@ -3264,17 +3294,6 @@ class Store:
         values = columns_of(turn) | columns_of(ending or Ending())
         now, seconds = time.time(), round(turn.age, 3)
         await self.rows(query, finished_at=now, seconds=seconds, **values)
-
-    async def history(self, turn: Turn, chars: int) -> list[tuple[str, str]]:
-        """Return whole exchanges before a turn, oldest first, within `chars`."""
-        query = """
-            SELECT question, answer FROM turn WHERE session_id = :session AND id < :id
-            AND state IN ('done', 'cut') AND answer <> '' ORDER BY id DESC LIMIT 200
-        """
-        rows = await self.rows(query, session=turn.session_id, id=turn.id)
-        sizes = itertools.accumulate(len(row[0]) + len(row[1]) for row in rows)
-        chosen = [row for row, size in zip(rows, sizes, strict=True) if size <= chars]
-        return chosen[::-1]
 
     async def turns(self, query: str, **values: object) -> list[Turn]:
         """Return the turns of a query; none that is about to be deleted."""
@@ -5319,8 +5338,9 @@ class Bot:
             asked=0 if before else 1,  # it goes to the upstream at once
             assistant=session.assistant,
         )
-        most, cookie_hash = limits.questions_per_day, delivery.cookie_hash
-        if not await self.store.add_turn(turn, most, limits.all_per_day, cookie_hash):
+        chars, cookie_hash = self.config.session.context_chars, delivery.cookie_hash
+        most, of_all = limits.questions_per_day, limits.all_per_day
+        if not await self.store.add_turn(turn, chars, most, of_all, cookie_hash):
             if cookie_hash and not await self.store.device_owner(cookie_hash):
                 return self.texts.page_signed_out
             asked = await self.store.questions_of_day(turn.openid, turn.created_at)
@@ -5402,9 +5422,10 @@ class Bot:
         fallback, urls = settings.fallback, json.loads(turn.pictures or "[]")
         within = settings.fallback_after or None if fallback else None
         async with self.slots, self.pictures.fetch_all(urls) as pictures:
-            messages = await self.messages_for(turn, pictures)
-            if turn.earlier is not None or not turn.asked:
-                await self.store.count_asking(turn.id)
+            if turn.context is None:  # it has waited, or is asked again after a restart
+                chars = self.config.session.context_chars
+                await self.store.count_asking(turn, chars)
+            messages = self.messages_for(turn, pictures)
             try:
                 return await self.ask_model(turn, turn.assistant, messages, within)
             except ChatError as error:
@@ -5414,14 +5435,13 @@ class Bot:
             turn.restart()
             return await self.ask_model(turn, fallback, messages, None)
 
-    async def messages_for(self, turn: Turn, pictures: list[Picture]) -> list[dict]:
+    def messages_for(self, turn: Turn, pictures: list[Picture]) -> list[dict]:
         """Return what the model gets: prompt, the session so far, the question."""
         prompt = self.config.assistants[turn.assistant].system_prompt
         messages: list[dict] = []
         if prompt:
             messages.append({"role": "system", "content": prompt})
-        chars = self.config.session.context_chars
-        for question, answer in await self.store.history(turn, chars):
+        for question, answer in reversed(turn.context or []):
             messages.append({"role": "user", "content": question})
             messages.append({"role": "assistant", "content": answer})
         content: str | list[dict] = turn.question

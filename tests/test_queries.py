@@ -27,7 +27,7 @@ async def store(tmp_path):
     """A new database with one question."""
     store = await wxgpt.open_store(str(tmp_path / "test.db"))
     await store.start_session(ANN, "chatgpt", NOW)
-    await store.add_turn(question(0), 100, 2000)
+    await store.add_turn(question(0), 12000, 100, 2000)
     yield store
     await store.close()
 
@@ -74,13 +74,12 @@ CALLS = {
     "note": lambda s: s.note(ANN, told_at=NOW),
     "was_told": lambda s: s.was_told(ANN),
     "keep_late_text": lambda s: s.keep_late_text(1, "然后呢"),
-    "add_turn": lambda s: s.add_turn(question(), 100, 2000),
+    "add_turn": lambda s: s.add_turn(question(), 12000, 100, 2000),
     "questions_of_day": lambda s: s.questions_of_day(ANN, NOW),
-    "count_asking": lambda s: s.count_asking(1),
+    "count_asking": lambda s: s.count_asking(question(), 12000),
     "save_texts": lambda s: s.save_texts([question(1), question(2)]),
     "begin_anew": lambda s: s.begin_anew(1),
     "finish_turn": lambda s: s.finish_turn(question(), END),
-    "history": lambda s: s.history(question(), 12000),
     "turn": lambda s: s.turn(1),
     "turn_by_link": lambda s: s.turn_by_link("link1"),
     "open_turns": lambda s: s.open_turns(),
