@@ -2862,11 +2862,18 @@ class Batch:
         self.is_closed = False
         self.carrier = asyncio.create_task(self.carry())
 
-    def run(self, job: Job) -> asyncio.Future[list[list]]:
-        """Run a job; the rows of its statements come later."""
-        result = asyncio.get_running_loop().create_future()
+    def run(self, job: Job, within: float = 0.0) -> asyncio.Future[list[list]]:
+        """Run a job; the rows of its statements come later.
+
+        One that nobody waits for may go with others that come `within` some seconds.
+        """
+        loop = asyncio.get_running_loop()
+        result = loop.create_future()
         self.waiting.append((job, result))
-        self.is_due.set()
+        if within:
+            loop.call_later(within, self.is_due.set)
+        else:
+            self.is_due.set()
         return result
 
     async def run_at_once(self, job: Job) -> list[list]:
@@ -2933,6 +2940,7 @@ class Recalled(NamedTuple):
 PICTURE_SECONDS = 600  # how long a picture waits for its question
 REPLY_HOURS = 24  # how long a later copy of a message gets the same reply
 LAPSE_SECONDS = 24 * 3600  # how long a session that ran out is mentioned
+NOTE_SECONDS = 0.5  # how long a note for `stats` may wait for others to go with
 DEVICES = 5  # that one subscriber may have signed in
 
 Due = dict[str, tuple[str, str]]  # openid: key of the message that asked, its reply
@@ -3145,7 +3153,7 @@ class Store:
             UPDATE turn SET delivered = iif(:how IN ('part', 'lost'),
                 coalesce(delivered, :how), :how) WHERE id = :id
         """
-        return self.run([(query, {"id": turn_id, "how": how})])
+        return self.run([(query, {"id": turn_id, "how": how})], NOTE_SECONDS)
 
     async def mark_read(self, turn_ids: list[int]) -> None:
         """Note that answers were read on a page."""
