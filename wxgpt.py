@@ -3042,7 +3042,7 @@ def keep_part(openid: str, part: Part, at: float, **values: object) -> Statement
 
 
 class Store:
-    """All that outlives the process. `open_store` opens it; `close` ends its thread.
+    """All that outlives the process. `open_store` opens and closes it.
 
     Coroutines may use it at the same time; their statements run in the order given.
     """
@@ -3051,7 +3051,6 @@ class Store:
         self.db = db
         self.batch = Batch(db)
         self.run = self.batch.run
-        self.close = self.batch.close
         self.is_wal_behind = True  # deleted text may still be in the WAL
         self.file = file  # NAME-duty, locked
         self.due = due
@@ -3633,45 +3632,47 @@ PRAGMAS = f"""
 CHECK_BYTES = 64 * 1024 * 1024  # larger databases are not checked: it takes seconds
 
 
-async def open_store(path: str) -> Store:
-    """Return the store of a file, made or brought up to date; raise StoreError."""
+@contextlib.contextmanager
+def opening(path: str) -> Iterator[None]:
+    """Raise StoreError for what keeps a file from being used."""
     try:
-        # -wal and -shm copy its mode: nobody else reads what people wrote
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        with contextlib.suppress(PermissionError):  # another user's
-            os.chmod(path, 0o600)  # a restored copy may have come with any mode
-        file = os.open(path + "-duty", os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        words, why = "database {path}: {why}", error.strerror
-        raise StoreError(words, path=path, why=why) from None
-    async with contextlib.AsyncExitStack() as undo:
-        undo.callback(os.close, file)
+        yield
+    except (OSError, sqlite3.Error) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise StoreError("database {path}: {why}", path=path, why=why) from None
+
+
+@contextlib.asynccontextmanager
+async def open_store(path: str) -> AsyncIterator[Store]:
+    """Open the store of a file, made or brought up to date; raise StoreError."""
+    async with contextlib.AsyncExitStack() as stack:
+        with opening(path):
+            # -wal and -shm copy its mode: nobody else reads what people wrote
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            with contextlib.suppress(PermissionError):  # another user's
+                os.chmod(path, 0o600)  # a restored copy may have come with any mode
+            file = os.open(path + "-duty", os.O_RDWR | os.O_CREAT, 0o600)
+        stack.callback(os.close, file)
         await lock_file(file, path)
-        try:
-            due = read_due(file)  # before there is a thread that would outlive an error
-        except OSError as error:
-            words, why = "database {path}: {why}", error.strerror
-            raise StoreError(words, path=path + "-duty", why=why) from None
-        store = Store(await aiosqlite.connect(path, isolation_level=None), file, due)
-        undo.push_async_callback(store.batch.close)
-        try:
+        with opening(path + "-duty"):
+            due = read_due(file)
+        with opening(path):
+            db = await aiosqlite.connect(path, isolation_level=None)
+            store = Store(db, file, due)
+            stack.push_async_callback(store.batch.close)
             # Checked before anything is written. This reads the whole file.
             is_small = os.path.getsize(path) <= CHECK_BYTES
             check = await store.rows("PRAGMA quick_check(1)") if is_small else []
             if check not in ([], [("ok",)]):
                 words, why = "database {path}: corrupt: {why}", check[0][0].split()
                 raise StoreError(words, path=path, why=" ".join(why))
-            await store.db.executescript(PRAGMAS)
+            await db.executescript(PRAGMAS)
             await store.migrate()
             await store.truncate_wal()
             with contextlib.suppress(OSError):  # full: it is written again when needed
-                await store.batch.call(write_due, file, store.due)
+                await store.batch.call(write_due, file, due)
             await store.forget_due()
-        except sqlite3.Error as error:
-            words, why = "database {path}: {why}", str(error)
-            raise StoreError(words, path=path, why=why) from None
-        store.close = undo.pop_all().aclose
-        return store
+        yield store
 
 
 # ---------------------------------------------------------------------------
@@ -7412,8 +7413,7 @@ def make_blocked(config: Config) -> BlockedWords:
 async def open_bot(config: Config) -> AsyncIterator[Bot]:
     """Open everything that lives as long as the process, closed in reverse order."""
     async with contextlib.AsyncExitStack() as stack:
-        store = await open_store(config.database.path)
-        stack.push_async_callback(store.close)
+        store = await stack.enter_async_context(open_store(config.database.path))
         chat = await stack.enter_async_context(open_chat(config))
         bot = Bot(config, store, *chat, make_blocked(config), make_cipher(config))
         stack.push_async_callback(bot.close)

@@ -25,11 +25,10 @@ NOW = time.time()
 @pytest.fixture
 async def store(tmp_path):
     """A new database with one question."""
-    store = await wxgpt.open_store(str(tmp_path / "test.db"))
-    await store.start_session(ANN, "chatgpt", NOW)
-    await store.add_turn(question(0), 12000, 100, 2000)
-    yield store
-    await store.close()
+    async with wxgpt.open_store(str(tmp_path / "test.db")) as store:
+        await store.start_session(ANN, "chatgpt", NOW)
+        await store.add_turn(question(0), 12000, 100, 2000)
+        yield store
 
 
 def question(number=1, asked=1):
