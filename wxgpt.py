@@ -2789,12 +2789,12 @@ class Turn:
 # and all of its SQL stands in it:
 #
 #   a message     recall, which knows its sender, too; save_reply, mark_delivered
-#   a subscriber  note, was_told, mark_read; devices; links to the history
+#   a subscriber  note, mark_read; devices; links to the history
 #   a session     start_, end_, touch_session; newest_session, keep_late_text
-#   a turn        add_turn, questions_of_day, count_asking, save_texts, begin_anew,
-#                 finish_turn; what is read of turns; history, which the model gets
+#   a turn        add_turn and count_asking, which bring what the model gets with it;
+#                 questions_of_day, save_texts, begin_anew, finish_turn; what is read
 #   a part        part, unsent_part, next_unsent, offer_unread
-#   deletion      ask_forget, forget_asked_at, forget, forget_due; prune
+#   deletion      ask_forget, forget, forget_due; prune
 #
 # Triggers in schema.sql keep what always goes along with a change. Beside the database
 # lies the file NAME-duty, locked by the process that serves: the deletions that are
@@ -2919,11 +2919,6 @@ class Batch:
         await self.db.close()
 
 
-def beijing_day(now: float) -> str:
-    """Return the Beijing day of a time: quotas begin anew at its midnight."""
-    return datetime.datetime.fromtimestamp(now, BEIJING).date().isoformat()
-
-
 class Recalled(NamedTuple):
     """What is stored about a message and its sender."""
 
@@ -2935,6 +2930,7 @@ class Recalled(NamedTuple):
     pictures: str  # that wait for a question: a JSON list of URLs and words
     is_told: bool  # the privacy words were said
     hinted_at: float  # the newest hint outside a session, Unix seconds; 0: none
+    forget_asked_at: float  # for deletion, not confirmed yet; 0: not asked
 
 
 PICTURE_SECONDS = 600  # how long a picture waits for its question
@@ -3092,9 +3088,10 @@ class Store:
                    (SELECT json_group_array(url) FROM (
                         SELECT url FROM picture
                         WHERE openid = :openid AND created_at > :since ORDER BY id)),
-                   told_at IS NOT NULL, coalesce(hinted_at, 0)
+                   told_at IS NOT NULL, coalesce(hinted_at, 0), coalesce(asked_at, 0)
             FROM (SELECT 1)
             LEFT JOIN subscriber ON subscriber.openid = :openid
+            LEFT JOIN forget_request ON forget_request.openid = :openid
             LEFT JOIN reply ON reply.key IN (:key, :hash)
             LEFT JOIN turn ON turn.msg_key = :key
             LEFT JOIN session ON session.openid = :openid AND session.ended_at IS NULL
@@ -3169,11 +3166,6 @@ class Store:
         with contextlib.suppress(sqlite3.OperationalError):
             await self.run([noted(openid, **values)])
 
-    async def was_told(self, openid: str) -> bool:
-        """Say whether the privacy words were said to a subscriber."""
-        query = "SELECT 1 FROM subscriber WHERE openid = :openid AND told_at > 0"
-        return bool(await self.rows(query, openid=openid))
-
     # Sessions
 
     async def start_session(self, openid: str, assistant: str, now: float) -> Session:
@@ -3186,6 +3178,22 @@ class Store:
             query, openid=openid, assistant=assistant, now=now
         )
         return Session(number, assistant, now)
+
+    async def newest_session(
+        self, openid: str, since: float
+    ) -> tuple[int, str, float, bool] | None:
+        """Return id, assistant and time of the newest session, and whether it runs.
+
+        It does not if its last message is older than `since`, unless one is unanswered.
+        """
+        query = """
+            SELECT id, assistant, opened_at, ended_at IS NULL AND (
+                last_at > :since OR EXISTS (SELECT 1 FROM turn
+                    WHERE session_id = session.id AND state = 'open'))
+            FROM session WHERE openid = :openid ORDER BY id DESC LIMIT 1
+        """
+        rows = await self.rows(query, openid=openid, since=since)
+        return rows[0] if rows else None
 
     async def end_session(self, session_id: int, now: float) -> None:
         """End a session."""
@@ -3232,9 +3240,10 @@ class Store:
             INSERT INTO turn (session_id, openid, msg_key, link_key, question, pictures,
                               asked, created_at, day, counted_as)
             SELECT :session_id, :openid, :msg_key, :link_key, :question, :pictures,
-                   :asked, :created_at, :day, :counted_as
+                   :asked, :created_at, today, :counted_as
+            FROM (SELECT date(:created_at, 'unixepoch', '+8 hours') AS today)
             WHERE NOT EXISTS (
-                SELECT 1 FROM quota WHERE day = :day
+                SELECT 1 FROM quota WHERE quota.day = today
                 AND (who = :counted_as AND questions >= :most AND :most > 0
                      OR who = '' AND questions >= :most_of_all AND :most_of_all > 0))
               AND (:cookie_hash = '' OR EXISTS (
@@ -3243,7 +3252,6 @@ class Store:
             RETURNING id
         """
         values = columns_of(turn) | {
-            "day": beijing_day(turn.created_at),
             "counted_as": self.keyed_hash(turn.openid),
             "most": most,
             "most_of_all": most_of_all,
@@ -3264,9 +3272,11 @@ class Store:
 
     async def questions_of_day(self, openid: str, now: float) -> int:
         """Return how many questions a subscriber asked on this Beijing day."""
-        query = "SELECT questions FROM quota WHERE day = :day AND who = :who"
-        day, who = beijing_day(now), self.keyed_hash(openid)
-        rows = await self.rows(query, day=day, who=who)
+        query = """
+            SELECT questions FROM quota
+            WHERE day = date(:now, 'unixepoch', '+8 hours') AND who = :who
+        """
+        rows = await self.rows(query, now=now, who=self.keyed_hash(openid))
         return rows[0][0] if rows else 0
 
     async def count_asking(self, turn: Turn, context_chars: int) -> None:
@@ -3326,15 +3336,6 @@ class Store:
         """
         rows = await self.rows(query)
         return [(Turn(*row), runs) for *row, runs in rows if row[2] not in self.due]
-
-    async def newest_failed(self, openid: str, since: float) -> Turn | None:
-        """Return the newest question if it failed and is not older than `since`."""
-        query = """
-            SELECT * FROM exchange WHERE created_at > :since
-            AND state IN ('failed', 'broken')
-            AND id = (SELECT max(id) FROM turn WHERE openid = :openid)
-        """
-        return next(iter(await self.turns(query, openid=openid, since=since)), None)
 
     async def turns_of(self, openid: str, before: int, count: int) -> list[Turn]:
         """Return a subscriber's turns below an id, newest first.
@@ -3484,22 +3485,6 @@ class Store:
         """
         return len(await self.rows(query, openid=openid, hash=cookie_hash))
 
-    async def newest_session(
-        self, openid: str, since: float
-    ) -> tuple[int, str, float, bool] | None:
-        """Return id, assistant and time of the newest session, and whether it runs.
-
-        It does not if its last message is older than `since`, unless one is unanswered.
-        """
-        query = """
-            SELECT id, assistant, opened_at, ended_at IS NULL AND (
-                last_at > :since OR EXISTS (SELECT 1 FROM turn
-                    WHERE session_id = session.id AND state = 'open'))
-            FROM session WHERE openid = :openid ORDER BY id DESC LIMIT 1
-        """
-        rows = await self.rows(query, openid=openid, since=since)
-        return rows[0] if rows else None
-
     # Links and deletion
 
     async def add_history_link(self, openid: str, expires_at: float) -> str:
@@ -3522,12 +3507,6 @@ class Store:
         """Note that a subscriber asked for deletion and has yet to confirm it."""
         query = "REPLACE INTO forget_request (openid, asked_at) VALUES (:openid, :at)"
         await self.rows(query, openid=openid, at=now)
-
-    async def forget_asked_at(self, openid: str) -> float:
-        """Return when a subscriber asked for deletion, in Unix seconds; 0: never."""
-        query = "SELECT asked_at FROM forget_request WHERE openid = :openid"
-        rows = await self.rows(query, openid=openid)
-        return rows[0][0] if rows else 0.0
 
     async def forget(self, openid: str, key: str, reply: str) -> None:
         """Delete all that is stored about a subscriber, later if that cannot be now.
@@ -3588,9 +3567,12 @@ class Store:
             self.is_wal_behind = bool(is_busy)
 
     async def prune(self, now: float, link_seconds: float, keep_days: float) -> None:
-        """Delete what has served its time: replies, links, counts, old exchanges."""
+        """Delete what has served its time: replies, links, counts.
+
+        With `keep_days` also old exchanges, from the files too.
+        """
         for query, at in (
-            ("DELETE FROM quota WHERE day < :at", beijing_day(now)),
+            ("DELETE FROM quota WHERE day < date(:at, 'unixepoch', '+8 hours')", now),
             ("DELETE FROM reply WHERE created < :at", now - REPLY_HOURS * 3600),
             ("DELETE FROM history_link WHERE expires_at < :at", now - link_seconds),
             ("DELETE FROM forget_request WHERE asked_at < :at", now - LAPSE_SECONDS),
@@ -3598,11 +3580,8 @@ class Store:
             ("DELETE FROM picture WHERE created_at < :at", now - PICTURE_SECONDS),
         ):
             await self.rows(query, at=at)
-        if keep_days:
-            await self.delete_before(now - keep_days * 86400)
-
-    async def delete_before(self, at: float) -> None:
-        """Delete the exchanges before a time, from the files too."""
+        if not keep_days:
+            return
         queries = (
             "DELETE FROM turn WHERE created_at < :at AND state <> 'open' RETURNING 1",
             "DELETE FROM reply WHERE created < :at",
@@ -3613,9 +3592,8 @@ class Store:
             " 0)) < :at AND NOT EXISTS"
             " (SELECT 1 FROM session WHERE session.openid = subscriber.openid)",
         )
-        turns, _, sessions, _ = await self.run(
-            [(query, {"at": at}) for query in queries]
-        )
+        values: dict[str, object] = {"at": now - keep_days * 86400}
+        turns, _, sessions, _ = await self.run([(query, values) for query in queries])
         await self.truncate_wal()
         if turns or sessions:
             log.info("%d exchanges older than keep_days deleted", len(turns))
@@ -5217,8 +5195,9 @@ class Bot:
                 unsent = await self.store.next_unsent(openid, session_id, since)
                 return await self.unsent_source(delivery, unsent) if unsent else None
             case "retry":
-                turn = await self.store.newest_failed(openid, since)
-                return await self.retry(delivery, turn)
+                newest = await self.store.turns_of(openid, 2**62, 1)
+                late = next((t for t in newest if t.created_at > since), None)
+                return await self.retry(delivery, late)
             case "forget":
                 return await self.confirm_forget(delivery)
             case "resume" if session and session.late_text:
@@ -5896,10 +5875,11 @@ class Bot:
 
     async def confirm_forget(self, delivery: Delivery) -> str | None:
         """Delete all about the sender; None if they did not ask for it before."""
-        asked_at = await self.store.forget_asked_at(delivery.message.openid)
-        if not asked_at:
+        message, now = delivery.message, time.time()
+        recalled = await self.store.recall(message.key, message.openid, now)
+        if not recalled.forget_asked_at:
             return None
-        if time.time() - asked_at > FORGET_SECONDS:
+        if now - recalled.forget_asked_at > FORGET_SECONDS:
             return self.texts.forget_late
         reply = self.texts.forgotten.format(tap=tap_link("/chatgpt"))
         return await self.forget_all(delivery, reply)
@@ -6973,13 +6953,14 @@ async def asking_of(
 ) -> Asking:
     """Return what a page needs to ask for a device's subscriber."""
     session, assistant, opened_at = await bot.newest_session(device.openid)
+    recalled = await bot.store.recall("", device.openid, time.time())
     return Asking(
         token=form_token(bot, device),
         form=secrets.token_urlsafe(12),
         assistant=assistant,
         session=session,
         opened_at=opened_at,
-        is_told=await bot.store.was_told(device.openid),
+        is_told=recalled.is_told,
         typed=typed,
         refusal=refusal,
     )

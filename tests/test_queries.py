@@ -5,6 +5,7 @@ then says whether a table that grows would be read from end to end, or rows be s
 """
 
 import asyncio
+import datetime
 import inspect
 import re
 import sqlite3
@@ -31,7 +32,7 @@ async def store(tmp_path):
         yield store
 
 
-def question(number=1, asked=1):
+def question(number=1, created_at=NOW):
     """Return a question that is not stored yet."""
     return wxgpt.Turn(
         id=0,
@@ -41,8 +42,8 @@ def question(number=1, asked=1):
         link_key=f"link{number}",
         question="今天吃什么？",
         pictures=None,
-        created_at=NOW,
-        asked=asked,
+        created_at=created_at,
+        asked=1,
         assistant="chatgpt",
     )
 
@@ -71,7 +72,6 @@ CALLS = {
     "end_session": lambda s: s.end_session(1, NOW),
     "touch_session": lambda s: s.touch_session(1, NOW),
     "note": lambda s: s.note(ANN, told_at=NOW),
-    "was_told": lambda s: s.was_told(ANN),
     "keep_late_text": lambda s: s.keep_late_text(1, "然后呢"),
     "add_turn": lambda s: s.add_turn(question(), 12000, 100, 2000),
     "questions_of_day": lambda s: s.questions_of_day(ANN, NOW),
@@ -82,7 +82,7 @@ CALLS = {
     "turn": lambda s: s.turn(1),
     "turn_by_link": lambda s: s.turn_by_link("link1"),
     "open_turns": lambda s: s.open_turns(),
-    "newest_failed": lambda s: s.newest_failed(ANN, NOW - 60),
+    "newest": lambda s: s.turns_of(ANN, 2**62, 1),
     "turns_of": lambda s: s.turns_of(ANN, 2**62, 51),
     "part": lambda s: s.part(ANN, 1),
     "unsent_part": lambda s: s.unsent_part(1),
@@ -148,6 +148,23 @@ async def test_aiosqlite_runs_a_function_of_ours_in_its_thread(store):
     assert thread != threading.current_thread().name
 
 
+@pytest.mark.parametrize(
+    ("utc", "day"),
+    [
+        ("2026-03-01T15:59:59+00:00", "2026-03-01"),
+        ("2026-03-01T16:00:00+00:00", "2026-03-02"),
+        ("2025-12-31T16:00:00+00:00", "2026-01-01"),
+    ],
+)
+async def test_midnight_is_beijings(store, utc, day):
+    """A question counts on the day that changes at 16:00 UTC, wherever it is served."""
+    seconds = datetime.datetime.fromisoformat(utc).timestamp()
+    await store.add_turn(question(created_at=seconds), 12000, 100, 2000)
+    query = "SELECT DISTINCT day FROM quota WHERE day = :day"
+    assert await store.rows(query, day=day) == [(day,)]
+    assert await store.questions_of_day(ANN, seconds) == 1
+
+
 async def test_a_commit_waits_for_the_disk(store):
     """A power failure takes nothing back that a reply has said: synchronous is FULL."""
     assert await store.rows("PRAGMA synchronous") == [(2,)]
@@ -165,6 +182,5 @@ async def test_a_statement_that_fails_costs_those_beside_it_nothing(store):
     ended = asyncio.gather(*others, return_exceptions=True)
     one, failed, two = await within(10, "end of three jobs", ended)
     assert (one, two) == ([[]], [[]]) and isinstance(failed, sqlite3.IntegrityError)
-    assert (
-        await store.forget_asked_at(ANN) == await store.forget_asked_at("oBob") == NOW
-    )
+    for openid in (ANN, "oBob"):
+        assert (await store.recall("", openid, NOW)).forget_asked_at == NOW
