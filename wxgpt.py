@@ -3051,7 +3051,7 @@ class Store:
         self.file = file  # NAME-duty, locked
         self.due = due
         self.forgetting = asyncio.Lock()  # one deletion at a time
-        self.secret = b""  # keys the hashes under which questions are counted
+        self.keyed = hmac.new(b"", digestmod="sha256")  # keyed in `migrate`
 
     async def rows(self, query: str, **values: object) -> list:
         """Return all rows of a statement; no cursor stays open."""
@@ -3071,7 +3071,8 @@ class Store:
         for number, step in enumerate(steps[version:], version + 1):
             script = f"BEGIN IMMEDIATE;{step};PRAGMA user_version = {number};COMMIT"
             await self.db.executescript(script)
-        [(self.secret,)] = await self.rows("SELECT secret FROM platform")
+        [(secret,)] = await self.rows("SELECT secret FROM platform")
+        self.keyed = hmac.new(secret, digestmod="sha256")
 
     # A message and its reply
 
@@ -3268,7 +3269,9 @@ class Store:
 
     def keyed_hash(self, name: str) -> str:
         """Return what outlives a deletion in place of an openid or a message's key."""
-        return hmac.digest(self.secret, name.encode(), "sha256").hex()[:32]
+        keyed = self.keyed.copy()  # hmac.digest would give the interpreter lock away
+        keyed.update(name.encode())
+        return keyed.hexdigest()[:32]
 
     async def questions_of_day(self, openid: str, now: float) -> int:
         """Return how many questions a subscriber asked on this Beijing day."""
@@ -3332,9 +3335,9 @@ class Store:
         query = """
             SELECT exchange.*, ended_at IS NULL
             FROM exchange JOIN session ON session.id = session_id
-            WHERE state = 'open' ORDER BY exchange.id
+            WHERE state = 'open'
         """
-        rows = await self.rows(query)
+        rows = sorted(await self.rows(query))
         return [(Turn(*row), runs) for *row, runs in rows if row[2] not in self.due]
 
     async def turns_of(self, openid: str, before: int, count: int) -> list[Turn]:
