@@ -4944,7 +4944,7 @@ DELTA_CHARS = 500  # what is appended at once; between two pieces others have a 
 
 
 class Bot:
-    """The bot of one account. `open_bot` opens it; `close` ends all that goes on."""
+    """The bot of one account. `open_server` opens it; `close` ends all that goes on."""
 
     def __init__(
         self,
@@ -7393,17 +7393,6 @@ def make_blocked(config: Config) -> BlockedWords:
     return blocked
 
 
-@contextlib.asynccontextmanager
-async def open_bot(config: Config) -> AsyncIterator[Bot]:
-    """Open everything that lives as long as the process, closed in reverse order."""
-    async with contextlib.AsyncExitStack() as stack:
-        store = await stack.enter_async_context(open_store(config.database.path))
-        chat = await stack.enter_async_context(open_chat(config))
-        bot = Bot(config, store, *chat, make_blocked(config), make_cipher(config))
-        stack.push_async_callback(bot.close)
-        yield bot
-
-
 def make_app(bot: Bot) -> web.Application:
     """Return the application with all its routes."""
     app = web.Application(client_max_size=BODY_BYTES, middlewares=[refuse_kindly])
@@ -7532,8 +7521,16 @@ async def stop_listening(runner: web.AppRunner, listener: socket.socket) -> None
 
 @contextlib.asynccontextmanager
 async def open_server(config: Config) -> AsyncIterator[tuple[Bot, int]]:
-    """Serve inside the block, which gets the bot and the port."""
-    async with open_bot(config) as bot:
+    """Serve inside the block, which gets the bot and the port.
+
+    All that lives as long as the process is opened here, and closed in reverse order.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        store = await stack.enter_async_context(open_store(config.database.path))
+        chat = await stack.enter_async_context(open_chat(config))
+        bot = Bot(config, store, *chat, make_blocked(config), make_cipher(config))
+        stack.push_async_callback(bot.close)
+        loop = bot.tasks.loop
         runner = web.AppRunner(
             make_app(bot),
             access_log=None,
@@ -7545,18 +7542,17 @@ async def open_server(config: Config) -> AsyncIterator[tuple[Bot, int]]:
             shutdown_timeout=GRACE_SECONDS + LINGER_SECONDS,
         )
         await runner.setup()
-        try:
-            listener = listen(config.server.host, config.server.port)
-            site = web.SockSite(runner, listener, backlog=BACKLOG)
-            await bot.resume_turns()  # before a retry can ask for one of them
-            await site.start()
-            for work in (bot.keep_saving(), bot.keep_pruning(), keep_watchdog()):
-                bot.tasks.start(work, "upkeep")
-            yield bot, runner.addresses[0][1]
-            await stop_listening(runner, listener)
-        finally:
-            bot.end_waits(bot.tasks.loop.time() + GRACE_SECONDS - LINGER_SECONDS)
-            await runner.cleanup()
+        stack.push_async_callback(runner.cleanup)
+        grace = GRACE_SECONDS - LINGER_SECONDS
+        stack.callback(lambda: bot.end_waits(loop.time() + grace))
+        listener = listen(config.server.host, config.server.port)
+        site = web.SockSite(runner, listener, backlog=BACKLOG)
+        await bot.resume_turns()  # before a retry can ask for one of them
+        await site.start()
+        for work in (bot.keep_saving(), bot.keep_pruning(), keep_watchdog()):
+            bot.tasks.start(work, "upkeep")
+        yield bot, runner.addresses[0][1]
+        await stop_listening(runner, listener)
 
 
 class JournalFormatter(logging.Formatter):
