@@ -3100,8 +3100,9 @@ class Store:
                 SELECT min(number) FROM part WHERE openid = :openid AND to_mention = 1)
             LEFT JOIN turn AS asked ON asked.id = missed.turn_id
         """
-        since, hash_ = now - PICTURE_SECONDS, self.keyed_hash(key)
-        [row] = await self.rows(query, key=key, hash=hash_, openid=openid, since=since)
+        values: dict[str, object] = {"key": key, "hash": self.keyed_hash(key)}
+        values |= {"openid": openid, "since": now - PICTURE_SECONDS}
+        [[row]] = await self.run([(query, values)])
         reply = None
         if row[0] is not None:
             own = None if row[2] is None else Part(0, row[2])
@@ -3312,8 +3313,8 @@ class Store:
             WHERE id = :id
         """
         values = columns_of(turn) | columns_of(ending or Ending())
-        now, seconds = time.time(), round(turn.age, 3)
-        await self.rows(query, finished_at=now, seconds=seconds, **values)
+        values |= {"finished_at": time.time(), "seconds": round(turn.age, 3)}
+        await self.run([(query, values)])
 
     async def turns(self, query: str, **values: object) -> list[Turn]:
         """Return the turns of a query; none that is about to be deleted."""

@@ -11,11 +11,13 @@ import re
 import sqlite3
 import threading
 import time
+from unittest.mock import Mock
 
 import aiosqlite
 import pytest
 
 import wxgpt
+from conftest import with_session
 from waiting import within
 
 ANN = "oAnn7Zt1BvK9mHdLr3PwYc8SgNf2"
@@ -111,6 +113,12 @@ def faults(plan):
     return [step for step in plan if re.match(scans, step) or "TEMP B-TREE" in step]
 
 
+async def until_delivered(database):
+    """Wait until it is noted how each answer was delivered."""
+    while database("SELECT 1 FROM turn WHERE delivered IS NULL"):
+        await asyncio.sleep(0.02)
+
+
 @pytest.mark.parametrize("name", CALLS)
 async def test_no_statement_reads_a_table_from_end_to_end_or_sorts(store, name):
     """Each statement finds its rows by an index and in the order it wants them."""
@@ -162,6 +170,21 @@ async def test_midnight_is_beijings(store, utc, day):
     query = "SELECT DISTINCT day FROM quota WHERE day = :day"
     assert await store.rows(query, day=day) == [(day,)]
     assert await store.questions_of_day(ANN, seconds) == 1
+
+
+async def test_a_short_question_takes_four_hops_to_the_database(
+    serve, database, monkeypatch
+):
+    """What is known, the question, its end with the reply; and a note, if none follows."""
+    monkeypatch.setattr(wxgpt, "SAVE_SECONDS", 3600)  # texts so far take hops, too
+    server = await with_session(serve)
+    batch = server.bot.store.batch
+    await server.ask("在吗？")
+    await within(10, "note of the delivery", until_delivered(database))
+    monkeypatch.setattr(batch, "call", hops := Mock(wraps=batch.call))
+    await server.ask("好吗？")
+    await within(10, "note of the delivery", until_delivered(database))
+    assert hops.call_count <= 4
 
 
 async def test_a_commit_waits_for_the_disk(store):
