@@ -2936,7 +2936,7 @@ class Recalled(NamedTuple):
 PICTURE_SECONDS = 600  # how long a picture waits for its question
 REPLY_HOURS = 24  # how long a later copy of a message gets the same reply
 LAPSE_SECONDS = 24 * 3600  # how long a session that ran out is mentioned
-NOTE_SECONDS = 0.5  # how long a note for `stats` may wait for others to go with
+SOON_SECONDS = 0.5  # how long what nobody waits for stays here at most
 DEVICES = 5  # that one subscriber may have signed in
 
 Due = dict[str, tuple[str, str]]  # openid: key of the message that asked, its reply
@@ -3058,6 +3058,15 @@ class Store:
         [rows] = await self.run([(query, values)])
         return rows
 
+    def run_soon(self, job: Job) -> asyncio.Future:
+        """Run a job that nobody waits for, with what comes next.
+
+        A full disk or a kill in this half a second prevents only that.
+        """
+        result = self.run(job, SOON_SECONDS)
+        result.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return result
+
     async def migrate(self) -> None:
         """Run the new steps of schema.sql; raise StoreError for a newer database."""
         steps = re.split(r"(?m)^-- step \d+$", SCHEMA.read_text("utf-8"))[1:]
@@ -3151,7 +3160,7 @@ class Store:
             UPDATE turn SET delivered = iif(:how IN ('part', 'lost'),
                 coalesce(delivered, :how), :how) WHERE id = :id
         """
-        return self.run([(query, {"id": turn_id, "how": how})], NOTE_SECONDS)
+        return self.run([(query, {"id": turn_id, "how": how})], SOON_SECONDS)
 
     async def mark_read(self, turn_ids: list[int]) -> None:
         """Note that answers were read on a page."""
@@ -3163,10 +3172,9 @@ class Store:
         )
         await self.run([(query, {"ids": json.dumps(turn_ids)}) for query in queries])
 
-    async def note(self, openid: str, **values: float) -> None:
-        """Note what a subscriber was told or shown; a full disk prevents only that."""
-        with contextlib.suppress(sqlite3.OperationalError):
-            await self.run([noted(openid, **values)])
+    def note(self, openid: str, **values: float) -> asyncio.Future:
+        """Note what a subscriber was told or shown."""
+        return self.run_soon([noted(openid, **values)])
 
     # Sessions
 
@@ -3207,11 +3215,10 @@ class Store:
         query = "UPDATE session SET lapsed_text = :text WHERE id = :id"
         await self.rows(query, text=text, id=session_id)
 
-    async def touch_session(self, session_id: int, now: float) -> None:
-        """Let the idle time begin now; a full disk prevents only that."""
+    def touch_session(self, session_id: int, now: float) -> asyncio.Future:
+        """Let the idle time begin now."""
         query = "UPDATE session SET last_at = :now WHERE id = :id"
-        with contextlib.suppress(sqlite3.OperationalError):
-            await self.rows(query, now=now, id=session_id)
+        return self.run_soon([(query, {"now": now, "id": session_id})])
 
     async def add_picture(self, openid: str, url: str, now: float) -> None:
         """Keep a picture for the next question; a trigger drops those beyond four.
@@ -3442,13 +3449,9 @@ class Store:
         rows = await self.rows(query, openid=openid, session=session_id, since=since)
         return rows[0][0]
 
-    async def offer_unread(self, openid: str, part: Part, now: float) -> None:
-        """Store a part that nobody has asked for, to be named in the chat if unread.
-
-        A full disk prevents only that.
-        """
-        with contextlib.suppress(sqlite3.OperationalError):
-            await self.run([keep_part(openid, part, now, to_mention=True)])
+    def offer_unread(self, openid: str, part: Part, now: float) -> asyncio.Future:
+        """Store a part that nobody has asked for, to be named in the chat if unread."""
+        return self.run_soon([keep_part(openid, part, now, to_mention=True)])
 
     # Devices
 
@@ -5105,7 +5108,7 @@ class Bot:
             # Storing a question has extended the session.
             is_question = isinstance(source, tuple) and source[1].number == 0
             if delivery.session and message.msg_type != "event" and not is_question:
-                await self.store.touch_session(delivery.session.id, time.time())
+                self.store.touch_session(delivery.session.id, time.time())
         delivery.answer_with(source)
 
     async def source_of(self, part: Part) -> Source | None:
@@ -5223,7 +5226,7 @@ class Bot:
         """Return part N of this subscriber: the same text again if it was sent."""
         part = await self.store.part(delivery.message.openid, number)
         if part and part.reply is not None:
-            await self.store.note(delivery.message.openid, shown_turn=part.turn_id)
+            self.store.note(delivery.message.openid, shown_turn=part.turn_id)
             return Reply(part.reply, int(time.time()))
         source = await self.source_of(part) if part else None
         return source or self.texts.no_part.format(number=number)
@@ -5285,7 +5288,7 @@ class Bot:
         if hours and now - delivery.hinted_at < hours * 3600:
             return self.leave_alone(delivery, f"a hint was sent within {hours:g} h")
         if hours:
-            await self.store.note(delivery.message.openid, hinted_at=now)
+            self.store.note(delivery.message.openid, hinted_at=now)
         return self.tappable(replies.outside)
 
     async def open_session(self, delivery: Delivery, assistant: str) -> None:
@@ -5947,9 +5950,9 @@ class Bot:
         turn, subscriber = source[0], delivery.subscriber
         if not subscriber.is_told:  # the words stood above the field
             subscriber.is_told = True
-            await self.store.note(openid, told_at=time.time())
+            self.store.note(openid, told_at=time.time())
         part = subscriber.offer(turn.id, 0)  # nobody may stay on the page for it
-        await self.store.offer_unread(openid, part, time.time())
+        self.store.offer_unread(openid, part, time.time())
         subscriber.to_mention.setdefault(turn.id, (part.number, turn.question))
         return source
 
