@@ -2936,7 +2936,7 @@ class Recalled(NamedTuple):
 PICTURE_SECONDS = 600  # how long a picture waits for its question
 REPLY_HOURS = 24  # how long a later copy of a message gets the same reply
 LAPSE_SECONDS = 24 * 3600  # how long a session that ran out is mentioned
-SOON_SECONDS = 0.5  # how long what nobody waits for stays here at most
+SOON_SECONDS = 0.1  # how long what nobody waits for stays here: `stats` may look
 DEVICES = 5  # that one subscriber may have signed in
 
 Due = dict[str, tuple[str, str]]  # openid: key of the message that asked, its reply
@@ -3061,7 +3061,7 @@ class Store:
     def run_soon(self, job: Job) -> asyncio.Future:
         """Run a job that nobody waits for, with what comes next.
 
-        A full disk or a kill in this half a second prevents only that.
+        A full disk or a kill in this moment prevents only that.
         """
         result = self.run(job, SOON_SECONDS)
         result.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -3618,7 +3618,7 @@ CHECK_BYTES = 64 * 1024 * 1024  # larger databases are not checked: it takes sec
 
 
 @contextlib.contextmanager
-def opening(path: str) -> Iterator[None]:
+def store_errors(path: str) -> Iterator[None]:
     """Raise StoreError for what keeps a file from being used."""
     try:
         yield
@@ -3631,7 +3631,7 @@ def opening(path: str) -> Iterator[None]:
 async def open_store(path: str) -> AsyncIterator[Store]:
     """Open the store of a file, made or brought up to date; raise StoreError."""
     async with contextlib.AsyncExitStack() as stack:
-        with opening(path):
+        with store_errors(path):
             # -wal and -shm copy its mode: nobody else reads what people wrote
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
             with contextlib.suppress(PermissionError):  # another user's
@@ -3639,9 +3639,9 @@ async def open_store(path: str) -> AsyncIterator[Store]:
             file = os.open(path + "-duty", os.O_RDWR | os.O_CREAT, 0o600)
         stack.callback(os.close, file)
         await lock_file(file, path)
-        with opening(path + "-duty"):
+        with store_errors(path + "-duty"):
             due = read_due(file)
-        with opening(path):
+        with store_errors(path):
             db = await aiosqlite.connect(path, isolation_level=None)
             store = Store(db, file, due)
             stack.push_async_callback(store.batch.close)
