@@ -2613,6 +2613,8 @@ class Turn:
     left: dict[int, int] = field(default_factory=dict)  # parts from a start to the end
     # Random, and new when the answer is started over: then live pages start over, too.
     writing: str = field(default_factory=functools.partial(secrets.token_hex, 4))
+    # Questions and answers of its session, the newest first; None: not read yet.
+    context: list[tuple[str, str]] | None = None
     earlier: str | None = None  # asked again after a restart: the text before that
     is_queued: bool = False  # the question before it is not answered yet
     # created_at by the monotonic clock, which does not jump.
@@ -2702,12 +2704,12 @@ class Turn:
 # and all of its SQL stands in it:
 #
 #   a message     recall, which knows its sender, too; save_reply, mark_delivered
-#   a subscriber  note, was_told, mark_read; devices; links to the history
+#   a subscriber  note, mark_read; devices; links to the history
 #   a session     start_, end_, touch_session; newest_session, keep_late_text
-#   a turn        add_turn, questions_of_day, count_asking, save_texts, begin_anew,
-#                 finish_turn; what is read of turns; history, which the model gets
+#   a turn        add_turn and count_asking, which bring what the model gets with it;
+#                 questions_of_day, save_texts, begin_anew, finish_turn; what is read
 #   a part        part, unsent_part, next_unsent, offer_unread
-#   deletion      ask_forget, forget_asked_at, forget, forget_due; prune
+#   deletion      ask_forget, forget, forget_due; prune
 #
 # Triggers in schema.sql keep what always goes along with a change. Beside the database
 # lies the file NAME-duty, locked by the process that serves: the deletions that are
@@ -2728,60 +2730,35 @@ BUSY_MILLISECONDS = 2000  # to wait for another process's lock
 DATABASE_ERRORS = (sqlite3.Error, ValueError, OverflowError)
 
 
-@contextlib.contextmanager
-def without_waiting(db: sqlite3.Connection) -> Iterator[None]:
-    """Wait for no other process: whatever is to be stored would wait as well."""
-    db.execute("PRAGMA busy_timeout = 0")
-    try:
-        yield
-    finally:
-        db.execute(f"PRAGMA busy_timeout = {BUSY_MILLISECONDS}")
-
-
-def run_transaction(db: sqlite3.Connection, jobs: list[Job]) -> list[list[list]]:
-    """Run jobs in one transaction; return the rows of their statements."""
-    try:
-        db.execute("BEGIN IMMEDIATE")
-        rows = [[db.execute(*one).fetchall() for one in job] for job in jobs]
-        db.execute("COMMIT")
-        return rows
-    finally:
-        if db.in_transaction:  # it failed; a full disk may have ended it already
-            db.execute("ROLLBACK")
-
-
-def run_alone(db: sqlite3.Connection, job: Job) -> list[list] | Exception:
-    """Run one job; return the rows of its statements, or the error."""
-    try:
-        if len(job) == 1:
-            return [db.execute(*job[0]).fetchall()]
-        return run_transaction(db, [job])[0]
-    except DATABASE_ERRORS as error:
-        return error
-
-
-def run_jobs(db: sqlite3.Connection, jobs: list[Job]) -> list:
+def run_jobs(
+    db: sqlite3.Connection, jobs: list[Job], is_patient: bool = True
+) -> list[Any]:
     """Run jobs with one commit; return the rows or the error of each.
 
     If one fails, nothing was done, and each runs by itself. If another process holds
-    the lock, those that only read get their rows, and nobody waits for it again.
+    the lock, those that only read get their rows, and nobody waits for it again:
+    whatever else is to be stored would wait as well.
     """
-    if len(jobs) == 1:
-        return [run_alone(db, jobs[0])]
+    # A statement by itself needs no transaction, nor the lock if it only reads.
+    is_transaction = len(jobs) > 1 or len(jobs[0]) > 1
     try:
-        return run_transaction(db, jobs)
-    except DATABASE_ERRORS:
-        with without_waiting(db):
-            return [run_alone(db, job) for job in jobs]
-
-
-def run_at_once(db: sqlite3.Connection, job: Job) -> list[list]:
-    """Run one job unless another process holds the lock."""
-    with without_waiting(db):
-        found = run_alone(db, job)
-    if isinstance(found, Exception):
-        raise found
-    return found
+        if not is_patient:
+            db.execute("PRAGMA busy_timeout = 0")
+        if is_transaction:
+            db.execute("BEGIN IMMEDIATE")
+        rows = [[db.execute(*one).fetchall() for one in job] for job in jobs]
+        if is_transaction:
+            db.execute("COMMIT")
+        return rows
+    except DATABASE_ERRORS as error:
+        if len(jobs) == 1:
+            return [error]
+    finally:
+        if db.in_transaction:  # it failed; a full disk may have ended it already
+            db.execute("ROLLBACK")
+        if not is_patient:
+            db.execute(f"PRAGMA busy_timeout = {BUSY_MILLISECONDS}")
+    return [run_jobs(db, [job], is_patient=False)[0] for job in jobs]
 
 
 class Batch:
@@ -2796,15 +2773,30 @@ class Batch:
     def __init__(self, db: aiosqlite.Connection) -> None:
         self.db = db
         self.waiting: list[tuple[Job, asyncio.Future]] = []
-        self.hop: asyncio.Task | None = None  # carries jobs to the thread and back
+        self.is_due = asyncio.Event()  # what waits is to go now
+        self.is_closed = False
+        self.carrier = asyncio.create_task(self.carry())
 
-    def run(self, job: Job) -> asyncio.Future[list[list]]:
-        """Run a job; the rows of its statements come later."""
-        result = asyncio.get_running_loop().create_future()
+    def run(self, job: Job, within: float = 0.0) -> asyncio.Future[list[list]]:
+        """Run a job; the rows of its statements come later.
+
+        One that nobody waits for may go with others that come `within` some seconds.
+        """
+        loop = asyncio.get_running_loop()
+        result = loop.create_future()
         self.waiting.append((job, result))
-        if self.hop is None:
-            self.hop = asyncio.ensure_future(self.carry())
+        if within:
+            loop.call_later(within, self.is_due.set)
+        else:
+            self.is_due.set()
         return result
+
+    async def run_at_once(self, job: Job) -> list[list]:
+        """Run a job, before those that wait, unless another process holds the lock."""
+        [found] = await self.call(run_jobs, [job], False)
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     async def call(self, function: Callable, *values: object) -> Any:
         """Run a function in the connection's thread, with the connection.
@@ -2815,9 +2807,13 @@ class Batch:
         return await self.db._execute(function, self.db._conn, *values)
 
     async def carry(self) -> None:
-        """Take waiting jobs to the thread until none is left; hand out the results."""
-        while self.waiting:
+        """Take waiting jobs to the thread, and hand out the results, until `close`."""
+        while self.waiting or not self.is_closed:
+            await self.is_due.wait()
+            self.is_due.clear()
             batch, self.waiting = self.waiting, []
+            if not batch:
+                continue
             try:
                 results = await self.call(run_jobs, [job for job, _ in batch])
             except DATABASE_ERRORS as error:  # the connection is closed
@@ -2829,18 +2825,13 @@ class Batch:
                     result.set_exception(found)
                 else:
                     result.set_result(found)
-        self.hop = None
 
     async def close(self) -> None:
         """Let all jobs end, then the connection and its thread."""
-        while self.hop:
-            await asyncio.wait({self.hop})
+        self.is_closed = True
+        self.is_due.set()
+        await self.carrier
         await self.db.close()
-
-
-def beijing_day(now: float) -> str:
-    """Return the Beijing day of a time: quotas begin anew at its midnight."""
-    return datetime.datetime.fromtimestamp(now, BEIJING).date().isoformat()
 
 
 class Recalled(NamedTuple):
@@ -2854,11 +2845,13 @@ class Recalled(NamedTuple):
     pictures: str  # that wait for a question: a JSON list of URLs and words
     is_told: bool  # the privacy words were said
     hinted_at: float  # the newest hint outside a session, Unix seconds; 0: none
+    forget_asked_at: float  # for deletion, not confirmed yet; 0: not asked
 
 
 PICTURE_SECONDS = 600  # how long a picture waits for its question
 REPLY_HOURS = 24  # how long a later copy of a message gets the same reply
 LAPSE_SECONDS = 24 * 3600  # how long a session that ran out is mentioned
+SOON_SECONDS = 0.1  # how long what nobody waits for stays here: `stats` may look
 DEVICES = 5  # that one subscriber may have signed in
 
 Due = dict[str, tuple[str, str]]  # openid: key of the message that asked, its reply
@@ -2926,6 +2919,22 @@ def noted(openid: str, **values: float | None) -> Statement:
     return query, {"openid": openid} | nothing | values
 
 
+def context_of(turn: Turn, chars: int) -> Statement:
+    """Return the statement for the whole exchanges before a turn within `chars`.
+
+    The newest comes first. None after the turn has ended: they wait for each other.
+    """
+    query = """
+        SELECT question, answer FROM (
+            SELECT question, answer, sum(length(question) + length(answer))
+                OVER (ORDER BY id DESC) AS chars
+            FROM turn WHERE session_id = :session_id
+            AND state IN ('done', 'cut') AND answer <> '' ORDER BY id DESC LIMIT 200)
+        WHERE chars <= :chars
+    """
+    return query, {"session_id": turn.session_id, "chars": chars}
+
+
 def keep_part(openid: str, part: Part, at: float, **values: object) -> Statement:
     """Return the statement that keeps a part: offered, or sent if `reply` is given.
 
@@ -2944,7 +2953,7 @@ def keep_part(openid: str, part: Part, at: float, **values: object) -> Statement
 
 
 class Store:
-    """All that outlives the process. `open_store` opens it; `close` ends its thread.
+    """All that outlives the process. `open_store` opens and closes it.
 
     Coroutines may use it at the same time; their statements run in the order given.
     """
@@ -2953,17 +2962,25 @@ class Store:
         self.db = db
         self.batch = Batch(db)
         self.run = self.batch.run
-        self.close = self.batch.close
         self.is_wal_behind = True  # deleted text may still be in the WAL
         self.file = file  # NAME-duty, locked
         self.due = due
         self.forgetting = asyncio.Lock()  # one deletion at a time
-        self.secret = b""  # keys the hashes under which questions are counted
+        self.keyed = hmac.new(b"", digestmod="sha256")  # keyed in `migrate`
 
     async def rows(self, query: str, **values: object) -> list:
         """Return all rows of a statement; no cursor stays open."""
         [rows] = await self.run([(query, values)])
         return rows
+
+    def run_soon(self, job: Job) -> asyncio.Future:
+        """Run a job that nobody waits for, with what comes next.
+
+        A full disk or a kill in this moment prevents only that.
+        """
+        result = self.run(job, SOON_SECONDS)
+        result.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return result
 
     async def migrate(self) -> None:
         """Run the new steps of schema.sql; raise StoreError for a newer database."""
@@ -2978,7 +2995,8 @@ class Store:
         for number, step in enumerate(steps[version:], version + 1):
             script = f"BEGIN IMMEDIATE;{step};PRAGMA user_version = {number};COMMIT"
             await self.db.executescript(script)
-        [(self.secret,)] = await self.rows("SELECT secret FROM platform")
+        [(secret,)] = await self.rows("SELECT secret FROM platform")
+        self.keyed = hmac.new(secret, digestmod="sha256")
 
     # A message and its reply
 
@@ -2995,9 +3013,10 @@ class Store:
                    (SELECT json_group_array(url) FROM (
                         SELECT url FROM picture
                         WHERE openid = :openid AND created_at > :since ORDER BY id)),
-                   told_at IS NOT NULL, coalesce(hinted_at, 0)
+                   told_at IS NOT NULL, coalesce(hinted_at, 0), coalesce(asked_at, 0)
             FROM (SELECT 1)
             LEFT JOIN subscriber ON subscriber.openid = :openid
+            LEFT JOIN forget_request ON forget_request.openid = :openid
             LEFT JOIN reply ON reply.key IN (:key, :hash)
             LEFT JOIN turn ON turn.msg_key = :key
             LEFT JOIN session ON session.openid = :openid AND session.ended_at IS NULL
@@ -3005,8 +3024,9 @@ class Store:
                 SELECT min(number) FROM part WHERE openid = :openid AND to_mention = 1)
             LEFT JOIN turn AS asked ON asked.id = missed.turn_id
         """
-        since, hash_ = now - PICTURE_SECONDS, self.keyed_hash(key)
-        [row] = await self.rows(query, key=key, hash=hash_, openid=openid, since=since)
+        values: dict[str, object] = {"key": key, "hash": self.keyed_hash(key)}
+        values |= {"openid": openid, "since": now - PICTURE_SECONDS}
+        [[row]] = await self.run([(query, values)])
         reply = None
         if row[0] is not None:
             own = None if row[2] is None else Part(0, row[2])
@@ -3055,7 +3075,7 @@ class Store:
             UPDATE turn SET delivered = iif(:how IN ('part', 'lost'),
                 coalesce(delivered, :how), :how) WHERE id = :id
         """
-        return self.run([(query, {"id": turn_id, "how": how})])
+        return self.run([(query, {"id": turn_id, "how": how})], SOON_SECONDS)
 
     async def mark_read(self, turn_ids: list[int]) -> None:
         """Note that answers were read on a page."""
@@ -3067,15 +3087,9 @@ class Store:
         )
         await self.run([(query, {"ids": json.dumps(turn_ids)}) for query in queries])
 
-    async def note(self, openid: str, **values: float) -> None:
-        """Note what a subscriber was told or shown; a full disk prevents only that."""
-        with contextlib.suppress(sqlite3.OperationalError):
-            await self.run([noted(openid, **values)])
-
-    async def was_told(self, openid: str) -> bool:
-        """Say whether the privacy words were said to a subscriber."""
-        query = "SELECT 1 FROM subscriber WHERE openid = :openid AND told_at > 0"
-        return bool(await self.rows(query, openid=openid))
+    def note(self, openid: str, **values: float) -> asyncio.Future:
+        """Note what a subscriber was told or shown."""
+        return self.run_soon([noted(openid, **values)])
 
     # Sessions
 
@@ -3090,6 +3104,22 @@ class Store:
         )
         return Session(number, assistant, now)
 
+    async def newest_session(
+        self, openid: str, since: float
+    ) -> tuple[int, str, float, bool] | None:
+        """Return id, assistant and time of the newest session, and whether it runs.
+
+        It does not if its last message is older than `since`, unless one is unanswered.
+        """
+        query = """
+            SELECT id, assistant, opened_at, ended_at IS NULL AND (
+                last_at > :since OR EXISTS (SELECT 1 FROM turn
+                    WHERE session_id = session.id AND state = 'open'))
+            FROM session WHERE openid = :openid ORDER BY id DESC LIMIT 1
+        """
+        rows = await self.rows(query, openid=openid, since=since)
+        return rows[0] if rows else None
+
     async def end_session(self, session_id: int, now: float) -> None:
         """End a session."""
         query = "UPDATE session SET ended_at = :now, lapsed_text = NULL WHERE id = :id"
@@ -3100,11 +3130,10 @@ class Store:
         query = "UPDATE session SET lapsed_text = :text WHERE id = :id"
         await self.rows(query, text=text, id=session_id)
 
-    async def touch_session(self, session_id: int, now: float) -> None:
-        """Let the idle time begin now; a full disk prevents only that."""
+    def touch_session(self, session_id: int, now: float) -> asyncio.Future:
+        """Let the idle time begin now."""
         query = "UPDATE session SET last_at = :now WHERE id = :id"
-        with contextlib.suppress(sqlite3.OperationalError):
-            await self.rows(query, now=now, id=session_id)
+        return self.run_soon([(query, {"now": now, "id": session_id})])
 
     async def add_picture(self, openid: str, url: str, now: float) -> None:
         """Keep a picture for the next question; a trigger drops those beyond four.
@@ -3117,10 +3146,16 @@ class Store:
     # Turns
 
     async def add_turn(
-        self, turn: Turn, most: int, most_of_all: int, cookie_hash: str = ""
+        self,
+        turn: Turn,
+        context_chars: int,
+        most: int,
+        most_of_all: int,
+        cookie_hash: str = "",
     ) -> bool:
         """Store and count an accepted question, and give it its id.
 
+        With it comes its context, if it goes to the upstream at once.
         False, with nothing stored, if the day's questions are used up (0 is no limit)
         or the device that it comes from is signed out by now.
         Triggers count under a keyed hash, which outlives a deletion until midnight.
@@ -3129,9 +3164,10 @@ class Store:
             INSERT INTO turn (session_id, openid, msg_key, link_key, question, pictures,
                               asked, created_at, day, counted_as)
             SELECT :session_id, :openid, :msg_key, :link_key, :question, :pictures,
-                   :asked, :created_at, :day, :counted_as
+                   :asked, :created_at, today, :counted_as
+            FROM (SELECT date(:created_at, 'unixepoch', '+8 hours') AS today)
             WHERE NOT EXISTS (
-                SELECT 1 FROM quota WHERE day = :day
+                SELECT 1 FROM quota WHERE quota.day = today
                 AND (who = :counted_as AND questions >= :most AND :most > 0
                      OR who = '' AND questions >= :most_of_all AND :most_of_all > 0))
               AND (:cookie_hash = '' OR EXISTS (
@@ -3139,32 +3175,41 @@ class Store:
                 AND openid = :openid AND expires_at > :created_at))
             RETURNING id
         """
-        values = {
-            "day": beijing_day(turn.created_at),
+        values = columns_of(turn) | {
             "counted_as": self.keyed_hash(turn.openid),
             "most": most,
             "most_of_all": most_of_all,
             "cookie_hash": cookie_hash,
         }
-        rows = await self.rows(query, **columns_of(turn), **values)
-        if rows:
-            [(turn.id,)] = rows
-        return bool(rows)
+        job: Job = [(query, values)]
+        if turn.asked:
+            job.append(context_of(turn, context_chars))
+        ids, *context = await self.run(job)
+        if ids:
+            [(turn.id,)] = ids
+            turn.context = context[0] if context else None
+        return bool(ids)
 
     def keyed_hash(self, name: str) -> str:
         """Return what outlives a deletion in place of an openid or a message's key."""
-        return hmac.digest(self.secret, name.encode(), "sha256").hex()[:32]
+        keyed = self.keyed.copy()  # hmac.digest would give the interpreter lock away
+        keyed.update(name.encode())
+        return keyed.hexdigest()[:32]
 
     async def questions_of_day(self, openid: str, now: float) -> int:
         """Return how many questions a subscriber asked on this Beijing day."""
-        query = "SELECT questions FROM quota WHERE day = :day AND who = :who"
-        day, who = beijing_day(now), self.keyed_hash(openid)
-        rows = await self.rows(query, day=day, who=who)
+        query = """
+            SELECT questions FROM quota
+            WHERE day = date(:now, 'unixepoch', '+8 hours') AND who = :who
+        """
+        rows = await self.rows(query, now=now, who=self.keyed_hash(openid))
         return rows[0][0] if rows else 0
 
-    async def count_asking(self, turn_id: int) -> None:
-        """Count that a stored question now goes to the model, before it does."""
-        await self.rows("UPDATE turn SET asked = asked + 1 WHERE id = :id", id=turn_id)
+    async def count_asking(self, turn: Turn, context_chars: int) -> None:
+        """Count that a stored question now goes to the model, and read its context."""
+        query = "UPDATE turn SET asked = asked + 1 WHERE id = :id"
+        job: Job = [(query, {"id": turn.id}), context_of(turn, context_chars)]
+        _, turn.context = await self.run(job)
 
     async def save_texts(self, turns: list[Turn]) -> None:
         """Store the text so far of turns."""
@@ -3190,19 +3235,8 @@ class Store:
             WHERE id = :id
         """
         values = columns_of(turn) | columns_of(ending or Ending())
-        now, seconds = time.time(), round(turn.age, 3)
-        await self.rows(query, finished_at=now, seconds=seconds, **values)
-
-    async def history(self, turn: Turn, chars: int) -> list[tuple[str, str]]:
-        """Return whole exchanges before a turn, oldest first, within `chars`."""
-        query = """
-            SELECT question, answer FROM turn WHERE session_id = :session AND id < :id
-            AND state IN ('done', 'cut') AND answer <> '' ORDER BY id DESC LIMIT 200
-        """
-        rows = await self.rows(query, session=turn.session_id, id=turn.id)
-        sizes = itertools.accumulate(len(row[0]) + len(row[1]) for row in rows)
-        chosen = [row for row, size in zip(rows, sizes, strict=True) if size <= chars]
-        return chosen[::-1]
+        values |= {"finished_at": time.time(), "seconds": round(turn.age, 3)}
+        await self.run([(query, values)])
 
     async def turns(self, query: str, **values: object) -> list[Turn]:
         """Return the turns of a query; none that is about to be deleted."""
@@ -3224,19 +3258,10 @@ class Store:
         query = """
             SELECT exchange.*, ended_at IS NULL
             FROM exchange JOIN session ON session.id = session_id
-            WHERE state = 'open' ORDER BY exchange.id
+            WHERE state = 'open'
         """
-        rows = await self.rows(query)
+        rows = sorted(await self.rows(query))
         return [(Turn(*row), runs) for *row, runs in rows if row[2] not in self.due]
-
-    async def newest_failed(self, openid: str, since: float) -> Turn | None:
-        """Return the newest question if it failed and is not older than `since`."""
-        query = """
-            SELECT * FROM exchange WHERE created_at > :since
-            AND state IN ('failed', 'broken')
-            AND id = (SELECT max(id) FROM turn WHERE openid = :openid)
-        """
-        return next(iter(await self.turns(query, openid=openid, since=since)), None)
 
     async def turns_of(self, openid: str, before: int, count: int) -> list[Turn]:
         """Return a subscriber's turns below an id, newest first.
@@ -3339,13 +3364,9 @@ class Store:
         rows = await self.rows(query, openid=openid, session=session_id, since=since)
         return rows[0][0]
 
-    async def offer_unread(self, openid: str, part: Part, now: float) -> None:
-        """Store a part that nobody has asked for, to be named in the chat if unread.
-
-        A full disk prevents only that.
-        """
-        with contextlib.suppress(sqlite3.OperationalError):
-            await self.run([keep_part(openid, part, now, to_mention=True)])
+    def offer_unread(self, openid: str, part: Part, now: float) -> asyncio.Future:
+        """Store a part that nobody has asked for, to be named in the chat if unread."""
+        return self.run_soon([keep_part(openid, part, now, to_mention=True)])
 
     # Devices
 
@@ -3386,22 +3407,6 @@ class Store:
         """
         return len(await self.rows(query, openid=openid, hash=cookie_hash))
 
-    async def newest_session(
-        self, openid: str, since: float
-    ) -> tuple[int, str, float, bool] | None:
-        """Return id, assistant and time of the newest session, and whether it runs.
-
-        It does not if its last message is older than `since`, unless one is unanswered.
-        """
-        query = """
-            SELECT id, assistant, opened_at, ended_at IS NULL AND (
-                last_at > :since OR EXISTS (SELECT 1 FROM turn
-                    WHERE session_id = session.id AND state = 'open'))
-            FROM session WHERE openid = :openid ORDER BY id DESC LIMIT 1
-        """
-        rows = await self.rows(query, openid=openid, since=since)
-        return rows[0] if rows else None
-
     # Links and deletion
 
     async def add_history_link(self, openid: str, expires_at: float) -> str:
@@ -3425,12 +3430,6 @@ class Store:
         query = "REPLACE INTO forget_request (openid, asked_at) VALUES (:openid, :at)"
         await self.rows(query, openid=openid, at=now)
 
-    async def forget_asked_at(self, openid: str) -> float:
-        """Return when a subscriber asked for deletion, in Unix seconds; 0: never."""
-        query = "SELECT asked_at FROM forget_request WHERE openid = :openid"
-        rows = await self.rows(query, openid=openid)
-        return rows[0][0] if rows else 0.0
-
     async def forget(self, openid: str, key: str, reply: str) -> None:
         """Delete all that is stored about a subscriber, later if that cannot be now.
 
@@ -3446,11 +3445,10 @@ class Store:
 
     async def forget_due(self) -> None:
         """Try the deletions that are due again; nobody waits if they cannot be done."""
-        at_once = functools.partial(self.batch.call, run_at_once)
         async with self.forgetting:
             for openid in list(self.due):
                 with contextlib.suppress(OSError, *DATABASE_ERRORS):
-                    await self.delete(openid, at_once)
+                    await self.delete(openid, self.batch.run_at_once)
                     log.info("a deletion that was due is done")
 
     async def delete(self, openid: str, run: Callable[[Job], Awaitable]) -> None:
@@ -3487,13 +3485,16 @@ class Store:
         self.is_wal_behind = True
         job: Job = [("PRAGMA wal_checkpoint(TRUNCATE)", {})]
         with contextlib.suppress(sqlite3.Error):  # locked or full: it is tried again
-            [[(is_busy, *_)]] = await self.batch.call(run_at_once, job)
+            [[(is_busy, *_)]] = await self.batch.run_at_once(job)
             self.is_wal_behind = bool(is_busy)
 
     async def prune(self, now: float, link_seconds: float, keep_days: float) -> None:
-        """Delete what has served its time: replies, links, counts, old exchanges."""
+        """Delete what has served its time: replies, links, counts.
+
+        With `keep_days` also old exchanges, from the files too.
+        """
         for query, at in (
-            ("DELETE FROM quota WHERE day < :at", beijing_day(now)),
+            ("DELETE FROM quota WHERE day < date(:at, 'unixepoch', '+8 hours')", now),
             ("DELETE FROM reply WHERE created < :at", now - REPLY_HOURS * 3600),
             ("DELETE FROM history_link WHERE expires_at < :at", now - link_seconds),
             ("DELETE FROM forget_request WHERE asked_at < :at", now - LAPSE_SECONDS),
@@ -3501,11 +3502,8 @@ class Store:
             ("DELETE FROM picture WHERE created_at < :at", now - PICTURE_SECONDS),
         ):
             await self.rows(query, at=at)
-        if keep_days:
-            await self.delete_before(now - keep_days * 86400)
-
-    async def delete_before(self, at: float) -> None:
-        """Delete the exchanges before a time, from the files too."""
+        if not keep_days:
+            return
         queries = (
             "DELETE FROM turn WHERE created_at < :at AND state <> 'open' RETURNING 1",
             "DELETE FROM reply WHERE created < :at",
@@ -3516,9 +3514,8 @@ class Store:
             " 0)) < :at AND NOT EXISTS"
             " (SELECT 1 FROM session WHERE session.openid = subscriber.openid)",
         )
-        turns, _, sessions, _ = await self.run(
-            [(query, {"at": at}) for query in queries]
-        )
+        values: dict[str, object] = {"at": now - keep_days * 86400}
+        turns, _, sessions, _ = await self.run([(query, values) for query in queries])
         await self.truncate_wal()
         if turns or sessions:
             log.info("%d exchanges older than keep_days deleted", len(turns))
@@ -3535,45 +3532,47 @@ PRAGMAS = f"""
 CHECK_BYTES = 64 * 1024 * 1024  # larger databases are not checked: it takes seconds
 
 
-async def open_store(path: str) -> Store:
-    """Return the store of a file, made or brought up to date; raise StoreError."""
+@contextlib.contextmanager
+def store_errors(path: str) -> Iterator[None]:
+    """Raise StoreError for what keeps a file from being used."""
     try:
-        # -wal and -shm copy its mode: nobody else reads what people wrote
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        with contextlib.suppress(PermissionError):  # another user's
-            os.chmod(path, 0o600)  # a restored copy may have come with any mode
-        file = os.open(path + "-duty", os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        words, why = "database {path}: {why}", error.strerror
-        raise StoreError(words, path=path, why=why) from None
-    async with contextlib.AsyncExitStack() as undo:
-        undo.callback(os.close, file)
+        yield
+    except (OSError, sqlite3.Error) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise StoreError("database {path}: {why}", path=path, why=why) from None
+
+
+@contextlib.asynccontextmanager
+async def open_store(path: str) -> AsyncIterator[Store]:
+    """Open the store of a file, made or brought up to date; raise StoreError."""
+    async with contextlib.AsyncExitStack() as stack:
+        with store_errors(path):
+            # -wal and -shm copy its mode: nobody else reads what people wrote
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            with contextlib.suppress(PermissionError):  # another user's
+                os.chmod(path, 0o600)  # a restored copy may have come with any mode
+            file = os.open(path + "-duty", os.O_RDWR | os.O_CREAT, 0o600)
+        stack.callback(os.close, file)
         await lock_file(file, path)
-        try:
-            due = read_due(file)  # before there is a thread that would outlive an error
-        except OSError as error:
-            words, why = "database {path}: {why}", error.strerror
-            raise StoreError(words, path=path + "-duty", why=why) from None
-        store = Store(await aiosqlite.connect(path, isolation_level=None), file, due)
-        undo.push_async_callback(store.batch.close)
-        try:
+        with store_errors(path + "-duty"):
+            due = read_due(file)
+        with store_errors(path):
+            db = await aiosqlite.connect(path, isolation_level=None)
+            store = Store(db, file, due)
+            stack.push_async_callback(store.batch.close)
             # Checked before anything is written. This reads the whole file.
             is_small = os.path.getsize(path) <= CHECK_BYTES
             check = await store.rows("PRAGMA quick_check(1)") if is_small else []
             if check not in ([], [("ok",)]):
                 words, why = "database {path}: corrupt: {why}", check[0][0].split()
                 raise StoreError(words, path=path, why=" ".join(why))
-            await store.db.executescript(PRAGMAS)
+            await db.executescript(PRAGMAS)
             await store.migrate()
             await store.truncate_wal()
             with contextlib.suppress(OSError):  # full: it is written again when needed
-                await store.batch.call(write_due, file, store.due)
+                await store.batch.call(write_due, file, due)
             await store.forget_due()
-        except sqlite3.Error as error:
-            words, why = "database {path}: {why}", str(error)
-            raise StoreError(words, path=path, why=why) from None
-        store.close = undo.pop_all().aclose
-        return store
+        yield store
 
 
 # ---------------------------------------------------------------------------
@@ -4739,7 +4738,7 @@ DELTA_CHARS = 500  # what is appended at once; between two pieces others have a 
 
 
 class Bot:
-    """The bot of one account. `open_bot` opens it; `close` ends all that goes on."""
+    """The bot of one account. `open_server` opens it; `close` ends all that goes on."""
 
     def __init__(
         self,
@@ -4871,7 +4870,7 @@ class Bot:
                 # Storing a question has extended the session.
                 is_question = isinstance(source, TurnPart) and source.part.number == 0
                 if delivery.session and message.msg_type != "event" and not is_question:
-                    await self.store.touch_session(delivery.session.id, time.time())
+                    self.store.touch_session(delivery.session.id, time.time())
         finally:
             delivery.source = source
             subscriber.news.look()
@@ -5010,8 +5009,9 @@ class Bot:
                 unsent = await self.store.next_unsent(openid, session_id, since)
                 return await self.unsent_source(delivery, unsent) if unsent else None
             case "retry":
-                turn = await self.store.newest_failed(openid, since)
-                return await self.retry(delivery, turn)
+                newest = await self.store.turns_of(openid, 2**62, 1)
+                late = next((t for t in newest if t.created_at > since), None)
+                return await self.retry(delivery, late)
             case "forget":
                 return await self.confirm_forget(delivery)
             case "resume" if session and session.late_text:
@@ -5033,7 +5033,7 @@ class Bot:
         """Return part N of this subscriber: the same text again if it was sent."""
         part = await self.store.part(delivery.message.openid, number)
         if part and part.reply is not None:
-            await self.store.note(delivery.message.openid, shown_turn=part.turn_id)
+            self.store.note(delivery.message.openid, shown_turn=part.turn_id)
             return Reply(part.reply, int(time.time()))
         source = await self.source_of(part) if part else None
         return source or self.texts.no_part.format(number=number)
@@ -5095,7 +5095,7 @@ class Bot:
         if hours and now - delivery.hinted_at < hours * 3600:
             return self.leave_alone(delivery, f"a hint was sent within {hours:g} h")
         if hours:
-            await self.store.note(delivery.message.openid, hinted_at=now)
+            self.store.note(delivery.message.openid, hinted_at=now)
         return self.tappable(replies.outside)
 
     async def open_session(self, delivery: Delivery, assistant: str) -> None:
@@ -5140,8 +5140,9 @@ class Bot:
             asked=0 if before else 1,  # it goes to the upstream at once
             assistant=session.assistant,
         )
-        most, cookie_hash = limits.questions_per_day, delivery.cookie_hash
-        if not await self.store.add_turn(turn, most, limits.all_per_day, cookie_hash):
+        chars, cookie_hash = self.config.session.context_chars, delivery.cookie_hash
+        most, of_all = limits.questions_per_day, limits.all_per_day
+        if not await self.store.add_turn(turn, chars, most, of_all, cookie_hash):
             if cookie_hash and not await self.store.device_owner(cookie_hash):
                 return self.texts.page_signed_out
             asked = await self.store.questions_of_day(turn.openid, turn.created_at)
@@ -5226,12 +5227,14 @@ class Bot:
         fetched: contextlib.AbstractAsyncContextManager[list[Picture]]
         fetched = self.pictures.fetch_all(urls) if urls else contextlib.nullcontext([])
         async with self.slots, fetched as pictures:
+            if turn.context is None:  # it has waited, or is asked again after a restart
+                chars = self.config.session.context_chars
+                await self.store.count_asking(turn, chars)
             # What a model gets: the prompt, the session so far, the question.
             messages: list[dict] = []
             if settings.system_prompt:
                 messages.append({"role": "system", "content": settings.system_prompt})
-            chars = self.config.session.context_chars
-            for question, answer in await self.store.history(turn, chars):
+            for question, answer in reversed(turn.context or []):
                 messages.append({"role": "user", "content": question})
                 messages.append({"role": "assistant", "content": answer})
             content: str | list[dict] = turn.question
@@ -5240,8 +5243,6 @@ class Bot:
                 shown = [{"url": picture, "detail": "low"} for picture in pictures]
                 content += [{"type": "image_url", "image_url": one} for one in shown]
             messages.append({"role": "user", "content": content})
-            if turn.earlier is not None or not turn.asked:
-                await self.store.count_asking(turn.id)
             within = settings.fallback_after or None if fallback else None
             try:
                 return await self.ask_model(turn, turn.assistant, messages, within)
@@ -5670,10 +5671,11 @@ class Bot:
 
     async def confirm_forget(self, delivery: Delivery) -> str | None:
         """Delete all about the sender; None if they did not ask for it before."""
-        asked_at = await self.store.forget_asked_at(delivery.message.openid)
-        if not asked_at:
+        message, now = delivery.message, time.time()
+        recalled = await self.store.recall(message.key, message.openid, now)
+        if not recalled.forget_asked_at:
             return None
-        if time.time() - asked_at > FORGET_SECONDS:
+        if now - recalled.forget_asked_at > FORGET_SECONDS:
             return self.texts.forget_late
         reply = self.texts.forgotten.format(tap=tap_link("/chatgpt"))
         return await self.forget_all(delivery, reply)
@@ -5744,9 +5746,9 @@ class Bot:
         turn, subscriber = source.turn, delivery.subscriber
         if not subscriber.is_told:  # the words stood above the field
             subscriber.is_told = True
-            await self.store.note(openid, told_at=time.time())
+            self.store.note(openid, told_at=time.time())
         part = subscriber.offer(turn.id, 0)  # nobody may stay on the page for it
-        await self.store.offer_unread(openid, part, time.time())
+        self.store.offer_unread(openid, part, time.time())
         subscriber.to_mention.setdefault(turn.id, (part.number, turn.question))
         return source
 
@@ -6674,8 +6676,8 @@ async def asking_of(
 ) -> Asking:
     """Return what a page needs to ask for a device's subscriber."""
     newest = await bot.newest_session(device.openid)
-    is_told = await bot.store.was_told(device.openid)
-    return Asking(device.token, *newest, is_told, typed, refusal)
+    recalled = await bot.store.recall("", device.openid, time.time())
+    return Asking(device.token, *newest, recalled.is_told, typed, refusal)
 
 
 @a_few_at_once
@@ -7096,18 +7098,6 @@ def make_blocked(config: Config) -> BlockedWords:
     return blocked
 
 
-@contextlib.asynccontextmanager
-async def open_bot(config: Config) -> AsyncIterator[Bot]:
-    """Open everything that lives as long as the process, closed in reverse order."""
-    async with contextlib.AsyncExitStack() as stack:
-        store = await open_store(config.database.path)
-        stack.push_async_callback(store.close)
-        chat = await stack.enter_async_context(open_chat(config))
-        bot = Bot(config, store, *chat, make_blocked(config), make_cipher(config))
-        stack.push_async_callback(bot.close)
-        yield bot
-
-
 def make_app(bot: Bot) -> web.Application:
     """Return the application with all its routes."""
     app = web.Application(client_max_size=BODY_BYTES, middlewares=[refuse_kindly])
@@ -7236,8 +7226,16 @@ async def stop_listening(runner: web.AppRunner, listener: socket.socket) -> None
 
 @contextlib.asynccontextmanager
 async def open_server(config: Config) -> AsyncIterator[tuple[Bot, int]]:
-    """Serve inside the block, which gets the bot and the port."""
-    async with open_bot(config) as bot:
+    """Serve inside the block, which gets the bot and the port.
+
+    All that lives as long as the process is opened here, and closed in reverse order.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        store = await stack.enter_async_context(open_store(config.database.path))
+        chat = await stack.enter_async_context(open_chat(config))
+        bot = Bot(config, store, *chat, make_blocked(config), make_cipher(config))
+        stack.push_async_callback(bot.close)
+        loop = bot.tasks.loop
         runner = web.AppRunner(
             make_app(bot),
             access_log=None,
@@ -7249,18 +7247,17 @@ async def open_server(config: Config) -> AsyncIterator[tuple[Bot, int]]:
             shutdown_timeout=GRACE_SECONDS + LINGER_SECONDS,
         )
         await runner.setup()
-        try:
-            listener = listen(config.server.host, config.server.port)
-            site = web.SockSite(runner, listener, backlog=BACKLOG)
-            await bot.resume_turns()  # before a retry can ask for one of them
-            await site.start()
-            for work in (bot.keep_saving(), bot.keep_pruning(), keep_watchdog()):
-                bot.tasks.start(work, "upkeep")
-            yield bot, runner.addresses[0][1]
-            await stop_listening(runner, listener)
-        finally:
-            bot.end_waits(bot.tasks.loop.time() + GRACE_SECONDS - LINGER_SECONDS)
-            await runner.cleanup()
+        stack.push_async_callback(runner.cleanup)
+        grace = GRACE_SECONDS - LINGER_SECONDS
+        stack.callback(lambda: bot.end_waits(loop.time() + grace))
+        listener = listen(config.server.host, config.server.port)
+        site = web.SockSite(runner, listener, backlog=BACKLOG)
+        await bot.resume_turns()  # before a retry can ask for one of them
+        await site.start()
+        for work in (bot.keep_saving(), bot.keep_pruning(), keep_watchdog()):
+            bot.tasks.start(work, "upkeep")
+        yield bot, runner.addresses[0][1]
+        await stop_listening(runner, listener)
 
 
 class JournalFormatter(logging.Formatter):

@@ -13,7 +13,7 @@ from owner.layout import COLUMNS as SCREEN
 from owner.layout import pad, width_of, wrap
 from owner.service import missing
 from owner.words import tell
-from wxgpt import BEIJING, Config, beijing_day, print_error
+from wxgpt import BEIJING, Config, clock, print_error
 
 FAILED_STATES = ("failed", "broken", "blocked")
 DELIVERED = ("1", "2", "3", "part", "page", "lost", "none")
@@ -144,7 +144,7 @@ def gather_stats(config: Config, days: int, is_full: bool) -> dict[str, object]:
     by_day, by_openid = collections.defaultdict(list), collections.defaultdict(list)
     by_model = collections.defaultdict(list)
     for row in rows:
-        by_day[beijing_day(row["created_at"])].append(row)
+        by_day[clock(row["created_at"], "%Y-%m-%d")].append(row)
         by_openid[row["openid"]].append(row)
         by_model[row["model"] or "-"].append(row)  # none of them has answered
     failed = [row["reason"] or row["state"] for row in rows]

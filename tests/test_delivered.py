@@ -6,7 +6,7 @@ import sqlite3
 
 import pytest
 
-from conftest import ANN, LONG, TEXTS, UNIT, with_session
+from conftest import ANN, LONG, TEXTS, UNIT, rows, with_session
 from fake_openai import Script, says
 from waiting import limit
 
@@ -30,6 +30,14 @@ async def test_by_the_attempt_that_took_it(server, upstream, delivered):
     upstream.will(says("想好了。", after=UNIT * 1.4))
     assert (await server.ask("慢问题")).attempt == 2
     await delivered("1", "2")
+
+
+async def test_a_stop_just_after_it_loses_nothing(spawn, settings):
+    """What may wait a moment to be stored is stored before the process ends."""
+    server, process = await spawn()
+    await server.ask("/chatgpt 快问题")
+    assert await process.end() == 0
+    assert rows(settings["database"]["path"], "SELECT delivered FROM turn") == [("1",)]
 
 
 async def test_by_a_part_when_the_reply_had_only_patience(server, upstream, delivered):

@@ -90,20 +90,6 @@ async def test_a_new_day_begins_at_midnight(open_for, upstream, database):
     assert (await server.ask("二")).text.startswith("你好！")
 
 
-@pytest.mark.parametrize(
-    ("utc", "day"),
-    [
-        ("2026-03-01T15:59:59+00:00", "2026-03-01"),
-        ("2026-03-01T16:00:00+00:00", "2026-03-02"),
-        ("2025-12-31T16:00:00+00:00", "2026-01-01"),
-    ],
-)
-def test_midnight_is_beijings(utc, day):
-    """The day changes at 16:00 UTC, wherever the server stands."""
-    seconds = datetime.datetime.fromisoformat(utc).timestamp()
-    assert wxgpt.beijing_day(seconds) == day
-
-
 async def test_what_is_no_new_question_does_not_count(open_for, upstream):
     """Commands, parts, copies and pictures are free."""
     server = await open_for(ANN, questions_per_day=2)

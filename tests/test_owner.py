@@ -676,7 +676,8 @@ async def test_a_database_that_keeps_wxgpt_from_starting_is_said(
 ):
     """The start says it too, but the owner asks `check` why nothing answers."""
     path = pathlib.Path(settings["database"]["path"])
-    await (await open_store(str(path))).close()
+    async with open_store(str(path)):
+        pass
     if break_it:
         with contextlib.closing(sqlite3.connect(path)) as db:
             db.execute(break_it)

@@ -5,16 +5,19 @@ then says whether a table that grows would be read from end to end, or rows be s
 """
 
 import asyncio
+import datetime
 import inspect
 import re
 import sqlite3
 import threading
 import time
+from unittest.mock import Mock
 
 import aiosqlite
 import pytest
 
 import wxgpt
+from conftest import with_session
 from waiting import within
 
 ANN = "oAnn7Zt1BvK9mHdLr3PwYc8SgNf2"
@@ -25,14 +28,13 @@ NOW = time.time()
 @pytest.fixture
 async def store(tmp_path):
     """A new database with one question."""
-    store = await wxgpt.open_store(str(tmp_path / "test.db"))
-    await store.start_session(ANN, "chatgpt", NOW)
-    await store.add_turn(question(0), 100, 2000)
-    yield store
-    await store.close()
+    async with wxgpt.open_store(str(tmp_path / "test.db")) as store:
+        await store.start_session(ANN, "chatgpt", NOW)
+        await store.add_turn(question(0), 12000, 100, 2000)
+        yield store
 
 
-def question(number=1, asked=1):
+def question(number=1, created_at=NOW):
     """Return a question that is not stored yet."""
     return wxgpt.Turn(
         id=0,
@@ -42,8 +44,8 @@ def question(number=1, asked=1):
         link_key=f"link{number}",
         question="今天吃什么？",
         pictures=None,
-        created_at=NOW,
-        asked=asked,
+        created_at=created_at,
+        asked=1,
         assistant="chatgpt",
     )
 
@@ -72,19 +74,17 @@ CALLS = {
     "end_session": lambda s: s.end_session(1, NOW),
     "touch_session": lambda s: s.touch_session(1, NOW),
     "note": lambda s: s.note(ANN, told_at=NOW),
-    "was_told": lambda s: s.was_told(ANN),
     "keep_late_text": lambda s: s.keep_late_text(1, "然后呢"),
-    "add_turn": lambda s: s.add_turn(question(), 100, 2000),
+    "add_turn": lambda s: s.add_turn(question(), 12000, 100, 2000),
     "questions_of_day": lambda s: s.questions_of_day(ANN, NOW),
-    "count_asking": lambda s: s.count_asking(1),
+    "count_asking": lambda s: s.count_asking(question(), 12000),
     "save_texts": lambda s: s.save_texts([question(1), question(2)]),
     "begin_anew": lambda s: s.begin_anew(1),
     "finish_turn": lambda s: s.finish_turn(question(), END),
-    "history": lambda s: s.history(question(), 12000),
     "turn": lambda s: s.turn(1),
     "turn_by_link": lambda s: s.turn_by_link("link1"),
     "open_turns": lambda s: s.open_turns(),
-    "newest_failed": lambda s: s.newest_failed(ANN, NOW - 60),
+    "newest": lambda s: s.turns_of(ANN, 2**62, 1),
     "turns_of": lambda s: s.turns_of(ANN, 2**62, 51),
     "part": lambda s: s.part(ANN, 1),
     "unsent_part": lambda s: s.unsent_part(1),
@@ -113,6 +113,12 @@ def faults(plan):
     return [step for step in plan if re.match(scans, step) or "TEMP B-TREE" in step]
 
 
+async def until_delivered(database):
+    """Wait until it is noted how each answer was delivered."""
+    while database("SELECT 1 FROM turn WHERE delivered IS NULL"):
+        await asyncio.sleep(0.02)
+
+
 @pytest.mark.parametrize("name", CALLS)
 async def test_no_statement_reads_a_table_from_end_to_end_or_sorts(store, name):
     """Each statement finds its rows by an index and in the order it wants them."""
@@ -130,8 +136,7 @@ async def test_whole_indexes_are_read_for_unfinished_turns_alone(store):
         for query in await statements_of(store, call):
             plan = [row[-1] for row in await store.rows(f"EXPLAIN QUERY PLAN {query}")]
             found |= {s: name for s in plan if re.match("SCAN .* USING", s)}
-    unfinished = ("turn_open", "turn_open_by_session")
-    assert set(found) <= {f"SCAN turn USING INDEX {name}" for name in unfinished}
+    assert set(found) == {"SCAN turn USING INDEX turn_open_by_session"}
 
 
 async def test_aiosqlite_runs_a_function_of_ours_in_its_thread(store):
@@ -148,6 +153,38 @@ async def test_aiosqlite_runs_a_function_of_ours_in_its_thread(store):
     kind, thread, value = await store.batch.call(where, "given")
     assert kind is sqlite3.Connection and value == "given"
     assert thread != threading.current_thread().name
+
+
+@pytest.mark.parametrize(
+    ("utc", "day"),
+    [
+        ("2026-03-01T15:59:59+00:00", "2026-03-01"),
+        ("2026-03-01T16:00:00+00:00", "2026-03-02"),
+        ("2025-12-31T16:00:00+00:00", "2026-01-01"),
+    ],
+)
+async def test_midnight_is_beijings(store, utc, day):
+    """A question counts on the day that changes at 16:00 UTC, wherever it is served."""
+    seconds = datetime.datetime.fromisoformat(utc).timestamp()
+    await store.add_turn(question(created_at=seconds), 12000, 100, 2000)
+    query = "SELECT DISTINCT day FROM quota WHERE day = :day"
+    assert await store.rows(query, day=day) == [(day,)]
+    assert await store.questions_of_day(ANN, seconds) == 1
+
+
+async def test_a_short_question_takes_four_hops_to_the_database(
+    serve, database, monkeypatch
+):
+    """What is known, the question, its end with the reply; and a note, if none follows."""
+    monkeypatch.setattr(wxgpt, "SAVE_SECONDS", 3600)  # texts so far take hops, too
+    server = await with_session(serve)
+    batch = server.bot.store.batch
+    await server.ask("在吗？")
+    await within(10, "note of the delivery", until_delivered(database))
+    monkeypatch.setattr(batch, "call", hops := Mock(wraps=batch.call))
+    await server.ask("好吗？")
+    await within(10, "note of the delivery", until_delivered(database))
+    assert hops.call_count <= 4
 
 
 async def test_a_commit_waits_for_the_disk(store):
@@ -167,6 +204,5 @@ async def test_a_statement_that_fails_costs_those_beside_it_nothing(store):
     ended = asyncio.gather(*others, return_exceptions=True)
     one, failed, two = await within(10, "end of three jobs", ended)
     assert (one, two) == ([[]], [[]]) and isinstance(failed, sqlite3.IntegrityError)
-    assert (
-        await store.forget_asked_at(ANN) == await store.forget_asked_at("oBob") == NOW
-    )
+    for openid in (ANN, "oBob"):
+        assert (await store.recall("", openid, NOW)).forget_asked_at == NOW

@@ -120,7 +120,6 @@ async def test_both_versions_end_in_the_same_schema(settings, tmp_path):
     first_version(old)
     schemas = []
     for path in (old, new):
-        store = await wxgpt.open_store(path)
-        schemas.append(await store.rows("SELECT name, sql FROM sqlite_schema"))
-        await store.close()
+        async with wxgpt.open_store(path) as store:
+            schemas.append(await store.rows("SELECT name, sql FROM sqlite_schema"))
     assert sorted(map(str, schemas[0])) == sorted(map(str, schemas[1]))

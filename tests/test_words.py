@@ -95,9 +95,10 @@ async def test_a_full_reply_leaves_the_privacy_words_to_the_next(spawn, upstream
 async def test_who_read_the_privacy_words_on_a_page_is_not_told_again(serve):
     """A page can ask and note it."""
     server = await serve()
-    assert not await server.bot.store.was_told(ANN)
-    await server.bot.store.note(ANN, told_at=time.time())
-    assert await server.bot.store.was_told(ANN)
+    store, now = server.bot.store, time.time()
+    assert not (await store.recall("", ANN, now)).is_told
+    await store.note(ANN, told_at=now)
+    assert (await store.recall("", ANN, now)).is_told
     assert (await server.ask("/chatgpt")).text == shown("opened", assistant="chatgpt")
 
 
