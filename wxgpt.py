@@ -6664,13 +6664,11 @@ async def send_page(
 ) -> web.StreamResponse:
     """Make a subscriber's page and send it, when it is its turn.
 
-    Few pages are made at once, and two of a subscriber made or sent. One that is being
-    sent takes room of PAGE_BYTES instead of a place: slow readers stop nobody.
+    PAGES_AT_ONCE are made at the same time, and two of a subscriber made or sent. While
+    one is sent it takes room of PAGE_BYTES, not a place: slow readers hold up nobody.
     """
     bot = request.app[BOT]
-    subscriber = bot.subscriber(
-        openid
-    )  # forgotten, with its places, if nobody holds it
+    subscriber = bot.subscriber(openid)  # held, or its places would be forgotten
     async with subscriber.pages:
         async with bot.pages, asyncio.timeout(PAGE_SECONDS):
             response = await make()
@@ -6739,7 +6737,7 @@ class Viewer:
     def __init__(self, last: str) -> None:
         # `last`: the id of the newest event it got, WRITING:DONE as in LivePage, or ''.
         self.writing, _, done = last.partition(":")  # whose blocks it has; '': none
-        self.done = whole_number(done, 0)  # so many of them were final: it keeps these
+        self.done = whole_number(done, 0)  # how many of them are final and stay
         self.extent = 0, False  # of what it was shown, as in LivePage
         self.is_queued: bool | None = None  # what its page says; None: nothing yet
 
@@ -7474,7 +7472,7 @@ def main() -> int:
         print_error(error)
         return 2
     except ModuleNotFoundError as error:  # wxgpt.py was copied without owner/
-        line = "the program is not whole ({why}): get it anew"
+        line = "the installation is incomplete ({why}): download it again"
         print_error(OwnerError(line, why=str(error)))
         return 1
     except KeyboardInterrupt:
