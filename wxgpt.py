@@ -5903,7 +5903,7 @@ ASSETS = """page.css notice.css history.css ask.css
 RENDER_CHARS = 32_768  # the rest of a longer answer stays plain: rendering takes time
 PLAIN_CHARS = 8192  # of that rest in one block
 FOLD_CHARS = 300  # longer answers are folded in the history, and typeset when opened
-UNFOLDED_CHARS = 20_000  # in all, of the newest session's long answers
+UNFOLDED_CHARS = 20_000  # of the newest session; its answers beyond are folded, too
 HISTORY_COUNT = 50
 FOUND_COUNT = 20  # on a page of what a search found
 EVENT_CHARS = 32_768  # in one event of a stream, unless a single block has more
@@ -5943,7 +5943,7 @@ HIGHLIGHT_CHARS = 20_000  # a longer block of code stays plain
 
 @functools.cache
 def code_rules() -> dict[str, re.Pattern[str]]:
-    """Return by a language's name what finds its tokens, and signs to escape."""
+    """Return by a language's name the pattern of its tokens and of signs to escape."""
     rules: dict[str, re.Pattern[str]] = {}
     for table in read_toml(PAGES / "code.toml")["languages"]:
         words, flags = "|".join(table.get("words", "").split()), table.get("flags", "")
@@ -5970,7 +5970,7 @@ def highlight(code: str, info: str) -> str:
 
 
 def clock(seconds: float, form: str = "%Y-%m-%d %H:%M") -> str:
-    """Return a time in China."""
+    """Return a time as the clocks in China show it."""
     return datetime.datetime.fromtimestamp(seconds, BEIJING).strftime(form)
 
 
@@ -6844,7 +6844,6 @@ async def make_history(
     On a device there is a field to ask, with what was `typed` there and refused.
     """
     bot, query, openid = request.app[BOT], request.query, visitor.openid
-    # What stands on the page.
     only = whole_number(query.get("only", ""), -1)
     if only >= 0:
         turns = await bot.store.turns_of(openid, only + 1, 1)
@@ -6857,8 +6856,7 @@ async def make_history(
         turns.pop()
         older = turns[-1].id
     turns = [bot.turns.get(turn.id, turn) for turn in turns]
-    # Live or typeset is what is not folded: what is short, or of the newest session,
-    # which is shown as the conversation it is.
+    # What is long is folded, but not in the newest session: one goes on reading there.
     made: dict[int, ShownExchange] = {}
     ended: list[Turn] = []
     chars = 0
@@ -6972,7 +6970,7 @@ async def export(request: web.Request) -> web.StreamResponse:
     response = web.StreamResponse(headers=headers)
     host = yarl.URL(bot.config.public_url).host
     head = render(bot, "export.md", turns=[], host=host)
-    subscriber = bot.subscriber(visitor.openid)
+    subscriber = bot.subscriber(visitor.openid)  # held, as in send_page
     async with subscriber.pages, bot.exports, asyncio.timeout(PAGE_SECONDS):
         await response.prepare(request)
         await response.write(head.encode())
