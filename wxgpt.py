@@ -30,8 +30,8 @@ stand in the order of the path:
     in the question's task:  Bot.converse -> ask_models -> ChatClient.stream
                              -> Turn.append -> Store.finish_turn
 
-A question from a subscriber's own page comes by ask_on_page -> Bot.ask_here and goes
-the same way from Bot.find_source on; its answer is read on the page.
+A question from a subscriber's own page comes by submit_question -> Bot.ask_here and
+goes the same way from Bot.find_source on; its answer is read on the page.
 
 A request only waits and a task only writes. They meet in a Delivery (the requests of
 one message and the one reply they all get) and in a Turn (a question and its answer,
@@ -872,10 +872,15 @@ def cdata(text: str) -> str:
 WECHAT_AI = "\ufdd3"
 
 
+SUCCESS = (
+    b"success"  # ends WeChat's retries; an empty Content would show its error text
+)
+
+
 def render_text_reply(message: Message, content: str, created: int) -> bytes:
     """Return the passive reply's body: XML, or `success` for an empty content."""
     if not content:
-        return b"success"  # WeChat shows its error text for an empty Content
+        return SUCCESS
     kind = f"<MsgType><![CDATA[text]]></MsgType><Content>{cdata(content)}</Content>"
     if content == WECHAT_AI:
         kind = "<MsgType><![CDATA[transfer_biz_ai_ivr]]></MsgType>"
@@ -5887,23 +5892,24 @@ def check_commands(config: Config, mistakes: Mistakes) -> None:
 #
 # Minimal HTML for a phone, with no outside resource. Without script, a pending answer
 # reloads itself every three seconds. How pages look is in pages/; here records become
-# what the templates there ask for.
+# what the templates there ask for. An answer becomes blocks, each one HTML element; one
+# that grows is typeset block by block, once for all who follow it (LivePage).
 # ---------------------------------------------------------------------------
 
 PAGES = pathlib.Path(__file__).with_name("pages")
 TEMPLATES = """page.html parts.html blocks.html answer.html history.html found.html
     sign_in.html error.html export.md""".split()
-# What a page has of style and script; it takes no more of them than it needs.
-PIECES = """page.css notice.css history.css ask.css
+# Each page holds those that it needs, so that one request brings it whole.
+ASSETS = """page.css notice.css history.css ask.css
     page.js live.js ask.js fold.js found.js sign_in.js""".split()
 RENDER_CHARS = 32_768  # the rest of a longer answer stays plain: rendering takes time
 PLAIN_CHARS = 8192  # of that rest in one block
 FOLD_CHARS = 300  # longer answers are folded in the history, and typeset when opened
-OPEN_CHARS = 20_000  # of the newest session's answers that are not folded
+UNFOLDED_CHARS = 20_000  # of the newest session; its answers beyond are folded, too
 HISTORY_COUNT = 50
 FOUND_COUNT = 20  # on a page of what a search found
 EVENT_CHARS = 32_768  # in one event of a stream, unless a single block has more
-RECONNECT_MS = 1000  # how long a viewer waits whose stream was lost
+RECONNECT_MS = 1000  # how long a viewer waits after its stream broke off
 
 
 def element(tag: str, words: str, kind: str = "") -> str:
@@ -5916,9 +5922,10 @@ SHORT_CELL = 8  # characters of a table's cell that are not broken into lines
 
 
 def fix_tokens(tokens: list[Token], above: int, level: int) -> int:
-    """Leave no heading level out and no header cell empty, for screen readers.
+    """Let no heading skip a level and no header cell be empty, for screen readers.
 
-    `level` is that of the heading before these tokens; return that of their last one.
+    `above` is the level of the heading that the answer stands under, `level` that of
+    the heading before these tokens; return the level of their last one.
     """
     for token, content, end in zip(tokens, tokens[1:], tokens[2:], strict=False):
         if token.type == "heading_open":
@@ -5933,12 +5940,12 @@ def fix_tokens(tokens: list[Token], above: int, level: int) -> int:
     return level
 
 
-COLOURED_CHARS = 20_000  # a longer block of code stays plain
+HIGHLIGHT_CHARS = 20_000  # a longer block of code stays plain
 
 
 @functools.cache
 def code_rules() -> dict[str, re.Pattern[str]]:
-    """Return by a language's name what finds its tokens, and signs to escape."""
+    """Return by a language's name the pattern of its tokens and of signs to escape."""
     rules: dict[str, re.Pattern[str]] = {}
     for table in read_toml(PAGES / "code.toml")["languages"]:
         words, flags = "|".join(table.get("words", "").split()), table.get("flags", "")
@@ -5951,10 +5958,10 @@ def code_rules() -> dict[str, re.Pattern[str]]:
     return rules
 
 
-def coloured(code: str, info: str) -> str:
+def highlight(code: str, info: str) -> str:
     """Return code as HTML, its comments, strings, numbers and keywords in spans."""
     language = re.split(r"[^\w+#]", info.strip().lower())[0]
-    if language not in code_rules() or len(code) > COLOURED_CHARS:
+    if language not in code_rules() or len(code) > HIGHLIGHT_CHARS:
         return html.escape(code)
 
     def as_html(found: re.Match[str]) -> str:
@@ -5965,7 +5972,7 @@ def coloured(code: str, info: str) -> str:
 
 
 def clock(seconds: float, form: str = "%Y-%m-%d %H:%M") -> str:
-    """Return a time as people in China read it."""
+    """Return a time as the clocks in China show it."""
     return datetime.datetime.fromtimestamp(seconds, BEIJING).strftime(form)
 
 
@@ -5983,21 +5990,21 @@ def day_and_time(seconds: float) -> str:
 def preview(markdown: str, blocked: BlockedWords) -> str:
     """Return the beginning of a long answer in one line, up to its code or table.
 
-    As it was written, which was compared, if without its marks it has a blocked word.
+    Its marks stay if a blocked word would appear without them.
     """
     begin = re.split(r"\n(?:```|~~~|\|)", markdown[:FOLD_CHARS].strip())[0]
     text = re.sub(r"（https?://[^）]*）|(?<=]) https?://[!-~]*", "", chat_text(begin))
     return excerpt(begin if blocked.are_in(text) else text.replace("】", "】 "), 80)
 
 
-SEARCH_CHARS, SEARCH_WORDS = 100, 9  # of what is looked for
-SNIPPET_CHARS = 80  # shown after the first of them
+SEARCH_CHARS, SEARCH_WORDS = 100, 9  # looked for at most
+SNIPPET_CHARS = 80  # shown of a text around the first word found
 
 
 def snippet(text: str, words: list[str], blocked: BlockedWords) -> Markup:
-    """Return the place in a text where the words begin, as a line with them marked.
+    """Return a line of a text around the first of the words, with all of them marked.
 
-    Its own marks stay if a word would be lost with them, or a blocked one appear.
+    Its Markdown stays if without it no word were left, or a blocked one appeared.
     """
     longest_first = sorted(words, key=len, reverse=True)
     pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})", re.IGNORECASE)
@@ -6012,14 +6019,18 @@ def snippet(text: str, words: list[str], blocked: BlockedWords) -> Markup:
     return Markup("".join(marked))
 
 
-COMMENT = r"(?ms)^\s*(//[^\n]*|/\*((?!\*/).)*\*/)\s*$|  // [^\n]*"
+ASSET_COMMENT = r"(?ms)^\s*(//[^\n]*|/\*((?!\*/).)*\*/)\s*$|  // [^\n]*"
 # A string of a script, or a sign that needs no spaces around it.
 SCRIPT_SIGN = r"('[^'\n]*'|`[^`]*`)| *([=,{}()?:&|<>]+) *"
 
 
-def minified(path: pathlib.Path) -> Markup:
-    """Return a style or script without comments, indents and spaces between signs."""
-    text = re.sub(r"(?m)^\s+", "", re.sub(COMMENT, "", path.read_text("utf-8")))
+def minify(path: pathlib.Path) -> Markup:
+    """Return a style or script without comments, indents and spaces between signs.
+
+    Pages are sent uncompressed with all they need: this takes a third of it away, which
+    keeps a live page under 15 KB, all others under 12.
+    """
+    text = re.sub(r"(?m)^\s+", "", re.sub(ASSET_COMMENT, "", path.read_text("utf-8")))
     if path.suffix == ".css":
         text = re.sub(r"\s*([{},;>]|:(?= ))\s*", r"\1", text).replace(";}", "}")
     else:
@@ -6027,8 +6038,8 @@ def minified(path: pathlib.Path) -> Markup:
     return Markup(text)
 
 
-def closed(markdown: str) -> str:
-    """Return an answer with its code closed: it may have broken off in it."""
+def close_fence(markdown: str) -> str:
+    """Return an answer with its last code closed: it may have broken off there."""
     fences = re.findall(r"(?m)^[ \t]*(`{3,}|~{3,})", markdown)
     return markdown + "\n" + fences[-1] if len(fences) % 2 else markdown
 
@@ -6037,8 +6048,8 @@ def closed(markdown: str) -> str:
 def load_pages() -> jinja2.Environment:
     """Return the templates; raise ConfigError if one is missing or cannot be parsed.
 
-    First called at the start; files changed later wait for the next start. Compiling
-    all of them would take a tenth of it: each waits until it is shown.
+    First called at the start; files changed later wait for the next start. All are
+    parsed, but each is compiled when first shown: all at once take a tenth of a start.
     """
     folder = jinja2.FileSystemLoader(PAGES)
     pages = jinja2.Environment(
@@ -6048,13 +6059,13 @@ def load_pages() -> jinja2.Environment:
         lstrip_blocks=True,
         auto_reload=False,
     )
-    for one in (clock, day_and_time, excerpt, preview, closed, snippet, coloured):
+    for one in (clock, day_and_time, excerpt, preview, close_fence, snippet, highlight):
         pages.filters[one.__name__] = one
     pages.globals |= {"ending_words": ending_words, "now": time.time}
     pages.globals |= {"random_hex": secrets.token_hex}
     try:
-        for name in PIECES:
-            pages.globals[name.replace(".", "_")] = minified(PAGES / name)
+        for name in ASSETS:
+            pages.globals[name.replace(".", "_")] = minify(PAGES / name)
         code_rules()
         formula_rules()
         sources = {name: folder.get_source(pages, name)[0] for name in TEMPLATES}
@@ -6073,7 +6084,8 @@ def load_pages() -> jinja2.Environment:
 
 
 MAX_FORMULAS = 500  # typeset on a page; each takes a fifth of a millisecond
-BOX = re.compile(r'<menclose notation="box">((?:(?!<menclose).)*?)</menclose>')
+BOXED = re.compile(r'<menclose notation="box">((?:(?!<menclose).)*?)</menclose>')
+# The library's renderer wants the options of its parser, which we do not use.
 RENDER_OPTIONS = MarkdownIt("zero", {"breaks": True}).options
 
 
@@ -6083,14 +6095,14 @@ def by_macro(macro: Callable, tokens: Sequence[Token], index: int, *_: object) -
 
 
 class AnswerRenderer(RendererHTML):
-    """Renders an answer; by methods and macros what the library renders otherwise."""
+    """The library's renderer, with methods and macros where we want other HTML."""
 
     def __init__(self, texts: Texts) -> None:
         super().__init__()
         blocks = load_pages().get_template("blocks.html")
-        self.made: Any = blocks.make_module({"texts": texts})  # its macros
+        self.macros: Any = blocks.make_module({"texts": texts})
         for name in ("link_open", "fence", "table_open", "table_close"):
-            self.rules[name] = types.MethodType(by_macro, getattr(self.made, name))
+            self.rules[name] = types.MethodType(by_macro, getattr(self.macros, name))
         self.formulas = 0  # so far
 
     def image(self, tokens: Sequence[Token], index: int, *_: object) -> str:
@@ -6099,7 +6111,7 @@ class AnswerRenderer(RendererHTML):
         source, label = str(token.attrGet("src")), Markup(html.escape(token.content))
         if DATA_PICTURE.fullmatch(source):
             return f'<img src="{source}" alt="{label}">'
-        return str(self.made.picture_link(source, label))
+        return str(self.macros.picture_link(source, label))
 
     def math_inline(self, tokens: Sequence[Token], index: int, *_: object) -> str:
         token = tokens[index]
@@ -6108,7 +6120,7 @@ class AnswerRenderer(RendererHTML):
         if self.formulas <= MAX_FORMULAS:
             if rendered := formula_mathml(token.content, is_block):
                 source = html.escape(token.content)
-                rendered = BOX.sub(r'<mrow class="boxed">\1</mrow>', rendered)
+                rendered = BOXED.sub(r'<mrow class="boxed">\1</mrow>', rendered)
                 return rendered.replace("<math ", f'<math data-copy="{source}" ', 1)
         written = token.markup + token.content + CLOSERS.get(token.markup, "")
         return element("code", written)
@@ -6117,14 +6129,14 @@ class AnswerRenderer(RendererHTML):
 
 
 def piece_end(text: str, begin: int, most: int) -> int:
-    """Return where a piece of a text ends, behind a line if the rest is too long."""
+    """Return where a piece of a text ends: after a line if the rest is too long."""
     if len(text) - begin <= most:
         return len(text)
     return text.rfind("\n", begin + most // 2, begin + most) + 1 or begin + most
 
 
 def split_blocks(tokens: list[Token]) -> list[list[Token]]:
-    """Return the tokens of each block, and at last those of one that is open."""
+    """Return the tokens of each block; the last list has those of one not complete."""
     blocks: list[list[Token]] = [[]]
     depth = 0
     for token in tokens:
@@ -6136,7 +6148,8 @@ def split_blocks(tokens: list[Token]) -> list[list[Token]]:
     return blocks
 
 
-MARKS = re.compile(r"[\s*#>|`~:+-]*|\s*\d{1,3}[.)]?\s*")  # all that a line has so far
+# A line of which no more has come: its next sign decides what the marks are.
+ONLY_MARKS = re.compile(r"[\s*#>|`~:+-]*|\s*\d{1,3}[.)]?\s*")
 
 
 class BlockRenderer:
@@ -6146,23 +6159,21 @@ class BlockRenderer:
     `above` is the level of the heading that the answer stands under.
     """
 
-    def __init__(
-        self, texts: Texts, above: int = 0, blocked: BlockedWords | None = None
-    ) -> None:
+    def __init__(self, texts: Texts, blocked: BlockedWords, above: int = 0) -> None:
         self.reader, self.renderer = MarkdownReader(), AnswerRenderer(texts)
-        self.blocked = blocked or BlockedWords("")
+        self.blocked = blocked
         self.above, self.level = above, max(above, 1)
         self.done: list[str] = []
         self.tokens: list[Token] = []  # of the block that is not done
-        self.begin = 0  # of what has not been read: the last line, or plain text
+        self.begin = 0  # where in the Markdown begins what has not been read
         self.is_plain = False
         self.seconds = 0.0  # of processor time for the last rendering
 
     def render(self, markdown: str, has_ended: bool) -> list[str]:
-        """Read what was added; return all blocks, as they are if the answer ends.
+        """Read what was added; return all blocks, the last of them as if it ended here.
 
-        Before that nobody has looked for blocked words in those that are not done: the
-        chat does not show yet what an open mark may change.
+        Until the answer ends, blocks that are not done are left out if they show a
+        blocked word: the chat, where words are looked for, does not show them yet.
         """
         began = time.thread_time()
         if not self.is_plain:
@@ -6186,7 +6197,7 @@ class BlockRenderer:
             rest = markdown[self.begin :]
             blocks = [element("p", rest, "plain")] if rest else []
         else:
-            blocks = self.open_blocks(markdown[self.begin :])
+            blocks = self.unfinished_blocks(markdown[self.begin :])
         if not has_ended and self.blocked.are_in_html("".join(blocks)):
             blocks = []
         self.seconds = time.thread_time() - began
@@ -6199,11 +6210,10 @@ class BlockRenderer:
             rendered = self.renderer.render(tokens, RENDER_OPTIONS, {})
         return str(rendered)
 
-    def open_blocks(self, line: str) -> list[str]:
-        """Return what is not done, and a line that is not complete."""
+    def unfinished_blocks(self, line: str) -> list[str]:
+        """Return the blocks that are not done, with a line that is not complete."""
         reader, formulas = self.reader.copy([]), self.renderer.formulas
-        # Marks alone become something else with the next sign.
-        reader.read("" if MARKS.fullmatch(line) else line, has_ended=True)
+        reader.read("" if ONLY_MARKS.fullmatch(line) else line, has_ended=True)
         fix_tokens(reader.tokens, self.above, self.level)
         *tokens, _ = split_blocks(self.tokens + reader.tokens)
         blocks = list(map(self.render_block, tokens))
@@ -6240,53 +6250,53 @@ def page_response(
 
 
 @dataclass(frozen=True, slots=True)
-class Asking:
-    """What a page needs to ask for its reader, who is signed in."""
+class AskForm:
+    """What a page's field to ask in needs, for a visitor who is signed in."""
 
     token: str  # proves that a form is ours, and of this device
     session: int  # that runs, 0: none
     assistant: str  # of the newest session
     opened_at: float
-    is_told: bool  # what happens to what they write
-    typed: str  # what could not be asked
+    is_told: bool  # has read what happens to what they write
+    typed: str  # and refused
     refusal: str
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
-    """An exchange on a page, with what is made for it."""
+class ShownExchange:
+    """An exchange as a page shows it."""
 
     turn: Turn
     blocks: list[str]  # of the typeset answer; none if it is folded
     text: str = ""  # what 复制全文 copies: as the chat would show both, with the label
-    is_live: bool = False  # it was being written when this was made
+    is_live: bool = False  # was being written when this was made
 
 
-def typeset(bot: Bot, turn: Turn, above: int = 0) -> Shown:
+def typeset(bot: Bot, turn: Turn, above: int = 0) -> ShownExchange:
     """Return an exchange whose answer has ended, for a page."""
     label = bot.config.replies.label
-    renderer = BlockRenderer(bot.config.texts, above, bot.blocked)
+    renderer = BlockRenderer(bot.config.texts, bot.blocked, above)
     blocks = renderer.render(turn.answer, has_ended=True)
     end = piece_end(turn.answer, 0, RENDER_CHARS)
     answer = chat_text(turn.answer[:end]) + turn.answer[end:]
-    return Shown(turn, blocks, f"{turn.question}\n\n{answer}\n{label}".strip())
+    return ShownExchange(turn, blocks, f"{turn.question}\n\n{answer}\n{label}".strip())
 
 
-def sse_event(data: dict, event: str = "", number: str = "") -> bytes:
+def sse_event(data: dict, event: str = "", event_id: str = "") -> bytes:
     """Return one event of an event stream."""
     lines = [f"event: {event}"] if event else []
-    lines += [f"id: {number}"] if number else []
+    lines += [f"id: {event_id}"] if event_id else []
     lines += [f"retry: {RECONNECT_MS}", f"data: {json.dumps(data, ensure_ascii=False)}"]
     return ("\n".join(lines) + "\n\n").encode()
 
 
 LIVE_SECONDS = 0.25  # at least, between two typesettings of an answer
-QUICK_SECONDS, QUICK_CHARS = 0.005, 1000  # what the loop may do itself
+QUICK_SECONDS, QUICK_CHARS = 0.005, 1000  # typeset in the loop; more in a thread
 FORMULA_SIGN = re.compile(r"[$\\]")  # a formula takes long, the first one most of all
 
 
-async def finished(bot: Bot, turn: Turn) -> Shown:
-    """Return an exchange whose answer has ended, made once for all who want it."""
+async def typeset_once(bot: Bot, turn: Turn) -> ShownExchange:
+    """Return an exchange whose answer has ended, typeset once for all who want it."""
     return await bot.work.once(("page", turn.id), typeset, bot, turn)
 
 
@@ -6295,12 +6305,12 @@ class LivePage:
 
     def __init__(self, bot: Bot, writing: str) -> None:
         self.writing = writing
-        self.renderer = BlockRenderer(bot.config.texts, blocked=bot.blocked)
+        self.renderer = BlockRenderer(bot.config.texts, bot.blocked)
         self.blocks: list[str] = []  # replaced, never changed
-        self.done = 0  # of the blocks; these stay as they are
-        self.shows = 0, False  # characters of the answer, and whether it has ended
-        self.next_at = 0.0  # when the next may be (loop's clock)
-        self.task: asyncio.Task | None = None  # typesets; no viewer cancels it
+        self.done = 0  # how many of the blocks are final
+        self.extent = 0, False  # Turn.extent of what the blocks show
+        self.next_at = 0.0  # when it may be typeset next (loop's clock)
+        self.task: asyncio.Task | None = None  # of `refresh`; no viewer cancels it
 
     async def refresh(self, bot: Bot, turn: Turn) -> None:
         """Typeset what was added; up to four times a second, in a thread if long."""
@@ -6308,24 +6318,25 @@ class LivePage:
         await asyncio.sleep(self.next_at - loop.time())
         self.next_at = loop.time() + LIVE_SECONDS
         if turn.page is not self:
-            return  # it is written anew, and this is nobody's
+            return  # the answer is written again, and nobody looks at this page
         text, has_ended = turn.answer, not turn.is_open
-        added = text[self.shows[0] :]
+        shown, _ = self.extent
+        added = text[shown:]
         is_quick = self.renderer.seconds < QUICK_SECONDS and len(added) < QUICK_CHARS
-        if has_ended and not self.shows[0]:
-            blocks = (await finished(bot, turn)).blocks
+        if has_ended and not shown:
+            blocks = (await typeset_once(bot, turn)).blocks
         elif is_quick and not FORMULA_SIGN.search(added):
             blocks = self.renderer.render(text, has_ended)
         else:
             blocks = await bot.work.run(self.renderer.render, text, has_ended)
         self.blocks, self.done = blocks, len(self.renderer.done)
-        self.shows = len(text), has_ended
+        self.extent = len(text), has_ended
         self.next_at = loop.time() + max(LIVE_SECONDS, 4 * self.renderer.seconds)
 
     def events(self, begin: int) -> Iterator[bytes]:
-        """Yield the events that bring the blocks from one on, so many as fit at once.
+        """Yield the events that replace all blocks from one on, EVENT_CHARS in each.
 
-        `more` says that the next one follows at once; nothing is taken away before.
+        `more` says that another follows at once; the viewer removes nothing before.
         """
         blocks, done, end = self.blocks, self.done, -1
         while end < len(blocks):
@@ -6335,61 +6346,69 @@ class LivePage:
                 end += 1
             more = {"more": True} if end < len(blocks) else {}
             data = {"keep": begin, "html": blocks[begin:end], **more}
-            yield sse_event(data, number=f"{self.writing}:{min(end, done)}")
+            yield sse_event(data, event_id=f"{self.writing}:{min(end, done)}")
             begin = end
 
 
 async def live_page(bot: Bot, turn: Turn) -> LivePage:
     """Return an answer typeset so far, as it is or was a moment ago."""
-    while True:
+    while True:  # once, or again when the answer was begun again meanwhile
         page = turn.page = turn.page or LivePage(bot, turn.writing)
-        if page.shows != turn.extent:
+        if page.extent != turn.extent:
             if not page.task or page.task.done():
                 page.task = bot.tasks.start(page.refresh(bot, turn), turn.name)
             await asyncio.wait([page.task])
-        if page is turn.page:  # not written anew meanwhile
+        if page is turn.page:
             return page
 
 
 # ---------------------------------------------------------------------------
 # 12. HTTP handlers
 #
-# Each takes a request and returns the response. Who asks, and whether they may, comes
-# first: find_linked, find_reader and read_form raise Refusal if they may not.
+# Each takes a request and returns the response. Whether it may comes first: a push must
+# be signed (read_push), a page needs a link's key or a device's cookie (find_linked,
+# find_visitor), a form on a device its token besides (read_form).
+#
+# A push that is not signed gets a bare 403, one that cannot be read `success`, and one
+# that is to come again a dropped connection. Pages and forms raise Refusal, and
+# `answer_errors` says why.
 # ---------------------------------------------------------------------------
 
 BOT = web.AppKey("bot", Bot)
 
 
-def is_from_wechat(request: web.Request, name: str, encrypted: str = "") -> bool:
-    """Say whether a request is rightly signed and of now; its body stays unread."""
+def is_signed_now(request: web.Request) -> bool:
+    """Say whether WeChat, or `check`, has signed a request's URL, and lately."""
     bot, query = request.app[BOT], request.query
     timestamp, nonce = query.get("timestamp", ""), query.get("nonce", "")
-    signature, token = query.get(name, ""), bot.config.wechat.token
-    is_right = is_signed(token, signature, timestamp, nonce, encrypted)
+    signature, token = query.get("signature", ""), bot.config.wechat.token
+    is_right = is_signed(token, signature, timestamp, nonce)
     return is_right and bot.replays.is_fresh(timestamp)
 
 
 CHECK_AGENT = "wxgpt check"  # User-Agent of `check`, whose probes are no news
+# `check` repeats these to the owner until the console's verification is right.
+UNVERIFIED = "verification with a wrong signature or time: is the token the same?"
+UNSIGNED = "push with a wrong signature or time: is the token the same?"
 
 
 async def verify_url(request: web.Request) -> web.Response:
     """Answer the console's verification with the echostr; no push may be signed so."""
-    bot, is_right = request.app[BOT], is_from_wechat(request, "signature")
+    bot, is_right = request.app[BOT], is_signed_now(request)
     is_check = request.headers.get("User-Agent") == CHECK_AGENT
     if not (is_right or is_check):
-        bot.warn("verification with a wrong signature or time: is the token the same?")
+        bot.warn(UNVERIFIED)
     if not (is_right and bot.replays.is_first(request.query["signature"], "GET")):
-        return web.Response(status=403)
+        raise web.HTTPForbidden(text="")
     log.info("verified by %s", "`check`" if is_check else "WeChat's console")
     if not is_check:  # the console has our token now
-        for words in [words for words in bot.warned if "wrong signature" in words]:
-            del bot.warned[words]
+        for words in (UNVERIFIED, UNSIGNED):
+            bot.warned.pop(words, None)
     return web.Response(text=request.query.get("echostr", ""))
 
 
 def drop_connection(request: web.Request) -> web.Response:
-    """Close the connection without an answer: a reply would end WeChat's retries."""
+    """Close the connection without a response: any would end WeChat's retries."""
     if request.transport:
         request.transport.abort()
     return web.Response()
@@ -6398,35 +6417,41 @@ def drop_connection(request: web.Request) -> web.Response:
 BODY_SECONDS = 10.0  # how long a push's body may take to arrive
 
 
-async def read_push(request: web.Request) -> Message | web.Response:
-    """Return the message of a rightly signed push, or the response to anything else."""
-    bot = request.app[BOT]
-    if not is_from_wechat(request, "signature"):
-        if "signature" in request.query:  # else it is a stranger's
-            bot.warn("push with a wrong signature or time: is the token the same?")
-        return web.Response(status=403)
+async def read_push(request: web.Request) -> Message | None:
+    """Return the message of a push; None if all it gets is `success`.
+
+    Raise HTTPForbidden for one that WeChat did not sign, ConnectionResetError for a
+    body that does not arrive.
+    """
+    bot, query = request.app[BOT], request.query
+    if not is_signed_now(request):
+        if "signature" in query:  # else it is a stranger's
+            bot.warn(UNSIGNED)
+        raise web.HTTPForbidden(text="")
     try:
         async with asyncio.timeout(BODY_SECONDS):
             body = await request.read()
-    except (TimeoutError, ConnectionResetError):  # stalled, or hung up in the middle
-        return drop_connection(request)
+    except TimeoutError:
+        raise ConnectionResetError from None
     except web.RequestPayloadError:
         body = b""  # torn: nothing that can be read
     if request.headers.get("User-Agent") == CHECK_AGENT:  # does a POST come through?
-        return web.Response(body=b"success")
+        return None
     try:
         if bot.cipher:
-            sealed = find_encrypted(body)
-            if not sealed or not is_from_wechat(request, "msg_signature", sealed):
+            sealed, token = find_encrypted(body), bot.config.wechat.token
+            signature, nonce = query.get("msg_signature", ""), query.get("nonce", "")
+            signed = query["timestamp"], nonce, sealed
+            if not sealed or not is_signed(token, signature, *signed):
                 bot.warn("a push is not rightly encrypted: is the console in 安全模式?")
-                return web.Response(status=403)
+                raise web.HTTPForbidden(text="")
             body = bot.cipher.open(sealed)
         message = parse_message(body)
     except BadMessage as error:
         bot.warn("unreadable push: %s", error)
-        return web.Response(body=b"success")
-    if not bot.replays.is_first(request.query["signature"], message):
-        return web.Response(status=403)
+        return None
+    if not bot.replays.is_first(query["signature"], message):
+        raise web.HTTPForbidden(text="")
     bot.heard_at = bot.tasks.loop.time()
     bot.wechat_ahead = max(bot.wechat_ahead, message.created - bot.heard_at)
     return message
@@ -6435,11 +6460,12 @@ async def read_push(request: web.Request) -> Message | web.Response:
 async def receive_message(request: web.Request) -> web.StreamResponse:
     """Answer a push with a passive reply, or with `success` whatever breaks."""
     bot, loop = request.app[BOT], asyncio.get_running_loop()
-    arrived, delivery, number = loop.time(), None, 0
+    arrived = loop.time()
+    delivery, number = None, 0  # until the push is read
     try:
         message = await read_push(request)
-        if isinstance(message, web.Response):
-            return message
+        if message is None:
+            return web.Response(body=SUCCESS)
         # Wait for the reply.
         delivery, number = bot.deliver(message, arrived)
         name = f"{message.name} attempt={number}"
@@ -6466,7 +6492,7 @@ async def receive_message(request: web.Request) -> web.StreamResponse:
         log.info("%s %s after %.1f s", name, outcome, loop.time() - arrived)
         return response
     except web.HTTPException:
-        raise  # 413: no push of WeChat's is so long
+        raise  # 403, or 413: no push of WeChat's is that long
     except (asyncio.CancelledError, ConnectionResetError):
         if delivery:
             seconds = loop.time() - arrived
@@ -6475,29 +6501,26 @@ async def receive_message(request: web.Request) -> web.StreamResponse:
         raise
     except Exception:
         log.exception("a push broke off at the door")
-        return web.Response(body=b"success")
+        return web.Response(body=SUCCESS)
 
 
 def redirect(location: str) -> web.Response:
-    """Lead a browser to another page of ours."""
+    """Send a browser on to another page of ours."""
     return web.Response(status=303, headers={"Location": location})
 
 
 def home_of(request: web.Request) -> str:
-    """Return the history of which a form is sent, or opened as a page."""
+    """Return the address of the history that a form stands on, seen from the form's."""
     return "../" + request.match_info.get("key", "me")
 
 
 def wants_json(request: web.Request) -> bool:
-    """Say whether the page's script asks; without it the browser does."""
+    """Say whether a page's script sends this, and not the browser itself."""
     return request.headers.get("Accept", "").startswith("application/json")
 
 
 class Refusal(Exception):
-    """Why nothing is shown or done: a status, and words where they are not the usual.
-
-    `refuse_kindly` makes a page of it, or says it to the page's script.
-    """
+    """Why a page or form is refused: a status, and words if the status has none."""
 
     def __init__(self, status: int, words: str = "") -> None:
         super().__init__(status, words)
@@ -6507,16 +6530,16 @@ Handler = Callable[..., Awaitable[web.StreamResponse]]
 
 
 @web.middleware
-async def refuse_kindly(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Say what keeps a page from being made; a push is answered all the same."""
+async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Say on a page, or to its script, what was refused or broke; not for pushes."""
     bot = request.app[BOT]
     try:
         return await handler(request)
-    # Nobody reads it any more, or sends the rest of a form.
+    # Nobody reads the response any more, or sends the rest of a form.
     except (TimeoutError, ConnectionResetError, web.RequestPayloadError):
         return drop_connection(request)
     except sqlite3.Error as error:  # a full or locked disk
-        if request.writer.output_size:  # in the midst of a file
+        if request.writer.output_size:  # in the middle of an export
             raise
         log.error("%s not done: %s", request.path, error)
         status, words = 503, bot.config.texts.page_failed
@@ -6536,7 +6559,7 @@ async def front_page(request: web.Request) -> web.Response:
 
 
 async def missing_page(request: web.Request) -> web.Response:
-    """Answer what leads nowhere."""
+    """Refuse an address that leads nowhere."""
     raise Refusal(404)
 
 
@@ -6568,22 +6591,22 @@ COOKIE, WAIT_COOKIE = "__Host-wxgpt", "__Host-wxgpt-wait"
 
 
 def set_cookie(response: web.Response, name: str, value: str, seconds: float) -> None:
-    """Let a browser keep a cookie so long; not at all for 0 seconds."""
+    """Set a cookie that lasts this long; 0 seconds delete it."""
     age = int(seconds)
     flags = {"path": "/", "secure": True, "httponly": True, "samesite": "Lax"}
     response.set_cookie(name, value, max_age=age, **flags)  # type: ignore[arg-type]
 
 
-class Reader(NamedTuple):
-    """Whose exchanges are shown or added to, and by what right."""
+class Visitor(NamedTuple):
+    """The subscriber whose pages a request may see, and by what right."""
 
     openid: str
-    cookie_hash: str = ""  # of the device that is signed in; '': by a link
+    cookie_hash: str = ""  # of the signed-in device; '': by a history's link
     token: str = ""  # proves that a form is ours, and of this device
 
 
-async def find_device(request: web.Request) -> Reader | None:
-    """Return the reader whose device asks; None if it is not signed in."""
+async def find_device(request: web.Request) -> Visitor | None:
+    """Return the visitor whose device asks; None if it is not signed in."""
     bot, cookie = request.app[BOT], request.cookies.get(COOKIE, "")
     if not cookie or not bot.config.is_secure:
         return None
@@ -6592,13 +6615,13 @@ async def find_device(request: web.Request) -> Reader | None:
     if openid is None or openid in bot.config.limits.deny:
         return None
     token = bot.store.keyed_hash(f"form {cookie_hash}")
-    return Reader(openid, cookie_hash, token)
+    return Visitor(openid, cookie_hash, token)
 
 
-async def find_reader(request: web.Request) -> Reader | None:
-    """Return who reads by a history's link, or else by a device, if it is signed in.
+async def find_visitor(request: web.Request) -> Visitor | None:
+    """Return the visitor of a history, by its link or by a signed-in device.
 
-    Raise Refusal for a link that does not work.
+    Raise Refusal for a link that does not work; None if the device is not signed in.
     """
     key = request.match_info.get("key")
     if key is None:
@@ -6609,19 +6632,19 @@ async def find_reader(request: web.Request) -> Reader | None:
     openid, expires_at = owner
     if time.time() > expires_at:
         raise Refusal(410)
-    return Reader(openid)
+    return Visitor(openid)
 
 
 FORM_FIELDS = 9
 
 
-async def read_form(request: web.Request) -> tuple[Reader, dict[str, str]]:
+async def read_form(request: web.Request) -> tuple[Visitor, dict[str, str]]:
     """Return who sends a form, and its fields; raise Refusal unless they may.
 
-    A device's cookie alone would not do: a page of somebody else may send it, too.
+    A device's cookie alone does not prove it: somebody else's page can send it along.
     """
-    bot, reader = request.app[BOT], await find_reader(request)
-    if reader is None:
+    bot, visitor = request.app[BOT], await find_visitor(request)
+    if visitor is None:
         raise Refusal(401, bot.config.texts.page_signed_out)
     form: dict[str, str] = {}
     if request.content_type == "application/x-www-form-urlencoded":
@@ -6629,81 +6652,75 @@ async def read_form(request: web.Request) -> tuple[Reader, dict[str, str]]:
             text = (await request.read()).decode("utf-8", "replace")
         with contextlib.suppress(ValueError):  # more fields than any form of ours has
             form = dict(urllib.parse.parse_qsl(text, max_num_fields=FORM_FIELDS))
-    if reader.cookie_hash:
+    if visitor.cookie_hash:
         given = form.get("token", "").encode()
-        is_ours = hmac.compare_digest(reader.token.encode(), given)
+        is_ours = hmac.compare_digest(visitor.token.encode(), given)
         origin = str(yarl.URL(bot.config.public_url).origin())
         if not is_ours or request.headers.get("Origin") != origin:
             raise Refusal(403, bot.config.texts.page_failed)
-    return reader, form
+    return visitor, form
 
 
-def a_few_at_once(make: Handler) -> Handler:
-    """Let pages be loaded and rendered a few at once, two of a subscriber.
+async def send_page(
+    request: web.Request, openid: str, make: Callable[[], Awaitable[web.Response]]
+) -> web.StreamResponse:
+    """Make a subscriber's page and send it, when it is its turn.
 
-    They are written elsewhere, while PAGE_BYTES last: who does not read keeps no place.
-    The second argument says whose they are by its `openid`.
+    PAGES_AT_ONCE are made at the same time, and two of a subscriber made or sent. While
+    one is sent it takes room of PAGE_BYTES, not a place: slow readers hold up nobody.
     """
-
-    @functools.wraps(make)
-    async def write(
-        request: web.Request, whose: Turn | Reader, *values: object
-    ) -> web.StreamResponse:
-        bot = request.app[BOT]
-        subscriber = bot.subscriber(whose.openid)
-        async with subscriber.pages:
-            async with bot.pages, asyncio.timeout(PAGE_SECONDS):
-                response = await make(request, whose, *values)
-                size = response.content_length or 0
-                if size > bot.page_room:
-                    await response.prepare(request)
-                    await response.write_eof()
-                    return response
-                bot.page_room -= size
-            try:
-                async with asyncio.timeout(PAGE_SECONDS):
-                    await response.prepare(request)
-                    await response.write_eof()
-            finally:
-                bot.page_room += size
-        return response
-
-    return write
+    bot = request.app[BOT]
+    subscriber = bot.subscriber(openid)  # held, or its places would be forgotten
+    async with subscriber.pages:
+        async with bot.pages, asyncio.timeout(PAGE_SECONDS):
+            response = await make()
+            size = response.content_length or 0
+            if size > bot.page_room:  # then it keeps its place until it is sent
+                await response.prepare(request)
+                await response.write_eof()
+                return response
+            bot.page_room -= size
+        try:
+            async with asyncio.timeout(PAGE_SECONDS):
+                await response.prepare(request)
+                await response.write_eof()
+        finally:
+            bot.page_room += size
+    return response
 
 
-async def asking_of(
-    bot: Bot, device: Reader, typed: str = "", refusal: str = ""
-) -> Asking:
+async def ask_form(
+    bot: Bot, device: Visitor, typed: str = "", refusal: str = ""
+) -> AskForm:
     """Return what a page needs to ask for a device's subscriber."""
     newest = await bot.newest_session(device.openid)
     recalled = await bot.store.recall("", device.openid, time.time())
-    return Asking(device.token, *newest, recalled.is_told, typed, refusal)
-
-
-@a_few_at_once
-async def show_answer(request: web.Request, turn: Turn) -> web.Response:
-    """Return the page of an answer."""
-    bot = request.app[BOT]
-    turn = bot.turns.get(turn.id, turn)  # newer than what is stored
-    device = await find_device(request)
-    is_theirs = device is not None and device.openid == turn.openid
-    asking = await asking_of(bot, device) if device and is_theirs else None
-    live = await live_page(bot, turn) if turn.is_open else None
-    if live and turn.is_open:
-        one = Shown(turn, live.blocks, is_live=True)
-    else:  # by now
-        await note_read(bot, [turn])
-        one = await finished(bot, turn)
-    return await bot.work.run(page_response, bot, "answer", one=one, asking=asking)
+    return AskForm(device.token, *newest, recalled.is_told, typed, refusal)
 
 
 async def answer_page(request: web.Request) -> web.StreamResponse:
     """Show one question and its answer, live while it is being written."""
-    return await show_answer(request, await find_linked(request))
+    bot, stored = request.app[BOT], await find_linked(request)
+
+    async def make() -> web.Response:
+        turn = bot.turns.get(stored.id, stored)  # newer than what is stored
+        device, asking = await find_device(request), None
+        if device and device.openid == turn.openid:
+            asking = await ask_form(bot, device)
+        live = await live_page(bot, turn) if turn.is_open else None
+        if live and turn.is_open:
+            one = ShownExchange(turn, live.blocks, is_live=True)
+        else:  # it has ended, perhaps just now
+            await note_read(bot, [turn])
+            one = await typeset_once(bot, turn)
+        return await bot.work.run(page_response, bot, "answer", one=one, asking=asking)
+
+    return await send_page(request, stored.openid, make)
 
 
-VIEWERS = 50  # who may follow answers of one subscriber at the same time
-ALL_VIEWERS = 1000  # who do not read hold 80 KB each; beyond, each subscriber has two
+VIEWERS = 50  # that may follow answers of one subscriber at the same time
+# In all; beyond it each subscriber has two. One that does not read holds 80 KB.
+ALL_VIEWERS = 1000
 PING_SECONDS = 15.0  # how long a live page's stream may be silent
 EVENT_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -6711,41 +6728,55 @@ EVENT_HEADERS = {
 }
 
 
-async def follow(bot: Bot, turn: Turn, last: str) -> AsyncIterator[bytes]:
-    """Yield the events of an answer that a viewer lacks, until it ends.
+def whole_number(text: str, otherwise: int) -> int:
+    """Return the number a browser sent, or another if it is missing or made up."""
+    return int(text) if re.fullmatch("[0-9]{1,15}", text) else otherwise
 
-    `last` is the id of the newest event a viewer got, WRITING:DONE: so many of the
-    blocks it has were done, and have not changed since.
-    """
-    writing, _, known = last.partition(":")
-    done = int(known) if re.fullmatch("[0-9]{1,9}", known) else 0
-    is_queued: bool | None = None  # as the viewer knows
-    seen = 0, False  # how much of this writing
+
+class Viewer:
+    """What a browser that follows an answer has of it, from the events it was sent."""
+
+    def __init__(self, last: str) -> None:
+        # `last`: the id of the newest event it got, WRITING:DONE as in LivePage, or ''.
+        self.writing, _, done = last.partition(":")  # whose blocks it has; '': none
+        self.done = whole_number(done, 0)  # how many of them are final and stay
+        self.extent = 0, False  # of what it was shown, as in LivePage
+        self.is_queued: bool | None = None  # what its page says; None: nothing yet
+
+    def catch_up(self, turn: Turn, page: LivePage) -> Iterator[bytes]:
+        """Yield the events that it lacks."""
+        has_news = page.extent[0] > 0 and self.extent != page.extent
+        if self.writing != page.writing or self.done > page.done:
+            # What it has, if anything, goes, even if nothing takes its place yet.
+            has_news = has_news or self.writing != ""
+            self.writing, self.done = page.writing, 0
+        self.extent = page.extent
+        if has_news:
+            begin, self.done = self.done, page.done
+            yield from page.events(begin)
+        if not turn.answer and self.is_queued != turn.is_queued:
+            self.is_queued = turn.is_queued
+            yield sse_event({"queued": self.is_queued}, "queued")
+        if self.extent[1]:
+            yield sse_event({"state": turn.state}, "done")
+
+
+async def follow(bot: Bot, turn: Turn, viewer: Viewer) -> AsyncIterator[bytes]:
+    """Yield the events of an answer that a viewer lacks, until the answer ends."""
+    tasks = bot.tasks
 
     def has_news() -> bool:
-        is_told = bool(turn.answer) or is_queued == turn.is_queued
-        is_same = writing == turn.writing and seen == turn.extent
-        return not (is_told and is_same and bot.tasks.closes_at is None)
+        is_waiting = not turn.answer and viewer.is_queued != turn.is_queued
+        is_same = viewer.writing == turn.writing and viewer.extent == turn.extent
+        return is_waiting or not is_same or tasks.closes_at is not None
 
-    while bot.tasks.closes_at is None:
-        page = await live_page(bot, turn)
-        is_behind = bool(page.shows[0]) and seen != page.shows
-        if writing != page.writing or done > page.done:
-            is_behind = is_behind or bool(writing)  # what the viewer has is taken back
-            writing, done = page.writing, 0
-        seen = page.shows
-        if is_behind:
-            begin, done = done, page.done
-            for event in page.events(begin):
-                yield event
-        if not turn.answer and is_queued != turn.is_queued:
-            is_queued = turn.is_queued
-            yield sse_event({"queued": is_queued}, "queued")
-        if seen[1]:
-            yield sse_event({"state": turn.state}, "done")
+    while tasks.closes_at is None:
+        for event in viewer.catch_up(turn, await live_page(bot, turn)):
+            yield event
+        if viewer.extent[1]:
             return
-        until = bot.tasks.loop.time() + PING_SECONDS
-        if not await bot.tasks.until(turn.deltas, has_news, until):
+        until = tasks.loop.time() + PING_SECONDS
+        if not await tasks.until(turn.deltas, has_news, until):
             yield b": ping\n\n"
 
 
@@ -6758,13 +6789,14 @@ async def answer_events(request: web.Request) -> web.StreamResponse:
     subscriber = bot.subscriber(turn.openid)
     viewers = sum(one.viewers for one in bot.subscribers.values())
     most = VIEWERS if viewers < ALL_VIEWERS else 2
-    if subscriber.viewers >= most:  # their pages look again by themselves
+    if subscriber.viewers >= most:  # the page reloads itself instead
         raise Refusal(503, bot.config.texts.page_failed)
     response = web.StreamResponse(headers=EVENT_HEADERS)
     subscriber.viewers += 1
     try:
         await response.prepare(request)
-        async for event in follow(bot, turn, request.headers.get("Last-Event-ID", "")):
+        viewer = Viewer(request.headers.get("Last-Event-ID", ""))
+        async for event in follow(bot, turn, viewer):
             async with asyncio.timeout(PAGE_SECONDS):
                 await response.write(event)
     finally:
@@ -6772,38 +6804,30 @@ async def answer_events(request: web.Request) -> web.StreamResponse:
     return response
 
 
-def number_in(fields: Mapping[str, str], name: str, missing: int) -> int:
-    """Return a number of a query or form, or another if it is missing or made up."""
-    value = fields.get(name, "")
-    return int(value) if re.fullmatch(r"[0-9]{1,15}", value) else missing
-
-
-async def let_in(request: web.Request, sign_in: SignIn) -> web.Response:
-    """Give a browser whose number was confirmed its cookie."""
-    bot = request.app[BOT]
-    cookie, response = await bot.let_in(sign_in), redirect("me")
-    if cookie == "":
-        raise Refusal(403, bot.config.texts.page_devices_full)
-    if cookie:
-        set_cookie(response, COOKIE, cookie, bot.config.history.device_days * 86400)
-        set_cookie(response, WAIT_COOKIE, "", 0)
-    return response
-
-
 async def sign_in_page(request: web.Request) -> web.Response:
     """Show the number that signs a browser in, or let it in once that was confirmed.
 
-    Who only opens a link becomes nobody by that: the number is sent to the account.
+    Opening a link alone signs nobody in: the number has to be sent to the account.
     """
     bot, cookie = request.app[BOT], request.cookies.get(WAIT_COOKIE, "")
+    texts = bot.config.texts
     if not bot.config.is_secure:
-        raise Refusal(404, bot.config.texts.page_not_secure)
+        raise Refusal(404, texts.page_not_secure)
     sign_in, fresh = bot.sign_ins.find(cookie_hash_of(cookie)), ""
     if sign_in and sign_in.is_confirmed:
         try:
-            return await let_in(request, sign_in)
-        except sqlite3.Error as error:  # it asks again in a moment
+            device_cookie = await bot.let_in(sign_in)
+        except sqlite3.Error as error:  # the page asks again in a moment
             log.error("a browser was not signed in: %s", error)
+        else:
+            if device_cookie == "":
+                raise Refusal(403, texts.page_devices_full)
+            response = redirect("me")
+            if device_cookie:
+                seconds = bot.config.history.device_days * 86400
+                set_cookie(response, COOKIE, device_cookie, seconds)
+                set_cookie(response, WAIT_COOKIE, "", 0)
+            return response
     if not sign_in and (not cookie or "new" in request.query):
         fresh = secrets.token_urlsafe(32)
         sign_in = bot.sign_ins.begin(cookie_hash_of(fresh))
@@ -6814,54 +6838,49 @@ async def sign_in_page(request: web.Request) -> web.Response:
     return response
 
 
-@a_few_at_once
-async def show_history(
-    request: web.Request, reader: Reader, typed: str = "", refusal: str = ""
+async def make_history(
+    request: web.Request, visitor: Visitor, typed: str = "", refusal: str = ""
 ) -> web.Response:
-    """Return a page of a reader's history, or one exchange of it.
+    """Return a page of a visitor's history, or one exchange of it.
 
     On a device there is a field to ask, with what was `typed` there and refused.
     """
-    bot, query, openid = request.app[BOT], request.query, reader.openid
-    if (only := number_in(query, "only", -1)) >= 0:
+    bot, query, openid = request.app[BOT], request.query, visitor.openid
+    only = whole_number(query.get("only", ""), -1)
+    if only >= 0:
         turns = await bot.store.turns_of(openid, only + 1, 1)
         turns = [turn for turn in turns if turn.id == only]
     else:
-        below = number_in(query, "before", 2**62)
+        below = whole_number(query.get("before", ""), 2**62)
         turns = await bot.store.turns_of(openid, below, HISTORY_COUNT + 1)
     chars, older = sum(len(turn.question + turn.answer) for turn in turns), 0
     if len(turns) > HISTORY_COUNT or len(turns) > 1 and chars > PAGE_CHARS:
         turns.pop()
         older = turns[-1].id
     turns = [bot.turns.get(turn.id, turn) for turn in turns]
-    made = {  # of the exchanges that are not folded
-        turn.id: Shown(turn, (await live_page(bot, turn)).blocks, is_live=True)
-        for turn in turns
-        if turn.is_open
-    }
-    # The newest session is shown as the conversation it is; others fold what is long.
-    chars_so_far = itertools.accumulate(len(turn.answer) for turn in turns)
-    ended = [
-        turn
-        for turn, chars in zip(turns, chars_so_far, strict=True)
-        if turn.id not in made
-        and (
-            (turn.session_id == turns[0].session_id and chars < OPEN_CHARS)
-            or len(turn.answer) <= FOLD_CHARS
-            or only >= 0
-        )
-    ]
+    # What is long is folded, but not in the newest session: one goes on reading there.
+    made: dict[int, ShownExchange] = {}
+    ended: list[Turn] = []
+    chars = 0
+    for turn in turns:
+        chars += len(turn.answer)
+        is_newest = turn.session_id == turns[0].session_id and chars < UNFOLDED_CHARS
+        if turn.is_open:
+            blocks = (await live_page(bot, turn)).blocks
+            made[turn.id] = ShownExchange(turn, blocks, is_live=True)
+        elif is_newest or len(turn.answer) <= FOLD_CHARS or only >= 0:
+            ended.append(turn)
     await note_read(bot, ended)
     asking = None
-    if reader.cookie_hash:
-        asking = await asking_of(bot, reader, typed, refusal)
+    if visitor.cookie_hash:
+        asking = await ask_form(bot, visitor, typed, refusal)
     home = request.match_info.get("key") or f"{bot.config.root}/me"
     values: dict[str, Any] = {"home": home, "older": older, "asking": asking}
     values |= {"is_first": not query, "is_whole": only < 0}
 
     def make_page() -> web.Response:
         made.update((turn.id, typeset(bot, turn, above=3)) for turn in ended)
-        exchanges = [made.get(turn.id) or Shown(turn, []) for turn in turns]
+        exchanges = [made.get(turn.id) or ShownExchange(turn, []) for turn in turns]
         status = 409 if refusal else 200
         return page_response(bot, "history", status, exchanges=exchanges, **values)
 
@@ -6870,81 +6889,81 @@ async def show_history(
 
 async def history_page(request: web.Request) -> web.StreamResponse:
     """Show a history by its link, or by a device, with a field to ask."""
-    reader = await find_reader(request)
-    if reader is None:
+    visitor = await find_visitor(request)
+    if visitor is None:
         return await sign_in_page(request)
-    return await show_history(request, reader)
+    make = functools.partial(make_history, request, visitor)
+    return await send_page(request, visitor.openid, make)
 
 
-def led_back(request: web.Request, **values: str) -> web.Response:
-    """Return what was done to the script, or lead the browser back."""
+def form_done(request: web.Request, **values: str) -> web.Response:
+    """Tell a page's script what came of its form, or send the browser back."""
     return web.json_response(values) if wants_json(request) else redirect("../me")
 
 
-async def ask_on_page(request: web.Request) -> web.StreamResponse:
+async def submit_question(request: web.Request) -> web.StreamResponse:
     """Take up a question; a refused one stays in its field."""
     bot, (device, form) = request.app[BOT], await read_form(request)
     text = stream_safe(ILLEGAL.sub("", form.get("question", ""))).strip()
     form_id = form.get("id", "")
     if not text or not re.fullmatch(r"[A-Za-z0-9_-]{8,64}", form_id):
-        return led_back(request)
+        return form_done(request)
     source = await bot.ask_here(device.openid, device.cookie_hash, form_id, text)
     if isinstance(source, TurnPart):
         turn = source.turn
-        return led_back(request, key=turn.link_key, session=str(turn.session_id))
+        return form_done(request, key=turn.link_key, session=str(turn.session_id))
     if wants_json(request):
         raise Refusal(409, source)
-    return await show_history(request, device, text, source)
+    make = functools.partial(make_history, request, device, text, source)
+    return await send_page(request, device.openid, make)
 
 
 async def stop_answer(request: web.Request) -> web.Response:
     """End an answer that is being written for a device's subscriber."""
     bot, (device, form) = request.app[BOT], await read_form(request)
     bot.stop_turn(device.openid, form.get("key", ""))
-    return led_back(request)
+    return form_done(request)
 
 
-async def begin_topic(request: web.Request) -> web.Response:
+async def new_topic(request: web.Request) -> web.Response:
     """Open a new session, with another assistant if one is named."""
     bot, (device, form) = request.app[BOT], await read_form(request)
     await bot.begin_topic(device.openid, device.cookie_hash, form.get("assistant", ""))
-    return led_back(request)
+    return form_done(request)
 
 
 async def leave(request: web.Request) -> web.Response:
     """Sign this device out."""
     bot, (device, _) = request.app[BOT], await read_form(request)
     await bot.store.sign_out(device.openid, device.cookie_hash)
-    response = led_back(request)
+    response = form_done(request)
     set_cookie(response, COOKIE, "", 0)
     return response
 
 
-@a_few_at_once
-async def show_found(
-    request: web.Request, reader: Reader, words: list[str], before: int
-) -> web.Response:
-    """Return a page with where in a subscriber's exchanges all the words are."""
-    bot, home = request.app[BOT], home_of(request)
-    turns, older = await bot.store.search(reader.openid, words, before, FOUND_COUNT)
-    values = {"words": words, "turns": turns, "older": older, "token": reader.token}
-    return await bot.work.run(page_response, bot, "found", home=home, **values)
-
-
 async def search_page(request: web.Request) -> web.StreamResponse:
-    """Look for the words of a form; without words lead to the history."""
-    reader, form = await read_form(request)
+    """Show where in a history all words of a form are; without words, the history."""
+    bot, (visitor, form) = request.app[BOT], await read_form(request)
     words = form.get("words", "")[:SEARCH_CHARS].replace("\0", "").split()
     words = list(dict.fromkeys(words))[:SEARCH_WORDS]
+    before = whole_number(form.get("before", ""), 2**62)
     if not words:
         return redirect(home_of(request))
-    return await show_found(request, reader, words, number_in(form, "before", 2**62))
+
+    async def make() -> web.Response:
+        openid, token, home = visitor.openid, visitor.token, home_of(request)
+        turns, older = await bot.store.search(openid, words, before, FOUND_COUNT)
+        values = {"words": words, "turns": turns, "older": older, "token": token}
+        return await bot.work.run(page_response, bot, "found", home=home, **values)
+
+    return await send_page(request, visitor.openid, make)
 
 
 async def export(request: web.Request) -> web.StreamResponse:
     """Send all of a subscriber's exchanges as a Markdown file, a few at a time."""
-    bot, (reader, _) = request.app[BOT], await read_form(request)
-    last, session, day = 0, 0, clock(time.time(), "%Y-%m-%d")
+    bot, (visitor, _) = request.app[BOT], await read_form(request)
+    last, session = 0, 0  # the newest turn sent, and its session
+    day = beijing_day(time.time())
     name = urllib.parse.quote(f"{bot.config.texts.page_history}-{day}.md")
     headers = {
         "Content-Type": "text/markdown; charset=utf-8",
@@ -6953,32 +6972,32 @@ async def export(request: web.Request) -> web.StreamResponse:
     response = web.StreamResponse(headers=headers)
     host = yarl.URL(bot.config.public_url).host
     head = render(bot, "export.md", turns=[], host=host)
-    subscriber = bot.subscriber(reader.openid)
+    subscriber = bot.subscriber(visitor.openid)  # held, as in send_page
     async with subscriber.pages, bot.exports, asyncio.timeout(PAGE_SECONDS):
         await response.prepare(request)
         await response.write(head.encode())
-        while turns := await bot.store.turns_after(reader.openid, last):
-            named = {"turns": turns, "session": session}
-            text = await bot.work.run(render, bot, "export.md", **named)
+        while turns := await bot.store.turns_after(visitor.openid, last):
+            values = {"turns": turns, "session": session}
+            text = await bot.work.run(render, bot, "export.md", **values)
             await response.write(text.encode())
             last, session = turns[-1].id, turns[-1].session_id
     return response
 
 
 async def form_page(request: web.Request) -> web.Response:
-    """Lead whoever opens a form's address as a page, or reloads it, to the form."""
+    """Send whoever opens or reloads a form's address as a page to where the form is."""
     return redirect(home_of(request))
 
 
 async def health(request: web.Request) -> web.Response:
-    """Say whether the database answers; to `check`, which signs, what came lately."""
+    """Say whether the database answers; tell `check`, by its signature, what came."""
     bot, query = request.app[BOT], request.query
     try:
         await bot.store.rows("SELECT 1")
     except sqlite3.Error as error:
         return web.json_response({"status": str(error)}, status=503)
     found: dict[str, object] = {"status": "ok"}
-    is_check = "signature" in query and is_from_wechat(request, "signature")
+    is_check = "signature" in query and is_signed_now(request)
     if is_check and bot.replays.is_first(query["signature"], "healthz"):
         now, heard = bot.tasks.loop.time(), bot.heard_at
         found["heard"] = None if heard is None else now - heard
@@ -7000,7 +7019,7 @@ async def probe_stream(request: web.Request) -> web.StreamResponse:
 
 
 def is_our_fault(record: logging.LogRecord) -> bool:
-    """Say whether aiohttp logs more than that a stranger sent what is not HTTP."""
+    """Say whether an error that aiohttp logs is more than a stranger's bad HTTP."""
     error = record.exc_info[1] if record.exc_info else None
     not_http = (aiohttp.http_exceptions.HttpProcessingError, web.RequestPayloadError)
     return not isinstance(error, not_http)
@@ -7025,7 +7044,7 @@ async def root_file(request: web.Request) -> web.Response:
     raise Refusal(404)
 
 
-PRIVATE = {
+PRIVATE_HEADERS = {
     "Cache-Control": "no-store",
     "Referrer-Policy": "no-referrer",
     "X-Robots-Tag": "noindex",
@@ -7035,7 +7054,7 @@ PRIVATE = {
 
 async def set_headers(request: web.Request, response: web.StreamResponse) -> None:
     """Keep private what is sent, and hide the versions of Python and aiohttp."""
-    for name, value in PRIVATE.items():
+    for name, value in PRIVATE_HEADERS.items():
         response.headers.setdefault(name, value)  # a page with a form has its own
     response.headers["Server"] = "wxgpt"
 
@@ -7100,7 +7119,7 @@ def make_blocked(config: Config) -> BlockedWords:
 
 def make_app(bot: Bot) -> web.Application:
     """Return the application with all its routes."""
-    app = web.Application(client_max_size=BODY_BYTES, middlewares=[refuse_kindly])
+    app = web.Application(client_max_size=BODY_BYTES, middlewares=[answer_errors])
     app[BOT] = bot
     path = bot.config.server.path.rstrip("/")
     routes = [
@@ -7110,9 +7129,9 @@ def make_app(bot: Bot) -> web.Application:
         web.get("/a/{key}/events", answer_events, allow_head=False),
         web.get("/h/{key}", history_page),
         web.get("/me", history_page),
-        web.post("/me/ask", ask_on_page),
+        web.post("/me/ask", submit_question),
         web.post("/me/stop", stop_answer),
-        web.post("/me/new", begin_topic),
+        web.post("/me/new", new_topic),
         web.post("/me/leave", leave),
         web.post("/me/search", search_page),
         web.post("/me/export", export),
@@ -7339,9 +7358,8 @@ async def run_server(config: Config) -> None:
 # ---------------------------------------------------------------------------
 # 14. The command line
 #
-# Without a command the server runs. All others are in owner/, which reads them:
-# `check` tests what usually goes wrong, `stats` shows who asked how much, and with
-# `demo` an owner can play the subscriber.
+# Without a command the server runs. Every other command line is read in owner/, where
+# its commands are: what is here, it imports.
 # ---------------------------------------------------------------------------
 
 
@@ -7449,7 +7467,7 @@ def main() -> int:
         print_error(error)
         return 2
     except ModuleNotFoundError as error:  # wxgpt.py was copied without owner/
-        line = "the program is not whole ({why}): get it anew"
+        line = "the installation is incomplete ({why}): download it again"
         print_error(OwnerError(line, why=str(error)))
         return 1
     except KeyboardInterrupt:

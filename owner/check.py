@@ -456,7 +456,7 @@ class Doctor:
             if not folder.exists():
                 fix = "make that folder, or change database.path"
             elif re.search("malformed|not a database", str(error)):
-                fix = "put a backup in its place; or move it away, to begin anew"
+                fix = "put a backup in its place; or move it away, to start afresh"
             elif "locked" in str(error):
                 fix = "another program is writing to it: end that"
             elif "full" in str(error) or getattr(error, "errno", 0) == errno.ENOSPC:

@@ -19,7 +19,7 @@ LANGUAGE = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
 LANGUAGE.add_argument("--lang", choices=("zh", "en"), help=argparse.SUPPRESS)
 COMMANDS = {
     "serve": "serve (the default)",
-    "check": "test each thing that usually goes wrong, and say how to mend it",
+    "check": "test each thing that usually goes wrong, and say how to fix it",
     "stats": "who asked how much",
     "logs": "follow the service's log",
     "update": "bring a newer version, or this one again if it does not start",

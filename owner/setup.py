@@ -560,11 +560,11 @@ class Setup:
             input(tell("run them in another window; then Enter, or Enter without: "))
 
     def put_up(self) -> None:
-        """Put the unit and the short command up, and start the service anew."""
+        """Put the unit and the short command up, and restart the service."""
         if str(ROOT).startswith(("/home/", "/root/")):
             self.is_service = False
             return say(
-                "! the service cannot see {root}: move it to /opt/wxgpt, make .venv anew there, and run setup again",
+                "! the service cannot see {root}: move it to /opt/wxgpt, make .venv there again, and rerun setup",
                 root=ROOT,
             )
         for path, name in {UNIT: "wxgpt.service", COMMAND: "owner/wxgpt"}.items():
@@ -613,7 +613,7 @@ class Setup:
             )
         else:
             say(
-                "! no verification has come: see what the check below finds, mend it, and run setup again"
+                "! no verification has come: see what the check below finds, fix it, and run setup again"
             )
 
 

@@ -656,7 +656,7 @@ PURE = {
     "chat_text": chat_text,
     "stable_text": stable_text,
     "cut_text": cut_whole,
-    "BlockRenderer": lambda text: wxgpt.BlockRenderer(TEXTS, 0, BLOCKED).render(
+    "BlockRenderer": lambda text: wxgpt.BlockRenderer(TEXTS, BLOCKED).render(
         text, has_ended=True
     ),
     "preview": lambda text: wxgpt.preview(text, BLOCKED),

@@ -647,7 +647,7 @@ def test_a_copy_of_the_server_alone_has_no_other_command(tmp_path, command):
     shutil.rmtree(tmp_path / "copy/owner", ignore_errors=True)
     ended = run(command, cwd=tmp_path, program=tmp_path / "copy")
     assert ended.returncode == 1 and len(ended.stderr.splitlines()) == 1, ended.stderr
-    assert re.search("not whole|not found", ended.stderr)
+    assert re.search("incomplete|not found", ended.stderr)
 
 
 @pytest.mark.parametrize("text", [None, "x = y"], ids=["missing", "broken"])

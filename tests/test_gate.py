@@ -226,7 +226,7 @@ def form(text):
 def page_text(answer, blocked):
     """Return what the page of an answer shows in one block after the other."""
     texts = wxgpt.read_texts({})
-    renderer = wxgpt.BlockRenderer(texts, blocked=blocked)
+    renderer = wxgpt.BlockRenderer(texts, blocked)
     page = "".join(renderer.render(answer, has_ended=True))
     page = re.sub(r"</?(?:td|th|li|p|h\d|hr|pre|math|annotation)\b[^>]*>", "｜", page)
     return html.unescape(re.sub(r"<[^>]*>", "", page))

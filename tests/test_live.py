@@ -47,7 +47,9 @@ PIECES = [
 
 def render(markdown):
     """Return the blocks of an answer so far."""
-    return wxgpt.BlockRenderer(TEXTS).render(markdown, has_ended=False)
+    return wxgpt.BlockRenderer(TEXTS, wxgpt.BlockedWords("")).render(
+        markdown, has_ended=False
+    )
 
 
 @pytest.fixture
@@ -118,8 +120,10 @@ async def events_until(response, words):
 
 def check_growth(text, cuts):
     """Check that what is done stays, and ends as the finished page has it."""
-    growing = wxgpt.BlockRenderer(TEXTS)
-    finished = wxgpt.BlockRenderer(TEXTS).render(text, has_ended=True)
+    growing = wxgpt.BlockRenderer(TEXTS, wxgpt.BlockedWords(""))
+    finished = wxgpt.BlockRenderer(TEXTS, wxgpt.BlockedWords("")).render(
+        text, has_ended=True
+    )
     for cut in [*sorted(cuts), len(text)]:
         growing.render(text[:cut], has_ended=False)
         assert growing.done == finished[: len(growing.done)]

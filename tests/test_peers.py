@@ -260,7 +260,7 @@ async def test_a_story_is_seen_on_its_page_as_it_is_written(meet, model, databas
     [(answer, state)] = await stored_turns(process, database, 1)
     assert name == "done" and end == {"state": state} and state in ("done", "cut")
     seen = blocks_of(data for _, _, data in pieces)
-    renderer = wxgpt.BlockRenderer(wxgpt.read_texts({}))
+    renderer = wxgpt.BlockRenderer(wxgpt.read_texts({}), wxgpt.BlockedWords(""))
     assert seen == "".join(renderer.render(answer, has_ended=True))
     assert len(pieces) > 1 and len(model.requests) == 1
 

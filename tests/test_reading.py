@@ -445,7 +445,7 @@ def test_days_are_named_as_people_name_them():
 
 def spans(code, language):
     """Return what is coloured in code, by kind."""
-    html = wxgpt.coloured(code, language)
+    html = wxgpt.highlight(code, language)
     return [(kind, text) for kind, text in re.findall('"(.)">(.*?)</span>', html, re.S)]
 
 
@@ -490,6 +490,6 @@ def test_colours_change_no_character_of_code(language):
     """Nor does code of hostile signs take a second to read, whatever its language."""
     for sign in "\"'`#/-*<>=\\a1 \n\t.@[{:;%":
         code = (sign + "x" + sign * 3) * 3000
-        html = wxgpt.coloured(code, language)
+        html = wxgpt.highlight(code, language)
         bare = re.sub(r'<span class="[cksn]">|</span>', "", html)
         assert wxgpt.html.unescape(bare) == code
