@@ -6963,7 +6963,7 @@ async def export(request: web.Request) -> web.StreamResponse:
     """Send all of a subscriber's exchanges as a Markdown file, a few at a time."""
     bot, (visitor, _) = request.app[BOT], await read_form(request)
     last, session = 0, 0  # the newest turn sent, and its session
-    day = beijing_day(time.time())
+    day = clock(time.time(), "%Y-%m-%d")
     name = urllib.parse.quote(f"{bot.config.texts.page_history}-{day}.md")
     headers = {
         "Content-Type": "text/markdown; charset=utf-8",
