@@ -1346,7 +1346,7 @@ def formula_mathml(latex: str, is_block: bool) -> str | None:
         return None
     allowed = formula_rules()["mathml"]
     for node in tree.iter():
-        reference = r"&#x([0-9A-F]{2,6});"
+        reference = r"&#x(10[0-9A-F]{4}|[0-9A-F]{2,5});"  # of a Unicode character
         node.text = re.sub(reference, lambda m: chr(int(m[1], 16)), node.text or "")
         is_strange = "\\" in node.text or ILLEGAL.search(node.text)
         if is_strange or node.tag not in allowed["tags"]:

@@ -311,7 +311,7 @@ def test_brackets_that_are_meant_to_grow_do(latex, is_high):
 
 
 @pytest.mark.parametrize(
-    "text", ["<script>alert(1)</script>", "&lt;b&gt;", "a & b", '"x']
+    "text", ["<script>alert(1)</script>", "&lt;b&gt;", "a & b", '"x', "&#x110000;"]
 )
 def test_markup_in_a_text_stays_text(text: str) -> None:
     """What looks like markup inside a text is escaped, never an element."""
