@@ -781,14 +781,18 @@ def find_encrypted(body: bytes) -> str:
 def parse_message(body: bytes) -> Message:
     """Return the message of a push in plain mode; raise BadMessage."""
     # Control characters that a subscriber pasted arrive as they are.
-    text = stream_safe(ILLEGAL.sub("", body.decode("utf-8", "ignore")))
+    readable = ILLEGAL.sub("", body.decode("utf-8", "ignore"))
     try:
-        xml = xmltodict.parse(text).get("xml")
+        xml = xmltodict.parse(readable).get("xml")
     except (ExpatError, ValueError) as error:
         raise BadMessage(f"not readable as XML: {error}") from None
     if not isinstance(xml, dict):
         raise BadMessage("no fields inside <xml>")
-    root = {name: value for name, value in xml.items() if isinstance(value, str)}
+    root = {  # cleaned again: a reference (&#xFDD0;) may stand for any character
+        name: stream_safe(ILLEGAL.sub("", value))
+        for name, value in xml.items()
+        if isinstance(value, str)
+    }
     if "FromUserName" not in root and "Encrypt" in root:
         raise BadMessage("encrypted, but app_id and aes_key are not set")
     if not all(map(root.get, ("FromUserName", "ToUserName", "MsgType"))):
@@ -800,7 +804,7 @@ def parse_message(body: bytes) -> Message:
         msg_type=root["MsgType"].lower(),
         created=int(created) if re.fullmatch(r"[0-9]{1,12}", created) else 0,
         msg_id=root.get("MsgId", ""),
-        content=stream_safe(root.get("Content", "")),
+        content=root.get("Content", ""),
         event=root.get("Event", "").lower(),
         event_key=root.get("EventKey", ""),
         picture_url=root.get("PicUrl", ""),
