@@ -19,12 +19,13 @@ often need longer. So the first request of a message starts one task, every requ
 that message waits for it, and the last one is answered in time with what is written so
 far, a tap for the rest, and a link to a page that goes on live.
 
-The path of a message; a function stands above its callers, but the methods of Bot
-stand in the order of the path:
+The path of a message. Functions stand above their callers, a class's methods in the
+order of what happens to it, and those of Bot in the order of this path:
 
-    receive_message -> read_push: is_signed, parse_message
-                    -> Bot.deliver -> Bot.reply_to -> render_text_reply
-                                          |  waits for
+    receive_message -> read_push: is_from_wechat, parse_message
+                    -> Bot.deliver: the message's Delivery, and at first its task
+                    -> Bot.reply_to: waits for the two tasks below, then compose
+                    -> render_text_reply
     in the message's task:   Bot.find_source -> handle_message -> handle_text
                              -> a command, a part, or accept_question
     in the question's task:  Bot.converse -> ask_models -> ChatClient.stream
@@ -48,12 +49,17 @@ chat APIs mean by their words and put around answers; pages/, what a browser sho
 the tables of formulas; owner/, the commands that do not serve, which import this file
 and not the other way round.
 
-Glossary: openid (a subscriber of this account), message (what came; its MsgId is the
+Glossary. What comes: openid (a subscriber of this account), message (its MsgId is the
 same every time it is sent), request or attempt (one time it is sent), delivery (all
-requests of a message), passive reply, session (a conversation with one assistant), turn
-(a question and its answer), delta (a piece of a streamed answer), chat text (what the
-chat shows of the model's Markdown), part (a slice of the chat text that one reply
-shows).
+requests of a message), tap (a link in a reply that sends words as if they were typed),
+kept (pictures and shared words, which wait for the question about them).
+What it means: session (a conversation with one assistant), lapsed (a session that ran
+out so lately that a tap resumes it), turn (a question and its answer), delta (a piece
+of a streamed answer), source (what answers a message: words, a part, a stored reply).
+What goes out: passive reply, chat text (what the chat shows of the model's Markdown),
+part (a slice of the chat text that one reply shows, from its start to its stop; its
+number is what a tap for it sends, 0 in a question's own reply; its place is counted
+within the answer).
 
 Run `python wxgpt.py demo` to try it, `python wxgpt.py --config wxgpt.toml` to serve.
 """
@@ -61,7 +67,8 @@ Run `python wxgpt.py demo` to try it, `python wxgpt.py --config wxgpt.toml` to s
 import signal
 import sys
 
-# One before 3.10 does not get here: it stops at the first `match`, which says the same.
+# One before 3.10 does not get here: it stops at the first `match`, in inline_text, and
+# shows that line, whose comment says the same.
 if sys.version_info < (3, 11):  # noqa: UP036
     found = ".".join(map(str, sys.version_info[:2]))
     sys.exit(f"wxgpt: 需要 Python 3.11 或更新，这里是 {found} (Python is too old)")
@@ -121,6 +128,8 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 from xml.parsers.expat import ExpatError
 
+HERE = pathlib.Path(__file__).parent  # the program's folder
+
 try:
     import aiohttp
     import aiosqlite
@@ -135,9 +144,8 @@ try:
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
-    place = pathlib.Path(__file__).parent
-    better = f"{place}/.venv/bin/python {place}/wxgpt.py"
-    if not (place / ".venv/bin/python").exists():
+    better = f"{HERE}/.venv/bin/python {HERE}/wxgpt.py"
+    if not (HERE / ".venv/bin/python").exists():
         better = "python3 -m venv .venv && .venv/bin/pip install -r requirements.lock"
     sys.exit(f"wxgpt: 缺少 {error.name} 包 (package missing): {better}")
 
@@ -156,13 +164,19 @@ ATTEMPTS = 3  # requests per message; the documents say "三次重试", practice
 ATTEMPT_SECONDS = 5.0  # "五秒内" in 被动回复用户消息, developers.weixin.qq.com
 REPLY_BYTES = 1800  # undocumented; reports of refused texts begin at 1884 bytes
 BODY_BYTES = 64 * 1024  # far more than the largest push has
+# The reply that shows nothing, and ends WeChat's attempts: sent too early, it costs the
+# answer.
+SUCCESS = b"success"
 BEIJING = datetime.timezone(datetime.timedelta(hours=8))
 
 # WeChat delivers a sticker as one of these texts (from reports to many projects).
 STICKER_TEXTS = ("【收到不支持的消息类型，暂无法显示】", "[Unsupported Message]")
 
-# What no text of others keeps: what XML 1.0 cannot contain, lone surrogates included
-# (WeChat shows an error for it), and Unicode's characters for internal use: our links.
+# Left out of whatever others write: what XML 1.0 cannot contain, lone surrogates too
+# (WeChat shows an error for it), and Unicode's noncharacters, which our links are made
+# of. That is done where a text comes in: parse_message, ask_on_page, and Bot.show for
+# the model's. read_entity and formula_mathml decode none; `outgoing` drops them from
+# the owner's words, and MarkdownReader from everything, as it needs \0 for itself.
 ILLEGAL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
 
@@ -506,7 +520,7 @@ def read_assistants(
     }
 
 
-TEXTS = pathlib.Path(__file__).with_name("texts.toml")
+TEXTS = HERE / "texts.toml"
 
 
 def read_texts(changes: Any, mistakes: Mistakes | None = None) -> Texts:
@@ -865,12 +879,6 @@ class Cipher:
         ).encode()
 
 
-def cdata(text: str) -> str:
-    """Return text as XML character data that WeChat's parser reads."""
-    clean = ILLEGAL.sub("\ufffd", text).replace("]]>", "]]]]><![CDATA[>")
-    return f"<![CDATA[{clean}]]>"
-
-
 # The content of a reply that hands a text to WeChat's own AI (转接AI回复). `outgoing`
 # takes the character out of all others.
 WECHAT_AI = "\ufdd3"
@@ -879,13 +887,17 @@ WECHAT_AI = "\ufdd3"
 def render_text_reply(message: Message, content: str, created: int) -> bytes:
     """Return the passive reply's body: XML, or `success` for an empty content."""
     if not content:
-        return b"success"  # WeChat shows its error text for an empty Content
-    kind = f"<MsgType><![CDATA[text]]></MsgType><Content>{cdata(content)}</Content>"
+        return SUCCESS  # WeChat shows its error text for an empty Content
+    values = (message.openid, message.account, content)
+    openid, account, text = (one.replace("]]>", "]]]]><![CDATA[>") for one in values)
     if content == WECHAT_AI:
         kind = "<MsgType><![CDATA[transfer_biz_ai_ivr]]></MsgType>"
+    else:
+        kind = "<MsgType><![CDATA[text]]></MsgType>"
+        kind += f"<Content><![CDATA[{text}]]></Content>"
     return (
-        f"<xml><ToUserName>{cdata(message.openid)}</ToUserName>"
-        f"<FromUserName>{cdata(message.account)}</FromUserName>"
+        f"<xml><ToUserName><![CDATA[{openid}]]></ToUserName>"
+        f"<FromUserName><![CDATA[{account}]]></FromUserName>"
         f"<CreateTime>{created}</CreateTime>{kind}</xml>"
     ).encode()
 
@@ -974,7 +986,7 @@ def with_taps(text: str, *names: str) -> str:
 # writes the pages' MathML; it is never given what was refused here.
 # ---------------------------------------------------------------------------
 
-FORMULAS = pathlib.Path(__file__).parent / "pages" / "formulas.toml"
+FORMULA_TABLES = HERE / "pages" / "formulas.toml"
 SUPERSCRIPTS = str.maketrans(
     "0123456789+−-=()abcdefghijklmnoprstuvwxyzABDEGHIJKLMNOPRTUVW′∘",
     "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁼⁽⁾ᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖʳˢᵗᵘᵛʷˣʸᶻᴬᴮᴰᴱᴳᴴᴵᴶᴷᴸᴹᴺᴼᴾᴿᵀᵁⱽᵂ′°",
@@ -997,7 +1009,7 @@ DIFFERENTIAL = re.compile(rf"[d∂Δ][{SMALL_SIGNS}]{{0,4}}[^\W\d_]?{SCRIPTED}")
 @functools.cache
 def formula_rules() -> dict[str, Any]:
     """Return the tables of formulas.toml, which explains them; raise ConfigError."""
-    return read_toml(FORMULAS)
+    return read_toml(FORMULA_TABLES)
 
 
 def bracketed(text: str) -> str:
@@ -1323,7 +1335,7 @@ MAX_FORMULA_CHARS = 1500  # fifteen full lines of an aligned block; longest seen
 @functools.lru_cache(256)
 def formula_text(latex: str) -> str | None:
     """Return a formula as text without markup, or None if its meaning would change."""
-    if len(latex) > MAX_FORMULA_CHARS or ILLEGAL.search(latex):
+    if len(latex) > MAX_FORMULA_CHARS:
         return None
     try:
         plain = rewritten(simpler_latex(latex), "fences")
@@ -2503,7 +2515,7 @@ class WordGuard:
         """Return what may be shown now, and whether a blocked word came."""
         if not self.blocked.words:
             return delta, False
-        text = self.open + ILLEGAL.sub("", delta)  # nobody will see it in between
+        text = self.open + delta
         entity = None if is_end else OPEN_ENTITY.search(text)
         settled = list(clusters(text[: entity.start()] if entity else text))
         self.open = entity[0] if entity else ""
@@ -2660,7 +2672,6 @@ class Turn:
 
     def append(self, delta: str) -> None:
         """Add a delta."""
-        delta = ILLEGAL.sub("", delta)
         if not self.answer:
             delta = delta.lstrip()
             self.first_seconds = round(self.age, 3)
@@ -2718,7 +2729,7 @@ class Turn:
 # promised and not done yet, since the database may be locked or full just then.
 # ---------------------------------------------------------------------------
 
-SCHEMA = pathlib.Path(__file__).with_name("schema.sql")
+SCHEMA = HERE / "schema.sql"
 
 
 class StoreError(OwnerError):
@@ -3735,7 +3746,7 @@ def render_request(body: dict) -> tuple[int, bytes | AsyncIterator[bytes]]:
     return length, pieces()
 
 
-PROVIDERS = pathlib.Path(__file__).with_name("providers.toml")
+PROVIDERS = HERE / "providers.toml"
 
 
 @functools.cache
@@ -5349,6 +5360,7 @@ class Bot:
         Links and tags part a word in the Markdown that is whole in the chat or on the
         page: so what they show is looked through as well, before anybody is told.
         """
+        delta = ILLEGAL.sub("", delta)
         if not self.blocked.words:
             if delta:
                 turn.append(delta)
@@ -5892,7 +5904,7 @@ def check_commands(config: Config, mistakes: Mistakes) -> None:
 # what the templates there ask for.
 # ---------------------------------------------------------------------------
 
-PAGES = pathlib.Path(__file__).with_name("pages")
+PAGES = HERE / "pages"
 TEMPLATES = """page.html parts.html blocks.html answer.html history.html found.html
     sign_in.html error.html export.md""".split()
 # What a page has of style and script; it takes no more of them than it needs.
@@ -6415,7 +6427,7 @@ async def read_push(request: web.Request) -> Message | web.Response:
     except web.RequestPayloadError:
         body = b""  # torn: nothing that can be read
     if request.headers.get("User-Agent") == CHECK_AGENT:  # does a POST come through?
-        return web.Response(body=b"success")
+        return web.Response(body=SUCCESS)
     try:
         if bot.cipher:
             sealed = find_encrypted(body)
@@ -6426,7 +6438,7 @@ async def read_push(request: web.Request) -> Message | web.Response:
         message = parse_message(body)
     except BadMessage as error:
         bot.warn("unreadable push: %s", error)
-        return web.Response(body=b"success")
+        return web.Response(body=SUCCESS)
     if not bot.replays.is_first(request.query["signature"], message):
         return web.Response(status=403)
     bot.heard_at = bot.tasks.loop.time()
@@ -6477,7 +6489,7 @@ async def receive_message(request: web.Request) -> web.StreamResponse:
         raise
     except Exception:
         log.exception("a push broke off at the door")
-        return web.Response(body=b"success")
+        return web.Response(body=SUCCESS)
 
 
 def redirect(location: str) -> web.Response:

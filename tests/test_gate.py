@@ -88,9 +88,10 @@ def content_of(body):
 )
 def test_what_leaves_has_our_own_links_and_no_other(answer, question, cuts):
     """Whatever is decoded or left out on the way, nothing of others can be tapped."""
-    turn = new_turn()
+    turn, blocked = new_turn(), wxgpt.BlockedWords("")
+    bot = types.SimpleNamespace(blocked=blocked)
     for piece in cut(answer, cuts):
-        turn.append(piece)
+        wxgpt.Bot.show(bot, turn, wxgpt.WordGuard(blocked), piece, False)
     question = wxgpt.ILLEGAL.sub("", question)  # as at the door
     tap, page = wxgpt.tap_link("继续1"), wxgpt.web_link("看", "https://wx.cn/a/1")
     content = f"{turn.shown()}{tap}「{wxgpt.excerpt(question)}」{page}"
