@@ -229,7 +229,7 @@ def bounded(default: float, least: float, most: float) -> Any:
     return field(default=default, metadata={"bounds": (least, most)})
 
 
-MASK = "something else"  # in place of a secret
+MASK = "something else"  # in place of what may be a secret
 
 
 def secret(default: object = MISSING) -> Any:
@@ -293,8 +293,8 @@ class AssistantSettings:
     first_token_timeout: float = bounded(60.0, 0.05, 3600)  # seconds to the first token
     idle_timeout: float = bounded(60.0, 0.05, 3600)  # seconds between two tokens
     timeout: float = bounded(240.0, 0.05, 86400)  # seconds for a whole answer
-    fallback: str = ""  # the assistant whose model is asked when this one fails
-    fallback_after: float = bounded(20.0, 0, 3600)  # or is silent so long; 0: never
+    fallback: str = ""  # the assistant whose model is asked when this one fails,
+    fallback_after: float = bounded(20.0, 0, 3600)  # or after this silence; 0: never
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -331,7 +331,7 @@ class ReplySettings:
     subscribe: str = WELCOME  # to a new subscriber; empty: silence
     # To text outside a session; empty: silence, "wechat_ai": WeChat's own AI reply.
     outside: str = HINT
-    outside_hours: float = bounded(24.0, 0, 87_600)  # once in so many; 0: each time
+    outside_hours: float = bounded(24.0, 0, 87_600)  # once in this many; 0: each time
     # A line that names the filed model, in the welcome, /help and below pages.
     model_notice: str = ""
     label: str = "（AI 生成）"  # ends each part of a model's text; empty: none
@@ -397,9 +397,9 @@ class Config:
 
     @property
     def is_secure(self) -> bool:
-        """Say whether nobody between a phone and us can read along or change anything.
+        """Say whether nobody between a phone and our pages can read or change them.
 
-        Browsers take loopback for that too, without TLS.
+        Browsers take loopback for that too, without TLS. It is not WeChat's safe mode.
         """
         near = r"http://(localhost|127\.[\d.]+|\[::1\])([:/].*)?|https://.*"
         return re.fullmatch(near, self.public_url) is not None
@@ -463,26 +463,27 @@ def read_table(kind: Any, table: Any, name: str, mistakes: Mistakes) -> Any:
     check_names(table, [entry.name for entry in fields(kind)], prefix, mistakes)
     values = {}
     for entry in fields(kind):
-        key, where, value = entry.name, prefix + entry.name, table.get(entry.name)
+        where, value = prefix + entry.name, table.get(entry.name)
         is_required = entry.default is MISSING and entry.default_factory is MISSING
         bounds = entry.metadata.get("bounds", ())
         if dataclasses.is_dataclass(entry.type):
-            values[key] = read_table(entry.type, table.get(key, {}), where, mistakes)
-        elif entry.type not in TYPE_NAMES:  # load_config has read it
-            values[key] = value
+            inner = table.get(entry.name, {})
+            values[entry.name] = read_table(entry.type, inner, where, mistakes)
+        elif entry.type not in TYPE_NAMES:  # already read: load_config put it here
+            values[entry.name] = value
         elif value is None and not is_required:
             pass  # its default
         elif has_type(value, entry.type) and (
             not bounds or bounds[0] <= value <= bounds[1]
         ):
-            values[key] = tuple(value) if isinstance(value, list) else value
+            values[entry.name] = tuple(value) if isinstance(value, list) else value
         else:
             found = MASK if value is not None and "secret" in entry.metadata else value
             plain = (f"{bound:f}".rstrip("0").rstrip(".") for bound in bounds)
             ends = dict(zip(("least", "most"), plain, strict=False))
             mistakes.wrong(where, found, TYPE_NAMES[entry.type], **ends)
             if is_required:
-                values[key] = ""  # there is no default to go on with
+                values[entry.name] = ""  # there is no default to go on with
     return kind(**values)
 
 
@@ -504,8 +505,9 @@ def read_assistants(
     table: Any, environ: Mapping[str, str], mistakes: Mistakes
 ) -> dict[str, AssistantSettings]:
     """Return the assistants by name."""
-    tables = table.values() if isinstance(table, dict) else ["no table"]
-    if not all(isinstance(one, dict) for one in tables):
+    if not isinstance(table, dict) or not all(
+        isinstance(one, dict) for one in table.values()
+    ):
         mistakes.wrong("assistants", MASK, "a table of tables")  # a misplaced API key?
         return {}
     filled = {k: environ[v] for k, v in CHATGPT_VARIABLES.items() if environ.get(v)}
@@ -541,7 +543,8 @@ def read_texts(changes: Any, mistakes: Mistakes | None = None) -> Texts:
         where = f"texts.{name}"
         if not isinstance(line, str):
             mistakes.wrong(where, line, "text")
-        if name not in lines or not isinstance(line, str):
+            continue
+        if name not in lines:  # check_names has noted it
             continue
         known = sorted(set(re.findall(r"\{(\w+)\}", lines[name])))
         lines[name] = line
@@ -733,7 +736,7 @@ class Message:
     event: str = ""  # in lower case
     event_key: str = ""
     picture_url: str = ""
-    said: str = ""  # title and summary of an article, or the name of a place
+    caption: str = ""  # title and summary of an article, or the name of a place
 
     @property
     def key(self) -> str:
@@ -760,15 +763,15 @@ def is_signed(token: str, signature: str, *values: str) -> bool:
     return hmac.compare_digest(expected, signature.encode("utf-8", "replace"))
 
 
-MARKS_IN_A_ROW = 30  # combining ones, of Unicode's stream-safe format (UAX #15)
+MARKS_IN_A_ROW = 30  # combining ones: Unicode's stream-safe format (UAX #15)
 LATE_MARKS = "\u0f73\u0f75\u0f81\uff9e\uff9f"  # become marks when they are normalised
 RARE_RUN = re.compile(f"[^\0-\u02ff\u3100-\u9fff\uac00-\ud7a3]{{{MARKS_IN_A_ROW},}}.")
 
 
 def stream_safe(text: str) -> str:
-    """Return text without what is over 30 combining marks in a row.
+    """Return text without the combining marks beyond the 30th in a row.
 
-    Unicode's normalising sorts them, in the square of their number.
+    To normalise them is to sort them, which takes the square of their number.
     """
 
     def shorter(run: re.Match[str]) -> str:
@@ -812,6 +815,7 @@ def parse_message(body: bytes) -> Message:
     if not all(map(root.get, ("FromUserName", "ToUserName", "MsgType"))):
         raise BadMessage("no FromUserName, ToUserName or MsgType")
     created = root.get("CreateTime", "")
+    captions = map(root.get, ("Title", "Description", "Label"))
     return Message(
         openid=root["FromUserName"],
         account=root["ToUserName"],
@@ -822,7 +826,7 @@ def parse_message(body: bytes) -> Message:
         event=root.get("Event", "").lower(),
         event_key=root.get("EventKey", ""),
         picture_url=root.get("PicUrl", ""),
-        said="\n".join(filter(None, map(root.get, ("Title", "Description", "Label")))),
+        caption="\n".join(filter(None, captions)),
     )
 
 
@@ -902,12 +906,12 @@ def render_text_reply(message: Message, content: str, created: int) -> bytes:
     ).encode()
 
 
-def size_of(text: str) -> int:
-    """Return the size of a text as WeChat counts it: in bytes of UTF-8."""
-    return len(text.encode())
+# --- Links and sizes
+#
+# A link of ours (web_link; tap_link, which sends words) is made of characters nobody
+# else can write, until `outgoing` writes it as the HTML that WeChat reads, and breaks
+# whatever else looks like a link. with_links and with_taps make those in owners' lines.
 
-
-# Our links are made of these until a reply leaves: nobody else can write them.
 LINK_BEGIN, LINK_WORDS, LINK_END = "\ufdd0", "\ufdd1", "\ufdd2"
 OUR_LINK = re.compile(
     f"{LINK_BEGIN}([^\ufdd0-\ufdd2]*){LINK_WORDS}([^\ufdd0-\ufdd2]*){LINK_END}"
@@ -928,20 +932,25 @@ def with_links(text: str) -> str:
 def outgoing(text: str) -> str:
     """Return a reply's text as it is sent: our own links in it, and no others.
 
-    Nothing is removed or decoded behind this gate, which could join others' characters
+    Nothing is removed or decoded after this gate, which could join others' characters
     to a link.
     """
-    kept = []
+    sent = []
     for at, piece in enumerate(OUR_LINK.split(text)):  # a text, URL, words, a text ...
         legal = ILLEGAL.sub("", piece)
         no_link = re.sub(r"(?i)<(?=/?a)", "<\u200b", legal)
         if at % 3 == 0:
-            kept.append(no_link)
+            sent.append(no_link)
         elif at % 3 == 1:
-            kept.append(f'<a href="{legal}">')
+            sent.append(f'<a href="{legal}">')
         else:
-            kept.append(f"{no_link}</a>")
-    return "".join(kept)
+            sent.append(f"{no_link}</a>")
+    return "".join(sent)
+
+
+def size_of(text: str) -> int:
+    """Return the size of a text as WeChat counts it: in bytes of UTF-8."""
+    return len(text.encode())
 
 
 def sent_size(text: str) -> int:
@@ -950,7 +959,7 @@ def sent_size(text: str) -> int:
 
 
 def excerpt(text: str, length: int = 12) -> str:
-    """Return the beginning of a question as one line in which WeChat finds no link."""
+    """Return the beginning of a text as one line."""
     line = " ".join(text.split())
     return line if len(line) <= length else line[:length] + "…"
 
@@ -4988,7 +4997,7 @@ class Bot:
                 return self.leave_alone(delivery, "no event of its kind is answered")
         if delivery.session is None:
             return self.leave_alone(delivery, "no text, and no session is open")
-        texts, said = self.texts, message.said.strip()[:SHARED_CHARS]
+        texts, said = self.texts, message.caption.strip()[:SHARED_CHARS]
         kept, reply, tap = "", texts.words_kept, texts.word_place
         match message.msg_type:  # words begin with a newline, which no URL does
             case "image":
