@@ -1021,12 +1021,12 @@ def formula_rules() -> dict[str, Any]:
     return read_toml(FORMULA_TABLES)
 
 
-def bracketed(text: str) -> str:
+def bracket_if_needed(text: str) -> str:
     """Put a text in brackets if a slash beside it would take only a part of it."""
     return text if ONE_SIGN.fullmatch(text) else f"({text})"
 
 
-MAX_SCRIPT_CHARS = 200  # or it would be gone through again for each around it
+MAX_SCRIPT_CHARS = 200  # or each script around it would go through it again
 
 
 def script_text(mark: str, script: str, base: str) -> str:
@@ -1054,7 +1054,9 @@ def over_text(over: str, under: str) -> str:
 def fraction_text(over: str, under: str) -> str:
     """Write a fraction so that its parts cannot be read otherwise."""
     is_derivative = DIFFERENTIAL.fullmatch(over) and DIFFERENTIAL.fullmatch(under)
-    return "/".join((over, under) if is_derivative else map(bracketed, (over, under)))
+    if not is_derivative:
+        over, under = bracket_if_needed(over), bracket_if_needed(under)
+    return f"{over}/{under}"
 
 
 def root_text(index: str, radicand: str) -> str:
@@ -1087,7 +1089,11 @@ def symbol_text(name: str) -> str:
 
 @functools.cache
 def formula_commands() -> dict[str, tuple[str, Callable[..., str], str]]:
-    """Return the arguments of each command, what writes it, and its kind of piece."""
+    """Return what each command reads, what writes that, and its kind of piece.
+
+    It reads a letter an argument: m is mathematics, M may have lines, o may be left out
+    and stands in square brackets, t is words.
+    """
     rules = formula_rules()
     commands: dict[str, tuple[str, Callable[..., str], str]] = {
         "frac": ("mm", fraction_text, "fraction"),
@@ -1095,7 +1101,7 @@ def formula_commands() -> dict[str, tuple[str, Callable[..., str], str]]:
         "overset": ("mm", over_text, ""),
         "substack": ("M", lambda lines: lines.replace("\n", ", "), ""),
         "underset": ("mm", functools.partial(script_text, "_"), ""),
-        "overbrace": ("m", bracketed, ""),
+        "overbrace": ("m", bracket_if_needed, ""),
         "not": ("m", lambda s: unicodedata.normalize("NFC", s + "\u0338"), "symbol"),
     }
     for name, (arguments, text, kind) in rules["commands"].items():
@@ -1185,31 +1191,32 @@ class FormulaReader:
         token = self.tokens.pop()
         return self.tokens.pop() if token.isspace() else token
 
-    def row(self, *ends: str) -> list[Piece]:
+    def read_row(self, *ends: str) -> list[Piece]:
         """Read pieces up to one of the end tokens, and take that too."""
         pieces: list[Piece] = []
         space = ""
         while self.tokens[-1] not in ends:
             token = self.tokens[-1]
             if token in LATEX_SPACES or token.isspace():
-                space = "~" if self.tokens.pop() in LATEX_SPACES else space or " "
+                self.tokens.pop()
+                space = "~" if token in LATEX_SPACES else space or " "
                 continue
-            new = [] if token in ("^", "_", "'") else self.pieces()
-            new = [piece for piece in self.scripted(new) if piece.text]
+            new = [] if token in ("^", "_", "'") else self.read_pieces()
+            new = [piece for piece in self.read_scripts(new) if piece.text]
             if new:
                 pieces += [replace(new[0], space=space or new[0].space), *new[1:]]
                 space = ""
         self.end = self.tokens.pop()
         return pieces
 
-    def scripted(self, bases: list[Piece]) -> list[Piece]:
+    def read_scripts(self, bases: list[Piece]) -> list[Piece]:
         """Add the scripts and primes that follow to what stands before them."""
         scripts = {"_": "", "'": "", "^": ""}
         while self.tokens[-1] in scripts:
             mark = self.tokens.pop()
             if mark != "'" and scripts[mark]:
                 raise ValueError("two scripts")
-            scripts[mark] += mark if mark == "'" else self.argument()
+            scripts[mark] += mark if mark == "'" else self.read_argument()
         if not any(scripts.values()):
             return bases
         base = bases[0] if len(bases) == 1 else Piece(render_pieces(bases))
@@ -1219,7 +1226,7 @@ class FormulaReader:
         if base.kind == "root":
             text = f"({text})"
         elif text and (base.kind in ("fraction", "box") or len(bases) > 1):
-            text = bracketed(text)
+            text = bracket_if_needed(text)
         kind = base.kind if base.kind in ("name", "large") else ""
         for mark, script in scripts.items():
             if mark == "_" and script and text in ("lim", "limsup", "liminf"):
@@ -1229,22 +1236,24 @@ class FormulaReader:
         # a script on nothing must not attach to what stands before it
         return [replace(base, text=text if base.text else " " + text, kind=kind)]
 
-    def argument(self, kind: str = "m") -> str:
-        """Read one argument of a command as text."""
+    def read_argument(self, kind: str = "m") -> str:
+        """Read one argument of a command as text; formula_commands has its kinds."""
         if kind == "t":
-            words = re.sub(r"\\(?:[ ,:;>]|q?quad)|~|\s+", " ", self.source())
+            words = re.sub(r"\\(?:[ ,:;>]|q?quad)|~|\s+", " ", self.read_source())
             if re.search(r"\\[^%&_#{}$]|(?<!\\)\$", words):
                 raise ValueError("mathematics among words")
             return re.sub(r"\\([%&_#{}$])|[{}]", r"\1", words)
         if kind == "o":
-            is_given = self.tokens[-1] == "[" and self.tokens.pop()
-            return render_pieces(self.row("]")) if is_given else ""
-        text = render_pieces(self.pieces()).strip()
+            if self.tokens[-1] != "[":
+                return ""
+            self.tokens.pop()
+            return render_pieces(self.read_row("]"))
+        text = render_pieces(self.read_pieces()).strip()
         if "\n" in text and kind != "M":
             raise ValueError("lines inside a line")
         return text
 
-    def source(self) -> str:
+    def read_source(self) -> str:
         """Return the source of one argument in braces."""
         if self.take_sign() != "{":
             raise ValueError("no braces")
@@ -1254,7 +1263,7 @@ class FormulaReader:
             depth += {"{": 1, "}": -1}.get(taken[-1], 0)
         return "".join(taken[:-1])
 
-    def pieces(self) -> list[Piece]:
+    def read_pieces(self) -> list[Piece]:
         """Read one sign, group or command with its arguments."""
         self.depth += 1
         if self.depth > MAX_FORMULA_NESTING:
@@ -1262,7 +1271,7 @@ class FormulaReader:
         token = self.take_sign()
         name = formula_rules()["same"].get(token[1:], token[1:])
         if token in ("{", "$"):  # a bare tabular holds words and $
-            pieces = self.row("}" if token == "{" else "$")
+            pieces = self.read_row("}" if token == "{" else "$")
         elif token in tuple("}&^_#\\"):
             raise ValueError(f"stray {token}")
         elif token[0] != "\\":
@@ -1270,15 +1279,15 @@ class FormulaReader:
             pieces = [Piece("−" if is_minus else token)]
         elif name in formula_commands():
             arguments, write, kind = formula_commands()[name]
-            pieces = [Piece(write(*map(self.argument, arguments)), kind)]
+            pieces = [Piece(write(*map(self.read_argument, arguments)), kind)]
         elif name == "mathrm":
-            pieces = self.pieces()
+            pieces = self.read_pieces()
         elif name in formula_rules()["alphabets"]:  # of one letter: ℝ, 𝐯
-            pieces = self.pieces()
+            pieces = self.read_pieces()
             if len(pieces) == 1 and re.fullmatch("[A-Za-z]", pieces[0].text):
                 pieces = [Piece(symbol_text(f"{name}{{{pieces[0].text}}}"))]
         elif name == "begin":
-            pieces = [Piece(self.environment())]
+            pieces = [Piece(self.read_environment())]
         else:
             char = symbol_text(name)
             is_large = char in formula_rules()["large_signs"]
@@ -1286,20 +1295,22 @@ class FormulaReader:
         self.depth -= 1
         return pieces
 
-    def environment(self) -> str:
+    def read_environment(self) -> str:
         r"""Read \begin{…} … \end{…}: a line a row, but a matrix on one line."""
-        name = self.source()
+        # Read its rows.
+        name = self.read_source()
         if name == "array":
-            self.source()  # the alignment of its columns
+            self.read_source()  # the alignment of its columns
         rows: list[list[str]] = [[]]
         while True:
-            rows[-1].append(render_pieces(self.row("&", "\\\\", "\\end")).strip())
+            rows[-1].append(render_pieces(self.read_row("&", "\\\\", "\\end")).strip())
             if self.end == "\\end":
                 break
             if self.end == "\\\\":
                 rows.append([])
-        if self.source() != name:
+        if self.read_source() != name:
             raise ValueError("the end of another environment")
+        # Lay them out.
         rows = [row for row in rows if any(row)]
         gap = ", " if any(" " in cell for row in rows for cell in row) else " "
         if name == "align*":  # equations side by side, each in two cells
@@ -1315,27 +1326,28 @@ class FormulaReader:
                 row[:] = [line.replace("\t", " ")]
         lines = [re.sub(f"(?:{gap})+$", "", gap.join(row)).rstrip() for row in rows]
         opening, closing, end = formula_rules()["environments"][name]
-        return opening + re.sub("———,? ", "———\n", end.join(lines)) + closing
+        text = re.sub("———,? ", "———\n", end.join(lines))  # \hline has its own line
+        return opening + text + closing
 
 
-def rewritten(latex: str, rules: str) -> str:
+def rewrite(latex: str, rules: str) -> str:
     """Return LaTeX after the rewrites of that name, one after the other."""
     for pattern, replacement in formula_rules()["rewrites"][rules]:
         latex = re.sub(pattern, replacement, latex, flags=re.A)
     return latex
 
 
-def simpler_latex(latex: str) -> str:
+def simplify_latex(latex: str) -> str:
     """Rewrite LaTeX with fewer commands, in a form that latex2mathml reads."""
     latex = re.sub(
         r"\\ce\s*\{((?:[^{}]|\{[^{}]*\})*)\}",
-        lambda reaction: rf"\mathrm{{{rewritten(reaction[1], 'chemistry')}}}",
+        lambda reaction: rf"\mathrm{{{rewrite(reaction[1], 'chemistry')}}}",
         latex,
     )
     latex = re.sub(
         r"\\textcircled\s*\{?([1-9])\}?", lambda n: chr(0x245F + int(n[1])), latex
     )
-    return rewritten(latex, "latex").strip()
+    return rewrite(latex, "latex").strip()
 
 
 MAX_FORMULA_CHARS = 1500  # fifteen full lines of an aligned block; longest seen: 679
@@ -1347,8 +1359,8 @@ def formula_text(latex: str) -> str | None:
     if len(latex) > MAX_FORMULA_CHARS:
         return None
     try:
-        plain = rewritten(simpler_latex(latex), "fences")
-        text = render_pieces(FormulaReader(plain).row(""))
+        plain = rewrite(simplify_latex(latex), "fences")
+        text = render_pieces(FormulaReader(plain).read_row(""))
     except (ValueError, LookupError):  # LookupError: it ends too early
         return None
     return text.strip() or None
@@ -1361,9 +1373,9 @@ def formula_mathml(latex: str, is_block: bool) -> str | None:
         return None
     from latex2mathml.converter import Converter
 
-    latex = simpler_latex(latex)
+    latex = simplify_latex(latex)
     if latex.count(r"\left") != latex.count(r"\right"):
-        latex = rewritten(latex, "fences")
+        latex = rewrite(latex, "fences")
     try:
         converter = Converter(display="block" if is_block else "inline")
         tree = converter.convert_to_element(latex)
@@ -1378,10 +1390,11 @@ def formula_mathml(latex: str, is_block: bool) -> str | None:
             return None
         for name in node.attrib.keys() - allowed["attributes"]:
             del node.attrib[name]
-    written = "".join(tree.itertext()), text.replace("∛", "3").replace("∜", "4")
-    forms = (unicodedata.normalize("NFKC", form) for form in written)
-    kept = [sorted(re.findall(r"[\d\u3400-\u9fff]", form)) for form in forms]
-    if kept[0] != kept[1]:  # the library lost a digit or a Chinese character
+    signs = []
+    for form in ("".join(tree.itertext()), text.replace("∛", "3").replace("∜", "4")):
+        normal = unicodedata.normalize("NFKC", form)
+        signs.append(sorted(re.findall(r"[\d\u3400-\u9fff]", normal)))
+    if signs[0] != signs[1]:  # the library lost a digit or a Chinese character
         return None
     rendered: str = ElementTree.tostring(tree, encoding="unicode")
     return rendered
@@ -1415,17 +1428,18 @@ SENTENCE_END = re.compile(
 # --- When stars are emphasis
 #
 # Unlike in CommonMark, they must be no operator, no wildcard and no part of a name:
-# `2**3`, `单价*数量`, `*.log`, `**kwargs`, `/*…*/`. The patterns match the signs before
-# and after them; 字 stands for any CJK letter, x for any other letter or digit.
+# `2**3`, `单价*数量`, `*.log`, `**kwargs`, `/*…*/`. The patterns match the two signs
+# before and after them, where 字 stands for any CJK letter, x for any other letter or
+# digit: 字字 twice for `是**对**的`, xx for `2**3`.
 
-DOUBLE_OPENS = re.compile(
+DOUBLE_OPENS = re.compile(  # `值**3**`, but neither `2**3` nor `f(**a)` nor `对** 的`
     r"(?![x_)\]}][x_([{+.=-]).[^ ，。：；！？、）】》」』”’,;:!?)\]}/]"
 )
 DOUBLE_CLOSES = re.compile(  # `**Note:**text`, but neither `f(**a,**b)` nor `ab**cd`
     r"(?![ （【《「『“‘(\[{<=|/])(?:.[^x_]|[:.!?%\x80-\U0010ffff][x_])"
 )
 DOUBTFUL = re.compile(r"/.|./|[字）】][x_([{+.=-]")  # `边长**2`, `/**…**/`: no pair
-SINGLE_OPENS = re.compile(
+SINGLE_OPENS = re.compile(  # ` *b*`, `（*注*）`, but neither `单价*数量` nor `*.log`
     r"[^字x_)\]}）】》”’/\\=+<>^|&%.~-][x字“‘《「『（(\[`$\\\"'—]"
 )
 SINGLE_CLOSES = re.compile(  # `*Note:* text`, `*注*说明`, but not `5*，6*，`
@@ -1433,7 +1447,7 @@ SINGLE_CLOSES = re.compile(  # `*Note:* text`, `*注*说明`, but not `5*，6*�
 )
 
 
-def shape(char: str) -> str:
+def char_class(char: str) -> str:
     """Return the character that stands for a character in these patterns."""
     if char.isspace():
         return " "
@@ -1449,7 +1463,7 @@ MAX_OPENERS = 20  # in a line
 EMPHASIS = {"*": ("em",), "**": ("strong",), "***": ("strong", "em"), "~~": ("s",)}
 ENTITY = r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z][a-z0-9]{1,31});"
 # Of a link: words, maybe with a picture, code, escaped signs or brackets in them.
-LABEL = (
+LINK_LABEL = (
     r"(?:!\[[^\[\]\n]*\]\([^()\n]*\)|`[^`\n]*`|\\[^\n]|[^\[\]\n\\]"
     r"|\[[^\[\]\n]*\](?!\())*+"
 )
@@ -1471,12 +1485,12 @@ INLINE_MARKS = {
     r"(?![\s$])(?P<latex>(?:\\\$|[^$\n。！？]){0,299}?(?:\\\$|[^\s$\\。！？]))"
     r"|(?<!\d \$)(?P<spaced> [^$\n。！？]{1,298}? ))\$(?![0-9A-Za-z${]|_(?!_))",
     # [words](https://a.cn)  ![a picture](<a b.png> "its title")
-    "link": rf"(?P<picture>!?)\[(?P<label>{LABEL})\]"
+    "link": rf"(?P<picture>!?)\[(?P<label>{LINK_LABEL})\]"
     r"(?u:\([ \t]*(?:<(?P<whole>[^<>\n]*)>|(?P<plain>(?:[^\s()<>]++|\([^\s()]*+\))*+))"
     r"(?:[ \t]+(?P<title>\"[^\"\n]*\"|'[^'\n]*'|\([^()\n]*\)))?[ \t]*\))",
     # `x  $x  [x  [x](y  at the end of what there is: may become one of those above
-    "open": r"`++(?=.{0,999}+\Z)|(?<![0-9A-Za-z])\$(?=[^\n。！？]{0,999}+\Z)"
-    rf"|!?\[(?={LABEL}(?:!?\[[^\[\]\n]*+)?(?:\](?:\(.*+)?)?\Z)",
+    "unclosed": r"`++(?=.{0,999}+\Z)|(?<![0-9A-Za-z])\$(?=[^\n。！？]{0,999}+\Z)"
+    rf"|!?\[(?={LINK_LABEL}(?:!?\[[^\[\]\n]*+)?(?:\](?:\(.*+)?)?\Z)",
     # <https://a.cn/水>  <me@a.cn>  https://a.cn/b_c?d=e
     "url": r"<(?:https?://|mailto:)[^\s<>]+>|<[\w.+-]+@[\w-]+(?:\.[\w-]+)+>"
     r"|https?://[\w./?#%&=+~:;@!$',*()-]+",
@@ -1489,7 +1503,7 @@ INLINE_MARKS = {
     # &lt;  &#65;  &#x4e2d;
     "entity": ENTITY,
 }
-MARK = re.compile(
+INLINE_MARK = re.compile(
     "|".join(f"(?P<{name}>{pattern})" for name, pattern in INLINE_MARKS.items()),
     re.IGNORECASE | re.ASCII,
 )
@@ -1501,7 +1515,7 @@ FORMULA = re.compile(  # not words in brackets
     rf".*(?:{LATEX_SIGN.pattern})|(?!.*{CJK.pattern}).*[\w+=<>-]", re.DOTALL
 )
 # Between spaces: LaTeX, or single letters among signs, but not a shell's `$ ls`.
-SPACED = re.compile(
+SPACED_FORMULA = re.compile(
     r"(?i).*(?:\\[a-z]|[_^]\{).*|(?=.*[a-z])(?:[^a-z\u2e80-\u9fff]|(?<![a-z])[a-z])+"
 )
 ESCAPE = re.compile(
@@ -1511,7 +1525,7 @@ ESCAPE = re.compile(
 )
 # Words with backslashes that are paths, patterns, faces: `D:\_b`, `^\d+\.$`, `¯\_(ツ)`.
 WORD_WITH_SIGNS = re.compile(r"[^\s，。：；！？、（）“”…!?]+")
-PATH = re.compile(
+PATH_SIGN = re.compile(
     r"\\[^\W_]|^\\\\|\b[A-Za-z]:\\|\\\W[+?{]|^[\^.¯]+\\|[\\/].*\\$"
     r"|(?<!^\d)(?<!^\d\d)\\\.|\.[*+?]|\[\^"
 )
@@ -1519,8 +1533,8 @@ DATA_PICTURE = re.compile(r"data:image/(?:png|jpeg|gif|webp);base64,[A-Za-z0-9+/
 
 
 # The HTML tags of tokens, where the two names differ.
-TAGS = {"link": "a", "paragraph": "p", "list_item": "li"}
-TAGS |= {"ordered_list": "ol", "bullet_list": "ul"}
+HTML_TAGS = {"link": "a", "paragraph": "p", "list_item": "li"}
+HTML_TAGS |= {"ordered_list": "ol", "bullet_list": "ul"}
 NESTING = {"open": 1, "close": -1}
 
 
@@ -1540,7 +1554,7 @@ class TokenReader:
     ) -> Token:
         """Add a token, which opens or closes what its type says."""
         name, _, end = type.rpartition("_")
-        tag, nesting = tag or TAGS.get(name, name), NESTING.get(end, 0)
+        tag, nesting = tag or HTML_TAGS.get(name, name), NESTING.get(end, 0)
         token = Token(type, tag, nesting, content=content, **more)  # type: ignore[arg-type]
         token.block = self.is_block
         self.tokens.insert(len(self.tokens) if at is None else at, token)
@@ -1558,7 +1572,14 @@ class Opener:
 
 
 class InlineReader(TokenReader):
-    """Reads the marks inside one text, once, from left to right."""
+    """Reads the marks inside one text, once, from left to right.
+
+    An open mark is text until its closing mark comes. What may yet become markup must
+    not be shown: `sure` is how far in the text, and in the tokens, nothing can change
+    any more, mostly the last end of a line or sentence at which no mark was open. It
+    moves no further once `is_held`: a formula, comment, code or link is open that may
+    take in all that follows.
+    """
 
     is_block = False
 
@@ -1568,14 +1589,14 @@ class InlineReader(TokenReader):
         self.is_whole = is_whole  # else more of the text may come
         self.openers: list[Opener] = []
         self.line_start = 1
-        self.sure = 1, 0  # the text and the tokens before these ends cannot change
+        self.sure = 1, 0
         # Where the line before ends. It is sure when this line ends, too, as a mark is
         # closed on the next line or never; `close` takes it back if a pair spans it.
         self.line_before = 1, 0
-        self.is_held = False  # something is open that can change all that follows
+        self.is_held = False
         self.closer = ""  # what closes the formula or comment that is open
         words = WORD_WITH_SIGNS.finditer(self.text) if "\\" in text else ()
-        paths = [range(*word.span()) for word in words if PATH.search(word[0])]
+        paths = [range(*word.span()) for word in words if PATH_SIGN.search(word[0])]
         self.in_paths = set(itertools.chain(*paths))
         # Where a backslash, the last but one character of a match, escapes the last.
         self.escapes = {found.end() - 2 for found in ESCAPE.finditer(self.text, 1)}
@@ -1622,7 +1643,8 @@ class InlineReader(TokenReader):
         names = EMPHASIS.get(run.replace("＊", "*"))
         if names is None:
             return 0
-        pair = shape(self.text[begin - 1]) + shape(self.text[end : end + 1] or "\n")
+        before, after = self.text[begin - 1], self.text[end : end + 1] or "\n"
+        pair = char_class(before) + char_class(after)
         is_single, is_doubtful = len(run) == 1, bool(DOUBTFUL.fullmatch(pair))
         closes = SINGLE_CLOSES if is_single else DOUBLE_CLOSES
         opener = self.find(run) if closes.fullmatch(pair) else None
@@ -1650,13 +1672,13 @@ class InlineReader(TokenReader):
     def read_dollars(self, mark: re.Match[str]) -> int:
         latex, spaced = mark["latex"] or "", mark["spaced"] or ""
         is_formula = FORMULA.match(latex) and not PRICE.match(latex)
-        if is_formula or LATEX_SIGN.search(latex) or SPACED.fullmatch(spaced):
+        if is_formula or LATEX_SIGN.search(latex) or SPACED_FORMULA.fullmatch(spaced):
             self.add("math_inline", latex + spaced, markup="$")
             return mark.end()
         self.add("text", "$")
         return mark.start() + 1
 
-    def read_open(self, mark: re.Match[str]) -> int:
+    def read_unclosed(self, mark: re.Match[str]) -> int:
         self.is_held = True
         return 0
 
@@ -1693,10 +1715,11 @@ class InlineReader(TokenReader):
     def read_link(self, mark: re.Match[str]) -> int:
         """Read a link or a picture."""
         url = mark["whole"] or mark["plain"] or ""
-        before, is_picture = self.text[mark.start() - 1], mark["picture"] == "!"
+        before = char_class(self.text[mark.start() - 1])
+        is_picture = mark["picture"] == "!"
         is_path = ":" not in url and re.search("[./]", url)  # not so `arr[0](x.y)`
         is_data = is_picture and url.lower().startswith("data:image/")
-        if not (ADDRESS.match(url) or is_path and shape(before) not in "x_" or is_data):
+        if not (ADDRESS.match(url) or is_path and before not in "x_" or is_data):
             self.add("text", mark["picture"] + "[")
             return mark.start("label")
         inside = InlineReader(mark["label"], before="[").read()
@@ -1755,7 +1778,7 @@ class InlineReader(TokenReader):
         """Read all of the text, as far as it can be told by now; return its tokens."""
         begin = 1
         while begin < len(self.text):
-            mark = MARK.search(self.text, begin)
+            mark = INLINE_MARK.search(self.text, begin)
             end = mark.start() if mark else len(self.text)
             # Before the mark, a sentence that ends is sure if nothing is open.
             if not (self.is_whole or self.openers or self.is_held):
@@ -1793,22 +1816,23 @@ LATE_FENCE = re.compile(  # after words: `代码如下：` and three backticks
 )
 HEADING = re.compile(r"[ \t]*(#{1,6})[ \t]+(\S.*)")
 QUOTE = re.compile(r"[ \t]*>(?!>>|=) ?(.*)")
-QUOTE_IN_TWO = re.compile(r"[ \t]*>(?!=) ?(.*)")  # where `>>>` is not Python's prompt
-BLOCK = re.compile(r"[ \t]*(?:`{3}|~{3}|#{1,6}[ \t]+\S|>(?!>>|=))")
+NESTED_QUOTE = re.compile(r"[ \t]*>(?!=) ?(.*)")  # where `>>>` is not Python's prompt
+BLOCK_START = re.compile(r"[ \t]*(?:`{3}|~{3}|#{1,6}[ \t]+\S|>(?!>>|=))")
 ITEM = re.compile(r"[ \t]*([-*+]|\d{1,3}[.)])[ \t]+(\S.*)", re.ASCII)
-RULE = re.compile(r"[ \t]*([-*])(?:[ \t]*\1){2,}[ \t]*")
+HORIZONTAL_RULE = re.compile(r"[ \t]*([-*])(?:[ \t]*\1){2,}[ \t]*")
 TASK = re.compile(r"\[([ xX])\][ \t]+(?=\S)")
 # After a sign: `- 100 元`, `+ 300 元`, `> 60 分`; neither `2024 年` nor `1. 甲`.
 AMOUNT = re.compile(
     r"[约近]?[^\w\s`。！？…!?]{0,3}\d[\d,.]*+(?<!\.)(?! ?[年月日号点时:：、/)）])"
 )
-BAR = re.compile(  # a bar, or code and formulas that may hold one
+CELL_BAR = re.compile(  # a bar, or code and formulas that may hold one
     r"(?<!`)(`++).{1,300}?(?<!`)\1(?!`)|\\\(.{1,300}?\\\)"
     r"|\$(?![\s\d$])[^$]{0,300}[^\s$]\$(?!\w)|\\\||\|"
 )
-SIDES = {":": "center", "-": "right"}  # by how a column's rule begins that ends with :
+# By how a column's rule begins that ends with a colon.
+ALIGNMENTS = {":": "center", "-": "right"}
 # Of what can be a table's header: a bar, and no sentence end before it.
-HEADER = re.compile(rf"(?:[^|。！？…!?.]|(?!{SENTENCE_END.pattern})[^|])*+\|")
+TABLE_HEADER = re.compile(rf"(?:[^|。！？…!?.]|(?!{SENTENCE_END.pattern})[^|])*+\|")
 TABLE_RULE = re.compile(r"\s*+\|?(?:\s*+:?-++:?\s*+(?:\||\Z))++\s*")
 
 
@@ -1821,7 +1845,7 @@ def indent_of(line: str) -> int:
 def split_cells(line: str) -> list[str]:
     """Return the cells of a table row; bars in code and formulas do not separate."""
     line = line.strip().removeprefix("|")
-    line = BAR.sub(lambda bar: "\0" if bar[0] == "|" else bar[0], line)
+    line = CELL_BAR.sub(lambda bar: "\0" if bar[0] == "|" else bar[0], line)
     cells = line.removesuffix("\0").split("\0", MAX_COLUMNS)
     return [cell.replace("\\|", "|").replace("\0", "|").strip() for cell in cells]
 
@@ -1906,7 +1930,8 @@ class MarkdownReader(TokenReader):
             is_last = end >= len(text)
             reader = InlineReader(text[begin:end], self.before, is_end and is_last)
             read = reader.read()
-            (sure, count), self.closer = reader.sure, reader.closer
+            sure, count = reader.sure
+            self.closer = reader.closer
             if sure == 1 and not is_last and end - begin >= MAX_WINDOW:
                 sure, count = end - begin + 1, len(read)  # it never closed
             if sure == 1:
@@ -1952,7 +1977,7 @@ class MarkdownReader(TokenReader):
         item = self.add("list_item_open", info="•")  # as the chat shows it
         if kind == "1":
             item.info, item.attrs = mark, {"value": int(mark[:-1])}
-        if BLOCK.match(content):
+        if BLOCK_START.match(content):
             return self.read_block(" " * (indent + 2) + content)
         if task:
             content = ("☐ " if task[1] == " " else "☑ ") + content[task.end() :]
@@ -2007,6 +2032,7 @@ class MarkdownReader(TokenReader):
         is_rule = "|" in line and TABLE_RULE.fullmatch(line)
         is_small = len(header) <= MAX_HEADER and self.cells < MAX_CELLS
         if not is_rule or not is_small:
+            # It was text; this line is read again, as one below text.
             self.read_text(header)
             self.is_in_line = True  # in the header's, which ends here
             self.read_line("")
@@ -2014,7 +2040,7 @@ class MarkdownReader(TokenReader):
         self.close_to(indent_of(header))
         self.row = "|" if header.lstrip().startswith("|") else ""
         rules = split_cells(line)
-        self.sides = [SIDES[cell[0]] if cell[-1:] == ":" else "" for cell in rules]
+        self.sides = [ALIGNMENTS[cell[0]] if cell[-1:] == ":" else "" for cell in rules]
         self.add("table_open")
         self.add("thead_open")
         self.add_row("th", split_cells(header))
@@ -2034,8 +2060,8 @@ class MarkdownReader(TokenReader):
             cells = split_cells(line)
             if self.cells + len(cells) <= MAX_CELLS:
                 return self.add_row("td", cells)
-        is_in_two = self.quote and self.quote.quote
-        quote = (QUOTE_IN_TWO if is_in_two else QUOTE).fullmatch(line)
+        is_nested_quote = self.quote and self.quote.quote
+        quote = (NESTED_QUOTE if is_nested_quote else QUOTE).fullmatch(line)
         is_new = not (self.quote or self.depth == MAX_QUOTES)
         if quote and is_new and not AMOUNT.match(quote[1]):  # not `> 60 分`
             self.close_to(indent_of(line))
@@ -2056,12 +2082,12 @@ class MarkdownReader(TokenReader):
             self.add("heading_open", tag=tag)
             self.add("inline", words, children=InlineReader(words).read())
             self.add("heading_close", tag=tag)
-        elif RULE.fullmatch(line):
+        elif HORIZONTAL_RULE.fullmatch(line):
             self.close_to(indent_of(line))
             self.add("hr", tag="hr")
         elif item := ITEM.fullmatch(line):
             self.read_item(line, item[1], item[2], is_after_amount)
-        elif HEADER.match(line, 0, MAX_HEADER):
+        elif TABLE_HEADER.match(line, 0, MAX_HEADER):
             self.header = line
         else:
             self.read_text(line)
@@ -2088,8 +2114,8 @@ class MarkdownReader(TokenReader):
         if is_open or not is_sentence or not line.strip(" \t-*"):  # or a rule
             return False
         item = ITEM.fullmatch(line)
-        is_block = BLOCK.match(item[2] if item else line)
-        return not (is_block or HEADER.match(line, 0, MAX_HEADER))
+        is_block = BLOCK_START.match(item[2] if item else line)
+        return not (is_block or TABLE_HEADER.match(line, 0, MAX_HEADER))
 
     def read_line(self, line: str, is_whole: bool = True) -> None:
         """Read a line, or of one that is not complete as much as is certain."""
@@ -2238,11 +2264,11 @@ class ChatText:
         self.shown += "".join(self.out)
         self.out.clear()
         # Leave out headings and list marks at the end, until something follows them.
-        kept = tail = "" if has_ended else self.shown[-2 * MAX_LEADING :]
-        while len(tail) - len(kept) < MAX_LEADING:
+        tail = kept = "" if has_ended else self.shown[-2 * MAX_LEADING :]
+        while (left_out := len(tail) - len(kept)) < MAX_LEADING:
             above, newline, last = kept.rstrip().rpartition("\n")
             if not LEADING.fullmatch(last):
-                return self.shown[: len(self.shown) - len(tail) + len(kept)]
+                return self.shown[: len(self.shown) - left_out]
             kept = above + newline
         return self.shown
 
@@ -2354,7 +2380,9 @@ RECORD_OR_ROW = re.compile(
 )
 # A heading that a cut would tear.
 OPEN_HEADING, HEADING_REST = re.compile(r"[ │•]*【[^【】]*"), re.compile(r"[^\n】]*】")
-FLAG = "".join(map(chr, range(0x1F1E6, 0x1F200)))  # two of these letters are one
+FLAG_LETTERS = "".join(
+    map(chr, range(0x1F1E6, 0x1F200))
+)  # two of these letters are one
 # Joiners and what they bind, colours of skin, the flags of regions.
 EMOJI_TAIL = re.compile("(?<=\u200d)|[\u200d🏻-🏿\U000e0020-\U000e007f]")
 PAUSE = (  # not where a formula may be
@@ -2383,9 +2411,11 @@ def may_end(text: str, end: int) -> bool:
     is_sentence = line != "" and not UNFINISHED.fullmatch(line)
     is_last = is_sentence and not LEADING.fullmatch(line)
     is_in_heading = OPEN_HEADING.fullmatch(line) and HEADING_REST.match(text, end)
-    after, flags = text[end : end + 1] or "\n", end - len(text[:end].rstrip(FLAG))
-    is_in_sign = after in FLAG and flags % 2 or is_combining(after)
-    return is_last and not (is_in_heading or is_in_sign or EMOJI_TAIL.match(text, end))
+    after = text[end : end + 1] or "\n"
+    flag_letters = end - len(text[:end].rstrip(FLAG_LETTERS))  # right before the end
+    is_in_flag = after in FLAG_LETTERS and flag_letters % 2 == 1
+    is_in_sign = is_in_flag or is_combining(after) or EMOJI_TAIL.match(text, end)
+    return is_last and not (is_in_heading or is_in_sign)
 
 
 def cut_text(text: str, room: int) -> int:
@@ -2414,6 +2444,10 @@ def cut_text(text: str, room: int) -> int:
 # Words and texts are compared as people read them: in Unicode's compatibility form,
 # without case, white space, what has no width or is written over a character, and the
 # marks of Markdown.
+#
+# An answer is looked through twice: WordGuard.feed looks at what the model writes, and
+# holds so much of it back that no word is shown in pieces; WordGuard.scan at what chat
+# and page show of that, where no link or tag parts a word any more.
 
 IGNORED = re.compile(
     r"[\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
@@ -2422,11 +2456,11 @@ IGNORED = re.compile(
     r"\u0334-\u0338\u20d2-\u20d3\u20d8-\u20da\u20dd-\u20e0\u20e2-\u20e6\u20ea-\u20eb]"
 )
 ENTITY_OR_CHARACTER = re.compile(rf"{ENTITY}|.", re.DOTALL | re.IGNORECASE | re.ASCII)
-OPEN_ENTITY = re.compile(r"&[^;&]{0,33}\Z")  # none is longer
+UNFINISHED_ENTITY = re.compile(r"&[^;&]{0,33}\Z")  # none is longer
 
 
-def compared(text: str) -> str:
-    """Return a text as blocked words are compared with it."""
+def comparison_form(text: str) -> str:
+    """Return a text in the form in which it and blocked words are compared."""
     text = re.sub(ENTITY, lambda entity: html.unescape(entity[0]), text, flags=re.I)
     normal = unicodedata.normalize("NFKC", stream_safe(text))
     return IGNORED.sub("", normal.casefold())
@@ -2469,7 +2503,7 @@ class BlockedWords:
             return
         lines = pathlib.Path(self.path).read_text("utf-8-sig").splitlines()
         words = (line for line in lines if not line.lstrip().startswith("#"))
-        self.words = set(compared("\0".join(words)).split("\0")) - {""}
+        self.words = set(comparison_form("\0".join(words)).split("\0")) - {""}
         self.lengths = collections.defaultdict(set)
         for word in self.words:
             self.lengths[word[0]].add(len(word))
@@ -2487,7 +2521,7 @@ class BlockedWords:
 
     def are_in(self, text: str) -> bool:
         """Say whether a text has one of the words."""
-        return bool(self.words) and self.are_in_form(compared(text))
+        return bool(self.words) and self.are_in_form(comparison_form(text))
 
     def are_in_html(self, shown: str) -> bool:
         """Say whether a page has one of them, not parted by more than inline tags."""
@@ -2507,34 +2541,35 @@ class WordGuard:
 
     def __init__(self, blocked: BlockedWords) -> None:
         self.blocked = blocked
-        self.open = ""  # the end of the text: what follows may still combine with it
+        self.tail = ""  # the end of the text: what follows may still combine with it
         # The clusters before it that are held back, each with how it is compared.
         self.held: collections.deque[tuple[str, str]] = collections.deque()
-        self.seen = ["", ""]  # the ends of what chat and page show, as compared
+        self.shown_ends = ["", ""]  # of what chat and page show, in comparison form
 
-    def sees(self, shown: str) -> bool:
-        """Say whether a blocked word is in what is shown, of which this is new."""
-        new = zip(self.seen, (shown, CHAT_ONLY.sub("", shown)), strict=True)
+    def scan(self, shown: str) -> bool:
+        """Look through what is newly shown; return whether a blocked word is in it."""
+        new = zip(self.shown_ends, (shown, CHAT_ONLY.sub("", shown)), strict=True)
         both = [end + text for end, text in new]  # mostly the same
-        forms = {text: compared(text) for text in both}
-        self.seen = [forms[text][-self.blocked.longest :] for text in both]
+        forms = {text: comparison_form(text) for text in both}
+        self.shown_ends = [forms[text][-self.blocked.longest :] for text in both]
         return any(map(self.blocked.are_in_form, forms.values()))
 
     def feed(self, delta: str, is_end: bool = False) -> tuple[str, bool]:
         """Return what may be shown now, and whether a blocked word came."""
         if not self.blocked.words:
             return delta, False
-        text = self.open + delta
-        entity = None if is_end else OPEN_ENTITY.search(text)
+        text = self.tail + delta
+        entity = None if is_end else UNFINISHED_ENTITY.search(text)
         settled = list(clusters(text[: entity.start()] if entity else text))
-        self.open = entity[0] if entity else ""
+        self.tail = entity[0] if entity else ""
         if settled and not entity and not is_end:
-            self.open = settled.pop()  # it may get an accent
-        self.held += [(cluster, compared(cluster)) for cluster in settled]
+            self.tail = settled.pop()  # it may get an accent
+        self.held += [(cluster, comparison_form(cluster)) for cluster in settled]
         form = "".join(form for _, form in self.held)
         if self.blocked.are_in_form(form):
             return "", True
-        keep, left, shown = 0 if is_end else self.blocked.longest, len(form), ""
+        keep = 0 if is_end else self.blocked.longest
+        left, shown = len(form), ""
         while self.held and left - len(self.held[0][1]) >= keep:
             cluster, form = self.held.popleft()
             left -= len(form)
@@ -3971,7 +4006,7 @@ def as_dict(value: object) -> dict:
 
 
 def make_error(status: int, body: object, headers: Mapping[str, str]) -> ChatError:
-    """Return the error that a response means; its body may have any shape."""
+    """Return the error that a response means; its body may have any char_class."""
     outer = as_dict(body)
     inner = outer.get("error") or outer.get("errors") or outer.get("base_resp")
     error = outer | as_dict(inner)
@@ -5380,7 +5415,7 @@ class Bot:
             turn.append(text)
         if not is_blocked:
             # The end is final now: no sign waits any more for what may follow it.
-            is_blocked = guard.sees(turn.chat.text(is_end)[before:])
+            is_blocked = guard.scan(turn.chat.text(is_end)[before:])
         if is_blocked:
             turn.answer = answer  # nobody is told before it is rewritten
             raise ChatError("blocked", "a blocked word in the answer")

@@ -545,7 +545,7 @@ def test_any_word_is_seen_anywhere(tmp_path_factory, before, after, cut):
 @given(st.text(max_size=30))
 def test_words_are_compared_the_same_piece_by_piece_and_whole(text):
     """Cutting into characters with their accents changes nothing of NFKC."""
-    pieces = "".join(map(wxgpt.compared, wxgpt.clusters(text)))
+    pieces = "".join(map(wxgpt.comparison_form, wxgpt.clusters(text)))
     assert wxgpt.IGNORED.sub("", form(text)) == pieces
 
 

@@ -665,7 +665,7 @@ PURE = {
     "excerpt": wxgpt.excerpt,
     "outgoing": wxgpt.outgoing,
     "stream_safe": wxgpt.stream_safe,
-    "compared": wxgpt.compared,
+    "comparison_form": wxgpt.comparison_form,
     "are_in": BLOCKED.are_in,
     "formula_text": lambda text: wxgpt.formula_text(text[:1500]),
     "find_command": lambda text: wxgpt.find_command(text, ["chatgpt"]),
