@@ -2556,8 +2556,7 @@ class WordGuard:
 
     def feed(self, delta: str, is_end: bool = False) -> tuple[str, bool]:
         """Return what may be shown now, and whether a blocked word came."""
-        if not self.blocked.words:
-            return delta, False
+        is_end |= not self.blocked.words  # the file is empty now: nothing waits
         text = self.tail + delta
         entity = None if is_end else UNFINISHED_ENTITY.search(text)
         settled = list(clusters(text[: entity.start()] if entity else text))
@@ -5405,7 +5404,7 @@ class Bot:
         page: so what they show is looked through as well, before anybody is told.
         """
         delta = ILLEGAL.sub("", delta)
-        if not self.blocked.words:
+        if not (self.blocked.words or guard.tail or guard.held):
             if delta:
                 turn.append(delta)
             return

@@ -274,6 +274,23 @@ def test_no_state_of_an_answer_shows_a_hidden_word(bot, answer, cuts):
     assert not has_word(page_text(turn.answer, bot.blocked))
 
 
+def test_nothing_is_lost_when_the_owner_empties_the_list(tmp_path):
+    """What was held back in the midst of an answer is shown then."""
+    path = tmp_path / "list"
+    path.write_text("坏词", "utf-8")
+    blocked = wxgpt.BlockedWords(str(path))
+    blocked.refresh()
+    bot = types.SimpleNamespace(blocked=blocked)
+    turn, guard = new_turn(), wxgpt.WordGuard(blocked)
+    wxgpt.Bot.show(bot, turn, guard, "开头。你", False)
+    path.write_text("", "utf-8")
+    blocked.changed = None
+    blocked.refresh()
+    for piece in ("好，", "再见", "。"):
+        wxgpt.Bot.show(bot, turn, guard, piece, False)
+    assert turn.answer == "开头。你好，再见。"
+
+
 @often
 @given(hidden)
 @example("坏[\u200b](https://a.cn)词")
