@@ -1428,21 +1428,23 @@ SENTENCE_END = re.compile(
 # --- When stars are emphasis
 #
 # Unlike in CommonMark, they must be no operator, no wildcard and no part of a name:
-# `2**3`, `单价*数量`, `*.log`, `**kwargs`, `/*…*/`. The patterns match the two signs
-# before and after them, where 字 stands for any CJK letter, x for any other letter or
-# digit: 字字 twice for `是**对**的`, xx for `2**3`.
+# `2**3`, `单价*数量`, `*.log`, `**kwargs`, `/*…*/`. The patterns match the signs before
+# and after them; 字 stands for any CJK letter, x for any other letter or digit.
 
-DOUBLE_OPENS = re.compile(  # `值**3**`, but neither `2**3` nor `f(**a)` nor `对** 的`
+DOUBLE_OPENS = re.compile(  # 字x in `值**3**`; neither xx in `2**3` nor `对** 的`
     r"(?![x_)\]}][x_([{+.=-]).[^ ，。：；！？、）】》」』”’,;:!?)\]}/]"
 )
-DOUBLE_CLOSES = re.compile(  # `**Note:**text`, but neither `f(**a,**b)` nor `ab**cd`
+DOUBLE_CLOSES = re.compile(  # :x in `**Note:**text`; neither ,x in `(**a,**b)` nor xx
     r"(?![ （【《「『“‘(\[{<=|/])(?:.[^x_]|[:.!?%\x80-\U0010ffff][x_])"
 )
-DOUBTFUL = re.compile(r"/.|./|[字）】][x_([{+.=-]")  # `边长**2`, `/**…**/`: no pair
-SINGLE_OPENS = re.compile(  # ` *b*`, `（*注*）`, but neither `单价*数量` nor `*.log`
-    r"[^字x_)\]}）】》”’/\\=+<>^|&%.~-][x字“‘《「『（(\[`$\\\"'—]"
+# Of `边长**2+高**2`, `/**…**/`: two of these are no pair.
+DOUBTFUL = re.compile(r"/.|./|[字）】][x_([{+.=-]")
+SINGLE_OPENS = (
+    re.compile(  # （字 in `（*注*）`; neither 字字 in `单价*数量` nor `*.log`
+        r"[^字x_)\]}）】》”’/\\=+<>^|&%.~-][x字“‘《「『（(\[`$\\\"'—]"
+    )
 )
-SINGLE_CLOSES = re.compile(  # `*Note:* text`, `*注*说明`, but not `5*，6*，`
+SINGLE_CLOSES = re.compile(  # 字字 in `*注*说明`, : and a blank in `*Note:* a`; no xx
     r"[x字。！？….!?)）”’\"'」』】》%℃`$\]>+#:：,，][^字x_/(=\[\\]|[字：。！？]字"
 )
 
@@ -1591,7 +1593,7 @@ class InlineReader(TokenReader):
         self.line_start = 1
         self.sure = 1, 0
         # Where the line before ends. It is sure when this line ends, too, as a mark is
-        # closed on the next line or never; `close` takes it back if a pair spans it.
+        # closed on the next line or never; close_mark takes it back if a pair spans it.
         self.line_before = 1, 0
         self.is_held = False
         self.closer = ""  # what closes the formula or comment that is open
@@ -1602,16 +1604,18 @@ class InlineReader(TokenReader):
         self.escapes = {found.end() - 2 for found in ESCAPE.finditer(self.text, 1)}
         self.escapes -= self.in_paths
 
-    def open(self, mark: str, text: str, end: int, is_doubtful: bool = False) -> None:
+    def open_mark(
+        self, mark: str, text: str, end: int, is_doubtful: bool = False
+    ) -> None:
         """Add a mark that is text until it is closed."""
         if sum(one.end > self.line_start for one in self.openers) < MAX_OPENERS:
             self.openers.append(Opener(mark, len(self.tokens), end, is_doubtful))
         self.add("text", text)
 
-    def find(self, mark: str) -> Opener | None:
+    def find_open(self, mark: str) -> Opener | None:
         return next((o for o in reversed(self.openers) if o.mark == mark), None)
 
-    def close(self, opener: Opener, *names: str) -> None:
+    def close_mark(self, opener: Opener, *names: str) -> None:
         """Pair an open mark with the one just read; marks open in between are text."""
         if opener.end < self.line_start:  # the line before is not sure without this one
             self.line_before = self.sure
@@ -1647,7 +1651,7 @@ class InlineReader(TokenReader):
         pair = char_class(before) + char_class(after)
         is_single, is_doubtful = len(run) == 1, bool(DOUBTFUL.fullmatch(pair))
         closes = SINGLE_CLOSES if is_single else DOUBLE_CLOSES
-        opener = self.find(run) if closes.fullmatch(pair) else None
+        opener = self.find_open(run) if closes.fullmatch(pair) else None
         inside = self.text[opener.end : begin] if opener else ""
         is_phrase = bool(inside.strip())
         if is_single:  # may be a footnote's, or an operator: `(*p)*(*q)`
@@ -1655,9 +1659,9 @@ class InlineReader(TokenReader):
             is_balanced = all(inside.count(p[0]) == inside.count(p[1]) for p in pairs)
             is_phrase = is_balanced and any(char.isalpha() for char in inside)
         if opener and is_phrase and not (opener.is_doubtful and is_doubtful):
-            self.close(opener, *names)
+            self.close_mark(opener, *names)
         elif (SINGLE_OPENS if is_single else DOUBLE_OPENS).fullmatch(pair):
-            self.open(run, run, end, is_doubtful)
+            self.open_mark(run, run, end, is_doubtful)
         else:
             return 0
         return end
@@ -1764,14 +1768,14 @@ class InlineReader(TokenReader):
         before = self.text[: tag.start()].rstrip(" \t")[-1:]
         after = self.text[tag.end() :].lstrip(" \t")[:1]
         is_alone = before in ("\n", ">") and after in ("", "\n", "<")
-        opener = self.find(name) if tag["closes"] else None
+        opener = self.find_open(name) if tag["closes"] else None
         inside = self.text[opener.end : tag.start()] if opener else ""
         if not tag["closes"] and (after == "<" or not is_alone):
-            self.open(name, "" if is_alone else tag[0], tag.end())
+            self.open_mark(name, "" if is_alone else tag[0], tag.end())
         elif not opener or not inside or inside != inside.strip(" "):
             return tag.end() if is_alone else 0
         else:
-            self.close(opener, *([name] if name in ("sub", "sup") else []))
+            self.close_mark(opener, *([name] if name in ("sub", "sup") else []))
         return tag.end()
 
     def read(self) -> list[Token]:
@@ -2380,9 +2384,7 @@ RECORD_OR_ROW = re.compile(
 )
 # A heading that a cut would tear.
 OPEN_HEADING, HEADING_REST = re.compile(r"[ │•]*【[^【】]*"), re.compile(r"[^\n】]*】")
-FLAG_LETTERS = "".join(
-    map(chr, range(0x1F1E6, 0x1F200))
-)  # two of these letters are one
+FLAG_LETTERS = "".join(map(chr, range(0x1F1E6, 0x1F200)))  # a flag is two of them
 # Joiners and what they bind, colours of skin, the flags of regions.
 EMOJI_TAIL = re.compile("(?<=\u200d)|[\u200d🏻-🏿\U000e0020-\U000e007f]")
 PAUSE = (  # not where a formula may be
