@@ -1439,10 +1439,8 @@ DOUBLE_CLOSES = re.compile(  # :x in `**Note:**text`; neither ,x in `(**a,**b)` 
 )
 # Of `边长**2+高**2`, `/**…**/`: two of these are no pair.
 DOUBTFUL = re.compile(r"/.|./|[字）】][x_([{+.=-]")
-SINGLE_OPENS = (
-    re.compile(  # （字 in `（*注*）`; neither 字字 in `单价*数量` nor `*.log`
-        r"[^字x_)\]}）】》”’/\\=+<>^|&%.~-][x字“‘《「『（(\[`$\\\"'—]"
-    )
+SINGLE_OPENS = re.compile(  # （字 in `（*注*）`; not 字字 in `单价*数量`
+    r"[^字x_)\]}）】》”’/\\=+<>^|&%.~-][x字“‘《「『（(\[`$\\\"'—]"
 )
 SINGLE_CLOSES = re.compile(  # 字字 in `*注*说明`, : and a blank in `*Note:* a`; no xx
     r"[x字。！？….!?)）”’\"'」』】》%℃`$\]>+#:：,，][^字x_/(=\[\\]|[字：。！？]字"
