@@ -530,7 +530,8 @@ def read_texts(changes: Any, mistakes: Mistakes | None = None) -> Texts:
 
     A changed line may leave out placeholders of the default, but not add any.
     """
-    lines, mistakes = read_toml(TEXTS), mistakes or Mistakes()
+    mistakes = mistakes or Mistakes()
+    lines = read_toml(TEXTS)
     for name, line in lines.items():
         if not isinstance(line, str):
             where, found = f"{TEXTS}: {name}", repr(line)
@@ -588,9 +589,8 @@ def check_assistant(
     if not name or re.search(r"[\s/]", name):
         wrong(where, name, "a name without spaces and slashes")
     # Without a user's name and the query, which only the API reads.
-    if not is_http_url(
-        re.sub("//[^/@]*@", "//", one.base_url.strip().partition("?")[0])
-    ):
+    url = re.sub("//[^/@]*@", "//", one.base_url.strip().partition("?")[0])
+    if not is_http_url(url):
         source = setting_source(name, "base_url", one, environ)
         wrong(source, one.base_url, "an http(s) URL")
     key = one.api_key.strip()
@@ -1544,20 +1544,13 @@ class TokenReader:
     is_block: bool  # these tokens are blocks, and not marks inside a line
     tokens: list[Token]
 
-    def add(
-        self,
-        type: str,
-        content: str = "",
-        tag: str = "",
-        at: int | None = None,
-        **more: Any,
-    ) -> Token:
+    def add(self, type: str, content: str = "", tag: str = "", **more: Any) -> Token:
         """Add a token, which opens or closes what its type says."""
         name, _, end = type.rpartition("_")
         tag, nesting = tag or HTML_TAGS.get(name, name), NESTING.get(end, 0)
         token = Token(type, tag, nesting, content=content, **more)  # type: ignore[arg-type]
         token.block = self.is_block
-        self.tokens.insert(len(self.tokens) if at is None else at, token)
+        self.tokens.append(token)
         return token
 
 
@@ -1620,7 +1613,8 @@ class InlineReader(TokenReader):
         del self.openers[self.openers.index(opener) :]
         del self.tokens[opener.index]
         for name in reversed(names):
-            self.add(f"{name}_open", at=opener.index)
+            self.add(f"{name}_open")
+            self.tokens.insert(opener.index, self.tokens.pop())
             self.add(f"{name}_close")
 
     # One method for each mark, which returns where the markup ends, or 0 if it is text.
