@@ -19,12 +19,13 @@ often need longer. So the first request of a message starts one task, every requ
 that message waits for it, and the last one is answered in time with what is written so
 far, a tap for the rest, and a link to a page that goes on live.
 
-The path of a message; a function stands above its callers, but the methods of Bot
-stand in the order of the path:
+The path of a message. Functions stand above their callers, a class's methods in the
+order of what happens to it, and those of Bot in the order of this path:
 
-    receive_message -> read_push: is_signed, parse_message
-                    -> Bot.deliver -> Bot.reply_to -> render_text_reply
-                                          |  waits for
+    receive_message -> read_push: is_from_wechat, parse_message
+                    -> Bot.deliver: the message's Delivery, and at first its task
+                    -> Bot.reply_to: waits for the two tasks below, then compose
+                    -> render_text_reply
     in the message's task:   Bot.find_source -> handle_message -> handle_text
                              -> a command, a part, or accept_question
     in the question's task:  Bot.converse -> ask_models -> ChatClient.stream
@@ -48,12 +49,17 @@ chat APIs mean by their words and put around answers; pages/, what a browser sho
 the tables of formulas; owner/, the commands that do not serve, which import this file
 and not the other way round.
 
-Glossary: openid (a subscriber of this account), message (what came; its MsgId is the
+Glossary. What comes: openid (a subscriber of this account), message (its MsgId is the
 same every time it is sent), request or attempt (one time it is sent), delivery (all
-requests of a message), passive reply, session (a conversation with one assistant), turn
-(a question and its answer), delta (a piece of a streamed answer), chat text (what the
-chat shows of the model's Markdown), part (a slice of the chat text that one reply
-shows).
+requests of a message), tap (a link in a reply that sends words as if they were typed),
+kept (pictures and shared words, which wait for the question about them).
+What it means: session (a conversation with one assistant), lapsed (a session that ran
+out so lately that a tap resumes it), turn (a question and its answer), delta (a piece
+of a streamed answer), source (what answers a message: words, a part, a stored reply).
+What goes out: passive reply, chat text (what the chat shows of the model's Markdown),
+part (a slice of the chat text that one reply shows, from its start to its stop; its
+number is what a tap for it sends, 0 in a question's own reply; its place is counted
+within the answer).
 
 Run `python wxgpt.py demo` to try it, `python wxgpt.py --config wxgpt.toml` to serve.
 """
@@ -61,7 +67,8 @@ Run `python wxgpt.py demo` to try it, `python wxgpt.py --config wxgpt.toml` to s
 import signal
 import sys
 
-# One before 3.10 does not get here: it stops at the first `match`, which says the same.
+# One before 3.10 does not get here: it stops at the first `match`, in inline_text, and
+# shows that line, whose comment says the same.
 if sys.version_info < (3, 11):  # noqa: UP036
     found = ".".join(map(str, sys.version_info[:2]))
     sys.exit(f"wxgpt: 需要 Python 3.11 或更新，这里是 {found} (Python is too old)")
@@ -121,6 +128,8 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 from xml.parsers.expat import ExpatError
 
+HERE = pathlib.Path(__file__).parent  # the program's folder
+
 try:
     import aiohttp
     import aiosqlite
@@ -135,9 +144,8 @@ try:
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
-    place = pathlib.Path(__file__).parent
-    better = f"{place}/.venv/bin/python {place}/wxgpt.py"
-    if not (place / ".venv/bin/python").exists():
+    better = f"{HERE}/.venv/bin/python {HERE}/wxgpt.py"
+    if not (HERE / ".venv/bin/python").exists():
         better = "python3 -m venv .venv && .venv/bin/pip install -r requirements.lock"
     sys.exit(f"wxgpt: 缺少 {error.name} 包 (package missing): {better}")
 
@@ -156,13 +164,19 @@ ATTEMPTS = 3  # requests per message; the documents say "三次重试", practice
 ATTEMPT_SECONDS = 5.0  # "五秒内" in 被动回复用户消息, developers.weixin.qq.com
 REPLY_BYTES = 1800  # undocumented; reports of refused texts begin at 1884 bytes
 BODY_BYTES = 64 * 1024  # far more than the largest push has
+# The reply that shows nothing, and ends WeChat's attempts: sent too early, it costs the
+# answer.
+SUCCESS = b"success"
 BEIJING = datetime.timezone(datetime.timedelta(hours=8))
 
 # WeChat delivers a sticker as one of these texts (from reports to many projects).
 STICKER_TEXTS = ("【收到不支持的消息类型，暂无法显示】", "[Unsupported Message]")
 
-# What no text of others keeps: what XML 1.0 cannot contain, lone surrogates included
-# (WeChat shows an error for it), and Unicode's characters for internal use: our links.
+# Left out of whatever others write: what XML 1.0 cannot contain, lone surrogates too
+# (WeChat shows an error for it), and Unicode's noncharacters, which our links are made
+# of. That is done where a text comes in: parse_message, ask_on_page, and Bot.show for
+# the model's. read_entity and formula_mathml decode none; `outgoing` drops them from
+# the owner's words, and MarkdownReader from everything, as it needs \0 for itself.
 ILLEGAL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
 
@@ -215,7 +229,7 @@ def bounded(default: float, least: float, most: float) -> Any:
     return field(default=default, metadata={"bounds": (least, most)})
 
 
-MASK = "something else"  # in place of a secret
+MASK = "something else"  # in place of what may be a secret
 
 
 def secret(default: object = MISSING) -> Any:
@@ -279,8 +293,8 @@ class AssistantSettings:
     first_token_timeout: float = bounded(60.0, 0.05, 3600)  # seconds to the first token
     idle_timeout: float = bounded(60.0, 0.05, 3600)  # seconds between two tokens
     timeout: float = bounded(240.0, 0.05, 86400)  # seconds for a whole answer
-    fallback: str = ""  # the assistant whose model is asked when this one fails
-    fallback_after: float = bounded(20.0, 0, 3600)  # or is silent so long; 0: never
+    fallback: str = ""  # the assistant whose model is asked when this one fails,
+    fallback_after: float = bounded(20.0, 0, 3600)  # or after this silence; 0: never
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -317,7 +331,7 @@ class ReplySettings:
     subscribe: str = WELCOME  # to a new subscriber; empty: silence
     # To text outside a session; empty: silence, "wechat_ai": WeChat's own AI reply.
     outside: str = HINT
-    outside_hours: float = bounded(24.0, 0, 87_600)  # once in so many; 0: each time
+    outside_hours: float = bounded(24.0, 0, 87_600)  # once in this many; 0: each time
     # A line that names the filed model, in the welcome, /help and below pages.
     model_notice: str = ""
     label: str = "（AI 生成）"  # ends each part of a model's text; empty: none
@@ -383,9 +397,9 @@ class Config:
 
     @property
     def is_secure(self) -> bool:
-        """Say whether nobody between a phone and us can read along or change anything.
+        """Say whether nobody between a phone and our pages can read or change them.
 
-        Browsers take loopback for that too, without TLS.
+        Browsers take loopback for that too, without TLS. It is not WeChat's safe mode.
         """
         near = r"http://(localhost|127\.[\d.]+|\[::1\])([:/].*)?|https://.*"
         return re.fullmatch(near, self.public_url) is not None
@@ -449,26 +463,27 @@ def read_table(kind: Any, table: Any, name: str, mistakes: Mistakes) -> Any:
     check_names(table, [entry.name for entry in fields(kind)], prefix, mistakes)
     values = {}
     for entry in fields(kind):
-        key, where, value = entry.name, prefix + entry.name, table.get(entry.name)
+        where, value = prefix + entry.name, table.get(entry.name)
         is_required = entry.default is MISSING and entry.default_factory is MISSING
         bounds = entry.metadata.get("bounds", ())
         if dataclasses.is_dataclass(entry.type):
-            values[key] = read_table(entry.type, table.get(key, {}), where, mistakes)
-        elif entry.type not in TYPE_NAMES:  # load_config has read it
-            values[key] = value
+            inner = table.get(entry.name, {})
+            values[entry.name] = read_table(entry.type, inner, where, mistakes)
+        elif entry.type not in TYPE_NAMES:  # already read: load_config put it here
+            values[entry.name] = value
         elif value is None and not is_required:
             pass  # its default
         elif has_type(value, entry.type) and (
             not bounds or bounds[0] <= value <= bounds[1]
         ):
-            values[key] = tuple(value) if isinstance(value, list) else value
+            values[entry.name] = tuple(value) if isinstance(value, list) else value
         else:
             found = MASK if value is not None and "secret" in entry.metadata else value
             plain = (f"{bound:f}".rstrip("0").rstrip(".") for bound in bounds)
             ends = dict(zip(("least", "most"), plain, strict=False))
             mistakes.wrong(where, found, TYPE_NAMES[entry.type], **ends)
             if is_required:
-                values[key] = ""  # there is no default to go on with
+                values[entry.name] = ""  # there is no default to go on with
     return kind(**values)
 
 
@@ -490,8 +505,9 @@ def read_assistants(
     table: Any, environ: Mapping[str, str], mistakes: Mistakes
 ) -> dict[str, AssistantSettings]:
     """Return the assistants by name."""
-    tables = table.values() if isinstance(table, dict) else ["no table"]
-    if not all(isinstance(one, dict) for one in tables):
+    if not isinstance(table, dict) or not all(
+        isinstance(one, dict) for one in table.values()
+    ):
         mistakes.wrong("assistants", MASK, "a table of tables")  # a misplaced API key?
         return {}
     filled = {k: environ[v] for k, v in CHATGPT_VARIABLES.items() if environ.get(v)}
@@ -506,7 +522,7 @@ def read_assistants(
     }
 
 
-TEXTS = pathlib.Path(__file__).with_name("texts.toml")
+TEXTS = HERE / "texts.toml"
 
 
 def read_texts(changes: Any, mistakes: Mistakes | None = None) -> Texts:
@@ -514,7 +530,8 @@ def read_texts(changes: Any, mistakes: Mistakes | None = None) -> Texts:
 
     A changed line may leave out placeholders of the default, but not add any.
     """
-    lines, mistakes = read_toml(TEXTS), mistakes or Mistakes()
+    mistakes = mistakes or Mistakes()
+    lines = read_toml(TEXTS)
     for name, line in lines.items():
         if not isinstance(line, str):
             where, found = f"{TEXTS}: {name}", repr(line)
@@ -527,7 +544,8 @@ def read_texts(changes: Any, mistakes: Mistakes | None = None) -> Texts:
         where = f"texts.{name}"
         if not isinstance(line, str):
             mistakes.wrong(where, line, "text")
-        if name not in lines or not isinstance(line, str):
+            continue
+        if name not in lines:  # check_names has noted it
             continue
         known = sorted(set(re.findall(r"\{(\w+)\}", lines[name])))
         lines[name] = line
@@ -571,9 +589,8 @@ def check_assistant(
     if not name or re.search(r"[\s/]", name):
         wrong(where, name, "a name without spaces and slashes")
     # Without a user's name and the query, which only the API reads.
-    if not is_http_url(
-        re.sub("//[^/@]*@", "//", one.base_url.strip().partition("?")[0])
-    ):
+    url = re.sub("//[^/@]*@", "//", one.base_url.strip().partition("?")[0])
+    if not is_http_url(url):
         source = setting_source(name, "base_url", one, environ)
         wrong(source, one.base_url, "an http(s) URL")
     key = one.api_key.strip()
@@ -719,7 +736,7 @@ class Message:
     event: str = ""  # in lower case
     event_key: str = ""
     picture_url: str = ""
-    said: str = ""  # title and summary of an article, or the name of a place
+    caption: str = ""  # title and summary of an article, or the name of a place
 
     @property
     def key(self) -> str:
@@ -746,15 +763,15 @@ def is_signed(token: str, signature: str, *values: str) -> bool:
     return hmac.compare_digest(expected, signature.encode("utf-8", "replace"))
 
 
-MARKS_IN_A_ROW = 30  # combining ones, of Unicode's stream-safe format (UAX #15)
+MARKS_IN_A_ROW = 30  # combining ones: Unicode's stream-safe format (UAX #15)
 LATE_MARKS = "\u0f73\u0f75\u0f81\uff9e\uff9f"  # become marks when they are normalised
 RARE_RUN = re.compile(f"[^\0-\u02ff\u3100-\u9fff\uac00-\ud7a3]{{{MARKS_IN_A_ROW},}}.")
 
 
 def stream_safe(text: str) -> str:
-    """Return text without what is over 30 combining marks in a row.
+    """Return text without the combining marks beyond the 30th in a row.
 
-    Unicode's normalising sorts them, in the square of their number.
+    To normalise them is to sort them, which takes the square of their number.
     """
 
     def shorter(run: re.Match[str]) -> str:
@@ -781,30 +798,35 @@ def find_encrypted(body: bytes) -> str:
 def parse_message(body: bytes) -> Message:
     """Return the message of a push in plain mode; raise BadMessage."""
     # Control characters that a subscriber pasted arrive as they are.
-    text = stream_safe(ILLEGAL.sub("", body.decode("utf-8", "ignore")))
+    readable = ILLEGAL.sub("", body.decode("utf-8", "ignore"))
     try:
-        xml = xmltodict.parse(text).get("xml")
+        xml = xmltodict.parse(readable).get("xml")
     except (ExpatError, ValueError) as error:
         raise BadMessage(f"not readable as XML: {error}") from None
     if not isinstance(xml, dict):
         raise BadMessage("no fields inside <xml>")
-    root = {name: value for name, value in xml.items() if isinstance(value, str)}
+    root = {  # cleaned again: a reference (&#xFDD0;) may stand for any character
+        name: stream_safe(ILLEGAL.sub("", value))
+        for name, value in xml.items()
+        if isinstance(value, str)
+    }
     if "FromUserName" not in root and "Encrypt" in root:
         raise BadMessage("encrypted, but app_id and aes_key are not set")
     if not all(map(root.get, ("FromUserName", "ToUserName", "MsgType"))):
         raise BadMessage("no FromUserName, ToUserName or MsgType")
     created = root.get("CreateTime", "")
+    captions = map(root.get, ("Title", "Description", "Label"))
     return Message(
         openid=root["FromUserName"],
         account=root["ToUserName"],
         msg_type=root["MsgType"].lower(),
         created=int(created) if re.fullmatch(r"[0-9]{1,12}", created) else 0,
         msg_id=root.get("MsgId", ""),
-        content=stream_safe(root.get("Content", "")),
+        content=root.get("Content", ""),
         event=root.get("Event", "").lower(),
         event_key=root.get("EventKey", ""),
         picture_url=root.get("PicUrl", ""),
-        said="\n".join(filter(None, map(root.get, ("Title", "Description", "Label")))),
+        caption="\n".join(filter(None, captions)),
     )
 
 
@@ -861,42 +883,35 @@ class Cipher:
         ).encode()
 
 
-def cdata(text: str) -> str:
-    """Return text as XML character data that WeChat's parser reads."""
-    clean = ILLEGAL.sub("\ufffd", text).replace("]]>", "]]]]><![CDATA[>")
-    return f"<![CDATA[{clean}]]>"
-
-
 # The content of a reply that hands a text to WeChat's own AI (转接AI回复). `outgoing`
 # takes the character out of all others.
 WECHAT_AI = "\ufdd3"
 
 
-SUCCESS = (
-    b"success"  # ends WeChat's retries; an empty Content would show its error text
-)
-
-
 def render_text_reply(message: Message, content: str, created: int) -> bytes:
     """Return the passive reply's body: XML, or `success` for an empty content."""
     if not content:
-        return SUCCESS
-    kind = f"<MsgType><![CDATA[text]]></MsgType><Content>{cdata(content)}</Content>"
+        return SUCCESS  # WeChat shows its error text for an empty Content
+    values = (message.openid, message.account, content)
+    openid, account, text = (one.replace("]]>", "]]]]><![CDATA[>") for one in values)
     if content == WECHAT_AI:
         kind = "<MsgType><![CDATA[transfer_biz_ai_ivr]]></MsgType>"
+    else:
+        kind = "<MsgType><![CDATA[text]]></MsgType>"
+        kind += f"<Content><![CDATA[{text}]]></Content>"
     return (
-        f"<xml><ToUserName>{cdata(message.openid)}</ToUserName>"
-        f"<FromUserName>{cdata(message.account)}</FromUserName>"
+        f"<xml><ToUserName><![CDATA[{openid}]]></ToUserName>"
+        f"<FromUserName><![CDATA[{account}]]></FromUserName>"
         f"<CreateTime>{created}</CreateTime>{kind}</xml>"
     ).encode()
 
 
-def size_of(text: str) -> int:
-    """Return the size of a text as WeChat counts it: in bytes of UTF-8."""
-    return len(text.encode())
+# --- Links and sizes
+#
+# A link of ours (web_link; tap_link, which sends words) is made of characters nobody
+# else can write, until `outgoing` writes it as the HTML that WeChat reads, and breaks
+# whatever else looks like a link. with_links and with_taps make those in owners' lines.
 
-
-# Our links are made of these until a reply leaves: nobody else can write them.
 LINK_BEGIN, LINK_WORDS, LINK_END = "\ufdd0", "\ufdd1", "\ufdd2"
 OUR_LINK = re.compile(
     f"{LINK_BEGIN}([^\ufdd0-\ufdd2]*){LINK_WORDS}([^\ufdd0-\ufdd2]*){LINK_END}"
@@ -917,20 +932,25 @@ def with_links(text: str) -> str:
 def outgoing(text: str) -> str:
     """Return a reply's text as it is sent: our own links in it, and no others.
 
-    Nothing is removed or decoded behind this gate, which could join others' characters
+    Nothing is removed or decoded after this gate, which could join others' characters
     to a link.
     """
-    kept = []
+    sent = []
     for at, piece in enumerate(OUR_LINK.split(text)):  # a text, URL, words, a text ...
         legal = ILLEGAL.sub("", piece)
         no_link = re.sub(r"(?i)<(?=/?a)", "<\u200b", legal)
         if at % 3 == 0:
-            kept.append(no_link)
+            sent.append(no_link)
         elif at % 3 == 1:
-            kept.append(f'<a href="{legal}">')
+            sent.append(f'<a href="{legal}">')
         else:
-            kept.append(f"{no_link}</a>")
-    return "".join(kept)
+            sent.append(f"{no_link}</a>")
+    return "".join(sent)
+
+
+def size_of(text: str) -> int:
+    """Return the size of a text as WeChat counts it: in bytes of UTF-8."""
+    return len(text.encode())
 
 
 def sent_size(text: str) -> int:
@@ -939,7 +959,7 @@ def sent_size(text: str) -> int:
 
 
 def excerpt(text: str, length: int = 12) -> str:
-    """Return the beginning of a question as one line in which WeChat finds no link."""
+    """Return the beginning of a text as one line."""
     line = " ".join(text.split())
     return line if len(line) <= length else line[:length] + "…"
 
@@ -975,7 +995,7 @@ def with_taps(text: str, *names: str) -> str:
 # writes the pages' MathML; it is never given what was refused here.
 # ---------------------------------------------------------------------------
 
-FORMULAS = pathlib.Path(__file__).parent / "pages" / "formulas.toml"
+FORMULA_TABLES = HERE / "pages" / "formulas.toml"
 SUPERSCRIPTS = str.maketrans(
     "0123456789+−-=()abcdefghijklmnoprstuvwxyzABDEGHIJKLMNOPRTUVW′∘",
     "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁼⁽⁾ᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖʳˢᵗᵘᵛʷˣʸᶻᴬᴮᴰᴱᴳᴴᴵᴶᴷᴸᴹᴺᴼᴾᴿᵀᵁⱽᵂ′°",
@@ -998,15 +1018,15 @@ DIFFERENTIAL = re.compile(rf"[d∂Δ][{SMALL_SIGNS}]{{0,4}}[^\W\d_]?{SCRIPTED}")
 @functools.cache
 def formula_rules() -> dict[str, Any]:
     """Return the tables of formulas.toml, which explains them; raise ConfigError."""
-    return read_toml(FORMULAS)
+    return read_toml(FORMULA_TABLES)
 
 
-def bracketed(text: str) -> str:
+def bracket_if_needed(text: str) -> str:
     """Put a text in brackets if a slash beside it would take only a part of it."""
     return text if ONE_SIGN.fullmatch(text) else f"({text})"
 
 
-MAX_SCRIPT_CHARS = 200  # or it would be gone through again for each around it
+MAX_SCRIPT_CHARS = 200  # or each script around it would go through it again
 
 
 def script_text(mark: str, script: str, base: str) -> str:
@@ -1034,7 +1054,9 @@ def over_text(over: str, under: str) -> str:
 def fraction_text(over: str, under: str) -> str:
     """Write a fraction so that its parts cannot be read otherwise."""
     is_derivative = DIFFERENTIAL.fullmatch(over) and DIFFERENTIAL.fullmatch(under)
-    return "/".join((over, under) if is_derivative else map(bracketed, (over, under)))
+    if not is_derivative:
+        over, under = bracket_if_needed(over), bracket_if_needed(under)
+    return f"{over}/{under}"
 
 
 def root_text(index: str, radicand: str) -> str:
@@ -1067,7 +1089,11 @@ def symbol_text(name: str) -> str:
 
 @functools.cache
 def formula_commands() -> dict[str, tuple[str, Callable[..., str], str]]:
-    """Return the arguments of each command, what writes it, and its kind of piece."""
+    """Return what each command reads, what writes that, and its kind of piece.
+
+    It reads a letter an argument: m is mathematics, M may have lines, o may be left out
+    and stands in square brackets, t is words.
+    """
     rules = formula_rules()
     commands: dict[str, tuple[str, Callable[..., str], str]] = {
         "frac": ("mm", fraction_text, "fraction"),
@@ -1075,7 +1101,7 @@ def formula_commands() -> dict[str, tuple[str, Callable[..., str], str]]:
         "overset": ("mm", over_text, ""),
         "substack": ("M", lambda lines: lines.replace("\n", ", "), ""),
         "underset": ("mm", functools.partial(script_text, "_"), ""),
-        "overbrace": ("m", bracketed, ""),
+        "overbrace": ("m", bracket_if_needed, ""),
         "not": ("m", lambda s: unicodedata.normalize("NFC", s + "\u0338"), "symbol"),
     }
     for name, (arguments, text, kind) in rules["commands"].items():
@@ -1165,31 +1191,32 @@ class FormulaReader:
         token = self.tokens.pop()
         return self.tokens.pop() if token.isspace() else token
 
-    def row(self, *ends: str) -> list[Piece]:
+    def read_row(self, *ends: str) -> list[Piece]:
         """Read pieces up to one of the end tokens, and take that too."""
         pieces: list[Piece] = []
         space = ""
         while self.tokens[-1] not in ends:
             token = self.tokens[-1]
             if token in LATEX_SPACES or token.isspace():
-                space = "~" if self.tokens.pop() in LATEX_SPACES else space or " "
+                self.tokens.pop()
+                space = "~" if token in LATEX_SPACES else space or " "
                 continue
-            new = [] if token in ("^", "_", "'") else self.pieces()
-            new = [piece for piece in self.scripted(new) if piece.text]
+            new = [] if token in ("^", "_", "'") else self.read_pieces()
+            new = [piece for piece in self.read_scripts(new) if piece.text]
             if new:
                 pieces += [replace(new[0], space=space or new[0].space), *new[1:]]
                 space = ""
         self.end = self.tokens.pop()
         return pieces
 
-    def scripted(self, bases: list[Piece]) -> list[Piece]:
+    def read_scripts(self, bases: list[Piece]) -> list[Piece]:
         """Add the scripts and primes that follow to what stands before them."""
         scripts = {"_": "", "'": "", "^": ""}
         while self.tokens[-1] in scripts:
             mark = self.tokens.pop()
             if mark != "'" and scripts[mark]:
                 raise ValueError("two scripts")
-            scripts[mark] += mark if mark == "'" else self.argument()
+            scripts[mark] += mark if mark == "'" else self.read_argument()
         if not any(scripts.values()):
             return bases
         base = bases[0] if len(bases) == 1 else Piece(render_pieces(bases))
@@ -1199,7 +1226,7 @@ class FormulaReader:
         if base.kind == "root":
             text = f"({text})"
         elif text and (base.kind in ("fraction", "box") or len(bases) > 1):
-            text = bracketed(text)
+            text = bracket_if_needed(text)
         kind = base.kind if base.kind in ("name", "large") else ""
         for mark, script in scripts.items():
             if mark == "_" and script and text in ("lim", "limsup", "liminf"):
@@ -1209,22 +1236,24 @@ class FormulaReader:
         # a script on nothing must not attach to what stands before it
         return [replace(base, text=text if base.text else " " + text, kind=kind)]
 
-    def argument(self, kind: str = "m") -> str:
-        """Read one argument of a command as text."""
+    def read_argument(self, kind: str = "m") -> str:
+        """Read one argument of a command as text; formula_commands has its kinds."""
         if kind == "t":
-            words = re.sub(r"\\(?:[ ,:;>]|q?quad)|~|\s+", " ", self.source())
+            words = re.sub(r"\\(?:[ ,:;>]|q?quad)|~|\s+", " ", self.read_source())
             if re.search(r"\\[^%&_#{}$]|(?<!\\)\$", words):
                 raise ValueError("mathematics among words")
             return re.sub(r"\\([%&_#{}$])|[{}]", r"\1", words)
         if kind == "o":
-            is_given = self.tokens[-1] == "[" and self.tokens.pop()
-            return render_pieces(self.row("]")) if is_given else ""
-        text = render_pieces(self.pieces()).strip()
+            if self.tokens[-1] != "[":
+                return ""
+            self.tokens.pop()
+            return render_pieces(self.read_row("]"))
+        text = render_pieces(self.read_pieces()).strip()
         if "\n" in text and kind != "M":
             raise ValueError("lines inside a line")
         return text
 
-    def source(self) -> str:
+    def read_source(self) -> str:
         """Return the source of one argument in braces."""
         if self.take_sign() != "{":
             raise ValueError("no braces")
@@ -1234,7 +1263,7 @@ class FormulaReader:
             depth += {"{": 1, "}": -1}.get(taken[-1], 0)
         return "".join(taken[:-1])
 
-    def pieces(self) -> list[Piece]:
+    def read_pieces(self) -> list[Piece]:
         """Read one sign, group or command with its arguments."""
         self.depth += 1
         if self.depth > MAX_FORMULA_NESTING:
@@ -1242,7 +1271,7 @@ class FormulaReader:
         token = self.take_sign()
         name = formula_rules()["same"].get(token[1:], token[1:])
         if token in ("{", "$"):  # a bare tabular holds words and $
-            pieces = self.row("}" if token == "{" else "$")
+            pieces = self.read_row("}" if token == "{" else "$")
         elif token in tuple("}&^_#\\"):
             raise ValueError(f"stray {token}")
         elif token[0] != "\\":
@@ -1250,15 +1279,15 @@ class FormulaReader:
             pieces = [Piece("−" if is_minus else token)]
         elif name in formula_commands():
             arguments, write, kind = formula_commands()[name]
-            pieces = [Piece(write(*map(self.argument, arguments)), kind)]
+            pieces = [Piece(write(*map(self.read_argument, arguments)), kind)]
         elif name == "mathrm":
-            pieces = self.pieces()
+            pieces = self.read_pieces()
         elif name in formula_rules()["alphabets"]:  # of one letter: ℝ, 𝐯
-            pieces = self.pieces()
+            pieces = self.read_pieces()
             if len(pieces) == 1 and re.fullmatch("[A-Za-z]", pieces[0].text):
                 pieces = [Piece(symbol_text(f"{name}{{{pieces[0].text}}}"))]
         elif name == "begin":
-            pieces = [Piece(self.environment())]
+            pieces = [Piece(self.read_environment())]
         else:
             char = symbol_text(name)
             is_large = char in formula_rules()["large_signs"]
@@ -1266,20 +1295,22 @@ class FormulaReader:
         self.depth -= 1
         return pieces
 
-    def environment(self) -> str:
+    def read_environment(self) -> str:
         r"""Read \begin{…} … \end{…}: a line a row, but a matrix on one line."""
-        name = self.source()
+        # Read its rows.
+        name = self.read_source()
         if name == "array":
-            self.source()  # the alignment of its columns
+            self.read_source()  # the alignment of its columns
         rows: list[list[str]] = [[]]
         while True:
-            rows[-1].append(render_pieces(self.row("&", "\\\\", "\\end")).strip())
+            rows[-1].append(render_pieces(self.read_row("&", "\\\\", "\\end")).strip())
             if self.end == "\\end":
                 break
             if self.end == "\\\\":
                 rows.append([])
-        if self.source() != name:
+        if self.read_source() != name:
             raise ValueError("the end of another environment")
+        # Lay them out.
         rows = [row for row in rows if any(row)]
         gap = ", " if any(" " in cell for row in rows for cell in row) else " "
         if name == "align*":  # equations side by side, each in two cells
@@ -1295,27 +1326,28 @@ class FormulaReader:
                 row[:] = [line.replace("\t", " ")]
         lines = [re.sub(f"(?:{gap})+$", "", gap.join(row)).rstrip() for row in rows]
         opening, closing, end = formula_rules()["environments"][name]
-        return opening + re.sub("———,? ", "———\n", end.join(lines)) + closing
+        text = re.sub("———,? ", "———\n", end.join(lines))  # \hline has its own line
+        return opening + text + closing
 
 
-def rewritten(latex: str, rules: str) -> str:
+def rewrite(latex: str, rules: str) -> str:
     """Return LaTeX after the rewrites of that name, one after the other."""
     for pattern, replacement in formula_rules()["rewrites"][rules]:
         latex = re.sub(pattern, replacement, latex, flags=re.A)
     return latex
 
 
-def simpler_latex(latex: str) -> str:
+def simplify_latex(latex: str) -> str:
     """Rewrite LaTeX with fewer commands, in a form that latex2mathml reads."""
     latex = re.sub(
         r"\\ce\s*\{((?:[^{}]|\{[^{}]*\})*)\}",
-        lambda reaction: rf"\mathrm{{{rewritten(reaction[1], 'chemistry')}}}",
+        lambda reaction: rf"\mathrm{{{rewrite(reaction[1], 'chemistry')}}}",
         latex,
     )
     latex = re.sub(
         r"\\textcircled\s*\{?([1-9])\}?", lambda n: chr(0x245F + int(n[1])), latex
     )
-    return rewritten(latex, "latex").strip()
+    return rewrite(latex, "latex").strip()
 
 
 MAX_FORMULA_CHARS = 1500  # fifteen full lines of an aligned block; longest seen: 679
@@ -1324,11 +1356,11 @@ MAX_FORMULA_CHARS = 1500  # fifteen full lines of an aligned block; longest seen
 @functools.lru_cache(256)
 def formula_text(latex: str) -> str | None:
     """Return a formula as text without markup, or None if its meaning would change."""
-    if len(latex) > MAX_FORMULA_CHARS or ILLEGAL.search(latex):
+    if len(latex) > MAX_FORMULA_CHARS:
         return None
     try:
-        plain = rewritten(simpler_latex(latex), "fences")
-        text = render_pieces(FormulaReader(plain).row(""))
+        plain = rewrite(simplify_latex(latex), "fences")
+        text = render_pieces(FormulaReader(plain).read_row(""))
     except (ValueError, LookupError):  # LookupError: it ends too early
         return None
     return text.strip() or None
@@ -1341,9 +1373,9 @@ def formula_mathml(latex: str, is_block: bool) -> str | None:
         return None
     from latex2mathml.converter import Converter
 
-    latex = simpler_latex(latex)
+    latex = simplify_latex(latex)
     if latex.count(r"\left") != latex.count(r"\right"):
-        latex = rewritten(latex, "fences")
+        latex = rewrite(latex, "fences")
     try:
         converter = Converter(display="block" if is_block else "inline")
         tree = converter.convert_to_element(latex)
@@ -1351,17 +1383,18 @@ def formula_mathml(latex: str, is_block: bool) -> str | None:
         return None
     allowed = formula_rules()["mathml"]
     for node in tree.iter():
-        reference = r"&#x([0-9A-F]{2,6});"
+        reference = r"&#x(10[0-9A-F]{4}|[0-9A-F]{2,5});"  # of a Unicode character
         node.text = re.sub(reference, lambda m: chr(int(m[1], 16)), node.text or "")
         is_strange = "\\" in node.text or ILLEGAL.search(node.text)
         if is_strange or node.tag not in allowed["tags"]:
             return None
         for name in node.attrib.keys() - allowed["attributes"]:
             del node.attrib[name]
-    written = "".join(tree.itertext()), text.replace("∛", "3").replace("∜", "4")
-    forms = (unicodedata.normalize("NFKC", form) for form in written)
-    kept = [sorted(re.findall(r"[\d\u3400-\u9fff]", form)) for form in forms]
-    if kept[0] != kept[1]:  # the library lost a digit or a Chinese character
+    signs = []
+    for form in ("".join(tree.itertext()), text.replace("∛", "3").replace("∜", "4")):
+        normal = unicodedata.normalize("NFKC", form)
+        signs.append(sorted(re.findall(r"[\d\u3400-\u9fff]", normal)))
+    if signs[0] != signs[1]:  # the library lost a digit or a Chinese character
         return None
     rendered: str = ElementTree.tostring(tree, encoding="unicode")
     return rendered
@@ -1398,22 +1431,23 @@ SENTENCE_END = re.compile(
 # `2**3`, `单价*数量`, `*.log`, `**kwargs`, `/*…*/`. The patterns match the signs before
 # and after them; 字 stands for any CJK letter, x for any other letter or digit.
 
-DOUBLE_OPENS = re.compile(
+DOUBLE_OPENS = re.compile(  # 字x in `值**3**`; neither xx in `2**3` nor `对** 的`
     r"(?![x_)\]}][x_([{+.=-]).[^ ，。：；！？、）】》」』”’,;:!?)\]}/]"
 )
-DOUBLE_CLOSES = re.compile(  # `**Note:**text`, but neither `f(**a,**b)` nor `ab**cd`
+DOUBLE_CLOSES = re.compile(  # :x in `**Note:**text`; neither ,x in `(**a,**b)` nor xx
     r"(?![ （【《「『“‘(\[{<=|/])(?:.[^x_]|[:.!?%\x80-\U0010ffff][x_])"
 )
-DOUBTFUL = re.compile(r"/.|./|[字）】][x_([{+.=-]")  # `边长**2`, `/**…**/`: no pair
-SINGLE_OPENS = re.compile(
+# Of `边长**2+高**2`, `/**…**/`: two of these are no pair.
+DOUBTFUL = re.compile(r"/.|./|[字）】][x_([{+.=-]")
+SINGLE_OPENS = re.compile(  # （字 in `（*注*）`; not 字字 in `单价*数量`
     r"[^字x_)\]}）】》”’/\\=+<>^|&%.~-][x字“‘《「『（(\[`$\\\"'—]"
 )
-SINGLE_CLOSES = re.compile(  # `*Note:* text`, `*注*说明`, but not `5*，6*，`
+SINGLE_CLOSES = re.compile(  # 字字 in `*注*说明`, : and a blank in `*Note:* a`; no xx
     r"[x字。！？….!?)）”’\"'」』】》%℃`$\]>+#:：,，][^字x_/(=\[\\]|[字：。！？]字"
 )
 
 
-def shape(char: str) -> str:
+def char_class(char: str) -> str:
     """Return the character that stands for a character in these patterns."""
     if char.isspace():
         return " "
@@ -1429,7 +1463,7 @@ MAX_OPENERS = 20  # in a line
 EMPHASIS = {"*": ("em",), "**": ("strong",), "***": ("strong", "em"), "~~": ("s",)}
 ENTITY = r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z][a-z0-9]{1,31});"
 # Of a link: words, maybe with a picture, code, escaped signs or brackets in them.
-LABEL = (
+LINK_LABEL = (
     r"(?:!\[[^\[\]\n]*\]\([^()\n]*\)|`[^`\n]*`|\\[^\n]|[^\[\]\n\\]"
     r"|\[[^\[\]\n]*\](?!\())*+"
 )
@@ -1451,12 +1485,12 @@ INLINE_MARKS = {
     r"(?![\s$])(?P<latex>(?:\\\$|[^$\n。！？]){0,299}?(?:\\\$|[^\s$\\。！？]))"
     r"|(?<!\d \$)(?P<spaced> [^$\n。！？]{1,298}? ))\$(?![0-9A-Za-z${]|_(?!_))",
     # [words](https://a.cn)  ![a picture](<a b.png> "its title")
-    "link": rf"(?P<picture>!?)\[(?P<label>{LABEL})\]"
+    "link": rf"(?P<picture>!?)\[(?P<label>{LINK_LABEL})\]"
     r"(?u:\([ \t]*(?:<(?P<whole>[^<>\n]*)>|(?P<plain>(?:[^\s()<>]++|\([^\s()]*+\))*+))"
     r"(?:[ \t]+(?P<title>\"[^\"\n]*\"|'[^'\n]*'|\([^()\n]*\)))?[ \t]*\))",
     # `x  $x  [x  [x](y  at the end of what there is: may become one of those above
-    "open": r"`++(?=.{0,999}+\Z)|(?<![0-9A-Za-z])\$(?=[^\n。！？]{0,999}+\Z)"
-    rf"|!?\[(?={LABEL}(?:!?\[[^\[\]\n]*+)?(?:\](?:\(.*+)?)?\Z)",
+    "unclosed": r"`++(?=.{0,999}+\Z)|(?<![0-9A-Za-z])\$(?=[^\n。！？]{0,999}+\Z)"
+    rf"|!?\[(?={LINK_LABEL}(?:!?\[[^\[\]\n]*+)?(?:\](?:\(.*+)?)?\Z)",
     # <https://a.cn/水>  <me@a.cn>  https://a.cn/b_c?d=e
     "url": r"<(?:https?://|mailto:)[^\s<>]+>|<[\w.+-]+@[\w-]+(?:\.[\w-]+)+>"
     r"|https?://[\w./?#%&=+~:;@!$',*()-]+",
@@ -1469,7 +1503,7 @@ INLINE_MARKS = {
     # &lt;  &#65;  &#x4e2d;
     "entity": ENTITY,
 }
-MARK = re.compile(
+INLINE_MARK = re.compile(
     "|".join(f"(?P<{name}>{pattern})" for name, pattern in INLINE_MARKS.items()),
     re.IGNORECASE | re.ASCII,
 )
@@ -1481,7 +1515,7 @@ FORMULA = re.compile(  # not words in brackets
     rf".*(?:{LATEX_SIGN.pattern})|(?!.*{CJK.pattern}).*[\w+=<>-]", re.DOTALL
 )
 # Between spaces: LaTeX, or single letters among signs, but not a shell's `$ ls`.
-SPACED = re.compile(
+SPACED_FORMULA = re.compile(
     r"(?i).*(?:\\[a-z]|[_^]\{).*|(?=.*[a-z])(?:[^a-z\u2e80-\u9fff]|(?<![a-z])[a-z])+"
 )
 ESCAPE = re.compile(
@@ -1491,7 +1525,7 @@ ESCAPE = re.compile(
 )
 # Words with backslashes that are paths, patterns, faces: `D:\_b`, `^\d+\.$`, `¯\_(ツ)`.
 WORD_WITH_SIGNS = re.compile(r"[^\s，。：；！？、（）“”…!?]+")
-PATH = re.compile(
+PATH_SIGN = re.compile(
     r"\\[^\W_]|^\\\\|\b[A-Za-z]:\\|\\\W[+?{]|^[\^.¯]+\\|[\\/].*\\$"
     r"|(?<!^\d)(?<!^\d\d)\\\.|\.[*+?]|\[\^"
 )
@@ -1499,8 +1533,8 @@ DATA_PICTURE = re.compile(r"data:image/(?:png|jpeg|gif|webp);base64,[A-Za-z0-9+/
 
 
 # The HTML tags of tokens, where the two names differ.
-TAGS = {"link": "a", "paragraph": "p", "list_item": "li"}
-TAGS |= {"ordered_list": "ol", "bullet_list": "ul"}
+HTML_TAGS = {"link": "a", "paragraph": "p", "list_item": "li"}
+HTML_TAGS |= {"ordered_list": "ol", "bullet_list": "ul"}
 NESTING = {"open": 1, "close": -1}
 
 
@@ -1510,20 +1544,13 @@ class TokenReader:
     is_block: bool  # these tokens are blocks, and not marks inside a line
     tokens: list[Token]
 
-    def add(
-        self,
-        type: str,
-        content: str = "",
-        tag: str = "",
-        at: int | None = None,
-        **more: Any,
-    ) -> Token:
+    def add(self, type: str, content: str = "", tag: str = "", **more: Any) -> Token:
         """Add a token, which opens or closes what its type says."""
         name, _, end = type.rpartition("_")
-        tag, nesting = tag or TAGS.get(name, name), NESTING.get(end, 0)
+        tag, nesting = tag or HTML_TAGS.get(name, name), NESTING.get(end, 0)
         token = Token(type, tag, nesting, content=content, **more)  # type: ignore[arg-type]
         token.block = self.is_block
-        self.tokens.insert(len(self.tokens) if at is None else at, token)
+        self.tokens.append(token)
         return token
 
 
@@ -1538,7 +1565,14 @@ class Opener:
 
 
 class InlineReader(TokenReader):
-    """Reads the marks inside one text, once, from left to right."""
+    """Reads the marks inside one text, once, from left to right.
+
+    An open mark is text until its closing mark comes. What may yet become markup must
+    not be shown: `sure` is how far in the text, and in the tokens, nothing can change
+    any more, mostly the last end of a line or sentence at which no mark was open. It
+    moves no further once `is_held`: a formula, comment, code or link is open that may
+    take in all that follows.
+    """
 
     is_block = False
 
@@ -1548,36 +1582,39 @@ class InlineReader(TokenReader):
         self.is_whole = is_whole  # else more of the text may come
         self.openers: list[Opener] = []
         self.line_start = 1
-        self.sure = 1, 0  # the text and the tokens before these ends cannot change
+        self.sure = 1, 0
         # Where the line before ends. It is sure when this line ends, too, as a mark is
-        # closed on the next line or never; `close` takes it back if a pair spans it.
+        # closed on the next line or never; close_mark takes it back if a pair spans it.
         self.line_before = 1, 0
-        self.is_held = False  # something is open that can change all that follows
+        self.is_held = False
         self.closer = ""  # what closes the formula or comment that is open
         words = WORD_WITH_SIGNS.finditer(self.text) if "\\" in text else ()
-        paths = [range(*word.span()) for word in words if PATH.search(word[0])]
+        paths = [range(*word.span()) for word in words if PATH_SIGN.search(word[0])]
         self.in_paths = set(itertools.chain(*paths))
         # Where a backslash, the last but one character of a match, escapes the last.
         self.escapes = {found.end() - 2 for found in ESCAPE.finditer(self.text, 1)}
         self.escapes -= self.in_paths
 
-    def open(self, mark: str, text: str, end: int, is_doubtful: bool = False) -> None:
+    def open_mark(
+        self, mark: str, text: str, end: int, is_doubtful: bool = False
+    ) -> None:
         """Add a mark that is text until it is closed."""
         if sum(one.end > self.line_start for one in self.openers) < MAX_OPENERS:
             self.openers.append(Opener(mark, len(self.tokens), end, is_doubtful))
         self.add("text", text)
 
-    def find(self, mark: str) -> Opener | None:
+    def find_open(self, mark: str) -> Opener | None:
         return next((o for o in reversed(self.openers) if o.mark == mark), None)
 
-    def close(self, opener: Opener, *names: str) -> None:
+    def close_mark(self, opener: Opener, *names: str) -> None:
         """Pair an open mark with the one just read; marks open in between are text."""
         if opener.end < self.line_start:  # the line before is not sure without this one
             self.line_before = self.sure
         del self.openers[self.openers.index(opener) :]
         del self.tokens[opener.index]
         for name in reversed(names):
-            self.add(f"{name}_open", at=opener.index)
+            self.add(f"{name}_open")
+            self.tokens.insert(opener.index, self.tokens.pop())
             self.add(f"{name}_close")
 
     # One method for each mark, which returns where the markup ends, or 0 if it is text.
@@ -1602,10 +1639,11 @@ class InlineReader(TokenReader):
         names = EMPHASIS.get(run.replace("＊", "*"))
         if names is None:
             return 0
-        pair = shape(self.text[begin - 1]) + shape(self.text[end : end + 1] or "\n")
+        before, after = self.text[begin - 1], self.text[end : end + 1] or "\n"
+        pair = char_class(before) + char_class(after)
         is_single, is_doubtful = len(run) == 1, bool(DOUBTFUL.fullmatch(pair))
         closes = SINGLE_CLOSES if is_single else DOUBLE_CLOSES
-        opener = self.find(run) if closes.fullmatch(pair) else None
+        opener = self.find_open(run) if closes.fullmatch(pair) else None
         inside = self.text[opener.end : begin] if opener else ""
         is_phrase = bool(inside.strip())
         if is_single:  # may be a footnote's, or an operator: `(*p)*(*q)`
@@ -1613,9 +1651,9 @@ class InlineReader(TokenReader):
             is_balanced = all(inside.count(p[0]) == inside.count(p[1]) for p in pairs)
             is_phrase = is_balanced and any(char.isalpha() for char in inside)
         if opener and is_phrase and not (opener.is_doubtful and is_doubtful):
-            self.close(opener, *names)
+            self.close_mark(opener, *names)
         elif (SINGLE_OPENS if is_single else DOUBLE_OPENS).fullmatch(pair):
-            self.open(run, run, end, is_doubtful)
+            self.open_mark(run, run, end, is_doubtful)
         else:
             return 0
         return end
@@ -1630,13 +1668,13 @@ class InlineReader(TokenReader):
     def read_dollars(self, mark: re.Match[str]) -> int:
         latex, spaced = mark["latex"] or "", mark["spaced"] or ""
         is_formula = FORMULA.match(latex) and not PRICE.match(latex)
-        if is_formula or LATEX_SIGN.search(latex) or SPACED.fullmatch(spaced):
+        if is_formula or LATEX_SIGN.search(latex) or SPACED_FORMULA.fullmatch(spaced):
             self.add("math_inline", latex + spaced, markup="$")
             return mark.end()
         self.add("text", "$")
         return mark.start() + 1
 
-    def read_open(self, mark: re.Match[str]) -> int:
+    def read_unclosed(self, mark: re.Match[str]) -> int:
         self.is_held = True
         return 0
 
@@ -1673,10 +1711,11 @@ class InlineReader(TokenReader):
     def read_link(self, mark: re.Match[str]) -> int:
         """Read a link or a picture."""
         url = mark["whole"] or mark["plain"] or ""
-        before, is_picture = self.text[mark.start() - 1], mark["picture"] == "!"
+        before = char_class(self.text[mark.start() - 1])
+        is_picture = mark["picture"] == "!"
         is_path = ":" not in url and re.search("[./]", url)  # not so `arr[0](x.y)`
         is_data = is_picture and url.lower().startswith("data:image/")
-        if not (ADDRESS.match(url) or is_path and shape(before) not in "x_" or is_data):
+        if not (ADDRESS.match(url) or is_path and before not in "x_" or is_data):
             self.add("text", mark["picture"] + "[")
             return mark.start("label")
         inside = InlineReader(mark["label"], before="[").read()
@@ -1721,21 +1760,21 @@ class InlineReader(TokenReader):
         before = self.text[: tag.start()].rstrip(" \t")[-1:]
         after = self.text[tag.end() :].lstrip(" \t")[:1]
         is_alone = before in ("\n", ">") and after in ("", "\n", "<")
-        opener = self.find(name) if tag["closes"] else None
+        opener = self.find_open(name) if tag["closes"] else None
         inside = self.text[opener.end : tag.start()] if opener else ""
         if not tag["closes"] and (after == "<" or not is_alone):
-            self.open(name, "" if is_alone else tag[0], tag.end())
+            self.open_mark(name, "" if is_alone else tag[0], tag.end())
         elif not opener or not inside or inside != inside.strip(" "):
             return tag.end() if is_alone else 0
         else:
-            self.close(opener, *([name] if name in ("sub", "sup") else []))
+            self.close_mark(opener, *([name] if name in ("sub", "sup") else []))
         return tag.end()
 
     def read(self) -> list[Token]:
         """Read all of the text, as far as it can be told by now; return its tokens."""
         begin = 1
         while begin < len(self.text):
-            mark = MARK.search(self.text, begin)
+            mark = INLINE_MARK.search(self.text, begin)
             end = mark.start() if mark else len(self.text)
             # Before the mark, a sentence that ends is sure if nothing is open.
             if not (self.is_whole or self.openers or self.is_held):
@@ -1773,22 +1812,23 @@ LATE_FENCE = re.compile(  # after words: `代码如下：` and three backticks
 )
 HEADING = re.compile(r"[ \t]*(#{1,6})[ \t]+(\S.*)")
 QUOTE = re.compile(r"[ \t]*>(?!>>|=) ?(.*)")
-QUOTE_IN_TWO = re.compile(r"[ \t]*>(?!=) ?(.*)")  # where `>>>` is not Python's prompt
-BLOCK = re.compile(r"[ \t]*(?:`{3}|~{3}|#{1,6}[ \t]+\S|>(?!>>|=))")
+NESTED_QUOTE = re.compile(r"[ \t]*>(?!=) ?(.*)")  # where `>>>` is not Python's prompt
+BLOCK_START = re.compile(r"[ \t]*(?:`{3}|~{3}|#{1,6}[ \t]+\S|>(?!>>|=))")
 ITEM = re.compile(r"[ \t]*([-*+]|\d{1,3}[.)])[ \t]+(\S.*)", re.ASCII)
-RULE = re.compile(r"[ \t]*([-*])(?:[ \t]*\1){2,}[ \t]*")
+HORIZONTAL_RULE = re.compile(r"[ \t]*([-*])(?:[ \t]*\1){2,}[ \t]*")
 TASK = re.compile(r"\[([ xX])\][ \t]+(?=\S)")
 # After a sign: `- 100 元`, `+ 300 元`, `> 60 分`; neither `2024 年` nor `1. 甲`.
 AMOUNT = re.compile(
     r"[约近]?[^\w\s`。！？…!?]{0,3}\d[\d,.]*+(?<!\.)(?! ?[年月日号点时:：、/)）])"
 )
-BAR = re.compile(  # a bar, or code and formulas that may hold one
+CELL_BAR = re.compile(  # a bar, or code and formulas that may hold one
     r"(?<!`)(`++).{1,300}?(?<!`)\1(?!`)|\\\(.{1,300}?\\\)"
     r"|\$(?![\s\d$])[^$]{0,300}[^\s$]\$(?!\w)|\\\||\|"
 )
-SIDES = {":": "center", "-": "right"}  # by how a column's rule begins that ends with :
+# By how a column's rule begins that ends with a colon.
+ALIGNMENTS = {":": "center", "-": "right"}
 # Of what can be a table's header: a bar, and no sentence end before it.
-HEADER = re.compile(rf"(?:[^|。！？…!?.]|(?!{SENTENCE_END.pattern})[^|])*+\|")
+TABLE_HEADER = re.compile(rf"(?:[^|。！？…!?.]|(?!{SENTENCE_END.pattern})[^|])*+\|")
 TABLE_RULE = re.compile(r"\s*+\|?(?:\s*+:?-++:?\s*+(?:\||\Z))++\s*")
 
 
@@ -1801,7 +1841,7 @@ def indent_of(line: str) -> int:
 def split_cells(line: str) -> list[str]:
     """Return the cells of a table row; bars in code and formulas do not separate."""
     line = line.strip().removeprefix("|")
-    line = BAR.sub(lambda bar: "\0" if bar[0] == "|" else bar[0], line)
+    line = CELL_BAR.sub(lambda bar: "\0" if bar[0] == "|" else bar[0], line)
     cells = line.removesuffix("\0").split("\0", MAX_COLUMNS)
     return [cell.replace("\\|", "|").replace("\0", "|").strip() for cell in cells]
 
@@ -1886,7 +1926,8 @@ class MarkdownReader(TokenReader):
             is_last = end >= len(text)
             reader = InlineReader(text[begin:end], self.before, is_end and is_last)
             read = reader.read()
-            (sure, count), self.closer = reader.sure, reader.closer
+            sure, count = reader.sure
+            self.closer = reader.closer
             if sure == 1 and not is_last and end - begin >= MAX_WINDOW:
                 sure, count = end - begin + 1, len(read)  # it never closed
             if sure == 1:
@@ -1932,7 +1973,7 @@ class MarkdownReader(TokenReader):
         item = self.add("list_item_open", info="•")  # as the chat shows it
         if kind == "1":
             item.info, item.attrs = mark, {"value": int(mark[:-1])}
-        if BLOCK.match(content):
+        if BLOCK_START.match(content):
             return self.read_block(" " * (indent + 2) + content)
         if task:
             content = ("☐ " if task[1] == " " else "☑ ") + content[task.end() :]
@@ -1987,6 +2028,7 @@ class MarkdownReader(TokenReader):
         is_rule = "|" in line and TABLE_RULE.fullmatch(line)
         is_small = len(header) <= MAX_HEADER and self.cells < MAX_CELLS
         if not is_rule or not is_small:
+            # It was text; this line is read again, as one below text.
             self.read_text(header)
             self.is_in_line = True  # in the header's, which ends here
             self.read_line("")
@@ -1994,7 +2036,7 @@ class MarkdownReader(TokenReader):
         self.close_to(indent_of(header))
         self.row = "|" if header.lstrip().startswith("|") else ""
         rules = split_cells(line)
-        self.sides = [SIDES[cell[0]] if cell[-1:] == ":" else "" for cell in rules]
+        self.sides = [ALIGNMENTS[cell[0]] if cell[-1:] == ":" else "" for cell in rules]
         self.add("table_open")
         self.add("thead_open")
         self.add_row("th", split_cells(header))
@@ -2014,8 +2056,8 @@ class MarkdownReader(TokenReader):
             cells = split_cells(line)
             if self.cells + len(cells) <= MAX_CELLS:
                 return self.add_row("td", cells)
-        is_in_two = self.quote and self.quote.quote
-        quote = (QUOTE_IN_TWO if is_in_two else QUOTE).fullmatch(line)
+        is_nested_quote = self.quote and self.quote.quote
+        quote = (NESTED_QUOTE if is_nested_quote else QUOTE).fullmatch(line)
         is_new = not (self.quote or self.depth == MAX_QUOTES)
         if quote and is_new and not AMOUNT.match(quote[1]):  # not `> 60 分`
             self.close_to(indent_of(line))
@@ -2036,12 +2078,12 @@ class MarkdownReader(TokenReader):
             self.add("heading_open", tag=tag)
             self.add("inline", words, children=InlineReader(words).read())
             self.add("heading_close", tag=tag)
-        elif RULE.fullmatch(line):
+        elif HORIZONTAL_RULE.fullmatch(line):
             self.close_to(indent_of(line))
             self.add("hr", tag="hr")
         elif item := ITEM.fullmatch(line):
             self.read_item(line, item[1], item[2], is_after_amount)
-        elif HEADER.match(line, 0, MAX_HEADER):
+        elif TABLE_HEADER.match(line, 0, MAX_HEADER):
             self.header = line
         else:
             self.read_text(line)
@@ -2068,8 +2110,8 @@ class MarkdownReader(TokenReader):
         if is_open or not is_sentence or not line.strip(" \t-*"):  # or a rule
             return False
         item = ITEM.fullmatch(line)
-        is_block = BLOCK.match(item[2] if item else line)
-        return not (is_block or HEADER.match(line, 0, MAX_HEADER))
+        is_block = BLOCK_START.match(item[2] if item else line)
+        return not (is_block or TABLE_HEADER.match(line, 0, MAX_HEADER))
 
     def read_line(self, line: str, is_whole: bool = True) -> None:
         """Read a line, or of one that is not complete as much as is certain."""
@@ -2218,11 +2260,11 @@ class ChatText:
         self.shown += "".join(self.out)
         self.out.clear()
         # Leave out headings and list marks at the end, until something follows them.
-        kept = tail = "" if has_ended else self.shown[-2 * MAX_LEADING :]
-        while len(tail) - len(kept) < MAX_LEADING:
+        tail = kept = "" if has_ended else self.shown[-2 * MAX_LEADING :]
+        while (left_out := len(tail) - len(kept)) < MAX_LEADING:
             above, newline, last = kept.rstrip().rpartition("\n")
             if not LEADING.fullmatch(last):
-                return self.shown[: len(self.shown) - len(tail) + len(kept)]
+                return self.shown[: len(self.shown) - left_out]
             kept = above + newline
         return self.shown
 
@@ -2334,7 +2376,7 @@ RECORD_OR_ROW = re.compile(
 )
 # A heading that a cut would tear.
 OPEN_HEADING, HEADING_REST = re.compile(r"[ │•]*【[^【】]*"), re.compile(r"[^\n】]*】")
-FLAG = "".join(map(chr, range(0x1F1E6, 0x1F200)))  # two of these letters are one
+FLAG_LETTERS = "".join(map(chr, range(0x1F1E6, 0x1F200)))  # a flag is two of them
 # Joiners and what they bind, colours of skin, the flags of regions.
 EMOJI_TAIL = re.compile("(?<=\u200d)|[\u200d🏻-🏿\U000e0020-\U000e007f]")
 PAUSE = (  # not where a formula may be
@@ -2363,9 +2405,11 @@ def may_end(text: str, end: int) -> bool:
     is_sentence = line != "" and not UNFINISHED.fullmatch(line)
     is_last = is_sentence and not LEADING.fullmatch(line)
     is_in_heading = OPEN_HEADING.fullmatch(line) and HEADING_REST.match(text, end)
-    after, flags = text[end : end + 1] or "\n", end - len(text[:end].rstrip(FLAG))
-    is_in_sign = after in FLAG and flags % 2 or is_combining(after)
-    return is_last and not (is_in_heading or is_in_sign or EMOJI_TAIL.match(text, end))
+    after = text[end : end + 1] or "\n"
+    flag_letters = end - len(text[:end].rstrip(FLAG_LETTERS))  # right before the end
+    is_in_flag = after in FLAG_LETTERS and flag_letters % 2 == 1
+    is_in_sign = is_in_flag or is_combining(after) or EMOJI_TAIL.match(text, end)
+    return is_last and not (is_in_heading or is_in_sign)
 
 
 def cut_text(text: str, room: int) -> int:
@@ -2394,6 +2438,10 @@ def cut_text(text: str, room: int) -> int:
 # Words and texts are compared as people read them: in Unicode's compatibility form,
 # without case, white space, what has no width or is written over a character, and the
 # marks of Markdown.
+#
+# An answer is looked through twice: WordGuard.feed looks at what the model writes, and
+# holds so much of it back that no word is shown in pieces; WordGuard.scan at what chat
+# and page show of that, where no link or tag parts a word any more.
 
 IGNORED = re.compile(
     r"[\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
@@ -2402,11 +2450,11 @@ IGNORED = re.compile(
     r"\u0334-\u0338\u20d2-\u20d3\u20d8-\u20da\u20dd-\u20e0\u20e2-\u20e6\u20ea-\u20eb]"
 )
 ENTITY_OR_CHARACTER = re.compile(rf"{ENTITY}|.", re.DOTALL | re.IGNORECASE | re.ASCII)
-OPEN_ENTITY = re.compile(r"&[^;&]{0,33}\Z")  # none is longer
+UNFINISHED_ENTITY = re.compile(r"&[^;&]{0,33}\Z")  # none is longer
 
 
-def compared(text: str) -> str:
-    """Return a text as blocked words are compared with it."""
+def comparison_form(text: str) -> str:
+    """Return a text in the form in which it and blocked words are compared."""
     text = re.sub(ENTITY, lambda entity: html.unescape(entity[0]), text, flags=re.I)
     normal = unicodedata.normalize("NFKC", stream_safe(text))
     return IGNORED.sub("", normal.casefold())
@@ -2449,7 +2497,7 @@ class BlockedWords:
             return
         lines = pathlib.Path(self.path).read_text("utf-8-sig").splitlines()
         words = (line for line in lines if not line.lstrip().startswith("#"))
-        self.words = set(compared("\0".join(words)).split("\0")) - {""}
+        self.words = set(comparison_form("\0".join(words)).split("\0")) - {""}
         self.lengths = collections.defaultdict(set)
         for word in self.words:
             self.lengths[word[0]].add(len(word))
@@ -2467,7 +2515,7 @@ class BlockedWords:
 
     def are_in(self, text: str) -> bool:
         """Say whether a text has one of the words."""
-        return bool(self.words) and self.are_in_form(compared(text))
+        return bool(self.words) and self.are_in_form(comparison_form(text))
 
     def are_in_html(self, shown: str) -> bool:
         """Say whether a page has one of them, not parted by more than inline tags."""
@@ -2487,34 +2535,34 @@ class WordGuard:
 
     def __init__(self, blocked: BlockedWords) -> None:
         self.blocked = blocked
-        self.open = ""  # the end of the text: what follows may still combine with it
+        self.tail = ""  # the end of the text: what follows may still combine with it
         # The clusters before it that are held back, each with how it is compared.
         self.held: collections.deque[tuple[str, str]] = collections.deque()
-        self.seen = ["", ""]  # the ends of what chat and page show, as compared
+        self.shown_ends = ["", ""]  # of what chat and page show, in comparison form
 
-    def sees(self, shown: str) -> bool:
-        """Say whether a blocked word is in what is shown, of which this is new."""
-        new = zip(self.seen, (shown, CHAT_ONLY.sub("", shown)), strict=True)
+    def scan(self, shown: str) -> bool:
+        """Look through what is newly shown; return whether a blocked word is in it."""
+        new = zip(self.shown_ends, (shown, CHAT_ONLY.sub("", shown)), strict=True)
         both = [end + text for end, text in new]  # mostly the same
-        forms = {text: compared(text) for text in both}
-        self.seen = [forms[text][-self.blocked.longest :] for text in both]
+        forms = {text: comparison_form(text) for text in both}
+        self.shown_ends = [forms[text][-self.blocked.longest :] for text in both]
         return any(map(self.blocked.are_in_form, forms.values()))
 
     def feed(self, delta: str, is_end: bool = False) -> tuple[str, bool]:
         """Return what may be shown now, and whether a blocked word came."""
-        if not self.blocked.words:
-            return delta, False
-        text = self.open + ILLEGAL.sub("", delta)  # nobody will see it in between
-        entity = None if is_end else OPEN_ENTITY.search(text)
+        is_end |= not self.blocked.words  # the file is empty now: nothing waits
+        text = self.tail + delta
+        entity = None if is_end else UNFINISHED_ENTITY.search(text)
         settled = list(clusters(text[: entity.start()] if entity else text))
-        self.open = entity[0] if entity else ""
+        self.tail = entity[0] if entity else ""
         if settled and not entity and not is_end:
-            self.open = settled.pop()  # it may get an accent
-        self.held += [(cluster, compared(cluster)) for cluster in settled]
+            self.tail = settled.pop()  # it may get an accent
+        self.held += [(cluster, comparison_form(cluster)) for cluster in settled]
         form = "".join(form for _, form in self.held)
         if self.blocked.are_in_form(form):
             return "", True
-        keep, left, shown = 0 if is_end else self.blocked.longest, len(form), ""
+        keep = 0 if is_end else self.blocked.longest
+        left, shown = len(form), ""
         while self.held and left - len(self.held[0][1]) >= keep:
             cluster, form = self.held.popleft()
             left -= len(form)
@@ -2663,7 +2711,6 @@ class Turn:
 
     def append(self, delta: str) -> None:
         """Add a delta."""
-        delta = ILLEGAL.sub("", delta)
         if not self.answer:
             delta = delta.lstrip()
             self.first_seconds = round(self.age, 3)
@@ -2721,7 +2768,7 @@ class Turn:
 # promised and not done yet, since the database may be locked or full just then.
 # ---------------------------------------------------------------------------
 
-SCHEMA = pathlib.Path(__file__).with_name("schema.sql")
+SCHEMA = HERE / "schema.sql"
 
 
 class StoreError(OwnerError):
@@ -3735,7 +3782,7 @@ def render_request(body: dict) -> tuple[int, bytes | AsyncIterator[bytes]]:
     return length, pieces()
 
 
-PROVIDERS = pathlib.Path(__file__).with_name("providers.toml")
+PROVIDERS = HERE / "providers.toml"
 
 
 @functools.cache
@@ -3951,7 +3998,7 @@ def as_dict(value: object) -> dict:
 
 
 def make_error(status: int, body: object, headers: Mapping[str, str]) -> ChatError:
-    """Return the error that a response means; its body may have any shape."""
+    """Return the error that a response means; its body may have any char_class."""
     outer = as_dict(body)
     inner = outer.get("error") or outer.get("errors") or outer.get("base_resp")
     error = outer | as_dict(inner)
@@ -4977,7 +5024,7 @@ class Bot:
                 return self.leave_alone(delivery, "no event of its kind is answered")
         if delivery.session is None:
             return self.leave_alone(delivery, "no text, and no session is open")
-        texts, said = self.texts, message.said.strip()[:SHARED_CHARS]
+        texts, said = self.texts, message.caption.strip()[:SHARED_CHARS]
         kept, reply, tap = "", texts.words_kept, texts.word_place
         match message.msg_type:  # words begin with a newline, which no URL does
             case "image":
@@ -5351,7 +5398,8 @@ class Bot:
         Links and tags part a word in the Markdown that is whole in the chat or on the
         page: so what they show is looked through as well, before anybody is told.
         """
-        if not self.blocked.words:
+        delta = ILLEGAL.sub("", delta)
+        if not (self.blocked.words or guard.tail or guard.held):
             if delta:
                 turn.append(delta)
             return
@@ -5361,7 +5409,7 @@ class Bot:
             turn.append(text)
         if not is_blocked:
             # The end is final now: no sign waits any more for what may follow it.
-            is_blocked = guard.sees(turn.chat.text(is_end)[before:])
+            is_blocked = guard.scan(turn.chat.text(is_end)[before:])
         if is_blocked:
             turn.answer = answer  # nobody is told before it is rewritten
             raise ChatError("blocked", "a blocked word in the answer")
@@ -5896,7 +5944,7 @@ def check_commands(config: Config, mistakes: Mistakes) -> None:
 # that grows is typeset block by block, once for all who follow it (LivePage).
 # ---------------------------------------------------------------------------
 
-PAGES = pathlib.Path(__file__).with_name("pages")
+PAGES = HERE / "pages"
 TEMPLATES = """page.html parts.html blocks.html answer.html history.html found.html
     sign_in.html error.html export.md""".split()
 # Each page holds those that it needs, so that one request brings it whole.

@@ -212,6 +212,7 @@ BECOMES = [
     ("- 甲：\n\n```py\nx\n```\n\n- 乙", "• 甲：\n\nx\n\n• 乙"),
     ("一\r\n二\r\n", "一\n二"),
     ("a\x00b\x08", "ab"),
+    ("$\x00x^2$", "x²"),
     ("**%R（14日）**：", "%R（14日）："),
     ("*Note:* a\n*Tip*: b\n*提示：*请看", "Note: a\nTip: b\n提示：请看"),
     ("- *重点*说明，*她说，* 好", "• 重点说明，她说， 好"),
@@ -652,6 +653,7 @@ def cut_whole(text):
 BLOCKED = wxgpt.BlockedWords("")
 BLOCKED.words, BLOCKED.lengths, BLOCKED.longest = {"坏词"}, {"坏": {2}}, 2
 TEXTS = wxgpt.read_texts({})
+MESSAGE = wxgpt.Message("o_1", "gh_1", "text", 1)
 PURE = {
     "chat_text": chat_text,
     "stable_text": stable_text,
@@ -663,11 +665,11 @@ PURE = {
     "excerpt": wxgpt.excerpt,
     "outgoing": wxgpt.outgoing,
     "stream_safe": wxgpt.stream_safe,
-    "compared": wxgpt.compared,
+    "comparison_form": wxgpt.comparison_form,
     "are_in": BLOCKED.are_in,
     "formula_text": lambda text: wxgpt.formula_text(text[:1500]),
     "find_command": lambda text: wxgpt.find_command(text, ["chatgpt"]),
-    "cdata": wxgpt.cdata,
+    "render_text_reply": lambda text: wxgpt.render_text_reply(MESSAGE, text, 1),
     "with_taps": lambda text: wxgpt.with_taps(text, "chatgpt", "help"),
 }
 

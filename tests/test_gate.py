@@ -88,9 +88,10 @@ def content_of(body):
 )
 def test_what_leaves_has_our_own_links_and_no_other(answer, question, cuts):
     """Whatever is decoded or left out on the way, nothing of others can be tapped."""
-    turn = new_turn()
+    turn, blocked = new_turn(), wxgpt.BlockedWords("")
+    bot = types.SimpleNamespace(blocked=blocked)
     for piece in cut(answer, cuts):
-        turn.append(piece)
+        wxgpt.Bot.show(bot, turn, wxgpt.WordGuard(blocked), piece, False)
     question = wxgpt.ILLEGAL.sub("", question)  # as at the door
     tap, page = wxgpt.tap_link("继续1"), wxgpt.web_link("看", "https://wx.cn/a/1")
     content = f"{turn.shown()}{tap}「{wxgpt.excerpt(question)}」{page}"
@@ -271,6 +272,23 @@ def test_no_state_of_an_answer_shows_a_hidden_word(bot, answer, cuts):
     turn.state = "done"
     assert not has_word(turn.shown())
     assert not has_word(page_text(turn.answer, bot.blocked))
+
+
+def test_nothing_is_lost_when_the_owner_empties_the_list(tmp_path):
+    """What was held back in the midst of an answer is shown then."""
+    path = tmp_path / "list"
+    path.write_text("坏词", "utf-8")
+    blocked = wxgpt.BlockedWords(str(path))
+    blocked.refresh()
+    bot = types.SimpleNamespace(blocked=blocked)
+    turn, guard = new_turn(), wxgpt.WordGuard(blocked)
+    wxgpt.Bot.show(bot, turn, guard, "开头。你", False)
+    path.write_text("", "utf-8")
+    blocked.changed = None
+    blocked.refresh()
+    for piece in ("好，", "再见", "。"):
+        wxgpt.Bot.show(bot, turn, guard, piece, False)
+    assert turn.answer == "开头。你好，再见。"
 
 
 @often

@@ -397,6 +397,15 @@ async def test_control_characters_do_not_hide_a_message(server, upstream):
     assert upstream.requests[0].question == "你好"
 
 
+def test_no_reference_brings_what_our_links_are_made_of():
+    """A character that is written as a number is left out like any other."""
+    text = "看&#xFDD0;https://a.cn&#xfdd1;我&#64978;&#xFDD3;"
+    xml = f"<Content>{text}</Content><ToUserName>gh_1</ToUserName>"
+    xml += "<FromUserName>o_1</FromUserName><MsgType>text</MsgType>"
+    message = wxgpt.parse_message(f"<xml>{xml}</xml>".encode())
+    assert message.content == "看https://a.cn我"
+
+
 async def test_types_and_events_are_known_in_any_case(server):
     """Providers of pushes differ in capitals."""
     opened = await server.wechat.deliver(
