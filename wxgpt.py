@@ -5723,7 +5723,8 @@ class Bot:
         if isinstance(source, TurnPart):
             return source
         self.deliveries.pop(message.key, None)  # another try may be accepted
-        return source if source and isinstance(source, str) else self.texts.trouble
+        refusal = source if source and isinstance(source, str) else self.texts.trouble
+        return OUR_LINK.sub(r"\2（\1）", refusal)  # a page shows it as plain text
 
     async def ask_on_page(self, delivery: Delivery) -> Source:
         """Ask what was written on a page, in the session that runs or in a new one."""
