@@ -25,13 +25,13 @@ stand in the order of the path:
     receive_message -> read_push: is_signed, parse_message
                     -> Bot.deliver -> Bot.reply_to -> render_text_reply
                                           |  waits for
-    in the message's task:   Bot.find_source -> handle_message -> handle_text
+    in the message's task:   Bot.find_source -> answer_to_message -> answer_to_text
                              -> a command, a part, or accept_question
     in the question's task:  Bot.converse -> ask_models -> ChatClient.stream
                              -> Turn.append -> Store.finish_turn
 
-A question from a subscriber's own page comes by ask_on_page -> Bot.ask_here and goes
-the same way from Bot.find_source on; its answer is read on the page.
+A question from a subscriber's own page comes by ask_on_page -> Bot.ask_from_device and
+goes the same way from Bot.find_source on; its answer is read on the page.
 
 A request only waits and a task only writes. They meet in a Delivery (the requests of
 one message and the one reply they all get) and in a Turn (a question and its answer,
@@ -2526,10 +2526,10 @@ class WordGuard:
 
 
 class Signal(asyncio.Event):
-    """A change that others wait for with Tasks.until, each with their own condition."""
+    """Wakes those who wait in Tasks.until, each for a condition of their own."""
 
-    def look(self) -> None:
-        """Let all who wait look at their condition; to be called after every change."""
+    def notify(self) -> None:
+        """Let all who wait check their condition; to be called after every change."""
         self.set()
         self.clear()
 
@@ -2542,19 +2542,23 @@ class Session:
     assistant: str
     last_at: float  # Unix seconds
     is_busy: bool = False  # a question of it is unanswered: it does not end by itself
-    late_text: str | None = None  # the newest text after it ran out
+    lapsed_text: str | None = None  # the newest text that came after it had lapsed
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one reply shows of an answer: its chat text from `start` on."""
+    """What one reply shows of an answer: its chat text from `start` on.
+
+    A reply offers the next part when it shows one: so the start of a part is where the
+    one before it was cut. Its own end is decided by the first reply that shows it.
+    """
 
     number: int  # 继续N, counted for each subscriber; 0: a question's own reply
     turn_id: int
     start: int = 0  # offset in the chat text
-    is_anew: bool = False  # the answer was written again since it was offered
+    is_anew: bool = False  # the answer was started over after this part was offered
     reply: str | None = None  # what was sent of it: a second tap gets the same
-    place: int = 1  # among the parts of its answer; 0: not known (an older version's)
+    place: int = 1  # 1: the answer's first part; 0: not known (an older version's)
 
 
 @dataclass(frozen=True, slots=True)
@@ -2565,9 +2569,9 @@ class Reply:
     created: int  # CreateTime
     part: Part | None = None  # what it shows of an answer; None: no model wrote it
     stop: int = 0  # where in the chat text that ends
-    offered: Part | None = None  # the part that its tap asks for
+    offered: Part | None = None  # the part that its tap asks for: the next, mostly
     is_early: bool = False  # neither all that is left nor a full part
-    is_patience: bool = False  # it only asks for that: nothing can be shown yet
+    is_patience: bool = False  # it only asks to wait: nothing can be shown yet
     mentions: int | None = None  # a turn whose unread answer is named under it
     introduces: bool = False  # it says who answers here, and the privacy words
 
@@ -2591,9 +2595,14 @@ class Turn:
     """A question and its answer.
 
     While it is open there is one object, written by the turn's task alone; of a turn
-    that has ended every reader makes one from the row (see schema.sql).
+    that has ended every reader makes one from its row.
+
+    Its state is `open` until the answer has ended: `done`; `cut` at a limit or by the
+    reader; `broken`, off in its midst; `failed`, with no text; `blocked` for a word in
+    it; `ended`, never asked as its session ended before.
     """
 
+    # The columns of the view `exchange`, in its order.
     id: int
     session_id: int
     openid: str
@@ -2602,26 +2611,36 @@ class Turn:
     question: str
     pictures: str | None  # JSON list of URLs, until it is answered
     created_at: float
-    asked: int  # times it was sent upstream, before a restart and after
+    asked: int  # times a process took it to the upstream; 0: it waits for another
     assistant: str
     answer: str = ""  # Markdown
     state: str = "open"
-    reason: str | None = None  # a kind of ChatError
+    # A kind of ChatError; `stopped` by the reader; `given_up` after too many restarts;
+    # `trouble`: a mistake of ours.
+    reason: str | None = None
     model: str | None = None
-    chat: ChatText = field(default_factory=ChatText)  # what the chat shows of `answer`
+
+    # What the chat shows of the answer, and how it is cut into parts.
+    chat: ChatText = field(default_factory=ChatText)
     stops: dict[int, int] = field(default_factory=dict)  # ends of sent parts, by start
-    left: dict[int, int] = field(default_factory=dict)  # parts from a start to the end
-    # Random, and new when the answer is started over: then live pages start over, too.
-    writing: str = field(default_factory=functools.partial(secrets.token_hex, 4))
+    left: dict[int, int] = field(default_factory=dict)  # parts to the end, by start
+
+    # The work on it.
+    task: asyncio.Task | None = None  # writes it
+    is_queued: bool = False  # the question before it is not answered yet
+    calls: int = 0  # requests to upstreams by this process: retries, the fallback
     # Questions and answers of its session, the newest first; None: not read yet.
     context: list[tuple[str, str]] | None = None
-    earlier: str | None = None  # asked again after a restart: the text before that
-    is_queued: bool = False  # the question before it is not answered yet
+    # After a restart: what the process before had written, kept until new text comes.
+    earlier: str | None = None
+    # A random id of this writing of the answer. It is new when the answer is started
+    # over; then live pages start over, too.
+    writing: str = field(default_factory=functools.partial(secrets.token_hex, 4))
     # created_at by the monotonic clock, which does not jump.
-    asked_at: float = field(default_factory=time.monotonic)
-    first_seconds: float | None = None  # from the question to the first text
-    calls: int = 0  # how often this process asked an upstream
-    task: asyncio.Task | None = None  # writes it
+    accepted_at: float = field(default_factory=time.monotonic)
+    first_seconds: float | None = None  # from then to the first text
+
+    # Those who wait for it.
     news: Signal = field(default_factory=Signal)  # the subscriber's, while it is open
     deltas: Signal = field(default_factory=Signal)  # any change: live pages
     page: "LivePage | None" = None  # what viewers of this writing share
@@ -2644,14 +2663,14 @@ class Turn:
     @property
     def age(self) -> float:
         """Return the seconds since the question."""
-        return time.monotonic() - self.asked_at
+        return time.monotonic() - self.accepted_at
 
     def shown(self) -> str:
         """Return the chat text; of a growing answer what will not change any more."""
         return self.chat.text(has_ended=not self.is_open)
 
     def read(self) -> "Turn":
-        """Read the answer that came with the row, for seconds at worst."""
+        """Read the answer that came with the row, for seconds at worst; return self."""
         self.chat = ChatText(self.answer)
         self.shown()
         return self
@@ -2666,14 +2685,14 @@ class Turn:
         self.chat.feed(delta)
         # What a reply shows grows with a line or a sentence, not with every token.
         if SENTENCE_SIGN.search(delta):
-            self.news.look()
-        self.deltas.look()
+            self.news.notify()
+        self.deltas.notify()
 
     def restart(self) -> None:
         """Start the answer over; nothing of it has been sent yet."""
         self.writing = secrets.token_hex(4)
         self.answer, self.chat, self.page = "", ChatText(), None
-        self.deltas.look()
+        self.deltas.notify()
 
     def as_sent(self, text: str) -> str:
         """Return the lines and sentences of a text that were sent in replies."""
@@ -2684,17 +2703,19 @@ class Turn:
 
     def without_thought(self, text: str) -> str:
         """Return what of a text was sent; the rest turned out to be a thought."""
-        sent, kept = max(self.stops.values(), default=0), self.as_sent(text)
-        kept += stable_text(text)[len(chat_text(kept)) : sent]  # in the midst of a mark
+        sent = max(self.stops.values(), default=0)
+        kept = self.as_sent(text)
+        # What was sent may end in the midst of a mark.
+        kept += stable_text(text)[len(chat_text(kept)) : sent]
         return kept and f"{kept}\n\n"
 
     def finish(self, state: str, reason: str | None = None) -> None:
         """End the answer, and wake all who wait for it."""
         if state == "failed" and self.answer:
-            state = "broken"  # off, in its midst
+            state = "broken"
         self.state, self.reason = state, reason
-        self.news.look()
-        self.deltas.look()
+        self.news.notify()
+        self.deltas.notify()
 
 
 # ---------------------------------------------------------------------------
@@ -2705,7 +2726,7 @@ class Turn:
 #
 #   a message     recall, which knows its sender, too; save_reply, mark_delivered
 #   a subscriber  note, mark_read; devices; links to the history
-#   a session     start_, end_, touch_session; newest_session, keep_late_text
+#   a session     start_, end_, touch_session; newest_session, keep_lapsed_text
 #   a turn        add_turn and count_asking, which bring what the model gets with it;
 #                 questions_of_day, save_texts, begin_anew, finish_turn; what is read
 #   a part        part, unsent_part, next_unsent, offer_unread
@@ -3125,7 +3146,7 @@ class Store:
         query = "UPDATE session SET ended_at = :now, lapsed_text = NULL WHERE id = :id"
         await self.rows(query, now=now, id=session_id)
 
-    async def keep_late_text(self, session_id: int, text: str) -> None:
+    async def keep_lapsed_text(self, session_id: int, text: str) -> None:
         """Keep the newest text that came after a session ran out."""
         query = "UPDATE session SET lapsed_text = :text WHERE id = :id"
         await self.rows(query, text=text, id=session_id)
@@ -4428,11 +4449,11 @@ class Delivery:
 
     message: Message
     subscriber: Subscriber
-    first: float  # loop's clock at the first request, or an estimate
+    first_at: float  # loop's clock at the first request, or an estimate
     cookie_hash: str = ""  # of the device it comes from; '': from WeChat
-    newest: float = -math.inf  # loop's clock at the newest request
-    seen: int = 0  # requests that count as attempts
-    seen_before: int = 0  # attempts that an earlier process saw, at least: 0 or 1
+    newest_at: float = -math.inf  # loop's clock at the newest request
+    attempts: int = 0  # requests that count as attempts
+    earlier_attempts: int = 0  # attempts that an earlier process saw, at least: 0 or 1
     session: Session | None = None  # open, and not idle for too long
     lapsed: Session | None = None  # open in the store, but it ran out lately
     pictures: str = "[]"  # JSON list of URLs and words that wait for a question
@@ -4606,8 +4627,8 @@ class ReplayGuard:
 # 10. The bot
 #
 # Everything between a message and its reply, as methods of one class, in the order of
-# its path: what answers a message (deliver, find_source, handle_), the question's task
-# (converse), what a request gets (reply_to, compose). It knows nothing of HTTP.
+# its path: what answers a message (deliver, find_source, answer_to_...), the question's
+# task (converse), what a request gets (reply_to, compose). It knows nothing of HTTP.
 #
 # A command is one method, decorated with @command, and its line in `texts.help`.
 # Assistants are commands too: `/NAME` opens a session with it.
@@ -4785,9 +4806,9 @@ class Bot:
         """End all waits at that time at the latest (loop's clock), live pages now."""
         self.tasks.closes_at = at
         for subscriber in self.subscribers.values():
-            subscriber.news.look()
+            subscriber.news.notify()
         for turn in self.turns.values():
-            turn.deltas.look()
+            turn.deltas.notify()
 
     async def close(self) -> None:
         """Let running answers go on until the time given to `end_waits`; cancel all."""
@@ -4822,7 +4843,7 @@ class Bot:
         notice = self.texts.model_notice
         return self.tappable(f"{text}\n\n{notice}" if text and notice else text)
 
-    def leave_alone(self, delivery: Delivery, reason: str) -> str:
+    def ignore(self, delivery: Delivery, reason: str) -> str:
         """Log why a message is not answered; return the empty reply."""
         log.info("%s left alone: %s", delivery.message.name, reason)
         return ""
@@ -4852,10 +4873,10 @@ class Bot:
             self.tasks.loop.call_later(seconds, self.deliveries.pop, key, None)
             self.tasks.start(self.find_source(delivery), message.name)
         # One that comes within half an attempt of the one before is a duplicate.
-        if arrived - delivery.newest >= wechat.attempt_timeout / 2:
-            delivery.seen += 1
-        delivery.newest = arrived
-        return delivery, delivery.seen
+        if arrived - delivery.newest_at >= wechat.attempt_timeout / 2:
+            delivery.attempts += 1
+        delivery.newest_at = arrived
+        return delivery, delivery.attempts
 
     async def find_source(self, delivery: Delivery) -> None:
         """Find out what answers a message, and extend its session.
@@ -4866,14 +4887,14 @@ class Bot:
         source: Source = self.texts.trouble
         try:
             async with subscriber.lock:
-                source = await self.handle_message(delivery)
+                source = await self.answer_to_message(delivery)
                 # Storing a question has extended the session.
                 is_question = isinstance(source, TurnPart) and source.part.number == 0
                 if delivery.session and message.msg_type != "event" and not is_question:
                     self.store.touch_session(delivery.session.id, time.time())
         finally:
             delivery.source = source
-            subscriber.news.look()
+            subscriber.news.notify()
 
     async def source_of(self, part: Part) -> Source | None:
         """Return a part with its turn; None if that was deleted meanwhile."""
@@ -4885,7 +4906,7 @@ class Bot:
             turn = await self.work.once(("turn", turn.id), turn.read)
         return TurnPart(turn, part)
 
-    async def handle_message(self, delivery: Delivery) -> Source:
+    async def answer_to_message(self, delivery: Delivery) -> Source:
         """Return what answers a message: what is known of it, or what it means."""
         message, subscriber, store = delivery.message, delivery.subscriber, self.store
         openid = message.openid
@@ -4907,13 +4928,13 @@ class Bot:
         #    If the turn was deleted meanwhile, nothing is said: to ask it again would
         #    store it again.
         if recalled.reply:
-            delivery.seen_before, delivery.reply = 1, recalled.reply
+            delivery.earlier_attempts, delivery.reply = 1, recalled.reply
             return recalled.reply
         if recalled.turn_id is not None:
-            delivery.seen_before = 1
+            delivery.earlier_attempts = 1
             source = await self.source_of(Part(0, recalled.turn_id)) or ""
             if isinstance(source, TurnPart):
-                delivery.first = min(delivery.first, source.turn.asked_at)
+                delivery.first_at = min(delivery.first_at, source.turn.accepted_at)
             return source
         # 4. A new one, in its session unless that was idle for too long.
         session, delivery.pictures = recalled.session, recalled.pictures
@@ -4925,15 +4946,15 @@ class Bot:
             elif idle < LAPSE_SECONDS:
                 delivery.lapsed = session
         if openid in self.config.limits.deny and message.event != "unsubscribe":
-            return self.leave_alone(delivery, "the sender is in limits.deny")
+            return self.ignore(delivery, "the sender is in limits.deny")
         if message.msg_type == "text":
-            return await self.handle_text(delivery)
-        return await self.handle_other(delivery)
+            return await self.answer_to_text(delivery)
+        return await self.answer_to_other(delivery)
 
-    async def handle_text(self, delivery: Delivery) -> Source:
+    async def answer_to_text(self, delivery: Delivery) -> Source:
         """Return what answers a text: the first of these cases that applies."""
         if delivery.cookie_hash:
-            return await self.ask_on_page(delivery)
+            return await self.answer_to_page(delivery)
         text, session = delivery.message.content.strip(), delivery.session
         config, is_words = self.config, bool(text) and text not in STICKER_TEXTS
         words = folded(text)
@@ -4949,17 +4970,17 @@ class Bot:
             return await COMMANDS[name](self, delivery)
         if session and not is_words:
             return self.texts.unsupported
-        if (source := await self.handle_tap(delivery, words)) is not None:
+        if (source := await self.answer_to_tap(delivery, words)) is not None:
             return source
         if session:
             return await self.accept_question(delivery, text)
         if text in config.replies.keywords:
             return self.tappable(config.replies.keywords[text])
         if not is_words:
-            return self.leave_alone(delivery, "no words, and no session is open")
-        return await self.handle_outside(delivery, text)
+            return self.ignore(delivery, "no words, and no session is open")
+        return await self.answer_outside(delivery, text)
 
-    async def handle_other(self, delivery: Delivery) -> Source:
+    async def answer_to_other(self, delivery: Delivery) -> Source:
         """Return what answers an event, or what is no text."""
         message = delivery.message
         match message.msg_type, message.event:
@@ -4969,9 +4990,9 @@ class Bot:
                 await self.forget_all(delivery, "")
                 return ""
             case "event", _:
-                return self.leave_alone(delivery, "no event of its kind is answered")
+                return self.ignore(delivery, "no event of its kind is answered")
         if delivery.session is None:
-            return self.leave_alone(delivery, "no text, and no session is open")
+            return self.ignore(delivery, "no text, and no session is open")
         texts, said = self.texts, message.said.strip()[:SHARED_CHARS]
         kept, reply, tap = "", texts.words_kept, texts.word_place
         match message.msg_type:  # words begin with a newline, which no URL does
@@ -4987,7 +5008,7 @@ class Bot:
         await self.store.add_picture(message.openid, kept, time.time())
         return reply.format(tap=tap_link(tap))
 
-    async def handle_tap(self, delivery: Delivery, words: str) -> Source | None:
+    async def answer_to_tap(self, delivery: Delivery, words: str) -> Source | None:
         """Return what answers a tap, or the same words typed; None if they are a text.
 
         继续 and 重试 with a number never are; the others if nothing is left to act on.
@@ -5014,9 +5035,9 @@ class Bot:
                 return await self.retry(delivery, late)
             case "forget":
                 return await self.confirm_forget(delivery)
-            case "resume" if session and session.late_text:
+            case "resume" if session and session.lapsed_text:
                 delivery.session = session
-                return await self.accept_question(delivery, session.late_text)
+                return await self.accept_question(delivery, session.lapsed_text)
             case "go_on" if lapsed:
                 delivery.session = lapsed
                 return await self.accept_question(delivery, texts.word_go_on)
@@ -5073,7 +5094,7 @@ class Bot:
             return self.texts.greeting  # and the introduction below it
         return self.tappable(self.texts.opened.format(assistant=assistant))
 
-    async def handle_outside(self, delivery: Delivery, text: str) -> Source:
+    async def answer_outside(self, delivery: Delivery, text: str) -> Source:
         """Return what answers words outside a session that mean nothing else."""
         config, texts, now = self.config, self.texts, time.time()
         replies, lapsed = config.replies, delivery.lapsed
@@ -5084,16 +5105,16 @@ class Bot:
             first = next(iter(config.assistants))
             return await self.open_and_ask(delivery, first, text)
         if lapsed:
-            await self.store.keep_late_text(lapsed.id, text)
+            await self.store.keep_lapsed_text(lapsed.id, text)
             tap, question = tap_link(texts.word_resume), excerpt(text)
             return texts.session_lapsed.format(tap=tap, question=question)
         if replies.outside == "wechat_ai":
             return Reply(WECHAT_AI, int(now))
         if not replies.outside:
-            return self.leave_alone(delivery, "replies.outside is empty")
+            return self.ignore(delivery, "replies.outside is empty")
         hours = replies.outside_hours
         if hours and now - delivery.hinted_at < hours * 3600:
-            return self.leave_alone(delivery, f"a hint was sent within {hours:g} h")
+            return self.ignore(delivery, f"a hint was sent within {hours:g} h")
         if hours:
             self.store.note(delivery.message.openid, hinted_at=now)
         return self.tappable(replies.outside)
@@ -5192,7 +5213,7 @@ class Bot:
             if not turn.is_open:  # its session has ended meanwhile
                 return
             turn.is_queued = False
-            turn.deltas.look()
+            turn.deltas.notify()
             ending: Ending | None = None
             try:
                 ending = await self.ask_models(turn)
@@ -5373,7 +5394,7 @@ class Bot:
             return changed, chat
 
         turn.answer, turn.chat = await self.work.run(read)
-        turn.deltas.look()
+        turn.deltas.notify()
 
     async def store_end(self, turn: Turn, ending: Ending | None = None) -> None:
         """Store how an answer ended, and log it; readers have it from memory before."""
@@ -5419,7 +5440,7 @@ class Bot:
         """Take up the questions that the process before this one left unfinished."""
         now = time.time()
         for turn, is_session_open in await self.store.open_turns():
-            turn.asked_at -= max(0.0, now - turn.created_at)
+            turn.accepted_at -= max(0.0, now - turn.created_at)
             if turn.asked >= ASKINGS or now - turn.created_at > RESUME_SECONDS:
                 self.turns[turn.id] = await self.work.run(turn.read)
                 self.end_turn(turn, "failed", "given_up")
@@ -5447,8 +5468,8 @@ class Bot:
         #    timeout is charged now: a burst of them, charged when WeChat hangs up,
         #    would all pass the guard.
         late = (wechat.attempts - 1.5) * wechat.attempt_timeout
-        is_last = number + delivery.seen_before >= wechat.attempts
-        is_last = is_last or arrived - delivery.first > late
+        is_last = number + delivery.earlier_attempts >= wechat.attempts
+        is_last = is_last or arrived - delivery.first_at > late
         if not (is_ready() or is_last) and self.guard.charge(loop.time()):
             if not await until(news, is_ready, over):
                 # WeChat has stopped reading, but an answer here would end its retries:
@@ -5473,7 +5494,7 @@ class Bot:
                 delivery.stored = stored
             # Later copies need the reply alone; an answer would stay in memory with it.
             delivery.source = delivery.reply = reply
-            news.look()
+            news.notify()
         # 4. It is stored before it is sent, if that does not take too long.
         if delivery.stored and not delivery.stored.done():
             left = over - margin / 2 - loop.time()
@@ -5614,7 +5635,7 @@ class Bot:
         part = reply.part if reply and delivery.is_kept else None
         if reply is None or part is None or reply.stop <= part.start:
             return
-        how = "part" if part.number else str(number + delivery.seen_before)
+        how = "part" if part.number else str(number + delivery.earlier_attempts)
         stored = self.store.mark_delivered(part.turn_id, how if is_taken else "lost")
         stored.add_done_callback(functools.partial(log_failure, delivery.message.name))
 
@@ -5705,7 +5726,7 @@ class Bot:
 
     # What a page does
 
-    async def ask_here(
+    async def ask_from_device(
         self, openid: str, cookie_hash: str, form: str, text: str
     ) -> TurnPart | str:
         """Take up a question from a device as if it were a message of the chat.
@@ -5726,7 +5747,7 @@ class Bot:
         refusal = source if source and isinstance(source, str) else self.texts.trouble
         return OUR_LINK.sub(r"\2（\1）", refusal)  # a page shows it as plain text
 
-    async def ask_on_page(self, delivery: Delivery) -> Source:
+    async def answer_to_page(self, delivery: Delivery) -> Source:
         """Ask what was written on a page, in the session that runs or in a new one."""
         text, openid = delivery.message.content, delivery.message.openid
         if await self.store.device_owner(delivery.cookie_hash) != openid:
@@ -5736,7 +5757,7 @@ class Bot:
         if delivery.session is None:
             if refusal := self.refuse_question(delivery, text, ""):
                 return refusal
-            _, assistant, _ = await self.newest_session(openid)
+            _, assistant, _ = await self.page_session(openid)
             await self.open_session(delivery, assistant)
         source = await self.accept_question(delivery, text)
         if (
@@ -5753,7 +5774,7 @@ class Bot:
         subscriber.to_mention.setdefault(turn.id, (part.number, turn.question))
         return source
 
-    async def newest_session(self, openid: str) -> tuple[int, str, float]:
+    async def page_session(self, openid: str) -> tuple[int, str, float]:
         """Return the session that runs, or 0; the newest one's assistant and start."""
         since = time.time() - self.config.session.ttl
         newest = await self.store.newest_session(openid, since)
@@ -5769,7 +5790,7 @@ class Bot:
         """
         subscriber = self.subscriber(openid)
         if assistant not in self.config.assistants:
-            _, assistant, _ = await self.newest_session(openid)
+            _, assistant, _ = await self.page_session(openid)
         async with subscriber.lock:
             if await self.store.device_owner(cookie_hash) == openid:
                 await self.store.start_session(openid, assistant, time.time())
@@ -6676,7 +6697,7 @@ async def asking_of(
     bot: Bot, device: Reader, typed: str = "", refusal: str = ""
 ) -> Asking:
     """Return what a page needs to ask for a device's subscriber."""
-    newest = await bot.newest_session(device.openid)
+    newest = await bot.page_session(device.openid)
     recalled = await bot.store.recall("", device.openid, time.time())
     return Asking(device.token, *newest, recalled.is_told, typed, refusal)
 
@@ -6889,7 +6910,7 @@ async def ask_on_page(request: web.Request) -> web.StreamResponse:
     form_id = form.get("id", "")
     if not text or not re.fullmatch(r"[A-Za-z0-9_-]{8,64}", form_id):
         return led_back(request)
-    source = await bot.ask_here(device.openid, device.cookie_hash, form_id, text)
+    source = await bot.ask_from_device(device.openid, device.cookie_hash, form_id, text)
     if isinstance(source, TurnPart):
         turn = source.turn
         return led_back(request, key=turn.link_key, session=str(turn.session_id))
