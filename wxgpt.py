@@ -30,8 +30,8 @@ stand in the order of the path:
     in the question's task:  Bot.converse -> ask_models -> ChatClient.stream
                              -> Turn.append -> Store.finish_turn
 
-A question from a subscriber's own page comes by ask_on_page -> Bot.ask_from_device and
-goes the same way from Bot.find_source on; its answer is read on the page.
+A question from a subscriber's own page comes by ask_on_page -> Bot.ask_here and goes
+the same way from Bot.find_source on; its answer is read on the page.
 
 A request only waits and a task only writes. They meet in a Delivery (the requests of
 one message and the one reply they all get) and in a Turn (a question and its answer,
@@ -4325,7 +4325,8 @@ class ChatClient:
 # 9. Live state
 #
 # What lives in memory while something goes on, and is gone after a restart: the tasks
-# and those who wait, a subscriber's open questions, the requests of one message.
+# and those who wait, a subscriber's open questions, the requests of one message. Its
+# instants are by time.monotonic(), which is the event loop's clock, too.
 # ---------------------------------------------------------------------------
 
 
@@ -4335,7 +4336,7 @@ class Tasks:
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.running: set[asyncio.Task] = set()
-        self.closes_at: float | None = None  # loop's clock; set at a shutdown
+        self.closes_at: float | None = None  # set at a shutdown
 
     def start(self, work: Coroutine[None, None, None], name: str) -> asyncio.Task:
         """Run work as a task; what it raises is logged, since nobody awaits it."""
@@ -4357,12 +4358,12 @@ class Tasks:
     ) -> bool:
         """Wait for a condition that `news` may bring about; say whether it is met.
 
-        The wait ends at the deadline (loop's clock), or before that at a shutdown.
+        The wait ends at the deadline, or before that at a shutdown.
         """
         while not is_wanted():
             if self.closes_at is not None:
                 deadline = min(deadline, self.closes_at)
-            if self.loop.time() >= deadline:
+            if time.monotonic() >= deadline:
                 return False
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(deadline):
@@ -4449,9 +4450,9 @@ class Delivery:
 
     message: Message
     subscriber: Subscriber
-    first_at: float  # loop's clock at the first request, or an estimate
+    first_at: float  # when the first request came, or an estimate
     cookie_hash: str = ""  # of the device it comes from; '': from WeChat
-    newest_at: float = -math.inf  # loop's clock at the newest request
+    newest_at: float = -math.inf  # when the newest request came
     attempts: int = 0  # requests that count as attempts
     earlier_attempts: int = 0  # attempts that an earlier process saw, at least: 0 or 1
     session: Session | None = None  # open, and not idle for too long
@@ -4512,7 +4513,7 @@ class SignIn:
 
     number: str  # six digits; no other browser shows them
     cookie_hash: str  # of the browser's own cookie for this
-    until: float  # by the loop's clock
+    until: float
     openid: str = ""
     is_confirmed: bool = False
 
@@ -4520,14 +4521,13 @@ class SignIn:
 class SignIns:
     """Browsers that wait to be signed in; after a restart they get new numbers."""
 
-    def __init__(self, loop_time: Callable[[], float]) -> None:
-        self.loop_time = loop_time
+    def __init__(self) -> None:
         self.waiting: dict[str, SignIn] = {}  # by hash of the cookie, oldest first
         self.wrong: collections.deque[tuple[float, str]] = collections.deque()
 
     def begin(self, cookie_hash: str) -> SignIn:
         """Return a number for a browser."""
-        now, numbers = self.loop_time(), {one.number for one in self.waiting.values()}
+        now, numbers = time.monotonic(), {one.number for one in self.waiting.values()}
         for old in list(self.waiting.values()):
             is_one_too_many = len(self.waiting) >= SIGN_INS and not old.openid
             if old.until <= now or is_one_too_many:
@@ -4542,7 +4542,7 @@ class SignIns:
     def find(self, cookie_hash: str) -> SignIn | None:
         """Return the sign-in of a browser whose number still works."""
         one = self.waiting.get(cookie_hash)
-        return one if one and one.until > self.loop_time() else None
+        return one if one and one.until > time.monotonic() else None
 
     def sent_by(self, openid: str) -> list[SignIn]:
         """Return the sign-ins whose numbers a subscriber has sent."""
@@ -4550,7 +4550,7 @@ class SignIns:
 
     def claim(self, openid: str, number: str) -> bool:
         """Note who sent a number; False if no browser shows it."""
-        now = self.loop_time()
+        now = time.monotonic()
         for one in self.sent_by(openid):
             if not one.is_confirmed:
                 one.openid = ""  # only the newest number counts
@@ -4563,14 +4563,14 @@ class SignIns:
 
     def is_tried_too_often(self, openid: str) -> bool:
         """Say whether a subscriber has sent too many wrong numbers."""
-        since = self.loop_time() - WRONG_SECONDS
+        since = time.monotonic() - WRONG_SECONDS
         while self.wrong and self.wrong[0][0] < since:
             self.wrong.popleft()
         return sum(who == openid for _, who in self.wrong) >= WRONG_NUMBERS
 
     def confirm(self, openid: str) -> bool:
         """Let the browser in whose number a subscriber sent; False if there is none."""
-        now = self.loop_time()
+        now = time.monotonic()
         sent = [one for one in self.sent_by(openid) if one.until > now]
         for one in sent:
             one.is_confirmed = True
@@ -4585,27 +4585,28 @@ class SignIns:
 
 
 class ReplayGuard:
-    """Knows which signed requests are of now, and whose message came with a signature.
+    """Refuses signed requests that are stale, or whose signature came before.
 
-    A query does not cover its body, and digits moved between timestamp and nonce leave
-    its signature right: so that belongs to one message. 100 pushes a second take 25 MB.
+    A signature does not cover the body, and stays right when digits move between
+    timestamp and nonce: so each belongs to one message. 100 pushes a second take 25 MB.
     """
 
     SECONDS = 600  # how far a timestamp may be off
 
     def __init__(
-        self, loop_time: Callable[[], float], warn: Callable[..., None]
+        self, monotonic: Callable[[], float], warn: Callable[..., None]
     ) -> None:
-        self.loop_time, self.warn = loop_time, warn  # the loop's clock; Bot.warn
-        self.began = time.time() - loop_time()  # the wall clock when that was 0
+        self.monotonic = monotonic
+        self.warn = warn
+        self.began = time.time() - monotonic()  # the wall clock when that was 0
         # A signature's message, hashed, for 20 to 30 minutes: timestamps may be ahead.
         self.owners: collections.ChainMap[int, int] = collections.ChainMap()
-        self.next_map_at = loop_time()
+        self.next_map_at = monotonic()
 
     def is_fresh(self, timestamp: str) -> bool:
         """Say whether a timestamp is near our clock, or near it had it never jumped."""
         signed = int(timestamp) if re.fullmatch("[0-9]{10}", timestamp) else -1e9
-        clocks = time.time(), self.began + self.loop_time()
+        clocks = time.time(), self.began + self.monotonic()
         seconds = min((now - signed for now in clocks), key=abs)
         if abs(seconds) > self.SECONDS:
             self.warn("stale push refused: our clock is %+.0f s off its time", seconds)
@@ -4613,8 +4614,8 @@ class ReplayGuard:
 
     def is_first(self, signature: str, message: Message | str) -> bool:
         """Say whether no other message, or other use, had this signature before."""
-        if self.loop_time() >= self.next_map_at:
-            self.next_map_at = self.loop_time() + self.SECONDS
+        if self.monotonic() >= self.next_map_at:
+            self.next_map_at = self.monotonic() + self.SECONDS
             self.owners = collections.ChainMap({}, *self.owners.maps[:2])
         key, owner = int(signature[:15], 16), hash(message)  # numbers are small
         is_its_own = self.owners.setdefault(key, owner) == owner
@@ -4788,22 +4789,22 @@ class Bot:
         self.exports = asyncio.Semaphore(EXPORTS_AT_ONCE)
         self.page_room = PAGE_BYTES  # that is left
         self.guard = MuteGuard(config.wechat.mute_guard)
-        self.replays = ReplayGuard(self.tasks.loop.time, self.warn)
-        self.sign_ins = SignIns(self.tasks.loop.time)
+        self.replays = ReplayGuard(time.monotonic, self.warn)
+        self.sign_ins = SignIns()
         self.slots = asyncio.Semaphore(config.limits.at_once)  # first come first
         self.deliveries: dict[str, Delivery] = {}  # of the last minute, by message key
         self.turns: dict[int, Turn] = {}  # being written or waiting
         self.subscribers = weakref.WeakValueDictionary[str, Subscriber]()
         # By session: its questions are answered one after another.
         self.locks = weakref.WeakValueDictionary[int, asyncio.Lock]()
-        self.opened_at = self.tasks.loop.time()
-        self.wechat_ahead = -math.inf  # WeChat's clock less the loop's, by the pushes
-        # When something was warned of last, by the loop's clock, and in which words.
+        self.opened_at = time.monotonic()
+        self.wechat_ahead = -math.inf  # WeChat's clock less time.monotonic(), by pushes
+        # When something was warned of last, and in which words.
         self.warned: dict[str, tuple[float, str]] = {}
         self.heard_at: float | None = None  # the newest push that could be read
 
     def end_waits(self, at: float) -> None:
-        """End all waits at that time at the latest (loop's clock), live pages now."""
+        """End all waits at that time at the latest, and live pages now."""
         self.tasks.closes_at = at
         for subscriber in self.subscribers.values():
             subscriber.news.notify()
@@ -4814,7 +4815,7 @@ class Bot:
         """Let running answers go on until the time given to `end_waits`; cancel all."""
         writing = [t.task for t in self.turns.values() if t.task and not t.is_queued]
         if writing and self.tasks.closes_at:
-            left = self.tasks.closes_at - self.tasks.loop.time()
+            left = self.tasks.closes_at - time.monotonic()
             await asyncio.wait(writing, timeout=max(0, left))
         await self.tasks.close()
         self.work.threads.shutdown(wait=False, cancel_futures=True)
@@ -4825,7 +4826,7 @@ class Bot:
 
     def warn(self, words: str, *values: object) -> None:
         """Log a warning, but not twice in a minute."""
-        now, known = self.tasks.loop.time(), self.warned.get(words)
+        now, known = time.monotonic(), self.warned.get(words)
         if known is None or now - known[0] >= 60:
             self.warned[words] = now, words % values
             log.warning(words, *values)
@@ -5288,7 +5289,7 @@ class Bot:
         with fewer messages, where the conversation is too long for them.
         """
         client, settings = self.chat[name], self.config.assistants[turn.assistant]
-        end = self.tasks.loop.time() + client.settings.timeout
+        end = time.monotonic() + client.settings.timeout
         for pause in (*RETRY_PAUSES, None):
             turn.calls += 1
             stream = client.stream(messages, end, begin_within)
@@ -5313,7 +5314,7 @@ class Bot:
                     pause = error.retry_in
                 else:
                     pause *= random.uniform(0.75, 1)
-                if self.tasks.loop.time() + pause > end:
+                if time.monotonic() + pause > end:
                     raise
                 log.warning("%s asked again after %s", turn.name, error)
             turn.restart()
@@ -5458,7 +5459,7 @@ class Bot:
         self, delivery: Delivery, number: int, arrived: float
     ) -> Reply | None:
         """Return the reply for this request, or None: WeChat is to ask again."""
-        wechat, loop, until = self.config.wechat, self.tasks.loop, self.tasks.until
+        wechat, until = self.config.wechat, self.tasks.until
         over, margin = arrived + wechat.attempt_timeout, wechat.margin
         # 1. Wait until the reply can be complete.
         news, is_ready = delivery.subscriber.news, delivery.is_ready
@@ -5470,7 +5471,7 @@ class Bot:
         late = (wechat.attempts - 1.5) * wechat.attempt_timeout
         is_last = number + delivery.earlier_attempts >= wechat.attempts
         is_last = is_last or arrived - delivery.first_at > late
-        if not (is_ready() or is_last) and self.guard.charge(loop.time()):
+        if not (is_ready() or is_last) and self.guard.charge(time.monotonic()):
             if not await until(news, is_ready, over):
                 # WeChat has stopped reading, but an answer here would end its retries:
                 # say nothing, unless another request gets the reply, and hang up.
@@ -5497,7 +5498,7 @@ class Bot:
             news.notify()
         # 4. It is stored before it is sent, if that does not take too long.
         if delivery.stored and not delivery.stored.done():
-            left = over - margin / 2 - loop.time()
+            left = over - margin / 2 - time.monotonic()
             await asyncio.wait({delivery.stored}, timeout=max(0, left))
             if not delivery.stored.done():
                 name = delivery.message.name
@@ -5726,7 +5727,7 @@ class Bot:
 
     # What a page does
 
-    async def ask_from_device(
+    async def ask_here(
         self, openid: str, cookie_hash: str, form: str, text: str
     ) -> TurnPart | str:
         """Take up a question from a device as if it were a message of the chat.
@@ -5736,7 +5737,7 @@ class Bot:
         """
         now, name = int(time.time()), f"page-{form}-{self.store.keyed_hash(text)[:8]}"
         message = Message(openid, "", "text", now, msg_id=name, content=text)
-        arrived = self.tasks.loop.time()
+        arrived = time.monotonic()
         delivery, _ = self.deliver(message, arrived, cookie_hash)
         news, until = delivery.subscriber.news, arrived + PAGE_SECONDS
         await self.tasks.until(news, lambda: delivery.source is not None, until)
@@ -5757,7 +5758,7 @@ class Bot:
         if delivery.session is None:
             if refusal := self.refuse_question(delivery, text, ""):
                 return refusal
-            _, assistant, _ = await self.page_session(openid)
+            _, assistant, _ = await self.newest_session(openid)
             await self.open_session(delivery, assistant)
         source = await self.accept_question(delivery, text)
         if (
@@ -5774,7 +5775,7 @@ class Bot:
         subscriber.to_mention.setdefault(turn.id, (part.number, turn.question))
         return source
 
-    async def page_session(self, openid: str) -> tuple[int, str, float]:
+    async def newest_session(self, openid: str) -> tuple[int, str, float]:
         """Return the session that runs, or 0; the newest one's assistant and start."""
         since = time.time() - self.config.session.ttl
         newest = await self.store.newest_session(openid, since)
@@ -5790,7 +5791,7 @@ class Bot:
         """
         subscriber = self.subscriber(openid)
         if assistant not in self.config.assistants:
-            _, assistant, _ = await self.page_session(openid)
+            _, assistant, _ = await self.newest_session(openid)
         async with subscriber.lock:
             if await self.store.device_owner(cookie_hash) == openid:
                 await self.store.start_session(openid, assistant, time.time())
@@ -5868,7 +5869,7 @@ class Bot:
         days = self.config.history.keep_days
         while True:
             await asyncio.sleep(PRUNE_SECONDS)
-            now = min(time.time(), self.wechat_ahead + self.tasks.loop.time())
+            now = min(time.time(), self.wechat_ahead + time.monotonic())
             try:
                 if now > 0:
                     await self.store.prune(now, link_seconds, days)
@@ -6697,7 +6698,7 @@ async def asking_of(
     bot: Bot, device: Reader, typed: str = "", refusal: str = ""
 ) -> Asking:
     """Return what a page needs to ask for a device's subscriber."""
-    newest = await bot.page_session(device.openid)
+    newest = await bot.newest_session(device.openid)
     recalled = await bot.store.recall("", device.openid, time.time())
     return Asking(device.token, *newest, recalled.is_told, typed, refusal)
 
@@ -6910,7 +6911,7 @@ async def ask_on_page(request: web.Request) -> web.StreamResponse:
     form_id = form.get("id", "")
     if not text or not re.fullmatch(r"[A-Za-z0-9_-]{8,64}", form_id):
         return led_back(request)
-    source = await bot.ask_from_device(device.openid, device.cookie_hash, form_id, text)
+    source = await bot.ask_here(device.openid, device.cookie_hash, form_id, text)
     if isinstance(source, TurnPart):
         turn = source.turn
         return led_back(request, key=turn.link_key, session=str(turn.session_id))
