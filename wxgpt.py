@@ -2549,8 +2549,7 @@ class Session:
 class Part:
     """What one reply shows of an answer: its chat text from `start` on.
 
-    A reply offers the next part when it shows one: so the start of a part is where the
-    one before it was cut. Its own end is decided by the first reply that shows it.
+    It starts where the part before was cut; its first reply decides where it ends.
     """
 
     number: int  # 继续N, counted for each subscriber; 0: a question's own reply
@@ -2631,10 +2630,8 @@ class Turn:
     calls: int = 0  # requests to upstreams by this process: retries, the fallback
     # Questions and answers of its session, the newest first; None: not read yet.
     context: list[tuple[str, str]] | None = None
-    # After a restart: what the process before had written, kept until new text comes.
-    earlier: str | None = None
-    # A random id of this writing of the answer. It is new when the answer is started
-    # over; then live pages start over, too.
+    earlier: str | None = None  # what a process before this one wrote, if it asked
+    # A random id, new when the answer is started over: then live pages start over, too.
     writing: str = field(default_factory=functools.partial(secrets.token_hex, 4))
     # created_at by the monotonic clock, which does not jump.
     accepted_at: float = field(default_factory=time.monotonic)
@@ -2858,15 +2855,17 @@ class Batch:
 class Recalled(NamedTuple):
     """What is stored about a message and its sender."""
 
-    reply: Reply | None
-    turn_id: int | None  # of its question
-    session: Session | None  # the open one
-    last_part: int  # the highest part number
-    mention: tuple[int, int, str] | None  # part, turn and question of an unread answer
-    pictures: str  # that wait for a question: a JSON list of URLs and words
-    is_told: bool  # the privacy words were said
-    hinted_at: float  # the newest hint outside a session, Unix seconds; 0: none
-    forget_asked_at: float  # for deletion, not confirmed yet; 0: not asked
+    reply: Reply | None = None
+    turn_id: int | None = None  # of its question
+    session: Session | None = None  # the open one, however long it has been idle
+    last_part: int = 0  # the highest part number
+    # Part, turn and question of an unread answer.
+    mention: tuple[int, int, str] | None = None
+    pictures: Sequence[str] = ()  # URLs that wait for a question
+    attached: str = ""  # articles and places that wait for it, each after a newline
+    is_told: bool = False  # the privacy words were said
+    hinted_at: float = 0.0  # the newest hint outside a session, Unix seconds; 0: none
+    forget_asked_at: float = 0.0  # for deletion, not confirmed yet; 0: not asked
 
 
 PICTURE_SECONDS = 600  # how long a picture waits for its question
@@ -3054,7 +3053,11 @@ class Store:
             reply = Reply(row[0], row[1], own, row[3])
         session = None if row[5] is None else Session(*row[5:10])
         mention = None if row[11] is None else row[11:14]
-        return Recalled(reply, row[4], session, row[10] or 0, mention, *row[14:])
+        kept = json.loads(row[14])
+        pictures = [url for url in kept if not url.startswith("\n")]
+        attached = "".join(words for words in kept if words.startswith("\n"))
+        last_part, rest = row[10] or 0, (mention, pictures, attached, *row[15:])
+        return Recalled(reply, row[4], session, last_part, *rest)
 
     def save_reply(self, key: str, openid: str, reply: Reply) -> asyncio.Future:
         """Store a decided reply, and the parts it sends and offers.
@@ -4419,7 +4422,7 @@ class Subscriber:
     viewers: int = 0  # event streams of their answers
     turns: list[Turn] = field(default_factory=list)  # unfinished, the oldest first
     last_part: int | None = None  # the highest number; None: not read yet
-    is_told: bool = True  # the privacy words were said; the store may know better
+    is_told: bool | None = None  # the privacy words were said; None: not read yet
     # Numbers of the parts offered lately, by turn and start.
     offered: dict[tuple[int, int], int] = field(default_factory=dict)
     # By turn, answers of which only an early reply was read: next part, question.
@@ -4453,13 +4456,14 @@ class Delivery:
     first_at: float  # when the first request came, or an estimate
     cookie_hash: str = ""  # of the device it comes from; '': from WeChat
     newest_at: float = -math.inf  # when the newest request came
-    attempts: int = 0  # requests that count as attempts
+    attempts: int = 0  # requests, less duplicates
     earlier_attempts: int = 0  # attempts that an earlier process saw, at least: 0 or 1
     session: Session | None = None  # open, and not idle for too long
-    lapsed: Session | None = None  # open in the store, but it ran out lately
-    pictures: str = "[]"  # JSON list of URLs and words that wait for a question
-    hinted_at: float = 0.0  # Unix seconds of the newest hint outside a session
-    source: Source | None = None  # what answers it, once known; in the end the reply
+    lapsed: Session | None = None  # open in the store, but idle for too long, lately
+    recalled: Recalled = Recalled()  # what was stored before it
+    # What answers it, once known. When the reply is decided it takes this place: copies
+    # that come later need no more, and an answer would stay in memory.
+    source: Source | None = None
     is_kept: bool = True  # False: nothing about this message is to be stored
     reply: Reply | None = None  # as decided
     stored: asyncio.Future | None = None  # storing the decided reply
@@ -4558,15 +4562,16 @@ class SignIns:
             if one.number == number and one.until > now:
                 one.openid = openid
                 return True
+        while self.wrong and self.wrong[0][0] < now - WRONG_SECONDS:
+            self.wrong.popleft()
         self.wrong.append((now, openid))
         return False
 
     def is_tried_too_often(self, openid: str) -> bool:
         """Say whether a subscriber has sent too many wrong numbers."""
         since = time.monotonic() - WRONG_SECONDS
-        while self.wrong and self.wrong[0][0] < since:
-            self.wrong.popleft()
-        return sum(who == openid for _, who in self.wrong) >= WRONG_NUMBERS
+        wrong = sum(who == openid and at >= since for at, who in self.wrong)
+        return wrong >= WRONG_NUMBERS
 
     def confirm(self, openid: str) -> bool:
         """Let the browser in whose number a subscriber sent; False if there is none."""
@@ -4740,23 +4745,23 @@ def log_failure(name: str, stored: asyncio.Future) -> None:
         log.error("%s not stored: %s", name, error)
 
 
+SHARED_CHARS = 400  # of what an article or a place says
+RECENT_SECONDS = 3600  # how far back 继续 and 重试 look
+REPEAT_SECONDS = 60  # the same question again within this time joins the first
+FORGET_SECONDS = 300  # how long 确认删除 is accepted
+RETRY_PAUSES = (0.5, 1.0)  # seconds before a question is asked again
+DELTA_CHARS = 500  # what is appended at once; between two pieces others have a turn
+STORE_SECONDS = 2.0  # pause before trying again to store how an answer ended
 ASKINGS = 3  # how many times a question is sent upstream across restarts
 RESUME_SECONDS = 600  # a question older than that is not asked again after a crash
-STORE_SECONDS = 2.0  # pause before trying again to store how an answer ended
-SAVE_SECONDS = 1.0  # how often the text so far is stored
-REPEAT_SECONDS = 60  # the same question again within this time joins the first
-RETRY_PAUSES = (0.5, 1.0)  # seconds before a question is asked again
-RECENT_SECONDS = 3600  # how far back 继续 and 重试 look
-FORGET_SECONDS = 300  # how long 确认删除 is accepted
-PRUNE_SECONDS = 600.0  # how often what has served its time is deleted
 HOLD_SECONDS = 3.0  # how long a timed-out request is kept open before it is dropped
+SURE_CHARS = 300  # these fit one reply with whatever stands below them
+PAGE_SECONDS = 60.0  # for taking up a question, for making a page, for writing it
 PAGES_AT_ONCE = 8  # that are loaded and rendered
 PAGE_BYTES = 16 * 2**20  # of pages that are being written besides
 EXPORTS_AT_ONCE = 4  # files; each holds ten exchanges
-PAGE_SECONDS = 60.0  # for making a page and writing it
-SHARED_CHARS = 400  # of what an article or a place says
-SURE_CHARS = 300  # so many fit one reply with whatever stands below them
-DELTA_CHARS = 500  # what is appended at once; between two pieces others have a turn
+SAVE_SECONDS = 1.0  # how often the text so far is stored
+PRUNE_SECONDS = 600.0  # how often what has served its time is deleted
 
 
 class Bot:
@@ -4787,7 +4792,7 @@ class Bot:
         self.work = LongWork()
         self.pages = asyncio.Semaphore(PAGES_AT_ONCE)
         self.exports = asyncio.Semaphore(EXPORTS_AT_ONCE)
-        self.page_room = PAGE_BYTES  # that is left
+        self.page_room = PAGE_BYTES  # what is left of it
         self.guard = MuteGuard(config.wechat.mute_guard)
         self.replays = ReplayGuard(time.monotonic, self.warn)
         self.sign_ins = SignIns()
@@ -4919,6 +4924,7 @@ class Bot:
             return self.texts.forget_noted
         # 2. What is stored of it and its sender; memory may know better of the latter.
         recalled = await store.recall(message.key, openid, time.time())
+        delivery.recalled = recalled
         if subscriber.last_part is None:
             subscriber.last_part = recalled.last_part
             subscriber.is_told = recalled.is_told
@@ -4938,8 +4944,7 @@ class Bot:
                 delivery.first_at = min(delivery.first_at, source.turn.accepted_at)
             return source
         # 4. A new one, in its session unless that was idle for too long.
-        session, delivery.pictures = recalled.session, recalled.pictures
-        delivery.hinted_at = recalled.hinted_at
+        session = recalled.session
         if session and session.assistant in self.config.assistants:
             idle = time.time() - session.last_at - self.config.session.ttl
             if idle <= 0 or session.is_busy:
@@ -5067,26 +5072,28 @@ class Bot:
 
     async def retry(self, delivery: Delivery, turn: Turn | None) -> Source | None:
         """Ask a failed question of theirs again; None if there is none to be asked."""
-        if turn is None or turn.openid != delivery.message.openid:
+        openid = delivery.message.openid
+        if turn is None or turn.openid != openid:
             return None
         is_known = turn.assistant in self.config.assistants
         if not is_known or turn.state not in ("failed", "broken"):
             return None
         if delivery.session is None:
-            await self.open_session(delivery, turn.assistant)
-        words, pictures = self.question_words(turn), turn.pictures or "[]"
+            delivery.session = await self.open_session(openid, turn.assistant)
+        words, pictures = self.question_words(turn), json.loads(turn.pictures or "[]")
         return await self.accept_question(delivery, words, pictures)
 
     async def open_and_ask(
         self, delivery: Delivery, assistant: str, question: str
     ) -> Source:
         """Open a session unless this assistant has one open; ask any question."""
-        session, allow = delivery.session, self.config.limits.allow
-        if allow and delivery.message.openid not in allow:
+        session, openid = delivery.session, delivery.message.openid
+        allow = self.config.limits.allow
+        if allow and openid not in allow:
             return self.texts.not_allowed
         is_open = session is not None and session.assistant == assistant
         if not is_open:
-            await self.open_session(delivery, assistant)
+            delivery.session = await self.open_session(openid, assistant)
         if question:
             return await self.accept_question(delivery, question)
         if is_open:
@@ -5114,70 +5121,78 @@ class Bot:
         if not replies.outside:
             return self.ignore(delivery, "replies.outside is empty")
         hours = replies.outside_hours
-        if hours and now - delivery.hinted_at < hours * 3600:
+        if hours and now - delivery.recalled.hinted_at < hours * 3600:
             return self.ignore(delivery, f"a hint was sent within {hours:g} h")
         if hours:
             self.store.note(delivery.message.openid, hinted_at=now)
         return self.tappable(replies.outside)
 
-    async def open_session(self, delivery: Delivery, assistant: str) -> None:
+    async def open_session(self, openid: str, assistant: str) -> Session:
         """Open a session; one that was open ends."""
-        openid, now = delivery.message.openid, time.time()
-        delivery.session = await self.store.start_session(openid, assistant, now)
-        delivery.lapsed = None
-        self.end_queued(delivery.subscriber)
+        session = await self.store.start_session(openid, assistant, time.time())
+        self.end_queued(self.subscriber(openid))
+        return session
 
     async def accept_question(
-        self, delivery: Delivery, question: str, pictures: str | None = None
+        self, delivery: Delivery, question: str, pictures: Sequence[str] | None = None
     ) -> Source:
-        """Store a question of the delivery's session, start its answer; or say why not.
+        """Store a question and start its answer; or return why not.
 
-        `pictures` are those of a question that is asked again.
+        `pictures` are those of a question that is asked again, which has passed before
+        and may have any length. Without a session, as on a page, one is opened.
         """
         subscriber, session = delivery.subscriber, delivery.session
-        limits = self.config.limits
-        assert session  # whoever calls this has found or opened it
-        before = [t for t in subscriber.turns if t.session_id == session.id]
-        # With a picture that came since, the same words are a new question.
-        for turn in before if delivery.pictures == "[]" else []:
+        openid, recalled = delivery.message.openid, delivery.recalled
+        before = [t for t in subscriber.turns if session and t.session_id == session.id]
+        # 1. A repeated question joins the first, unless a picture has come since.
+        for turn in [] if recalled.pictures or recalled.attached else before:
             if self.question_words(turn) == question and turn.age < REPEAT_SECONDS:
                 if source := await self.unsent_source(delivery, turn.id):
                     return source
-        kept = json.loads(delivery.pictures if pictures is None else pictures)
-        urls = [one for one in kept if not one.startswith("\n")]
-        said = "".join(one for one in kept if one.startswith("\n"))
-        checked = (question, said) if pictures is None else ("", question)
-        if refusal := self.refuse_question(delivery, *checked):
+        # 2. A refused one changes nothing.
+        if pictures is not None:
+            attached, refusal = "", self.refuse_question(delivery, "", question)
+        else:
+            pictures, attached = recalled.pictures, recalled.attached
+            refusal = self.refuse_question(delivery, question, attached)
+        if refusal:
             return refusal
-        marks = self.texts.word_picture * len(urls)
+        # 3. It is stored, unless the day's questions are used up.
+        if session is None:
+            _, assistant, _ = await self.newest_session(openid)
+            session = delivery.session = await self.open_session(openid, assistant)
+        marks = self.texts.word_picture * len(pictures)
         turn = Turn(
             id=0,
             session_id=session.id,
-            openid=delivery.message.openid,
+            openid=openid,
             msg_key=delivery.message.key,
             link_key=secrets.token_urlsafe(16),
-            question=f"{marks}{question}\n{said}" if said else marks + question,
-            pictures=json.dumps(urls) if kept else None,
+            question=marks + question + (attached and f"\n{attached}"),
+            # A list, even an empty one, lets a trigger drop what waited for a question.
+            pictures=json.dumps(pictures) if pictures or attached else None,
             created_at=time.time(),
-            asked=0 if before else 1,  # it goes to the upstream at once
+            asked=0 if before else 1,  # 0: it waits, and is counted by ask_models
             assistant=session.assistant,
         )
-        chars, cookie_hash = self.config.session.context_chars, delivery.cookie_hash
+        chars, limits = self.config.session.context_chars, self.config.limits
         most, of_all = limits.questions_per_day, limits.all_per_day
-        if not await self.store.add_turn(turn, chars, most, of_all, cookie_hash):
-            if cookie_hash and not await self.store.device_owner(cookie_hash):
+        device = delivery.cookie_hash
+        if not await self.store.add_turn(turn, chars, most, of_all, device):
+            if device and not await self.store.device_owner(device):
                 return self.texts.page_signed_out
             asked = await self.store.questions_of_day(turn.openid, turn.created_at)
             day_over = self.texts.day_over.format(count=most)
             return day_over if most and asked >= most else self.texts.all_over
+        # 4. Its task is started.
         self.start_turn(turn, subscriber)
         log.info("%s accepted, %d waiting", turn.name, len(subscriber.turns))
         return TurnPart(turn, Part(0, turn.id))
 
-    def refuse_question(self, delivery: Delivery, question: str, said: str) -> str:
+    def refuse_question(self, delivery: Delivery, question: str, more: str) -> str:
         """Return why a question is not accepted, '' if it is; nothing is counted.
 
-        `said` may have any length: what it is about, or one that is asked again.
+        `more` may have any length: what it is about, or one that is asked again.
         """
         texts, limits = self.texts, self.config.limits
         waiting = sum(turn.is_open for turn in delivery.subscriber.turns)
@@ -5192,7 +5207,7 @@ class Bot:
             return texts.too_long.format(count=len(question), most=most)
         if waiting >= limits.waiting:
             return texts.too_many.format(count=waiting)
-        is_blocked = self.blocked.are_in_question(question + said)
+        is_blocked = self.blocked.are_in_question(question + more)
         return texts.blocked_question if is_blocked else ""
 
     # The question's task
@@ -5235,7 +5250,7 @@ class Bot:
                 if turn.is_open and not is_cancelled:
                     turn.finish("failed", "trouble")
                 if turn.is_open:  # a shutdown: the next process goes on from this text
-                    await self.save_texts([turn])
+                    await self.save_open_answers([turn])
                 else:
                     await self.store_end(turn, ending)
 
@@ -5456,27 +5471,27 @@ class Bot:
     # What a request gets
 
     async def reply_to(
-        self, delivery: Delivery, number: int, arrived: float
+        self, delivery: Delivery, attempt: int, arrived: float
     ) -> Reply | None:
         """Return the reply for this request, or None: WeChat is to ask again."""
         wechat, until = self.config.wechat, self.tasks.until
-        over, margin = arrived + wechat.attempt_timeout, wechat.margin
-        # 1. Wait until the reply can be complete.
         news, is_ready = delivery.subscriber.news, delivery.is_ready
-        await until(news, is_ready, over - margin)
+        hangs_up_at, margin = arrived + wechat.attempt_timeout, wechat.margin
+        # 1. Wait until the reply can be complete.
+        await until(news, is_ready, hangs_up_at - margin)
         # 2. If it is not, and WeChat will ask again, wait on. The last attempt is also
         #    one that comes later than halfway between the last but one and the last. A
         #    timeout is charged now: a burst of them, charged when WeChat hangs up,
         #    would all pass the guard.
-        late = (wechat.attempts - 1.5) * wechat.attempt_timeout
-        is_last = number + delivery.earlier_attempts >= wechat.attempts
-        is_last = is_last or arrived - delivery.first_at > late
+        late = delivery.first_at + (wechat.attempts - 1.5) * wechat.attempt_timeout
+        attempts = attempt + delivery.earlier_attempts
+        is_last = attempts >= wechat.attempts or arrived > late
         if not (is_ready() or is_last) and self.guard.charge(time.monotonic()):
-            if not await until(news, is_ready, over):
+            if not await until(news, is_ready, hangs_up_at):
                 # WeChat has stopped reading, but an answer here would end its retries:
                 # say nothing, unless another request gets the reply, and hang up.
-                held = over + HOLD_SECONDS
-                if not await until(news, lambda: delivery.reply is not None, held):
+                drop_at = hangs_up_at + HOLD_SECONDS
+                if not await until(news, lambda: delivery.reply is not None, drop_at):
                     return None
         # 3. Decide once for all requests: all there is, or a word of patience. Before
         #    that, the parts of a long answer are counted unless it takes too long.
@@ -5493,12 +5508,11 @@ class Bot:
                 failed = functools.partial(log_failure, f"{message.name} reply")
                 stored.add_done_callback(failed)
                 delivery.stored = stored
-            # Later copies need the reply alone; an answer would stay in memory with it.
             delivery.source = delivery.reply = reply
             news.notify()
         # 4. It is stored before it is sent, if that does not take too long.
         if delivery.stored and not delivery.stored.done():
-            left = over - margin / 2 - time.monotonic()
+            left = hangs_up_at - margin / 2 - time.monotonic()
             await asyncio.wait({delivery.stored}, timeout=max(0, left))
             if not delivery.stored.done():
                 name = delivery.message.name
@@ -5554,10 +5568,8 @@ class Bot:
             content = self.rest_of(turn, shown[part.start :], head)
             if sent_size(content) <= REPLY_BYTES:
                 return Reply(content, now, part, stop=len(shown))
-        # 2. What fits of it. The first reply that shows a part fixes where it ends.
-        room = self.room_in(turn) - sent_size(head)
-        rest = shown[part.start : part.start + 2 * REPLY_BYTES]
-        stop = turn.stops.get(part.start) or part.start + cut_reply(rest, room)
+        # 2. What fits of it, or was shown of this part before.
+        stop = self.part_end(turn, shown, part.start, head)
         if text := shown[part.start : stop].strip("\n"):
             place = part.place and part.place + 1
             offered = subscriber.offer(turn.id, stop, place)
@@ -5617,26 +5629,32 @@ class Bot:
         tails = [self.tail(turn, last, left) for left in (None, 1)]
         return REPLY_BYTES - max(map(sent_size, tails))
 
+    def part_end(self, turn: Turn, shown: str, start: int, head: str = "") -> int:
+        """Return where a part ends that more follows: as in its first reply, if any."""
+        room = self.room_in(turn) - sent_size(head)
+        rest = shown[start : start + 2 * REPLY_BYTES]
+        return turn.stops.get(start) or start + cut_reply(rest, room)
+
     def count_parts(self, turn: Turn, start: int) -> None:
         """Count the parts of an ended answer from a start on; it may take a second."""
-        starts, shown, room = [start], turn.shown(), self.room_in(turn)
+        starts, shown = [start], turn.shown()
         while (at := starts[-1]) not in turn.left:
-            is_short = len(shown) - at <= REPLY_BYTES
-            rest = shown[at : at + 2 * REPLY_BYTES]
+            rest = shown[at : at + REPLY_BYTES + 1]
+            is_short = len(rest) <= REPLY_BYTES
             if is_short and sent_size(self.rest_of(turn, rest, "")) <= REPLY_BYTES:
                 turn.left[at] = 1
             else:
-                starts.append(turn.stops.get(at) or at + cut_reply(rest, room))
+                starts.append(self.part_end(turn, shown, at))
         for number, start in enumerate(reversed(starts), turn.left[at]):
             turn.left[start] = number
 
-    def note_delivery(self, delivery: Delivery, number: int, is_taken: bool) -> None:
+    def note_delivery(self, delivery: Delivery, attempt: int, is_taken: bool) -> None:
         """Store for `stats` how text of an answer was delivered, or that it was not."""
         reply = delivery.reply
         part = reply.part if reply and delivery.is_kept else None
         if reply is None or part is None or reply.stop <= part.start:
             return
-        how = "part" if part.number else str(number + delivery.earlier_attempts)
+        how = "part" if part.number else str(attempt + delivery.earlier_attempts)
         stored = self.store.mark_delivered(part.turn_id, how if is_taken else "lost")
         stored.add_done_callback(functools.partial(log_failure, delivery.message.name))
 
@@ -5658,7 +5676,8 @@ class Bot:
         session = delivery.session or delivery.lapsed
         if session is None:
             return self.texts.no_session.format(tap=tap_link("/chatgpt"))
-        await self.open_session(delivery, session.assistant)
+        openid = delivery.message.openid
+        delivery.session = await self.open_session(openid, session.assistant)
         return self.texts.cleared
 
     @command
@@ -5693,11 +5712,10 @@ class Bot:
 
     async def confirm_forget(self, delivery: Delivery) -> str | None:
         """Delete all about the sender; None if they did not ask for it before."""
-        message, now = delivery.message, time.time()
-        recalled = await self.store.recall(message.key, message.openid, now)
-        if not recalled.forget_asked_at:
+        asked_at = delivery.recalled.forget_asked_at
+        if not asked_at:
             return None
-        if now - recalled.forget_asked_at > FORGET_SECONDS:
+        if time.time() - asked_at > FORGET_SECONDS:
             return self.texts.forget_late
         reply = self.texts.forgotten.format(tap=tap_link("/chatgpt"))
         return await self.forget_all(delivery, reply)
@@ -5755,18 +5773,12 @@ class Bot:
             return self.texts.page_signed_out
         if find_command(self.aliases.get(folded(text), text), self.config.assistants):
             return self.texts.page_command.format(text=excerpt(text))
-        if delivery.session is None:
-            if refusal := self.refuse_question(delivery, text, ""):
-                return refusal
-            _, assistant, _ = await self.newest_session(openid)
-            await self.open_session(delivery, assistant)
         source = await self.accept_question(delivery, text)
-        if (
-            not isinstance(source, TurnPart)
-            or source.turn.msg_key != delivery.message.key
-        ):
-            return source  # refused, or the chat asks the same and will be answered
+        if not isinstance(source, TurnPart):
+            return source
         turn, subscriber = source.turn, delivery.subscriber
+        if turn.msg_key != delivery.message.key:
+            return source  # the chat asks the same, and will be answered
         if not subscriber.is_told:  # the words stood above the field
             subscriber.is_told = True
             self.store.note(openid, told_at=time.time())
@@ -5789,13 +5801,11 @@ class Bot:
 
         Nothing is done for a device that was signed out.
         """
-        subscriber = self.subscriber(openid)
         if assistant not in self.config.assistants:
             _, assistant, _ = await self.newest_session(openid)
-        async with subscriber.lock:
+        async with self.subscriber(openid).lock:
             if await self.store.device_owner(cookie_hash) == openid:
-                await self.store.start_session(openid, assistant, time.time())
-                self.end_queued(subscriber)
+                await self.open_session(openid, assistant)
 
     def stop_turn(self, openid: str, link_key: str) -> None:
         """End an answer that is being written: what is there of it stays, as cut."""
@@ -5841,14 +5851,14 @@ class Bot:
             running = [turn for turn in self.turns.values() if turn.is_open]
             states = {turn.id: (turn.writing, len(turn.answer)) for turn in running}
             changed = [t for t in running if saved.get(t.id) != states[t.id]]
-            if await self.save_texts(changed):
+            if await self.save_open_answers(changed):
                 saved = states
             if self.store.is_wal_behind:
                 await self.store.truncate_wal()
             if self.store.due:
                 await self.store.forget_due()
 
-    async def save_texts(self, turns: list[Turn]) -> bool:
+    async def save_open_answers(self, turns: list[Turn]) -> bool:
         """Store the text of unfinished answers; say whether that worked."""
         turns = [turn for turn in turns if turn.answer]
         try:
