@@ -4380,7 +4380,7 @@ class Tasks:
         await asyncio.gather(*self.running, return_exceptions=True)
 
 
-LONG_WORKS = 8  # results that are kept
+KEPT_RESULTS = 8  # results that are kept
 
 
 class LongWork:
@@ -4396,10 +4396,10 @@ class LongWork:
         return asyncio.get_running_loop().run_in_executor(self.threads, call)
 
     async def once(self, key: object, work: Callable, *args: object) -> Any:
-        """Return what a function gives, or gave for this key a short time ago."""
+        """Return what a function gives, or gave or raised for this key just now."""
         if key not in self.results:
             self.results[key] = self.run(work, *args)
-        if len(self.results) > LONG_WORKS:
+        if len(self.results) > KEPT_RESULTS:
             del self.results[next(iter(self.results))]
         return await asyncio.shield(self.results[key])
 
@@ -4470,9 +4470,10 @@ class Delivery:
 
     def is_ready(self) -> bool:
         """Say whether the reply can be complete: its part is full, or all is there."""
-        # A reply may be decided before it is known what would have answered.
-        if self.reply or not isinstance(self.source, TurnPart):
-            return self.reply is not None or self.source is not None
+        if self.reply:  # it may be decided before it is known what would have answered
+            return True
+        if not isinstance(self.source, TurnPart):
+            return self.source is not None
         turn, part = self.source
         if not turn.is_open:
             return True
@@ -4507,8 +4508,9 @@ def cookie_hash_of(cookie: str) -> str:
 
 
 SIGN_IN_SECONDS = 600.0  # how long a number works
-SIGN_INS = 5000  # browsers that may show one: the oldest goes that nobody has sent
-WRONG_NUMBERS, WRONG_SECONDS = 5, 3600.0  # that a subscriber may send in so long
+SIGN_INS = 5000  # browsers that may show one; more push out the oldest, if unsent
+WRONG_NUMBERS = 5  # that a subscriber may send
+WRONG_SECONDS = 3600.0  # within this time
 
 
 @dataclass(slots=True)
@@ -4777,6 +4779,7 @@ class Bot:
         cipher: Cipher | None,  # in safe mode
     ) -> None:
         self.config = config
+        # For the chat: an owner's <a> is a link in them. Pages show config.texts.
         lines = vars(config.texts).items()
         self.texts = Texts({name: with_links(line) for name, line in lines})
         label = config.replies.label
@@ -4887,7 +4890,7 @@ class Bot:
     async def find_source(self, delivery: Delivery) -> None:
         """Find out what answers a message, and extend its session.
 
-        A subscriber's messages take turns. Whatever breaks, nobody waits on.
+        A subscriber's messages take turns. Whatever breaks, nobody waits for ever.
         """
         message, subscriber = delivery.message, delivery.subscriber
         source: Source = self.texts.trouble
@@ -4919,7 +4922,7 @@ class Bot:
         # 1. Nothing about a subscriber is stored until a deletion that is due is done.
         if openid in store.due:
             await store.forget_due()
-        if openid in store.due:
+        if openid in store.due:  # the database is still locked, or the disk full
             delivery.is_kept = False
             return self.texts.forget_noted
         # 2. What is stored of it and its sender; memory may know better of the latter.
@@ -4935,7 +4938,8 @@ class Bot:
         #    If the turn was deleted meanwhile, nothing is said: to ask it again would
         #    store it again.
         if recalled.reply:
-            delivery.earlier_attempts, delivery.reply = 1, recalled.reply
+            delivery.earlier_attempts = 1
+            delivery.reply = recalled.reply
             return recalled.reply
         if recalled.turn_id is not None:
             delivery.earlier_attempts = 1
@@ -5030,6 +5034,7 @@ class Bot:
             if self.tap_words.get(word) == "sign_in" and self.config.is_secure:
                 return await self.claim_sign_in(openid, numbered[2])
         session, since = delivery.session or lapsed, time.time() - RECENT_SECONDS
+        # Without the （2/5） of a tap, whose brackets `folded` has made ASCII.
         match self.tap_words.get(re.sub(r"\s*\(\d+/\d+\)$", "", words)):
             case "continue":  # of the answer shown last, else the oldest not sent
                 session_id = delivery.session.id if delivery.session else None
@@ -5037,8 +5042,8 @@ class Bot:
                 return await self.unsent_source(delivery, unsent) if unsent else None
             case "retry":
                 newest = await self.store.turns_of(openid, 2**62, 1)
-                late = next((t for t in newest if t.created_at > since), None)
-                return await self.retry(delivery, late)
+                recent = next((t for t in newest if t.created_at > since), None)
+                return await self.retry(delivery, recent)
             case "forget":
                 return await self.confirm_forget(delivery)
             case "resume" if session and session.lapsed_text:
@@ -5086,7 +5091,7 @@ class Bot:
     async def open_and_ask(
         self, delivery: Delivery, assistant: str, question: str
     ) -> Source:
-        """Open a session unless this assistant has one open; ask any question."""
+        """Open a session unless one with this assistant is; ask the question if any."""
         session, openid = delivery.session, delivery.message.openid
         allow = self.config.limits.allow
         if allow and openid not in allow:
@@ -5216,14 +5221,15 @@ class Bot:
         """Start the task that answers a question, after those before it."""
         self.turns[turn.id] = turn
         subscriber.turns.append(turn)
-        turn.news, turn.is_queued = subscriber.news, True
+        turn.news = subscriber.news
+        turn.is_queued = True
         turn.task = self.tasks.start(self.converse(turn, subscriber), turn.name)
 
     async def converse(self, turn: Turn, subscriber: Subscriber) -> None:
         """Answer a question after those before it, and store how that ended.
 
         Until then it keeps alive the subscriber's state and the session's lock.
-        Whatever breaks, the answer ends, so that nobody waits on.
+        Whatever breaks, the answer ends, so that nobody waits for ever.
         """
         async with self.locks.setdefault(turn.session_id, asyncio.Lock()):
             if not turn.is_open:  # its session has ended meanwhile
@@ -5464,7 +5470,8 @@ class Bot:
                 self.turns[turn.id] = turn
                 self.end_turn(turn, "ended")
             else:
-                turn.earlier, turn.answer = turn.answer if turn.asked else None, ""
+                turn.earlier = turn.answer if turn.asked else None
+                turn.answer = ""
                 self.start_turn(turn, self.subscriber(turn.openid))
                 log.info("%s resumed, asked %d times before", turn.name, turn.asked)
 
@@ -5494,7 +5501,7 @@ class Bot:
                 if not await until(news, lambda: delivery.reply is not None, drop_at):
                     return None
         # 3. Decide once for all requests: all there is, or a word of patience. Before
-        #    that, the parts of a long answer are counted unless it takes too long.
+        #    that, count the parts of a long answer, unless it takes too long.
         if delivery.reply is None and isinstance(delivery.source, TurnPart):
             turn, part = delivery.source
             is_long = not turn.is_open and len(turn.shown()) - part.start > SURE_CHARS
@@ -5527,7 +5534,8 @@ class Bot:
         assistant = delivery.session and delivery.session.assistant
         if isinstance(source, TurnPart):
             turn, part = source
-            assistant, reply = turn.assistant, self.compose_part(delivery, turn, part)
+            assistant = turn.assistant
+            reply = self.compose_part(delivery, turn, part)
             if reply.stop > part.start:
                 turn.stops[part.start] = reply.stop
             if reply.offered and reply.is_early and part.number == 0:
@@ -5636,7 +5644,7 @@ class Bot:
         return turn.stops.get(start) or start + cut_reply(rest, room)
 
     def count_parts(self, turn: Turn, start: int) -> None:
-        """Count the parts of an ended answer from a start on; it may take a second."""
+        """Count an ended answer's parts from a start on; it may take a second."""
         starts, shown = [start], turn.shown()
         while (at := starts[-1]) not in turn.left:
             rest = shown[at : at + REPLY_BYTES + 1]
@@ -5739,7 +5747,7 @@ class Bot:
         self.sign_ins.end(message.openid)
         self.work.results.clear()
         await self.store.forget(message.openid, message.key, outgoing(reply))
-        self.work.results.clear()
+        self.work.results.clear()  # of pages that were asked for meanwhile
         is_due = message.openid in self.store.due
         return self.texts.forget_noted if is_due else reply
 
@@ -5801,9 +5809,10 @@ class Bot:
 
         Nothing is done for a device that was signed out.
         """
+        subscriber = self.subscriber(openid)  # held here, or another could be made
         if assistant not in self.config.assistants:
             _, assistant, _ = await self.newest_session(openid)
-        async with self.subscriber(openid).lock:
+        async with subscriber.lock:
             if await self.store.device_owner(cookie_hash) == openid:
                 await self.open_session(openid, assistant)
 
@@ -5872,8 +5881,8 @@ class Bot:
     async def keep_pruning(self) -> None:
         """Delete what has served its time, every ten minutes, until cancelled.
 
-        That is what is due by our clock and by WeChat's, which the newest push told: a
-        clock that jumps deletes nothing, nor does a process before its first push.
+        That is by our clock and by WeChat's, whichever is behind: a clock that jumps
+        deletes nothing, nor does a process before its first push.
         """
         link_seconds = self.config.history.link_hours * 3600
         days = self.config.history.keep_days
