@@ -5189,7 +5189,6 @@ class Bot:
             asked = await self.store.questions_of_day(turn.openid, turn.created_at)
             day_over = self.texts.day_over.format(count=most)
             return day_over if most and asked >= most else self.texts.all_over
-        # 4. Its task is started.
         self.start_turn(turn, subscriber)
         log.info("%s accepted, %d waiting", turn.name, len(subscriber.turns))
         return TurnPart(turn, Part(0, turn.id))
