@@ -5309,7 +5309,7 @@ class Bot:
         with fewer messages, where the conversation is too long for them.
         """
         client, settings = self.chat[name], self.config.assistants[turn.assistant]
-        end = time.monotonic() + client.settings.timeout
+        end = self.tasks.loop.time() + client.settings.timeout
         for pause in (*RETRY_PAUSES, None):
             turn.calls += 1
             stream = client.stream(messages, end, begin_within)
@@ -5334,7 +5334,7 @@ class Bot:
                     pause = error.retry_in
                 else:
                     pause *= random.uniform(0.75, 1)
-                if time.monotonic() + pause > end:
+                if self.tasks.loop.time() + pause > end:
                     raise
                 log.warning("%s asked again after %s", turn.name, error)
             turn.restart()
