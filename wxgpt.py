@@ -2579,10 +2579,10 @@ class WordGuard:
 
 
 class Signal(asyncio.Event):
-    """A change that others wait for with Tasks.until, each with their own condition."""
+    """Wakes those who wait in Tasks.until, each for a condition of their own."""
 
-    def look(self) -> None:
-        """Let all who wait look at their condition; to be called after every change."""
+    def notify(self) -> None:
+        """Let all who wait check their condition; to be called after every change."""
         self.set()
         self.clear()
 
@@ -2595,19 +2595,22 @@ class Session:
     assistant: str
     last_at: float  # Unix seconds
     is_busy: bool = False  # a question of it is unanswered: it does not end by itself
-    late_text: str | None = None  # the newest text after it ran out
+    lapsed_text: str | None = None  # the newest text that came after it had lapsed
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one reply shows of an answer: its chat text from `start` on."""
+    """What one reply shows of an answer: its chat text from `start` on.
+
+    It starts where the part before was cut; its first reply decides where it ends.
+    """
 
     number: int  # 继续N, counted for each subscriber; 0: a question's own reply
     turn_id: int
     start: int = 0  # offset in the chat text
-    is_anew: bool = False  # the answer was written again since it was offered
+    is_anew: bool = False  # the answer was started over after this part was offered
     reply: str | None = None  # what was sent of it: a second tap gets the same
-    place: int = 1  # among the parts of its answer; 0: not known (an older version's)
+    place: int = 1  # 1: the answer's first part; 0: not known (an older version's)
 
 
 @dataclass(frozen=True, slots=True)
@@ -2618,9 +2621,9 @@ class Reply:
     created: int  # CreateTime
     part: Part | None = None  # what it shows of an answer; None: no model wrote it
     stop: int = 0  # where in the chat text that ends
-    offered: Part | None = None  # the part that its tap asks for
+    offered: Part | None = None  # the part that its tap asks for: the next, mostly
     is_early: bool = False  # neither all that is left nor a full part
-    is_patience: bool = False  # it only asks for that: nothing can be shown yet
+    is_patience: bool = False  # it only asks to wait: nothing can be shown yet
     mentions: int | None = None  # a turn whose unread answer is named under it
     introduces: bool = False  # it says who answers here, and the privacy words
 
@@ -2644,9 +2647,14 @@ class Turn:
     """A question and its answer.
 
     While it is open there is one object, written by the turn's task alone; of a turn
-    that has ended every reader makes one from the row (see schema.sql).
+    that has ended every reader makes one from its row.
+
+    Its state is `open` until the answer has ended: `done`; `cut` at a limit or by the
+    reader; `broken`, off in its midst; `failed`, with no text; `blocked` for a word in
+    it; `ended`, never asked as its session ended before.
     """
 
+    # The columns of the view `exchange`, in its order.
     id: int
     session_id: int
     openid: str
@@ -2655,26 +2663,34 @@ class Turn:
     question: str
     pictures: str | None  # JSON list of URLs, until it is answered
     created_at: float
-    asked: int  # times it was sent upstream, before a restart and after
+    asked: int  # times a process took it to the upstream; 0: it waits for another
     assistant: str
     answer: str = ""  # Markdown
     state: str = "open"
-    reason: str | None = None  # a kind of ChatError
+    # A kind of ChatError; `stopped` by the reader; `given_up` after too many restarts;
+    # `trouble`: a mistake of ours.
+    reason: str | None = None
     model: str | None = None
-    chat: ChatText = field(default_factory=ChatText)  # what the chat shows of `answer`
+
+    # What the chat shows of the answer, and how it is cut into parts.
+    chat: ChatText = field(default_factory=ChatText)
     stops: dict[int, int] = field(default_factory=dict)  # ends of sent parts, by start
-    left: dict[int, int] = field(default_factory=dict)  # parts from a start to the end
-    # Random, and new when the answer is started over: then live pages start over, too.
-    writing: str = field(default_factory=functools.partial(secrets.token_hex, 4))
+    left: dict[int, int] = field(default_factory=dict)  # parts to the end, by start
+
+    # The work on it.
+    task: asyncio.Task | None = None  # writes it
+    is_queued: bool = False  # the question before it is not answered yet
+    calls: int = 0  # requests to upstreams by this process: retries, the fallback
     # Questions and answers of its session, the newest first; None: not read yet.
     context: list[tuple[str, str]] | None = None
-    earlier: str | None = None  # asked again after a restart: the text before that
-    is_queued: bool = False  # the question before it is not answered yet
+    earlier: str | None = None  # what a process before this one wrote, if it asked
+    # A random id, new when the answer is started over: then live pages start over, too.
+    writing: str = field(default_factory=functools.partial(secrets.token_hex, 4))
     # created_at by the monotonic clock, which does not jump.
-    asked_at: float = field(default_factory=time.monotonic)
-    first_seconds: float | None = None  # from the question to the first text
-    calls: int = 0  # how often this process asked an upstream
-    task: asyncio.Task | None = None  # writes it
+    accepted_at: float = field(default_factory=time.monotonic)
+    first_seconds: float | None = None  # from then to the first text
+
+    # Those who wait for it.
     news: Signal = field(default_factory=Signal)  # the subscriber's, while it is open
     deltas: Signal = field(default_factory=Signal)  # any change: live pages
     page: "LivePage | None" = None  # what viewers of this writing share
@@ -2697,14 +2713,14 @@ class Turn:
     @property
     def age(self) -> float:
         """Return the seconds since the question."""
-        return time.monotonic() - self.asked_at
+        return time.monotonic() - self.accepted_at
 
     def shown(self) -> str:
         """Return the chat text; of a growing answer what will not change any more."""
         return self.chat.text(has_ended=not self.is_open)
 
     def read(self) -> "Turn":
-        """Read the answer that came with the row, for seconds at worst."""
+        """Read the answer that came with the row, for seconds at worst; return self."""
         self.chat = ChatText(self.answer)
         self.shown()
         return self
@@ -2718,14 +2734,14 @@ class Turn:
         self.chat.feed(delta)
         # What a reply shows grows with a line or a sentence, not with every token.
         if SENTENCE_SIGN.search(delta):
-            self.news.look()
-        self.deltas.look()
+            self.news.notify()
+        self.deltas.notify()
 
     def restart(self) -> None:
         """Start the answer over; nothing of it has been sent yet."""
         self.writing = secrets.token_hex(4)
         self.answer, self.chat, self.page = "", ChatText(), None
-        self.deltas.look()
+        self.deltas.notify()
 
     def as_sent(self, text: str) -> str:
         """Return the lines and sentences of a text that were sent in replies."""
@@ -2736,17 +2752,19 @@ class Turn:
 
     def without_thought(self, text: str) -> str:
         """Return what of a text was sent; the rest turned out to be a thought."""
-        sent, kept = max(self.stops.values(), default=0), self.as_sent(text)
-        kept += stable_text(text)[len(chat_text(kept)) : sent]  # in the midst of a mark
+        sent = max(self.stops.values(), default=0)
+        kept = self.as_sent(text)
+        # What was sent may end in the midst of a mark.
+        kept += stable_text(text)[len(chat_text(kept)) : sent]
         return kept and f"{kept}\n\n"
 
     def finish(self, state: str, reason: str | None = None) -> None:
         """End the answer, and wake all who wait for it."""
         if state == "failed" and self.answer:
-            state = "broken"  # off, in its midst
+            state = "broken"
         self.state, self.reason = state, reason
-        self.news.look()
-        self.deltas.look()
+        self.news.notify()
+        self.deltas.notify()
 
 
 # ---------------------------------------------------------------------------
@@ -2757,7 +2775,7 @@ class Turn:
 #
 #   a message     recall, which knows its sender, too; save_reply, mark_delivered
 #   a subscriber  note, mark_read; devices; links to the history
-#   a session     start_, end_, touch_session; newest_session, keep_late_text
+#   a session     start_, end_, touch_session; newest_session, keep_lapsed_text
 #   a turn        add_turn and count_asking, which bring what the model gets with it;
 #                 questions_of_day, save_texts, begin_anew, finish_turn; what is read
 #   a part        part, unsent_part, next_unsent, offer_unread
@@ -2889,15 +2907,17 @@ class Batch:
 class Recalled(NamedTuple):
     """What is stored about a message and its sender."""
 
-    reply: Reply | None
-    turn_id: int | None  # of its question
-    session: Session | None  # the open one
-    last_part: int  # the highest part number
-    mention: tuple[int, int, str] | None  # part, turn and question of an unread answer
-    pictures: str  # that wait for a question: a JSON list of URLs and words
-    is_told: bool  # the privacy words were said
-    hinted_at: float  # the newest hint outside a session, Unix seconds; 0: none
-    forget_asked_at: float  # for deletion, not confirmed yet; 0: not asked
+    reply: Reply | None = None
+    turn_id: int | None = None  # of its question
+    session: Session | None = None  # the open one, however long it has been idle
+    last_part: int = 0  # the highest part number
+    # Part, turn and question of an unread answer.
+    mention: tuple[int, int, str] | None = None
+    pictures: Sequence[str] = ()  # URLs that wait for a question
+    attached: str = ""  # articles and places that wait for it, each after a newline
+    is_told: bool = False  # the privacy words were said
+    hinted_at: float = 0.0  # the newest hint outside a session, Unix seconds; 0: none
+    forget_asked_at: float = 0.0  # for deletion, not confirmed yet; 0: not asked
 
 
 PICTURE_SECONDS = 600  # how long a picture waits for its question
@@ -3085,7 +3105,11 @@ class Store:
             reply = Reply(row[0], row[1], own, row[3])
         session = None if row[5] is None else Session(*row[5:10])
         mention = None if row[11] is None else row[11:14]
-        return Recalled(reply, row[4], session, row[10] or 0, mention, *row[14:])
+        kept = json.loads(row[14])
+        pictures = [url for url in kept if not url.startswith("\n")]
+        attached = "".join(words for words in kept if words.startswith("\n"))
+        last_part, rest = row[10] or 0, (mention, pictures, attached, *row[15:])
+        return Recalled(reply, row[4], session, last_part, *rest)
 
     def save_reply(self, key: str, openid: str, reply: Reply) -> asyncio.Future:
         """Store a decided reply, and the parts it sends and offers.
@@ -3177,7 +3201,7 @@ class Store:
         query = "UPDATE session SET ended_at = :now, lapsed_text = NULL WHERE id = :id"
         await self.rows(query, now=now, id=session_id)
 
-    async def keep_late_text(self, session_id: int, text: str) -> None:
+    async def keep_lapsed_text(self, session_id: int, text: str) -> None:
         """Keep the newest text that came after a session ran out."""
         query = "UPDATE session SET lapsed_text = :text WHERE id = :id"
         await self.rows(query, text=text, id=session_id)
@@ -4356,7 +4380,8 @@ class ChatClient:
 # 9. Live state
 #
 # What lives in memory while something goes on, and is gone after a restart: the tasks
-# and those who wait, a subscriber's open questions, the requests of one message.
+# and those who wait, a subscriber's open questions, the requests of one message. Its
+# instants are by time.monotonic(), which is the event loop's clock, too.
 # ---------------------------------------------------------------------------
 
 
@@ -4366,7 +4391,7 @@ class Tasks:
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.running: set[asyncio.Task] = set()
-        self.closes_at: float | None = None  # loop's clock; set at a shutdown
+        self.closes_at: float | None = None  # set at a shutdown
 
     def start(self, work: Coroutine[None, None, None], name: str) -> asyncio.Task:
         """Run work as a task; what it raises is logged, since nobody awaits it."""
@@ -4388,12 +4413,12 @@ class Tasks:
     ) -> bool:
         """Wait for a condition that `news` may bring about; say whether it is met.
 
-        The wait ends at the deadline (loop's clock), or before that at a shutdown.
+        The wait ends at the deadline, or before that at a shutdown.
         """
         while not is_wanted():
             if self.closes_at is not None:
                 deadline = min(deadline, self.closes_at)
-            if self.loop.time() >= deadline:
+            if time.monotonic() >= deadline:
                 return False
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(deadline):
@@ -4407,7 +4432,7 @@ class Tasks:
         await asyncio.gather(*self.running, return_exceptions=True)
 
 
-LONG_WORKS = 8  # results that are kept
+KEPT_RESULTS = 8  # results that are kept
 
 
 class LongWork:
@@ -4423,10 +4448,10 @@ class LongWork:
         return asyncio.get_running_loop().run_in_executor(self.threads, call)
 
     async def once(self, key: object, work: Callable, *args: object) -> Any:
-        """Return what a function gives, or gave for this key a short time ago."""
+        """Return what a function gives, or gave or raised for this key just now."""
         if key not in self.results:
             self.results[key] = self.run(work, *args)
-        if len(self.results) > LONG_WORKS:
+        if len(self.results) > KEPT_RESULTS:
             del self.results[next(iter(self.results))]
         return await asyncio.shield(self.results[key])
 
@@ -4449,7 +4474,7 @@ class Subscriber:
     viewers: int = 0  # event streams of their answers
     turns: list[Turn] = field(default_factory=list)  # unfinished, the oldest first
     last_part: int | None = None  # the highest number; None: not read yet
-    is_told: bool = True  # the privacy words were said; the store may know better
+    is_told: bool | None = None  # the privacy words were said; None: not read yet
     # Numbers of the parts offered lately, by turn and start.
     offered: dict[tuple[int, int], int] = field(default_factory=dict)
     # By turn, answers of which only an early reply was read: next part, question.
@@ -4480,25 +4505,27 @@ class Delivery:
 
     message: Message
     subscriber: Subscriber
-    first: float  # loop's clock at the first request, or an estimate
+    first_at: float  # when the first request came, or an estimate
     cookie_hash: str = ""  # of the device it comes from; '': from WeChat
-    newest: float = -math.inf  # loop's clock at the newest request
-    seen: int = 0  # requests that count as attempts
-    seen_before: int = 0  # attempts that an earlier process saw, at least: 0 or 1
+    newest_at: float = -math.inf  # when the newest request came
+    attempts: int = 0  # requests, less duplicates
+    earlier_attempts: int = 0  # attempts that an earlier process saw, at least: 0 or 1
     session: Session | None = None  # open, and not idle for too long
-    lapsed: Session | None = None  # open in the store, but it ran out lately
-    pictures: str = "[]"  # JSON list of URLs and words that wait for a question
-    hinted_at: float = 0.0  # Unix seconds of the newest hint outside a session
-    source: Source | None = None  # what answers it, once known; in the end the reply
+    lapsed: Session | None = None  # open in the store, but idle for too long, lately
+    recalled: Recalled = Recalled()  # what was stored before it
+    # What answers it, once known. When the reply is decided it takes this place: copies
+    # that come later need no more, and an answer would stay in memory.
+    source: Source | None = None
     is_kept: bool = True  # False: nothing about this message is to be stored
     reply: Reply | None = None  # as decided
     stored: asyncio.Future | None = None  # storing the decided reply
 
     def is_ready(self) -> bool:
         """Say whether the reply can be complete: its part is full, or all is there."""
-        # A reply may be decided before it is known what would have answered.
-        if self.reply or not isinstance(self.source, TurnPart):
-            return self.reply is not None or self.source is not None
+        if self.reply:  # it may be decided before it is known what would have answered
+            return True
+        if not isinstance(self.source, TurnPart):
+            return self.source is not None
         turn, part = self.source
         if not turn.is_open:
             return True
@@ -4533,8 +4560,9 @@ def cookie_hash_of(cookie: str) -> str:
 
 
 SIGN_IN_SECONDS = 600.0  # how long a number works
-SIGN_INS = 5000  # browsers that may show one: the oldest goes that nobody has sent
-WRONG_NUMBERS, WRONG_SECONDS = 5, 3600.0  # that a subscriber may send in so long
+SIGN_INS = 5000  # browsers that may show one; more push out the oldest, if unsent
+WRONG_NUMBERS = 5  # that a subscriber may send
+WRONG_SECONDS = 3600.0  # within this time
 
 
 @dataclass(slots=True)
@@ -4543,7 +4571,7 @@ class SignIn:
 
     number: str  # six digits; no other browser shows them
     cookie_hash: str  # of the browser's own cookie for this
-    until: float  # by the loop's clock
+    until: float
     openid: str = ""
     is_confirmed: bool = False
 
@@ -4551,14 +4579,13 @@ class SignIn:
 class SignIns:
     """Browsers that wait to be signed in; after a restart they get new numbers."""
 
-    def __init__(self, loop_time: Callable[[], float]) -> None:
-        self.loop_time = loop_time
+    def __init__(self) -> None:
         self.waiting: dict[str, SignIn] = {}  # by hash of the cookie, oldest first
         self.wrong: collections.deque[tuple[float, str]] = collections.deque()
 
     def begin(self, cookie_hash: str) -> SignIn:
         """Return a number for a browser."""
-        now, numbers = self.loop_time(), {one.number for one in self.waiting.values()}
+        now, numbers = time.monotonic(), {one.number for one in self.waiting.values()}
         for old in list(self.waiting.values()):
             is_one_too_many = len(self.waiting) >= SIGN_INS and not old.openid
             if old.until <= now or is_one_too_many:
@@ -4573,7 +4600,7 @@ class SignIns:
     def find(self, cookie_hash: str) -> SignIn | None:
         """Return the sign-in of a browser whose number still works."""
         one = self.waiting.get(cookie_hash)
-        return one if one and one.until > self.loop_time() else None
+        return one if one and one.until > time.monotonic() else None
 
     def sent_by(self, openid: str) -> list[SignIn]:
         """Return the sign-ins whose numbers a subscriber has sent."""
@@ -4581,7 +4608,7 @@ class SignIns:
 
     def claim(self, openid: str, number: str) -> bool:
         """Note who sent a number; False if no browser shows it."""
-        now = self.loop_time()
+        now = time.monotonic()
         for one in self.sent_by(openid):
             if not one.is_confirmed:
                 one.openid = ""  # only the newest number counts
@@ -4589,19 +4616,20 @@ class SignIns:
             if one.number == number and one.until > now:
                 one.openid = openid
                 return True
+        while self.wrong and self.wrong[0][0] < now - WRONG_SECONDS:
+            self.wrong.popleft()
         self.wrong.append((now, openid))
         return False
 
     def is_tried_too_often(self, openid: str) -> bool:
         """Say whether a subscriber has sent too many wrong numbers."""
-        since = self.loop_time() - WRONG_SECONDS
-        while self.wrong and self.wrong[0][0] < since:
-            self.wrong.popleft()
-        return sum(who == openid for _, who in self.wrong) >= WRONG_NUMBERS
+        since = time.monotonic() - WRONG_SECONDS
+        wrong = sum(who == openid and at >= since for at, who in self.wrong)
+        return wrong >= WRONG_NUMBERS
 
     def confirm(self, openid: str) -> bool:
         """Let the browser in whose number a subscriber sent; False if there is none."""
-        now = self.loop_time()
+        now = time.monotonic()
         sent = [one for one in self.sent_by(openid) if one.until > now]
         for one in sent:
             one.is_confirmed = True
@@ -4616,27 +4644,28 @@ class SignIns:
 
 
 class ReplayGuard:
-    """Knows which signed requests are of now, and whose message came with a signature.
+    """Refuses signed requests that are stale, or whose signature came before.
 
-    A query does not cover its body, and digits moved between timestamp and nonce leave
-    its signature right: so that belongs to one message. 100 pushes a second take 25 MB.
+    A signature does not cover the body, and stays right when digits move between
+    timestamp and nonce: so each belongs to one message. 100 pushes a second take 25 MB.
     """
 
     SECONDS = 600  # how far a timestamp may be off
 
     def __init__(
-        self, loop_time: Callable[[], float], warn: Callable[..., None]
+        self, monotonic: Callable[[], float], warn: Callable[..., None]
     ) -> None:
-        self.loop_time, self.warn = loop_time, warn  # the loop's clock; Bot.warn
-        self.began = time.time() - loop_time()  # the wall clock when that was 0
+        self.monotonic = monotonic
+        self.warn = warn
+        self.began = time.time() - monotonic()  # the wall clock when that was 0
         # A signature's message, hashed, for 20 to 30 minutes: timestamps may be ahead.
         self.owners: collections.ChainMap[int, int] = collections.ChainMap()
-        self.next_map_at = loop_time()
+        self.next_map_at = monotonic()
 
     def is_fresh(self, timestamp: str) -> bool:
         """Say whether a timestamp is near our clock, or near it had it never jumped."""
         signed = int(timestamp) if re.fullmatch("[0-9]{10}", timestamp) else -1e9
-        clocks = time.time(), self.began + self.loop_time()
+        clocks = time.time(), self.began + self.monotonic()
         seconds = min((now - signed for now in clocks), key=abs)
         if abs(seconds) > self.SECONDS:
             self.warn("stale push refused: our clock is %+.0f s off its time", seconds)
@@ -4644,8 +4673,8 @@ class ReplayGuard:
 
     def is_first(self, signature: str, message: Message | str) -> bool:
         """Say whether no other message, or other use, had this signature before."""
-        if self.loop_time() >= self.next_map_at:
-            self.next_map_at = self.loop_time() + self.SECONDS
+        if self.monotonic() >= self.next_map_at:
+            self.next_map_at = self.monotonic() + self.SECONDS
             self.owners = collections.ChainMap({}, *self.owners.maps[:2])
         key, owner = int(signature[:15], 16), hash(message)  # numbers are small
         is_its_own = self.owners.setdefault(key, owner) == owner
@@ -4658,8 +4687,8 @@ class ReplayGuard:
 # 10. The bot
 #
 # Everything between a message and its reply, as methods of one class, in the order of
-# its path: what answers a message (deliver, find_source, handle_), the question's task
-# (converse), what a request gets (reply_to, compose). It knows nothing of HTTP.
+# its path: what answers a message (deliver, find_source, handle_...), the question's
+# task (converse), what a request gets (reply_to, compose). It knows nothing of HTTP.
 #
 # A command is one method, decorated with @command, and its line in `texts.help`.
 # Assistants are commands too: `/NAME` opens a session with it.
@@ -4770,23 +4799,23 @@ def log_failure(name: str, stored: asyncio.Future) -> None:
         log.error("%s not stored: %s", name, error)
 
 
+SHARED_CHARS = 400  # of what an article or a place says
+RECENT_SECONDS = 3600  # how far back 继续 and 重试 look
+REPEAT_SECONDS = 60  # the same question again within this time joins the first
+FORGET_SECONDS = 300  # how long 确认删除 is accepted
+RETRY_PAUSES = (0.5, 1.0)  # seconds before a question is asked again
+DELTA_CHARS = 500  # what is appended at once; between two pieces others have a turn
+STORE_SECONDS = 2.0  # pause before trying again to store how an answer ended
 ASKINGS = 3  # how many times a question is sent upstream across restarts
 RESUME_SECONDS = 600  # a question older than that is not asked again after a crash
-STORE_SECONDS = 2.0  # pause before trying again to store how an answer ended
-SAVE_SECONDS = 1.0  # how often the text so far is stored
-REPEAT_SECONDS = 60  # the same question again within this time joins the first
-RETRY_PAUSES = (0.5, 1.0)  # seconds before a question is asked again
-RECENT_SECONDS = 3600  # how far back 继续 and 重试 look
-FORGET_SECONDS = 300  # how long 确认删除 is accepted
-PRUNE_SECONDS = 600.0  # how often what has served its time is deleted
 HOLD_SECONDS = 3.0  # how long a timed-out request is kept open before it is dropped
+SURE_CHARS = 300  # these fit one reply with whatever stands below them
+PAGE_SECONDS = 60.0  # for taking up a question, for making a page, for writing it
 PAGES_AT_ONCE = 8  # that are loaded and rendered
 PAGE_BYTES = 16 * 2**20  # of pages that are being written besides
 EXPORTS_AT_ONCE = 4  # files; each holds ten exchanges
-PAGE_SECONDS = 60.0  # for making a page and writing it
-SHARED_CHARS = 400  # of what an article or a place says
-SURE_CHARS = 300  # so many fit one reply with whatever stands below them
-DELTA_CHARS = 500  # what is appended at once; between two pieces others have a turn
+SAVE_SECONDS = 1.0  # how often the text so far is stored
+PRUNE_SECONDS = 600.0  # how often what has served its time is deleted
 
 
 class Bot:
@@ -4802,6 +4831,7 @@ class Bot:
         cipher: Cipher | None,  # in safe mode
     ) -> None:
         self.config = config
+        # For the chat: an owner's <a> is a link in them. Pages show config.texts.
         lines = vars(config.texts).items()
         self.texts = Texts({name: with_links(line) for name, line in lines})
         label = config.replies.label
@@ -4817,35 +4847,35 @@ class Bot:
         self.work = LongWork()
         self.pages = asyncio.Semaphore(PAGES_AT_ONCE)
         self.exports = asyncio.Semaphore(EXPORTS_AT_ONCE)
-        self.page_room = PAGE_BYTES  # that is left
+        self.page_room = PAGE_BYTES  # what is left of it
         self.guard = MuteGuard(config.wechat.mute_guard)
-        self.replays = ReplayGuard(self.tasks.loop.time, self.warn)
-        self.sign_ins = SignIns(self.tasks.loop.time)
+        self.replays = ReplayGuard(time.monotonic, self.warn)
+        self.sign_ins = SignIns()
         self.slots = asyncio.Semaphore(config.limits.at_once)  # first come first
         self.deliveries: dict[str, Delivery] = {}  # of the last minute, by message key
         self.turns: dict[int, Turn] = {}  # being written or waiting
         self.subscribers = weakref.WeakValueDictionary[str, Subscriber]()
         # By session: its questions are answered one after another.
         self.locks = weakref.WeakValueDictionary[int, asyncio.Lock]()
-        self.opened_at = self.tasks.loop.time()
-        self.wechat_ahead = -math.inf  # WeChat's clock less the loop's, by the pushes
-        # When something was warned of last, by the loop's clock, and in which words.
+        self.opened_at = time.monotonic()
+        self.wechat_ahead = -math.inf  # WeChat's clock less time.monotonic(), by pushes
+        # When something was warned of last, and in which words.
         self.warned: dict[str, tuple[float, str]] = {}
         self.heard_at: float | None = None  # the newest push that could be read
 
     def end_waits(self, at: float) -> None:
-        """End all waits at that time at the latest (loop's clock), live pages now."""
+        """End all waits at that time at the latest, and live pages now."""
         self.tasks.closes_at = at
         for subscriber in self.subscribers.values():
-            subscriber.news.look()
+            subscriber.news.notify()
         for turn in self.turns.values():
-            turn.deltas.look()
+            turn.deltas.notify()
 
     async def close(self) -> None:
         """Let running answers go on until the time given to `end_waits`; cancel all."""
         writing = [t.task for t in self.turns.values() if t.task and not t.is_queued]
         if writing and self.tasks.closes_at:
-            left = self.tasks.closes_at - self.tasks.loop.time()
+            left = self.tasks.closes_at - time.monotonic()
             await asyncio.wait(writing, timeout=max(0, left))
         await self.tasks.close()
         self.work.threads.shutdown(wait=False, cancel_futures=True)
@@ -4856,7 +4886,7 @@ class Bot:
 
     def warn(self, words: str, *values: object) -> None:
         """Log a warning, but not twice in a minute."""
-        now, known = self.tasks.loop.time(), self.warned.get(words)
+        now, known = time.monotonic(), self.warned.get(words)
         if known is None or now - known[0] >= 60:
             self.warned[words] = now, words % values
             log.warning(words, *values)
@@ -4874,7 +4904,7 @@ class Bot:
         notice = self.texts.model_notice
         return self.tappable(f"{text}\n\n{notice}" if text and notice else text)
 
-    def leave_alone(self, delivery: Delivery, reason: str) -> str:
+    def ignore(self, delivery: Delivery, reason: str) -> str:
         """Log why a message is not answered; return the empty reply."""
         log.info("%s left alone: %s", delivery.message.name, reason)
         return ""
@@ -4904,15 +4934,15 @@ class Bot:
             self.tasks.loop.call_later(seconds, self.deliveries.pop, key, None)
             self.tasks.start(self.find_source(delivery), message.name)
         # One that comes within half an attempt of the one before is a duplicate.
-        if arrived - delivery.newest >= wechat.attempt_timeout / 2:
-            delivery.seen += 1
-        delivery.newest = arrived
-        return delivery, delivery.seen
+        if arrived - delivery.newest_at >= wechat.attempt_timeout / 2:
+            delivery.attempts += 1
+        delivery.newest_at = arrived
+        return delivery, delivery.attempts
 
     async def find_source(self, delivery: Delivery) -> None:
         """Find out what answers a message, and extend its session.
 
-        A subscriber's messages take turns. Whatever breaks, nobody waits on.
+        A subscriber's messages take turns. Whatever breaks, nobody waits for ever.
         """
         message, subscriber = delivery.message, delivery.subscriber
         source: Source = self.texts.trouble
@@ -4925,7 +4955,7 @@ class Bot:
                     self.store.touch_session(delivery.session.id, time.time())
         finally:
             delivery.source = source
-            subscriber.news.look()
+            subscriber.news.notify()
 
     async def source_of(self, part: Part) -> Source | None:
         """Return a part with its turn; None if that was deleted meanwhile."""
@@ -4944,11 +4974,12 @@ class Bot:
         # 1. Nothing about a subscriber is stored until a deletion that is due is done.
         if openid in store.due:
             await store.forget_due()
-        if openid in store.due:
+        if openid in store.due:  # the database is still locked, or the disk full
             delivery.is_kept = False
             return self.texts.forget_noted
         # 2. What is stored of it and its sender; memory may know better of the latter.
         recalled = await store.recall(message.key, openid, time.time())
+        delivery.recalled = recalled
         if subscriber.last_part is None:
             subscriber.last_part = recalled.last_part
             subscriber.is_told = recalled.is_told
@@ -4959,17 +4990,17 @@ class Bot:
         #    If the turn was deleted meanwhile, nothing is said: to ask it again would
         #    store it again.
         if recalled.reply:
-            delivery.seen_before, delivery.reply = 1, recalled.reply
+            delivery.earlier_attempts = 1
+            delivery.reply = recalled.reply
             return recalled.reply
         if recalled.turn_id is not None:
-            delivery.seen_before = 1
+            delivery.earlier_attempts = 1
             source = await self.source_of(Part(0, recalled.turn_id)) or ""
             if isinstance(source, TurnPart):
-                delivery.first = min(delivery.first, source.turn.asked_at)
+                delivery.first_at = min(delivery.first_at, source.turn.accepted_at)
             return source
         # 4. A new one, in its session unless that was idle for too long.
-        session, delivery.pictures = recalled.session, recalled.pictures
-        delivery.hinted_at = recalled.hinted_at
+        session = recalled.session
         if session and session.assistant in self.config.assistants:
             idle = time.time() - session.last_at - self.config.session.ttl
             if idle <= 0 or session.is_busy:
@@ -4977,7 +5008,7 @@ class Bot:
             elif idle < LAPSE_SECONDS:
                 delivery.lapsed = session
         if openid in self.config.limits.deny and message.event != "unsubscribe":
-            return self.leave_alone(delivery, "the sender is in limits.deny")
+            return self.ignore(delivery, "the sender is in limits.deny")
         if message.msg_type == "text":
             return await self.handle_text(delivery)
         return await self.handle_other(delivery)
@@ -4985,7 +5016,7 @@ class Bot:
     async def handle_text(self, delivery: Delivery) -> Source:
         """Return what answers a text: the first of these cases that applies."""
         if delivery.cookie_hash:
-            return await self.ask_on_page(delivery)
+            return await self.handle_page(delivery)
         text, session = delivery.message.content.strip(), delivery.session
         config, is_words = self.config, bool(text) and text not in STICKER_TEXTS
         words = folded(text)
@@ -5008,7 +5039,7 @@ class Bot:
         if text in config.replies.keywords:
             return self.tappable(config.replies.keywords[text])
         if not is_words:
-            return self.leave_alone(delivery, "no words, and no session is open")
+            return self.ignore(delivery, "no words, and no session is open")
         return await self.handle_outside(delivery, text)
 
     async def handle_other(self, delivery: Delivery) -> Source:
@@ -5021,9 +5052,9 @@ class Bot:
                 await self.forget_all(delivery, "")
                 return ""
             case "event", _:
-                return self.leave_alone(delivery, "no event of its kind is answered")
+                return self.ignore(delivery, "no event of its kind is answered")
         if delivery.session is None:
-            return self.leave_alone(delivery, "no text, and no session is open")
+            return self.ignore(delivery, "no text, and no session is open")
         texts, said = self.texts, message.caption.strip()[:SHARED_CHARS]
         kept, reply, tap = "", texts.words_kept, texts.word_place
         match message.msg_type:  # words begin with a newline, which no URL does
@@ -5055,6 +5086,7 @@ class Bot:
             if self.tap_words.get(word) == "sign_in" and self.config.is_secure:
                 return await self.claim_sign_in(openid, numbered[2])
         session, since = delivery.session or lapsed, time.time() - RECENT_SECONDS
+        # Without the （2/5） of a tap, whose brackets `folded` has made ASCII.
         match self.tap_words.get(re.sub(r"\s*\(\d+/\d+\)$", "", words)):
             case "continue":  # of the answer shown last, else the oldest not sent
                 session_id = delivery.session.id if delivery.session else None
@@ -5062,13 +5094,13 @@ class Bot:
                 return await self.unsent_source(delivery, unsent) if unsent else None
             case "retry":
                 newest = await self.store.turns_of(openid, 2**62, 1)
-                late = next((t for t in newest if t.created_at > since), None)
-                return await self.retry(delivery, late)
+                recent = next((t for t in newest if t.created_at > since), None)
+                return await self.retry(delivery, recent)
             case "forget":
                 return await self.confirm_forget(delivery)
-            case "resume" if session and session.late_text:
+            case "resume" if session and session.lapsed_text:
                 delivery.session = session
-                return await self.accept_question(delivery, session.late_text)
+                return await self.accept_question(delivery, session.lapsed_text)
             case "go_on" if lapsed:
                 delivery.session = lapsed
                 return await self.accept_question(delivery, texts.word_go_on)
@@ -5097,26 +5129,28 @@ class Bot:
 
     async def retry(self, delivery: Delivery, turn: Turn | None) -> Source | None:
         """Ask a failed question of theirs again; None if there is none to be asked."""
-        if turn is None or turn.openid != delivery.message.openid:
+        openid = delivery.message.openid
+        if turn is None or turn.openid != openid:
             return None
         is_known = turn.assistant in self.config.assistants
         if not is_known or turn.state not in ("failed", "broken"):
             return None
         if delivery.session is None:
-            await self.open_session(delivery, turn.assistant)
-        words, pictures = self.question_words(turn), turn.pictures or "[]"
+            delivery.session = await self.open_session(openid, turn.assistant)
+        words, pictures = self.question_words(turn), json.loads(turn.pictures or "[]")
         return await self.accept_question(delivery, words, pictures)
 
     async def open_and_ask(
         self, delivery: Delivery, assistant: str, question: str
     ) -> Source:
-        """Open a session unless this assistant has one open; ask any question."""
-        session, allow = delivery.session, self.config.limits.allow
-        if allow and delivery.message.openid not in allow:
+        """Open a session unless one with this assistant is; ask the question if any."""
+        session, openid = delivery.session, delivery.message.openid
+        allow = self.config.limits.allow
+        if allow and openid not in allow:
             return self.texts.not_allowed
         is_open = session is not None and session.assistant == assistant
         if not is_open:
-            await self.open_session(delivery, assistant)
+            delivery.session = await self.open_session(openid, assistant)
         if question:
             return await self.accept_question(delivery, question)
         if is_open:
@@ -5136,66 +5170,73 @@ class Bot:
             first = next(iter(config.assistants))
             return await self.open_and_ask(delivery, first, text)
         if lapsed:
-            await self.store.keep_late_text(lapsed.id, text)
+            await self.store.keep_lapsed_text(lapsed.id, text)
             tap, question = tap_link(texts.word_resume), excerpt(text)
             return texts.session_lapsed.format(tap=tap, question=question)
         if replies.outside == "wechat_ai":
             return Reply(WECHAT_AI, int(now))
         if not replies.outside:
-            return self.leave_alone(delivery, "replies.outside is empty")
+            return self.ignore(delivery, "replies.outside is empty")
         hours = replies.outside_hours
-        if hours and now - delivery.hinted_at < hours * 3600:
-            return self.leave_alone(delivery, f"a hint was sent within {hours:g} h")
+        if hours and now - delivery.recalled.hinted_at < hours * 3600:
+            return self.ignore(delivery, f"a hint was sent within {hours:g} h")
         if hours:
             self.store.note(delivery.message.openid, hinted_at=now)
         return self.tappable(replies.outside)
 
-    async def open_session(self, delivery: Delivery, assistant: str) -> None:
+    async def open_session(self, openid: str, assistant: str) -> Session:
         """Open a session; one that was open ends."""
-        openid, now = delivery.message.openid, time.time()
-        delivery.session = await self.store.start_session(openid, assistant, now)
-        delivery.lapsed = None
-        self.end_queued(delivery.subscriber)
+        session = await self.store.start_session(openid, assistant, time.time())
+        self.end_queued(self.subscriber(openid))
+        return session
 
     async def accept_question(
-        self, delivery: Delivery, question: str, pictures: str | None = None
+        self, delivery: Delivery, question: str, pictures: Sequence[str] | None = None
     ) -> Source:
-        """Store a question of the delivery's session, start its answer; or say why not.
+        """Store a question and start its answer; or return why not.
 
-        `pictures` are those of a question that is asked again.
+        `pictures` are those of a question that is asked again, which has passed before
+        and may have any length. Without a session, as on a page, one is opened.
         """
         subscriber, session = delivery.subscriber, delivery.session
-        limits = self.config.limits
-        assert session  # whoever calls this has found or opened it
-        before = [t for t in subscriber.turns if t.session_id == session.id]
-        # With a picture that came since, the same words are a new question.
-        for turn in before if delivery.pictures == "[]" else []:
+        openid, recalled = delivery.message.openid, delivery.recalled
+        before = [t for t in subscriber.turns if session and t.session_id == session.id]
+        # 1. A repeated question joins the first, unless a picture has come since.
+        for turn in [] if recalled.pictures or recalled.attached else before:
             if self.question_words(turn) == question and turn.age < REPEAT_SECONDS:
                 if source := await self.unsent_source(delivery, turn.id):
                     return source
-        kept = json.loads(delivery.pictures if pictures is None else pictures)
-        urls = [one for one in kept if not one.startswith("\n")]
-        said = "".join(one for one in kept if one.startswith("\n"))
-        checked = (question, said) if pictures is None else ("", question)
-        if refusal := self.refuse_question(delivery, *checked):
+        # 2. A refused one changes nothing.
+        if pictures is not None:
+            attached, refusal = "", self.refuse_question(delivery, "", question)
+        else:
+            pictures, attached = recalled.pictures, recalled.attached
+            refusal = self.refuse_question(delivery, question, attached)
+        if refusal:
             return refusal
-        marks = self.texts.word_picture * len(urls)
+        # 3. It is stored, unless the day's questions are used up.
+        if session is None:
+            _, assistant, _ = await self.newest_session(openid)
+            session = delivery.session = await self.open_session(openid, assistant)
+        marks = self.texts.word_picture * len(pictures)
         turn = Turn(
             id=0,
             session_id=session.id,
-            openid=delivery.message.openid,
+            openid=openid,
             msg_key=delivery.message.key,
             link_key=secrets.token_urlsafe(16),
-            question=f"{marks}{question}\n{said}" if said else marks + question,
-            pictures=json.dumps(urls) if kept else None,
+            question=marks + question + (attached and f"\n{attached}"),
+            # A list, even an empty one, lets a trigger drop what waited for a question.
+            pictures=json.dumps(pictures) if pictures or attached else None,
             created_at=time.time(),
-            asked=0 if before else 1,  # it goes to the upstream at once
+            asked=0 if before else 1,  # 0: it waits, and is counted by ask_models
             assistant=session.assistant,
         )
-        chars, cookie_hash = self.config.session.context_chars, delivery.cookie_hash
+        chars, limits = self.config.session.context_chars, self.config.limits
         most, of_all = limits.questions_per_day, limits.all_per_day
-        if not await self.store.add_turn(turn, chars, most, of_all, cookie_hash):
-            if cookie_hash and not await self.store.device_owner(cookie_hash):
+        device = delivery.cookie_hash
+        if not await self.store.add_turn(turn, chars, most, of_all, device):
+            if device and not await self.store.device_owner(device):
                 return self.texts.page_signed_out
             asked = await self.store.questions_of_day(turn.openid, turn.created_at)
             day_over = self.texts.day_over.format(count=most)
@@ -5204,10 +5245,10 @@ class Bot:
         log.info("%s accepted, %d waiting", turn.name, len(subscriber.turns))
         return TurnPart(turn, Part(0, turn.id))
 
-    def refuse_question(self, delivery: Delivery, question: str, said: str) -> str:
+    def refuse_question(self, delivery: Delivery, question: str, more: str) -> str:
         """Return why a question is not accepted, '' if it is; nothing is counted.
 
-        `said` may have any length: what it is about, or one that is asked again.
+        `more` may have any length: what it is about, or one that is asked again.
         """
         texts, limits = self.texts, self.config.limits
         waiting = sum(turn.is_open for turn in delivery.subscriber.turns)
@@ -5222,7 +5263,7 @@ class Bot:
             return texts.too_long.format(count=len(question), most=most)
         if waiting >= limits.waiting:
             return texts.too_many.format(count=waiting)
-        is_blocked = self.blocked.are_in_question(question + said)
+        is_blocked = self.blocked.are_in_question(question + more)
         return texts.blocked_question if is_blocked else ""
 
     # The question's task
@@ -5231,20 +5272,21 @@ class Bot:
         """Start the task that answers a question, after those before it."""
         self.turns[turn.id] = turn
         subscriber.turns.append(turn)
-        turn.news, turn.is_queued = subscriber.news, True
+        turn.news = subscriber.news
+        turn.is_queued = True
         turn.task = self.tasks.start(self.converse(turn, subscriber), turn.name)
 
     async def converse(self, turn: Turn, subscriber: Subscriber) -> None:
         """Answer a question after those before it, and store how that ended.
 
         Until then it keeps alive the subscriber's state and the session's lock.
-        Whatever breaks, the answer ends, so that nobody waits on.
+        Whatever breaks, the answer ends, so that nobody waits for ever.
         """
         async with self.locks.setdefault(turn.session_id, asyncio.Lock()):
             if not turn.is_open:  # its session has ended meanwhile
                 return
             turn.is_queued = False
-            turn.deltas.look()
+            turn.deltas.notify()
             ending: Ending | None = None
             try:
                 ending = await self.ask_models(turn)
@@ -5265,7 +5307,7 @@ class Bot:
                 if turn.is_open and not is_cancelled:
                     turn.finish("failed", "trouble")
                 if turn.is_open:  # a shutdown: the next process goes on from this text
-                    await self.save_texts([turn])
+                    await self.save_open_answers([turn])
                 else:
                     await self.store_end(turn, ending)
 
@@ -5426,7 +5468,7 @@ class Bot:
             return changed, chat
 
         turn.answer, turn.chat = await self.work.run(read)
-        turn.deltas.look()
+        turn.deltas.notify()
 
     async def store_end(self, turn: Turn, ending: Ending | None = None) -> None:
         """Store how an answer ended, and log it; readers have it from memory before."""
@@ -5472,7 +5514,7 @@ class Bot:
         """Take up the questions that the process before this one left unfinished."""
         now = time.time()
         for turn, is_session_open in await self.store.open_turns():
-            turn.asked_at -= max(0.0, now - turn.created_at)
+            turn.accepted_at -= max(0.0, now - turn.created_at)
             if turn.asked >= ASKINGS or now - turn.created_at > RESUME_SECONDS:
                 self.turns[turn.id] = await self.work.run(turn.read)
                 self.end_turn(turn, "failed", "given_up")
@@ -5480,37 +5522,38 @@ class Bot:
                 self.turns[turn.id] = turn
                 self.end_turn(turn, "ended")
             else:
-                turn.earlier, turn.answer = turn.answer if turn.asked else None, ""
+                turn.earlier = turn.answer if turn.asked else None
+                turn.answer = ""
                 self.start_turn(turn, self.subscriber(turn.openid))
                 log.info("%s resumed, asked %d times before", turn.name, turn.asked)
 
     # What a request gets
 
     async def reply_to(
-        self, delivery: Delivery, number: int, arrived: float
+        self, delivery: Delivery, attempt: int, arrived: float
     ) -> Reply | None:
         """Return the reply for this request, or None: WeChat is to ask again."""
-        wechat, loop, until = self.config.wechat, self.tasks.loop, self.tasks.until
-        over, margin = arrived + wechat.attempt_timeout, wechat.margin
-        # 1. Wait until the reply can be complete.
+        wechat, until = self.config.wechat, self.tasks.until
         news, is_ready = delivery.subscriber.news, delivery.is_ready
-        await until(news, is_ready, over - margin)
+        hangs_up_at, margin = arrived + wechat.attempt_timeout, wechat.margin
+        # 1. Wait until the reply can be complete.
+        await until(news, is_ready, hangs_up_at - margin)
         # 2. If it is not, and WeChat will ask again, wait on. The last attempt is also
         #    one that comes later than halfway between the last but one and the last. A
         #    timeout is charged now: a burst of them, charged when WeChat hangs up,
         #    would all pass the guard.
-        late = (wechat.attempts - 1.5) * wechat.attempt_timeout
-        is_last = number + delivery.seen_before >= wechat.attempts
-        is_last = is_last or arrived - delivery.first > late
-        if not (is_ready() or is_last) and self.guard.charge(loop.time()):
-            if not await until(news, is_ready, over):
+        late = delivery.first_at + (wechat.attempts - 1.5) * wechat.attempt_timeout
+        attempts = attempt + delivery.earlier_attempts
+        is_last = attempts >= wechat.attempts or arrived > late
+        if not (is_ready() or is_last) and self.guard.charge(time.monotonic()):
+            if not await until(news, is_ready, hangs_up_at):
                 # WeChat has stopped reading, but an answer here would end its retries:
                 # say nothing, unless another request gets the reply, and hang up.
-                held = over + HOLD_SECONDS
-                if not await until(news, lambda: delivery.reply is not None, held):
+                drop_at = hangs_up_at + HOLD_SECONDS
+                if not await until(news, lambda: delivery.reply is not None, drop_at):
                     return None
         # 3. Decide once for all requests: all there is, or a word of patience. Before
-        #    that, the parts of a long answer are counted unless it takes too long.
+        #    that, count the parts of a long answer, unless it takes too long.
         if delivery.reply is None and isinstance(delivery.source, TurnPart):
             turn, part = delivery.source
             is_long = not turn.is_open and len(turn.shown()) - part.start > SURE_CHARS
@@ -5524,12 +5567,11 @@ class Bot:
                 failed = functools.partial(log_failure, f"{message.name} reply")
                 stored.add_done_callback(failed)
                 delivery.stored = stored
-            # Later copies need the reply alone; an answer would stay in memory with it.
             delivery.source = delivery.reply = reply
-            news.look()
+            news.notify()
         # 4. It is stored before it is sent, if that does not take too long.
         if delivery.stored and not delivery.stored.done():
-            left = over - margin / 2 - loop.time()
+            left = hangs_up_at - margin / 2 - time.monotonic()
             await asyncio.wait({delivery.stored}, timeout=max(0, left))
             if not delivery.stored.done():
                 name = delivery.message.name
@@ -5544,7 +5586,8 @@ class Bot:
         assistant = delivery.session and delivery.session.assistant
         if isinstance(source, TurnPart):
             turn, part = source
-            assistant, reply = turn.assistant, self.compose_part(delivery, turn, part)
+            assistant = turn.assistant
+            reply = self.compose_part(delivery, turn, part)
             if reply.stop > part.start:
                 turn.stops[part.start] = reply.stop
             if reply.offered and reply.is_early and part.number == 0:
@@ -5585,10 +5628,8 @@ class Bot:
             content = self.rest_of(turn, shown[part.start :], head)
             if sent_size(content) <= REPLY_BYTES:
                 return Reply(content, now, part, stop=len(shown))
-        # 2. What fits of it. The first reply that shows a part fixes where it ends.
-        room = self.room_in(turn) - sent_size(head)
-        rest = shown[part.start : part.start + 2 * REPLY_BYTES]
-        stop = turn.stops.get(part.start) or part.start + cut_reply(rest, room)
+        # 2. What fits of it, or was shown of this part before.
+        stop = self.part_end(turn, shown, part.start, head)
         if text := shown[part.start : stop].strip("\n"):
             place = part.place and part.place + 1
             offered = subscriber.offer(turn.id, stop, place)
@@ -5648,26 +5689,32 @@ class Bot:
         tails = [self.tail(turn, last, left) for left in (None, 1)]
         return REPLY_BYTES - max(map(sent_size, tails))
 
+    def part_end(self, turn: Turn, shown: str, start: int, head: str = "") -> int:
+        """Return where a part ends that more follows: as in its first reply, if any."""
+        room = self.room_in(turn) - sent_size(head)
+        rest = shown[start : start + 2 * REPLY_BYTES]
+        return turn.stops.get(start) or start + cut_reply(rest, room)
+
     def count_parts(self, turn: Turn, start: int) -> None:
-        """Count the parts of an ended answer from a start on; it may take a second."""
-        starts, shown, room = [start], turn.shown(), self.room_in(turn)
+        """Count an ended answer's parts from a start on; it may take a second."""
+        starts, shown = [start], turn.shown()
         while (at := starts[-1]) not in turn.left:
-            is_short = len(shown) - at <= REPLY_BYTES
-            rest = shown[at : at + 2 * REPLY_BYTES]
+            rest = shown[at : at + REPLY_BYTES + 1]
+            is_short = len(rest) <= REPLY_BYTES
             if is_short and sent_size(self.rest_of(turn, rest, "")) <= REPLY_BYTES:
                 turn.left[at] = 1
             else:
-                starts.append(turn.stops.get(at) or at + cut_reply(rest, room))
+                starts.append(self.part_end(turn, shown, at))
         for number, start in enumerate(reversed(starts), turn.left[at]):
             turn.left[start] = number
 
-    def note_delivery(self, delivery: Delivery, number: int, is_taken: bool) -> None:
+    def note_delivery(self, delivery: Delivery, attempt: int, is_taken: bool) -> None:
         """Store for `stats` how text of an answer was delivered, or that it was not."""
         reply = delivery.reply
         part = reply.part if reply and delivery.is_kept else None
         if reply is None or part is None or reply.stop <= part.start:
             return
-        how = "part" if part.number else str(number + delivery.seen_before)
+        how = "part" if part.number else str(attempt + delivery.earlier_attempts)
         stored = self.store.mark_delivered(part.turn_id, how if is_taken else "lost")
         stored.add_done_callback(functools.partial(log_failure, delivery.message.name))
 
@@ -5689,7 +5736,8 @@ class Bot:
         session = delivery.session or delivery.lapsed
         if session is None:
             return self.texts.no_session.format(tap=tap_link("/chatgpt"))
-        await self.open_session(delivery, session.assistant)
+        openid = delivery.message.openid
+        delivery.session = await self.open_session(openid, session.assistant)
         return self.texts.cleared
 
     @command
@@ -5724,11 +5772,10 @@ class Bot:
 
     async def confirm_forget(self, delivery: Delivery) -> str | None:
         """Delete all about the sender; None if they did not ask for it before."""
-        message, now = delivery.message, time.time()
-        recalled = await self.store.recall(message.key, message.openid, now)
-        if not recalled.forget_asked_at:
+        asked_at = delivery.recalled.forget_asked_at
+        if not asked_at:
             return None
-        if now - recalled.forget_asked_at > FORGET_SECONDS:
+        if time.time() - asked_at > FORGET_SECONDS:
             return self.texts.forget_late
         reply = self.texts.forgotten.format(tap=tap_link("/chatgpt"))
         return await self.forget_all(delivery, reply)
@@ -5752,7 +5799,7 @@ class Bot:
         self.sign_ins.end(message.openid)
         self.work.results.clear()
         await self.store.forget(message.openid, message.key, outgoing(reply))
-        self.work.results.clear()
+        self.work.results.clear()  # of pages that were asked for meanwhile
         is_due = message.openid in self.store.due
         return self.texts.forget_noted if is_due else reply
 
@@ -5768,7 +5815,7 @@ class Bot:
         """
         now, name = int(time.time()), f"page-{form}-{self.store.keyed_hash(text)[:8]}"
         message = Message(openid, "", "text", now, msg_id=name, content=text)
-        arrived = self.tasks.loop.time()
+        arrived = time.monotonic()
         delivery, _ = self.deliver(message, arrived, cookie_hash)
         news, until = delivery.subscriber.news, arrived + PAGE_SECONDS
         await self.tasks.until(news, lambda: delivery.source is not None, until)
@@ -5776,27 +5823,22 @@ class Bot:
         if isinstance(source, TurnPart):
             return source
         self.deliveries.pop(message.key, None)  # another try may be accepted
-        return source if source and isinstance(source, str) else self.texts.trouble
+        refusal = source if source and isinstance(source, str) else self.texts.trouble
+        return OUR_LINK.sub(r"\2（\1）", refusal)  # a page shows it as plain text
 
-    async def ask_on_page(self, delivery: Delivery) -> Source:
+    async def handle_page(self, delivery: Delivery) -> Source:
         """Ask what was written on a page, in the session that runs or in a new one."""
         text, openid = delivery.message.content, delivery.message.openid
         if await self.store.device_owner(delivery.cookie_hash) != openid:
             return self.texts.page_signed_out
         if find_command(self.aliases.get(folded(text), text), self.config.assistants):
             return self.texts.page_command.format(text=excerpt(text))
-        if delivery.session is None:
-            if refusal := self.refuse_question(delivery, text, ""):
-                return refusal
-            _, assistant, _ = await self.newest_session(openid)
-            await self.open_session(delivery, assistant)
         source = await self.accept_question(delivery, text)
-        if (
-            not isinstance(source, TurnPart)
-            or source.turn.msg_key != delivery.message.key
-        ):
-            return source  # refused, or the chat asks the same and will be answered
+        if not isinstance(source, TurnPart):
+            return source
         turn, subscriber = source.turn, delivery.subscriber
+        if turn.msg_key != delivery.message.key:
+            return source  # the chat asks the same, and will be answered
         if not subscriber.is_told:  # the words stood above the field
             subscriber.is_told = True
             self.store.note(openid, told_at=time.time())
@@ -5819,13 +5861,12 @@ class Bot:
 
         Nothing is done for a device that was signed out.
         """
-        subscriber = self.subscriber(openid)
+        subscriber = self.subscriber(openid)  # held here, or another could be made
         if assistant not in self.config.assistants:
             _, assistant, _ = await self.newest_session(openid)
         async with subscriber.lock:
             if await self.store.device_owner(cookie_hash) == openid:
-                await self.store.start_session(openid, assistant, time.time())
-                self.end_queued(subscriber)
+                await self.open_session(openid, assistant)
 
     def stop_turn(self, openid: str, link_key: str) -> None:
         """End an answer that is being written: what is there of it stays, as cut."""
@@ -5871,14 +5912,14 @@ class Bot:
             running = [turn for turn in self.turns.values() if turn.is_open]
             states = {turn.id: (turn.writing, len(turn.answer)) for turn in running}
             changed = [t for t in running if saved.get(t.id) != states[t.id]]
-            if await self.save_texts(changed):
+            if await self.save_open_answers(changed):
                 saved = states
             if self.store.is_wal_behind:
                 await self.store.truncate_wal()
             if self.store.due:
                 await self.store.forget_due()
 
-    async def save_texts(self, turns: list[Turn]) -> bool:
+    async def save_open_answers(self, turns: list[Turn]) -> bool:
         """Store the text of unfinished answers; say whether that worked."""
         turns = [turn for turn in turns if turn.answer]
         try:
@@ -5892,14 +5933,14 @@ class Bot:
     async def keep_pruning(self) -> None:
         """Delete what has served its time, every ten minutes, until cancelled.
 
-        That is what is due by our clock and by WeChat's, which the newest push told: a
-        clock that jumps deletes nothing, nor does a process before its first push.
+        That is by our clock and by WeChat's, whichever is behind: a clock that jumps
+        deletes nothing, nor does a process before its first push.
         """
         link_seconds = self.config.history.link_hours * 3600
         days = self.config.history.keep_days
         while True:
             await asyncio.sleep(PRUNE_SECONDS)
-            now = min(time.time(), self.wechat_ahead + self.tasks.loop.time())
+            now = min(time.time(), self.wechat_ahead + time.monotonic())
             try:
                 if now > 0:
                     await self.store.prune(now, link_seconds, days)

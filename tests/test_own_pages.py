@@ -188,6 +188,20 @@ async def test_a_refused_question_keeps_its_words(serve, upstream):
     assert len(upstream.requests) == 1
 
 
+async def test_a_link_in_a_refusal_is_shown_with_its_address(serve):
+    """The owner may link in a line for the chat; on a page it is words to be read."""
+    texts = {
+        "day_over": '每天 {count} 问，<a href="https://buy.example/?a=1&b=2">加量</a>。'
+    }
+    limits = {"questions_per_day": 1}
+    server = await with_session(serve, public_url=URL, limits=limits, texts=texts)
+    phone = Phone(server)
+    await phone.sign_in(ANN)
+    await phone.ask("问")
+    page = await phone.ask("再问")
+    assert "每天 1 问，加量（https://buy.example/?a=1&b=2）。" in shown(page)
+
+
 async def test_a_forms_address_opened_as_a_page_leads_to_the_form(phone):
     """A browser may load again what a form has led to."""
     for form in ("ask", "search", "export"):

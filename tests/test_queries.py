@@ -74,7 +74,7 @@ CALLS = {
     "end_session": lambda s: s.end_session(1, NOW),
     "touch_session": lambda s: s.touch_session(1, NOW),
     "note": lambda s: s.note(ANN, told_at=NOW),
-    "keep_late_text": lambda s: s.keep_late_text(1, "然后呢"),
+    "keep_lapsed_text": lambda s: s.keep_lapsed_text(1, "然后呢"),
     "add_turn": lambda s: s.add_turn(question(), 12000, 100, 2000),
     "questions_of_day": lambda s: s.questions_of_day(ANN, NOW),
     "count_asking": lambda s: s.count_asking(question(), 12000),

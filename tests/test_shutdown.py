@@ -164,7 +164,7 @@ async def test_a_wait_that_ends_with_the_shutdown_is_answered(serve, upstream):
     await upstream.arrival("问")
     loop = asyncio.get_running_loop()
     [delivery] = server.bot.deliveries.values()
-    at = delivery.newest + 1 - server.bot.config.wechat.margin
+    at = delivery.newest_at + 1 - server.bot.config.wechat.margin
     shutting = loop.create_future()
     loop.call_at(at, lambda: shutting.set_result(server.bot.end_waits(at)))
     await within(30, "moment of the shutdown", shutting)
