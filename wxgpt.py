@@ -2493,7 +2493,8 @@ class BlockedWords:
 
     def refresh(self) -> None:
         """Read the file if it has changed; raise OSError or UnicodeError."""
-        if not self.path or self.changed == (changed := os.stat(self.path).st_mtime_ns):
+        changed = os.stat(self.path).st_mtime_ns if self.path else None
+        if changed == self.changed:
             return
         lines = pathlib.Path(self.path).read_text("utf-8-sig").splitlines()
         words = (line for line in lines if not line.lstrip().startswith("#"))
