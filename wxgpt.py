@@ -22,7 +22,7 @@ far, a tap for the rest, and a link to a page that goes on live.
 The path of a message. Functions stand above their callers, a class's methods in the
 order of what happens to it, and those of Bot in the order of this path:
 
-    receive_message -> read_push: is_from_wechat, parse_message
+    receive_message -> read_push: is_signed_now, parse_message
                     -> Bot.deliver: the message's Delivery, and at first its task
                     -> Bot.reply_to: waits for the two tasks below, then compose
                     -> render_text_reply
@@ -174,7 +174,7 @@ STICKER_TEXTS = ("【收到不支持的消息类型，暂无法显示】", "[Uns
 
 # Left out of whatever others write: what XML 1.0 cannot contain, lone surrogates too
 # (WeChat shows an error for it), and Unicode's noncharacters, which our links are made
-# of. That is done where a text comes in: parse_message, ask_on_page, and Bot.show for
+# of. That is done where a text comes in: parse_message, submit_question, Bot.show for
 # the model's. read_entity and formula_mathml decode none; `outgoing` drops them from
 # the owner's words, and MarkdownReader from everything, as it needs \0 for itself.
 ILLEGAL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
@@ -2493,7 +2493,8 @@ class BlockedWords:
 
     def refresh(self) -> None:
         """Read the file if it has changed; raise OSError or UnicodeError."""
-        if not self.path or self.changed == (changed := os.stat(self.path).st_mtime_ns):
+        changed = os.stat(self.path).st_mtime_ns if self.path else None
+        if changed == self.changed:
             return
         lines = pathlib.Path(self.path).read_text("utf-8-sig").splitlines()
         words = (line for line in lines if not line.lstrip().startswith("#"))
@@ -4022,7 +4023,7 @@ def as_dict(value: object) -> dict:
 
 
 def make_error(status: int, body: object, headers: Mapping[str, str]) -> ChatError:
-    """Return the error that a response means; its body may have any char_class."""
+    """Return the error that a response means; its body may have any shape."""
     outer = as_dict(body)
     inner = outer.get("error") or outer.get("errors") or outer.get("base_resp")
     error = outer | as_dict(inner)
