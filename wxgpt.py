@@ -3592,25 +3592,25 @@ class ChatError(Exception):
     As a string it is fit for the log: it quotes neither provider nor subscriber.
     """
 
-    # slow, unreachable, busy, setup, refused, long, blind, picture, empty, broken
+    # slow, unreachable, busy, setup, refused, long, blind, picture, empty, broken; or
+    # blocked, where the owner's list of words ended the answer
     kind: str
     detail: str  # for the log
     is_retryable: bool = False  # asking again may help
     retry_in: float | None = None  # seconds the provider wants us to wait, if it says
     status: int | None = None  # of the response, None if there was none
     code: str = ""  # the provider's code for the failure, or else its type
-    words: str = ""  # its message, for `check` only: may repeat the key or a question
+    # Its message, for `check` only: may repeat the key or a question. It is given by
+    # name, since the repr of an exception shows its other arguments.
+    words: str = field(default="", kw_only=True)
     setting: str = ""  # of the assistant, which the owner should look at
 
     def __str__(self) -> str:
         notes = getattr(self, "__notes__", ())
         return "; ".join([f"{self.kind}: {self.detail}", *notes])
 
-    def __setattr__(self, name: str, value: object) -> None:
-        # frozen=True would refuse __traceback__, too, which contextlib sets.
-        if name in vars(self):
-            raise AttributeError(f"{name} of an error cannot be changed")
-        super().__setattr__(name, value)
+
+NETWORK_ERRORS = (aiohttp.ClientError, OSError)  # which TimeoutError is, too
 
 
 async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
@@ -3632,8 +3632,8 @@ class Picture:
 PICTURE_BYTES = 4 * 1024 * 1024  # a third more in a request, as base64
 PICTURE_FETCHES = 3  # at the same time, for all subscribers
 PICTURE_TIMEOUT = 20  # seconds for one picture
-PICTURES_BYTES = 8 * PICTURE_BYTES  # of questions that are being answered, in all
-MAGIC = {
+PICTURES_ROOM = 8 * PICTURE_BYTES  # for the questions that are being answered
+PICTURE_STARTS = {
     "image/jpeg": rb"\xff\xd8\xff",
     "image/png": rb"\x89PNG\r\n\x1a\n",
     "image/gif": rb"GIF8[79]a",
@@ -3647,8 +3647,8 @@ class Pictures:
     def __init__(self, hosts: tuple[str, ...], http: aiohttp.ClientSession) -> None:
         self.hosts, self.http = hosts, http
         self.slots = asyncio.Semaphore(PICTURE_FETCHES)
-        self.room = PICTURES_BYTES  # that is left
-        self.news = asyncio.Condition()  # there is more room
+        self.room = PICTURES_ROOM  # that is left
+        self.room_freed = asyncio.Condition()
 
     @contextlib.asynccontextmanager
     async def fetch_all(self, urls: list[str]) -> AsyncIterator[list[Picture]]:
@@ -3657,8 +3657,8 @@ class Pictures:
         Inside the block they take their room.
         """
         size = len(urls) * PICTURE_BYTES
-        async with self.news:
-            await self.news.wait_for(lambda: self.room >= size)
+        async with self.room_freed:
+            await self.room_freed.wait_for(lambda: self.room >= size)
             self.room -= size
         try:
             pictures = await asyncio.gather(*map(self.fetch, urls))
@@ -3672,8 +3672,8 @@ class Pictures:
     async def give_back(self, size: int) -> None:
         """Let others have room that was taken."""
         self.room += size
-        async with self.news:
-            self.news.notify_all()
+        async with self.room_freed:
+            self.room_freed.notify_all()
 
     async def fetch(self, url: str) -> Picture:
         """Return a picture; raise ChatError.
@@ -3693,34 +3693,34 @@ class Pictures:
                 if response.status != 200:
                     raise ChatError("picture", f"status {response.status}")
                 body = await read_body(response, PICTURE_BYTES + 1)
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            words = f"not fetched: {type(error).__name__}"  # no message, no URL
-            raise ChatError("picture", words) from error
+        except (*NETWORK_ERRORS, ValueError) as error:
+            detail = f"not fetched: {type(error).__name__}"  # no message, no URL
+            raise ChatError("picture", detail) from error
         if len(body) > PICTURE_BYTES:
             raise ChatError("picture", "larger than 4 MB")
-        for kind, magic in MAGIC.items():
-            if re.match(magic, body, re.DOTALL):
+        for kind, start in PICTURE_STARTS.items():
+            if re.match(start, body, re.DOTALL):
                 return Picture(kind, body)
         raise ChatError("picture", "neither JPEG, PNG, GIF nor WebP")
 
 
 PIECE_BYTES = 48 * 1024  # of a picture that is encoded at once; a multiple of three
-PLACE = secrets.token_hex(16)  # where a picture belongs; nobody's text has it
+PICTURE_MARK = secrets.token_hex(16)  # stands for a picture; nobody's text has it
 
 
 def render_request(body: dict) -> tuple[int, bytes | AsyncIterator[bytes]]:
     """Return the length of a request's JSON, and it, with pictures in pieces."""
     pictures: list[bytes] = []
 
-    def place(picture: Picture) -> str:
+    def set_aside(picture: Picture) -> str:
         pictures.append(picture.body)
-        return f"data:{picture.kind};base64,{PLACE}"
+        return f"data:{picture.kind};base64,{PICTURE_MARK}"
 
-    text = json.dumps(body, default=place)
+    text = json.dumps(body, default=set_aside)
     if not pictures:
         return len(text), text.encode()
-    texts = text.split(PLACE)
-    length = sum(map(len, texts)) + sum((len(one) + 2) // 3 * 4 for one in pictures)
+    texts = text.split(PICTURE_MARK)
+    length = sum(map(len, texts)) + sum((len(x) + 2) // 3 * 4 for x in pictures)
 
     async def pieces() -> AsyncIterator[bytes]:
         for part, picture in zip(texts, [*pictures, b""], strict=True):
@@ -3760,7 +3760,7 @@ def look_up(table: str, text: str) -> tuple[str, re.Match[str] | None]:
 
 
 class ThoughtEnd(str):
-    """A delta behind which nothing stays of the text before it: that was a thought."""
+    """A delta that starts the answer over: all text before it was a thought."""
 
 
 TAG_CHARS = 200  # no tag is longer
@@ -3774,75 +3774,85 @@ ANSWER_CHARS = 200_000  # an answer that goes on and on is cut there
 class ThoughtFilter:
     """Removes the thoughts from the start of an answer, however they are split.
 
-    Some servers swallow the opening tag. Then only the closing one shows that the text
-    before it was a thought; who knows beforehand how it `closing` is spelled says so.
+    state    text is                              until
+    assumed  kept, and shown if there is no tag   the closing tag: then `before`
+    before   held while it may become a tag       a tag: `thought`, or else `answer`
+    thought  dropped                              the closing tag: then `before`
+    answer   visible                              a closing tag, the first one: `before`
+
+    Some servers swallow the opening tag. Then only the closing one shows that all the
+    text before it was a thought. If the last answer of a provider did so, the next is
+    assumed to begin in a thought, too: `closing` is how the provider spells the tag.
     """
 
-    closing: str = ""  # of the thought that we are in; "": in none
-    is_guess: bool = True  # no tag came yet: we may be in none all the same
-    kept: str = ""  # the text of such a thought, an answer if no closing tag comes
-    held: str = ""  # text that may still turn out to be a thought
-    is_answer: bool = False  # it has begun
+    closing: str = ""  # the tag that ends the thought we are in
+    state: str = field(init=False)
+    held: str = ""  # text of which it is not known yet what it is
+    kept: str = ""  # of an assumed thought
     is_wrapped: bool = False  # the answer, in a tag of its own
-    tail: str | None = ""  # of the answer; None: no tag is looked for
+    is_searched: bool = True  # the answer, for the first tag of a thought in it
+    tail: str = ""  # the end of the visible answer, where such a tag may begin
     unopened: str = ""  # the closing tag of a thought that came without an opening one
+
+    def __post_init__(self) -> None:
+        self.state = "assumed" if self.closing else "before"
 
     def feed(self, delta: str) -> str:
         """Return the text that is now known to be visible, perhaps as a ThoughtEnd."""
         self.held += delta
         # Before the answer: what stands there is dropped as soon as it is whole.
-        while not self.is_answer:
-            if self.closing:
-                tag = re.escape(self.closing)
-                meaning, found = "", re.search(tag, self.held, re.IGNORECASE)
-            else:
+        while self.state != "answer":
+            if self.state == "before":
                 self.held = self.held.lstrip()
-                meaning, found = look_up("before", self.held)
-            if found:
-                if self.closing and self.is_guess:
+                meaning, tag = look_up("before", self.held)
+            else:
+                closing = re.escape(self.closing)
+                meaning, tag = "", re.search(closing, self.held, re.IGNORECASE)
+            if tag:
+                if self.state == "assumed":
                     self.unopened = self.closing
-                self.is_guess, self.is_wrapped = False, meaning == "wrapper"
-                names = found.groupdict()
+                self.held = self.held[tag.end() :]
+                self.is_wrapped = meaning == "wrapper"
+                names = tag.groupdict()
                 self.closing = "" if self.is_wrapped else meaning.format(**names)
-                self.held = self.held[found.end() :]
-            elif self.closing:
-                if self.is_guess:
+                self.state = "thought" if self.closing else "before"
+            elif self.state != "before":
+                if self.state == "assumed":
                     self.kept = (self.kept + self.held[:-TAG_CHARS])[:ANSWER_CHARS]
                 self.held = self.held[-TAG_CHARS:]
                 return ""
             elif "analysis".startswith(self.held) or TAG_BEGUN.fullmatch(self.held):
-                return ""  # a thought perhaps, the word one of gpt-oss
+                return ""  # a tag perhaps; the word begins a thought of gpt-oss
             else:
-                self.is_answer = True
+                self.state = "answer"
         # In the answer: a closing tag shows that all the text before it was a thought.
-        text, found = (self.tail or "") + self.held, None
-        if self.tail is not None and ("<" in text or "[" in text or "◁" in text):
-            _, found = look_up("late", text)  # which is expensive
-        if found and found[1]:
-            self.tail, self.unopened = None, found[1]
-            self.held, self.is_answer = text[found.end() :], False
+        text, tag = self.tail + self.held, None
+        if self.is_searched and ("<" in text or "[" in text or "◁" in text):
+            _, tag = look_up("late", text)  # which is expensive
+            self.is_searched = not tag
+        if tag and tag[1]:
+            self.unopened, self.tail = tag[1], ""
+            self.held, self.state = text[tag.end() :], "before"
             return ThoughtEnd(self.feed(""))
         # At its end: what may become a token that stops the model is held back.
         begun = STOP_BEGUN.search(self.held)
         end = begun.start() if begun else len(self.held)
         text, self.held = self.held[:end], self.held[end:]
-        if found:
-            self.tail = None
-        elif self.tail is not None:
-            self.tail = (self.tail + text)[-TAG_CHARS:]
+        self.tail = (self.tail + text)[-TAG_CHARS:]
         return text
 
     def flush(self, is_cut: bool) -> str:
         """Return the text still held at the end; an unclosed thought is not shown."""
-        if self.closing:
-            self.unopened = ""
-            return self.kept + self.held if self.is_guess and not is_cut else ""
-        if "<s>" in (self.tail or "") + self.held:  # </s> ends what is struck out
+        if self.state in ("assumed", "thought"):
+            self.unopened = ""  # this answer says nothing about the next one
+            is_shown = self.state == "assumed" and not is_cut
+            return self.kept + self.held if is_shown else ""
+        if "<s>" in self.tail + self.held:  # </s> ends what is struck out
             return self.held
-        meaning, found = look_up("after", self.held)
-        if not found or meaning == "wrapper" and not self.is_wrapped:
+        meaning, token = look_up("after", self.held)
+        if not token or meaning == "wrapper" and not self.is_wrapped:
             return self.held
-        return self.held[: found.start()]
+        return self.held[: token.start()]
 
 
 EVENT_BYTES = 1 << 20  # more in one event would only fill the memory

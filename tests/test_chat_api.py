@@ -638,6 +638,7 @@ THOUGHTS = {
             '一行是 data: {"x": 1}',
             "以 `<|im_end|>` 结束",
             "原价 <s>999 元</s>",
+            "标签 <think> 之后，原价 <s>999 元</s>",
             "3 < 5",
             "Error: 429 too many requests 的意思是请求太多。",
         )
