@@ -370,7 +370,7 @@ def test_a_refused_field_is_found_by_its_name(name):
     one = wxgpt.AssistantSettings(api_key="x", model="m", extra=EXTRA)
     client = wxgpt.ChatClient(one, None)
     error, sent = error_in(refusal(400, body)), client.options
-    assert client.leaves_out(error, sent) == (field != "")
+    assert client.leave_out(error, sent) == field
     assert set(sent) - set(client.options) == ({field} if field else set())
 
 
@@ -736,8 +736,8 @@ def test_a_quota_of_dashscope_is_one_of_the_minute():
     for path in ("/v1", "/compatible-mode/v1"):
         base_url = f"https://api.example{path}"
         one = wxgpt.AssistantSettings(api_key="x", base_url=base_url)
-        judged = wxgpt.ChatClient(one, None).judged(error, asked, True)
-        kinds.append((judged.kind, judged.is_retryable))
+        found = wxgpt.ChatClient(one, None).explain(error, asked, True)
+        kinds.append((found.kind, found.is_retryable))
     assert kinds == [("setup", False), ("busy", True)]
 
 
