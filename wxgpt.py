@@ -3767,7 +3767,8 @@ class ThoughtEnd(str):
 TAG_CHARS = 200  # no tag is longer
 # What may become a tag, and what may become one that stops a model.
 TAG_BEGUN = re.compile(rf"(?s:<\|.{{0,{TAG_CHARS}}})|[<\[◁][^>\]▷\n]{{0,{TAG_CHARS}}}")
-STOP_BEGUN = re.compile(r"<(?:[/|][\w|]{0,20}>?\s*)?$")
+STOP = r"<[/|｜][\w|｜▁]{0,20}"
+STOP_BEGUN = re.compile(rf"(?:{STOP}>\s*){{0,3}}(?:<|{STOP})?$")
 ANSWER_CHARS = 200_000  # an answer that goes on and on is cut there
 
 
@@ -3861,8 +3862,8 @@ DATA_FIELD = re.compile(rb"(?:data: ?)+|(?:data|error)(?:: ?|$)")
 OTHER_FIELD = re.compile(rb"(?:event|id|retry)?(?::|$)")
 JSON_LINE = re.compile(rb"(?=.)")
 # What begins a second event in a line: GLM loses the end of the one before it. Inside
-# JSON the quote had a backslash.
-NEXT_EVENT = re.compile(rb'data: ?(?=\{"\w)')
+# JSON the quote had a backslash, and a [DONE] would not be at the end.
+NEXT_EVENT = re.compile(rb'data: ?(?=\{"\w|\[DONE\]\s*$)')
 
 
 @dataclass(slots=True)

@@ -502,6 +502,9 @@ FORMS = {
     "a token that stops": sse(chunk("好的。"), chunk("<|im_end|>"), *END),
     "a token that stops, in the text": sse(chunk("好的。<|return|>\n"), *END),
     "a tag that stops": sse(chunk("好的。"), chunk("</s>"), *END),
+    "tokens that stop": sse(chunk("好的。<|im_end|>"), chunk("<|endoftext|>\n"), *END),
+    "DeepSeek's token": sse(chunk("好的。"), chunk("<｜end▁of▁sentence｜>"), *END),
+    "an end in a line": sse(json.dumps(chunk("好的。")) + "data: [DONE]"),
 }
 
 
@@ -636,6 +639,7 @@ THOUGHTS = {
             "<p>好</p><answer>",
             "答案写在 <answer>好</answer>",
             '一行是 data: {"x": 1}',
+            "最后一行是 data: [DONE]",
             "以 `<|im_end|>` 结束",
             "原价 <s>999 元</s>",
             "标签 <think> 之后，原价 <s>999 元</s>",
