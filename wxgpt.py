@@ -3653,9 +3653,9 @@ class Pictures:
 
     @contextlib.asynccontextmanager
     async def fetch_all(self, urls: list[str]) -> AsyncIterator[list[Picture]]:
-        """Give a question's pictures, once there is room; raise ChatError.
+        """Yield a question's pictures, once there is room for them; raise ChatError.
 
-        Inside the block they take their room.
+        They take that room until the block ends.
         """
         size = len(urls) * PICTURE_BYTES
         async with self.room_freed:
@@ -3671,7 +3671,7 @@ class Pictures:
             await self.give_back(size)
 
     async def give_back(self, size: int) -> None:
-        """Let others have room that was taken."""
+        """Give back room that was taken, and wake those who wait for it."""
         self.room += size
         async with self.room_freed:
             self.room_freed.notify_all()
@@ -3679,7 +3679,7 @@ class Pictures:
     async def fetch(self, url: str) -> Picture:
         """Return a picture; raise ChatError.
 
-        Its own URL would not do: a provider abroad may not reach WeChat's hosts.
+        Sending its URL would not do: a provider abroad may not reach WeChat's hosts.
         """
         try:
             target = urllib.parse.urlsplit(url)
@@ -3710,7 +3710,7 @@ PICTURE_MARK = secrets.token_hex(16)  # stands for a picture; nobody's text has 
 
 
 def render_request(body: dict) -> tuple[int, bytes | AsyncIterator[bytes]]:
-    """Return the length of a request's JSON, and it, with pictures in pieces."""
+    """Return the length of a request's JSON, and the JSON, with pictures in pieces."""
     pictures: list[bytes] = []
 
     def set_aside(picture: Picture) -> str:
@@ -3761,14 +3761,14 @@ def look_up(table: str, text: str) -> tuple[str, re.Match[str] | None]:
 
 
 class ThoughtEnd(str):
-    """A delta that starts the answer over: all text before it was a thought."""
+    """A delta, maybe empty, before which all text was a thought: it starts over."""
 
 
 TAG_CHARS = 200  # no tag is longer
-# What may become a tag, and what may become one that stops a model.
+# What may become a tag, or a token that stops a model after up to three others.
 TAG_BEGUN = re.compile(rf"(?s:<\|.{{0,{TAG_CHARS}}})|[<\[◁][^>\]▷\n]{{0,{TAG_CHARS}}}")
-STOP = r"<[/|｜][\w|｜▁]{0,20}"
-STOP_BEGUN = re.compile(rf"(?:{STOP}>\s*){{0,3}}(?:<|{STOP})?$")
+STOP_TOKEN = r"<[/|｜][\w|｜▁]{0,20}"
+STOP_BEGUN = re.compile(rf"(?:{STOP_TOKEN}>\s*){{0,3}}(?:<|{STOP_TOKEN})?$")
 ANSWER_CHARS = 200_000  # an answer that goes on and on is cut there
 
 
@@ -4100,7 +4100,7 @@ class Completion:
         return self.read_choice(choice)
 
     def read_choice(self, choice: dict) -> str:
-        """Take in the finish_reason of an event; return its visible text."""
+        """Note the finish_reason of a choice; return its visible text."""
         self.has_reason_field |= "finish_reason" in choice
         reason = str(choice.get("finish_reason") or "")
         if reason.lower() not in ("", "null", "none"):
@@ -4192,7 +4192,7 @@ class ChatClient:
         deadline: float,
         begin_within: float | None,
     ) -> AsyncIterator[str]:
-        """Yield a response's visible deltas; each moves the timeout."""
+        """Yield a response's visible deltas; move the timeout while it is alive."""
         loop, idle = asyncio.get_running_loop(), self.settings.idle_timeout
         while not completion.is_over and not completion.error:
             chunk = await response.content.read(CHUNK_BYTES)
@@ -4261,17 +4261,15 @@ class ChatClient:
             if not self.leave_out(error, options):
                 raise error
 
-    def explain(
-        self, error: Exception, messages: list[dict], is_time_left: bool
-    ) -> ChatError:
+    def explain(self, error: Exception, messages: list[dict]) -> ChatError:
         """Return what a failure means with this provider and about this question."""
         if isinstance(error, NO_CONNECTION):
             return ChatError("unreachable", str(error), is_retryable=True)
         if isinstance(error, TimeoutError):
-            return ChatError("slow", "time limit", is_retryable=is_time_left)
+            return ChatError("slow", "time limit", is_retryable=True)
         if not isinstance(error, ChatError):
-            words = type(error).__name__  # its message may quote the answer
-            return ChatError("broken", words, is_retryable=True)
+            detail = type(error).__name__  # its message may quote the answer
+            return ChatError("broken", detail, is_retryable=True)
         if error.code == "insufficient_quota" and "/compatible-mode/" in self.url:
             # DashScope: too many tokens within a minute.
             return replace(error, kind="busy", is_retryable=True, setting="")
@@ -4282,7 +4280,7 @@ class ChatClient:
     async def stream(
         self, messages: list[dict], deadline: float, begin_within: float | None = None
     ) -> AsyncGenerator[str | Ending, None]:
-        """Yield the visible deltas, then the Ending, in time; raise ChatError.
+        """Yield the visible deltas, then the Ending; raise ChatError, by the deadline.
 
         The first token may take `begin_within` seconds, if that is less than usual.
         Leaving the iterator early closes the connection, which stops the provider.
@@ -4304,7 +4302,7 @@ class ChatClient:
         ending = completion.ending()
         if not isinstance(ending, Ending):
             cause = ending.__cause__ if isinstance(ending, ChatError) else ending
-            failure = self.explain(ending, messages, loop.time() < deadline)
+            failure = self.explain(ending, messages)
             if self.leave_out(failure, self.options):  # it came in a 200
                 failure = replace(failure, is_retryable=True, retry_in=0.0)
             raise failure from cause
@@ -5345,13 +5343,13 @@ class Bot:
         return ending
 
     async def move_unsent_parts(self, turn: Turn) -> None:
-        """Move unsent parts of what an earlier process wrote to the answer's start."""
+        """Let the unsent parts of an earlier process's text begin at the new start."""
         await self.store.begin_anew(turn.id)
         for delivery in self.deliveries.values():
-            if isinstance(delivery.source, TurnPart) and delivery.source.turn is turn:
-                part = delivery.source.part
-                is_anew = part.is_anew or part.start > 0
-                part = replace(part, start=0, is_anew=is_anew)
+            source = delivery.source
+            if isinstance(source, TurnPart) and source.turn is turn:
+                is_anew = source.part.is_anew or source.part.start > 0
+                part = replace(source.part, start=0, is_anew=is_anew)
                 delivery.source = TurnPart(turn, part)
 
     def show(self, turn: Turn, guard: WordGuard, delta: str, is_end: bool) -> None:

@@ -736,7 +736,7 @@ def test_a_quota_of_dashscope_is_one_of_the_minute():
     for path in ("/v1", "/compatible-mode/v1"):
         base_url = f"https://api.example{path}"
         one = wxgpt.AssistantSettings(api_key="x", base_url=base_url)
-        found = wxgpt.ChatClient(one, None).explain(error, asked, True)
+        found = wxgpt.ChatClient(one, None).explain(error, asked)
         kinds.append((found.kind, found.is_retryable))
     assert kinds == [("setup", False), ("busy", True)]
 
