@@ -3889,9 +3889,9 @@ class EventDecoder:
         if self.prefix is None:
             text = text.lstrip(BLANKS)
             if text.startswith(b"<"):
-                detail = "a web page, not an answer"
-                cause = ValueError("not JSON")  # by which `check` knows it
-                raise ChatError("setup", detail, setting="base_url") from cause
+                raise ChatError(
+                    "setup", "a web page, not an answer", setting="base_url"
+                ) from ValueError("not JSON")  # by which `check` knows it
             if not text:
                 return []
             self.prefix = JSON_LINE if text.startswith((b"{", b"[")) else DATA_FIELD
@@ -4073,8 +4073,9 @@ class Completion:
         try:
             value = LENIENT_JSON.decode(payload)
         except (ValueError, RecursionError) as error:
-            detail = "an event is not JSON"
-            raise ChatError("broken", detail, is_retryable=True) from error
+            raise ChatError(
+                "broken", "an event is not JSON", is_retryable=True
+            ) from error
         # Errors, which come in many shapes.
         event = first_dict(value)
         code = first_dict(event.get("base_resp")).get("status_code")
