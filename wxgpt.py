@@ -3668,25 +3668,26 @@ class ChatError(Exception):
     As a string it is fit for the log: it quotes neither provider nor subscriber.
     """
 
-    # slow, unreachable, busy, setup, refused, long, blind, picture, empty, broken
+    # slow, unreachable, busy, setup, refused, long, blind, picture, empty, broken; or
+    # blocked, where the owner's list of words ended the answer
     kind: str
     detail: str  # for the log
     is_retryable: bool = False  # asking again may help
     retry_in: float | None = None  # seconds the provider wants us to wait, if it says
     status: int | None = None  # of the response, None if there was none
     code: str = ""  # the provider's code for the failure, or else its type
-    words: str = ""  # its message, for `check` only: may repeat the key or a question
+    # Its message, for `check` only: may repeat the key or a question. It is given by
+    # name, since the repr of an exception shows its other arguments.
+    words: str = field(default="", kw_only=True)
     setting: str = ""  # of the assistant, which the owner should look at
 
     def __str__(self) -> str:
         notes = getattr(self, "__notes__", ())
         return "; ".join([f"{self.kind}: {self.detail}", *notes])
 
-    def __setattr__(self, name: str, value: object) -> None:
-        # frozen=True would refuse __traceback__, too, which contextlib sets.
-        if name in vars(self):
-            raise AttributeError(f"{name} of an error cannot be changed")
-        super().__setattr__(name, value)
+
+NETWORK_ERRORS = (aiohttp.ClientError, OSError)  # which a TimeoutError is, too
+NO_CONNECTION = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 
 
 async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
@@ -3708,8 +3709,8 @@ class Picture:
 PICTURE_BYTES = 4 * 1024 * 1024  # a third more in a request, as base64
 PICTURE_FETCHES = 3  # at the same time, for all subscribers
 PICTURE_TIMEOUT = 20  # seconds for one picture
-PICTURES_BYTES = 8 * PICTURE_BYTES  # of questions that are being answered, in all
-MAGIC = {
+PICTURES_ROOM = 8 * PICTURE_BYTES  # for the questions that are being answered
+PICTURE_STARTS = {
     "image/jpeg": rb"\xff\xd8\xff",
     "image/png": rb"\x89PNG\r\n\x1a\n",
     "image/gif": rb"GIF8[79]a",
@@ -3723,18 +3724,18 @@ class Pictures:
     def __init__(self, hosts: tuple[str, ...], http: aiohttp.ClientSession) -> None:
         self.hosts, self.http = hosts, http
         self.slots = asyncio.Semaphore(PICTURE_FETCHES)
-        self.room = PICTURES_BYTES  # that is left
-        self.news = asyncio.Condition()  # there is more room
+        self.room = PICTURES_ROOM  # that is left
+        self.room_freed = asyncio.Condition()
 
     @contextlib.asynccontextmanager
     async def fetch_all(self, urls: list[str]) -> AsyncIterator[list[Picture]]:
-        """Give a question's pictures, once there is room; raise ChatError.
+        """Yield a question's pictures, once there is room for them; raise ChatError.
 
-        Inside the block they take their room.
+        They take that room until the block ends.
         """
         size = len(urls) * PICTURE_BYTES
-        async with self.news:
-            await self.news.wait_for(lambda: self.room >= size)
+        async with self.room_freed:
+            await self.room_freed.wait_for(lambda: self.room >= size)
             self.room -= size
         try:
             pictures = await asyncio.gather(*map(self.fetch, urls))
@@ -3746,15 +3747,15 @@ class Pictures:
             await self.give_back(size)
 
     async def give_back(self, size: int) -> None:
-        """Let others have room that was taken."""
+        """Give back room that was taken, and wake those who wait for it."""
         self.room += size
-        async with self.news:
-            self.news.notify_all()
+        async with self.room_freed:
+            self.room_freed.notify_all()
 
     async def fetch(self, url: str) -> Picture:
         """Return a picture; raise ChatError.
 
-        Its own URL would not do: a provider abroad may not reach WeChat's hosts.
+        Sending its URL would not do: a provider abroad may not reach WeChat's hosts.
         """
         try:
             target = urllib.parse.urlsplit(url)
@@ -3769,34 +3770,34 @@ class Pictures:
                 if response.status != 200:
                     raise ChatError("picture", f"status {response.status}")
                 body = await read_body(response, PICTURE_BYTES + 1)
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            words = f"not fetched: {type(error).__name__}"  # no message, no URL
-            raise ChatError("picture", words) from error
+        except (*NETWORK_ERRORS, ValueError) as error:
+            detail = f"not fetched: {type(error).__name__}"  # no message, no URL
+            raise ChatError("picture", detail) from error
         if len(body) > PICTURE_BYTES:
             raise ChatError("picture", "larger than 4 MB")
-        for kind, magic in MAGIC.items():
-            if re.match(magic, body, re.DOTALL):
+        for kind, start in PICTURE_STARTS.items():
+            if re.match(start, body, re.DOTALL):
                 return Picture(kind, body)
         raise ChatError("picture", "neither JPEG, PNG, GIF nor WebP")
 
 
 PIECE_BYTES = 48 * 1024  # of a picture that is encoded at once; a multiple of three
-PLACE = secrets.token_hex(16)  # where a picture belongs; nobody's text has it
+PICTURE_MARK = secrets.token_hex(16)  # stands for a picture; nobody's text has it
 
 
 def render_request(body: dict) -> tuple[int, bytes | AsyncIterator[bytes]]:
-    """Return the length of a request's JSON, and it, with pictures in pieces."""
+    """Return the length of a request's JSON, and the JSON, with pictures in pieces."""
     pictures: list[bytes] = []
 
-    def place(picture: Picture) -> str:
+    def set_aside(picture: Picture) -> str:
         pictures.append(picture.body)
-        return f"data:{picture.kind};base64,{PLACE}"
+        return f"data:{picture.kind};base64,{PICTURE_MARK}"
 
-    text = json.dumps(body, default=place)
+    text = json.dumps(body, default=set_aside)
     if not pictures:
         return len(text), text.encode()
-    texts = text.split(PLACE)
-    length = sum(map(len, texts)) + sum((len(one) + 2) // 3 * 4 for one in pictures)
+    texts = text.split(PICTURE_MARK)
+    length = sum(map(len, texts)) + sum((len(x) + 2) // 3 * 4 for x in pictures)
 
     async def pieces() -> AsyncIterator[bytes]:
         for part, picture in zip(texts, [*pictures, b""], strict=True):
@@ -3836,13 +3837,14 @@ def look_up(table: str, text: str) -> tuple[str, re.Match[str] | None]:
 
 
 class ThoughtEnd(str):
-    """A delta behind which nothing stays of the text before it: that was a thought."""
+    """A delta, maybe empty, before which all text was a thought: it starts over."""
 
 
 TAG_CHARS = 200  # no tag is longer
-# What may become a tag, and what may become one that stops a model.
+# What may become a tag, or a token that stops a model after up to three others.
 TAG_BEGUN = re.compile(rf"(?s:<\|.{{0,{TAG_CHARS}}})|[<\[◁][^>\]▷\n]{{0,{TAG_CHARS}}}")
-STOP_BEGUN = re.compile(r"<(?:[/|][\w|]{0,20}>?\s*)?$")
+STOP_TOKEN = r"<[/|｜][\w|｜▁]{0,20}"
+STOP_BEGUN = re.compile(rf"(?:{STOP_TOKEN}>\s*){{0,3}}(?:<|{STOP_TOKEN})?$")
 ANSWER_CHARS = 200_000  # an answer that goes on and on is cut there
 
 
@@ -3850,87 +3852,94 @@ ANSWER_CHARS = 200_000  # an answer that goes on and on is cut there
 class ThoughtFilter:
     """Removes the thoughts from the start of an answer, however they are split.
 
-    Some servers swallow the opening tag. Then only the closing one shows that the text
-    before it was a thought; who knows beforehand how it `closing` is spelled says so.
+    state    text is                              until
+    assumed  kept, and shown if there is no tag   the closing tag: then `before`
+    before   held while it may become a tag       a tag: `thought`, or else `answer`
+    thought  dropped                              the closing tag: then `before`
+    answer   visible                              a closing tag, the first one: `before`
+
+    Some servers swallow the opening tag. Then only the closing one shows that all the
+    text before it was a thought. If the last answer of a provider did so, the next is
+    assumed to begin in a thought, too: `closing` is how the provider spells the tag.
     """
 
-    closing: str = ""  # of the thought that we are in; "": in none
-    is_guess: bool = True  # no tag came yet: we may be in none all the same
-    kept: str = ""  # the text of such a thought, an answer if no closing tag comes
-    held: str = ""  # text that may still turn out to be a thought
-    is_answer: bool = False  # it has begun
+    closing: str = ""  # the tag that ends the thought we are in
+    state: str = "assumed"  # which is over at once if `closing` is empty
+    held: str = ""  # text of which it is not known yet what it is
+    kept: str = ""  # of an assumed thought
     is_wrapped: bool = False  # the answer, in a tag of its own
-    tail: str | None = ""  # of the answer; None: no tag is looked for
+    is_searched: bool = True  # the answer, for the first tag of a thought in it
+    tail: str = ""  # the end of the visible answer, where such a tag may begin
     unopened: str = ""  # the closing tag of a thought that came without an opening one
 
     def feed(self, delta: str) -> str:
         """Return the text that is now known to be visible, perhaps as a ThoughtEnd."""
         self.held += delta
         # Before the answer: what stands there is dropped as soon as it is whole.
-        while not self.is_answer:
-            if self.closing:
-                tag = re.escape(self.closing)
-                meaning, found = "", re.search(tag, self.held, re.IGNORECASE)
-            else:
+        while self.state != "answer":
+            if self.state == "before":
                 self.held = self.held.lstrip()
-                meaning, found = look_up("before", self.held)
-            if found:
-                if self.closing and self.is_guess:
+                meaning, tag = look_up("before", self.held)
+            else:
+                closing = re.escape(self.closing)
+                meaning, tag = "", re.search(closing, self.held, re.IGNORECASE)
+            if tag:
+                if self.state == "assumed":
                     self.unopened = self.closing
-                self.is_guess, self.is_wrapped = False, meaning == "wrapper"
-                names = found.groupdict()
+                self.held = self.held[tag.end() :]
+                self.is_wrapped = meaning == "wrapper"
+                names = tag.groupdict()
                 self.closing = "" if self.is_wrapped else meaning.format(**names)
-                self.held = self.held[found.end() :]
-            elif self.closing:
-                if self.is_guess:
+                self.state = "thought" if self.closing else "before"
+            elif self.state != "before":
+                if self.state == "assumed":
                     self.kept = (self.kept + self.held[:-TAG_CHARS])[:ANSWER_CHARS]
                 self.held = self.held[-TAG_CHARS:]
                 return ""
             elif "analysis".startswith(self.held) or TAG_BEGUN.fullmatch(self.held):
-                return ""  # a thought perhaps, the word one of gpt-oss
+                return ""  # a tag perhaps; the word begins a thought of gpt-oss
             else:
-                self.is_answer = True
+                self.state = "answer"
         # In the answer: a closing tag shows that all the text before it was a thought.
-        text, found = (self.tail or "") + self.held, None
-        if self.tail is not None and ("<" in text or "[" in text or "◁" in text):
-            _, found = look_up("late", text)  # which is expensive
-        if found and found[1]:
-            self.tail, self.unopened = None, found[1]
-            self.held, self.is_answer = text[found.end() :], False
+        text, tag = self.tail + self.held, None
+        if self.is_searched and ("<" in text or "[" in text or "◁" in text):
+            _, tag = look_up("late", text)  # which is expensive
+            self.is_searched = not tag
+        if tag and tag[1]:
+            self.unopened, self.tail = tag[1], ""
+            self.held, self.state = text[tag.end() :], "before"
             return ThoughtEnd(self.feed(""))
         # At its end: what may become a token that stops the model is held back.
         begun = STOP_BEGUN.search(self.held)
         end = begun.start() if begun else len(self.held)
         text, self.held = self.held[:end], self.held[end:]
-        if found:
-            self.tail = None
-        elif self.tail is not None:
-            self.tail = (self.tail + text)[-TAG_CHARS:]
+        self.tail = (self.tail + text)[-TAG_CHARS:]
         return text
 
     def flush(self, is_cut: bool) -> str:
         """Return the text still held at the end; an unclosed thought is not shown."""
-        if self.closing:
-            self.unopened = ""
-            return self.kept + self.held if self.is_guess and not is_cut else ""
-        if "<s>" in (self.tail or "") + self.held:  # </s> ends what is struck out
+        if self.state in ("assumed", "thought"):
+            self.unopened = ""  # this answer says nothing about the next one
+            is_shown = self.state == "assumed" and not is_cut
+            return self.kept + self.held if is_shown else ""
+        if "<s>" in self.tail + self.held:  # </s> ends what is struck out
             return self.held
-        meaning, found = look_up("after", self.held)
-        if not found or meaning == "wrapper" and not self.is_wrapped:
+        meaning, token = look_up("after", self.held)
+        if not token or meaning == "wrapper" and not self.is_wrapped:
             return self.held
-        return self.held[: found.start()]
+        return self.held[: token.start()]
 
 
 EVENT_BYTES = 1 << 20  # more in one event would only fill the memory
 BLANKS = b" \t\r\n\xef\xbb\xbf"  # may stand before a body, the last as byte order mark
 # The fields of an event stream that matter (llama.cpp has errors in one of that name),
 # those that do not, and the lines of a body that is JSON.
-DATA = re.compile(rb"(?:data: ?)+|(?:data|error)(?:: ?|$)")
+DATA_FIELD = re.compile(rb"(?:data: ?)+|(?:data|error)(?:: ?|$)")
 OTHER_FIELD = re.compile(rb"(?:event|id|retry)?(?::|$)")
 JSON_LINE = re.compile(rb"(?=.)")
 # What begins a second event in a line: GLM loses the end of the one before it. Inside
-# JSON the quote had a backslash.
-GLUED = re.compile(rb'data: ?(?=\{"\w)')
+# JSON the quote had a backslash, and a [DONE] would not be at the end.
+NEXT_EVENT = re.compile(rb'data: ?(?=\{"\w|\[DONE\]\s*$)')
 
 
 @dataclass(slots=True)
@@ -3951,17 +3960,17 @@ class EventDecoder:
 
     def feed(self, chunk: bytes) -> list[str]:
         """Return the payloads that a chunk completes, b"" all; raise ChatError."""
-        text, self.has_comment = chunk or b"\n\n", False
+        text = chunk or b"\n\n"  # the end of a body ends its last line and event
+        self.has_comment = False
         if self.prefix is None:
             text = text.lstrip(BLANKS)
             if text.startswith(b"<"):
-                page = ChatError(
+                raise ChatError(
                     "setup", "a web page, not an answer", setting="base_url"
-                )
-                raise page from ValueError("not JSON")
+                ) from ValueError("not JSON")  # by which `check` knows it
             if not text:
                 return []
-            self.prefix = JSON_LINE if text.startswith((b"{", b"[")) else DATA
+            self.prefix = JSON_LINE if text.startswith((b"{", b"[")) else DATA_FIELD
         # Lines end with LF, CR or both, of which a chunk may have the first alone.
         if self.after_cr:
             text = text.removeprefix(b"\n")
@@ -3972,11 +3981,11 @@ class EventDecoder:
         for line in lines:
             if found := self.prefix.match(line):
                 value = line[found.end() :]
-                is_new = value.startswith((b"{", b"[DONE]")) and events[-1]
-                if is_new and events[-1][-1].rstrip().endswith(b"}"):
+                is_start = value.startswith((b"{", b"[DONE]"))
+                if is_start and events[-1] and events[-1][-1].rstrip().endswith(b"}"):
                     events.append([])
                 events[-1].append(value)
-            elif not line and self.prefix is DATA:
+            elif not line and self.prefix is DATA_FIELD:
                 events.append([])
             elif not OTHER_FIELD.match(line):
                 self.stray = line.decode("utf-8", "replace")
@@ -3988,19 +3997,19 @@ class EventDecoder:
             raise ChatError("broken", "an event is longer than 1 MiB", is_json)
         payloads: list[bytes] = []
         for event in filter(None, events):
-            *glued, last = GLUED.split(b"\n".join(event))
+            *glued, last = NEXT_EVENT.split(b"\n".join(event))
             payloads += [one for one in glued if one.rstrip().endswith(b"}")]
             payloads.append(last)
         return [payload.decode("utf-8", "replace") for payload in payloads]
 
 
-KINDS = ("refused", "busy", "long", "blind", "picture", "broken")  # others: settings
+ERROR_KINDS = ("refused", "busy", "long", "blind", "picture", "broken")  # or settings
 # How long to wait, in a message.
 WAIT = re.compile(r"(?i)(?:again in|after|wait|retry in) *(\d+(?:\.\d+)?) *(ms|[mh])?")
-ERROR_NAMES = ("code", "status_code", "http_code", "type", "status", "param")
+CODE_NAMES = ("code", "status_code", "http_code", "type", "status", "param")
 MESSAGE_NAMES = ("message", "detail", "msg", "status_msg", "error_msg", "statusText")
 # A code or an id. Anything longer or with blanks may be what a subscriber wrote.
-WORD = re.compile(r"[A-Za-z0-9_.:\[\]-]{1,64}")
+CODE = re.compile(r"[A-Za-z0-9_.:\[\]-]{1,64}")
 RETRY_AFTER_SECONDS = 120  # nobody waits longer: then the question has failed
 
 
@@ -4016,46 +4025,50 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     return seconds if seconds > 0 else None  # nor is NaN
 
 
-def as_dict(value: object) -> dict:
-    """Return a dict, also if it is the first item of a list, otherwise an empty one."""
+def first_dict(value: object) -> dict:
+    """Return a dict, or the one that a list begins with; otherwise an empty one."""
     value = value[0] if isinstance(value, list) and value else value
     return value if isinstance(value, dict) else {}
 
 
 def make_error(status: int, body: object, headers: Mapping[str, str]) -> ChatError:
-    """Return the error that a response means; its body may have any shape."""
-    outer = as_dict(body)
+    """Return the error that a body of any shape means; its status may be 200."""
+    outer = first_dict(body)
     inner = outer.get("error") or outer.get("errors") or outer.get("base_resp")
-    error = outer | as_dict(inner)
-    texts = [error.get(name) for name in MESSAGE_NAMES]
-    texts.append(as_dict(error.get("metadata")).get("raw"))  # OpenRouter's source
+    fields = outer | first_dict(inner)
+    # What it says, in fields of various names, or else as a text.
+    texts = [fields.get(name) for name in MESSAGE_NAMES]
+    texts.append(first_dict(fields.get("metadata")).get("raw"))  # OpenRouter's source
     message = " ".join(str(x)[:300] for x in texts if x) or str(inner or body)[:300]
-    names = {name: str(error.get(name) or "") for name in ERROR_NAMES}
-    names = {name: word for name, word in names.items() if WORD.fullmatch(word)}
+    # Its codes, as far as they are fit for the log.
+    codes = {name: str(fields.get(name) or "") for name in CODE_NAMES}
+    codes = {name: code for name, code in codes.items() if CODE.fullmatch(code)}
     if status == 200:  # a gateway passes on the status that it received
-        found = (w for w in names.values() if re.fullmatch("[45][0-9]{2}", w))
-        status = int(next(found, status))
-    code = names.get("code") or names.get("status_code", "")
+        received = (x for x in codes.values() if re.fullmatch("[45][0-9]{2}", x))
+        status = int(next(received, status))
+    code = codes.get("code") or codes.get("status_code", "")
     if code in ("", str(status)):  # which says nothing more
-        code = names.get("type", "")
-    summary = " ".join(f"{name}={word}" for name, word in names.items())
+        code = codes.get("type", "")
+    summary = " ".join(f"{name}={code}" for name, code in codes.items())
+    # What kind of failure that is, or which setting is to blame.
     meaning, _ = look_up("errors", f"status {status} {summary} {message}")
-    kind, setting = (meaning, "") if meaning in KINDS else ("setup", meaning)
+    kind, setting = (meaning, "") if meaning in ERROR_KINDS else ("setup", meaning)
+    # Whether asking again may help, and when. Gemini's `details` name the limit.
     retry_in = retry_after(headers)
-    words = f"{message} {error.get('details')}"  # Gemini's name the limit
-    is_passing = retry_in is not None or not look_up("lasting", words)[1]
+    _, lasting = look_up("lasting", f"{message} {fields.get('details')}")
+    is_passing = retry_in is not None or not lasting
+    is_retryable = kind in ("busy", "broken") and is_passing
     if retry_in is None and (wait := WAIT.search(message)):
         unit = {"ms": 0.001, "m": 60, "h": 3600}
         retry_in = float(wait[1]) * unit.get(str(wait[2]).lower(), 1)
-    is_retryable = kind in ("busy", "broken") and is_passing
     if retry_in is not None and retry_in > RETRY_AFTER_SECONDS:
         is_retryable, retry_in = False, None
     if headers.get("x-should-retry") in ("true", "false"):
         is_retryable = headers["x-should-retry"] == "true"
-    request_id = WORD.match(headers.get("x-request-id", ""))
+    request_id = CODE.match(headers.get("x-request-id", ""))
     detail = f"status {status} {summary} request {request_id[0] if request_id else '-'}"
-    known = (kind, detail, is_retryable, retry_in, status, code)
-    return ChatError(*known, words=message, setting=setting)  # by name: args are shown
+    found = (kind, detail, is_retryable, retry_in, status, code)
+    return ChatError(*found, words=message, setting=setting)
 
 
 ERROR_BYTES = 64 * 1024  # it may be a web page, which says all in its first lines
@@ -4065,7 +4078,7 @@ ERROR_SECONDS = 2  # for its body: the status alone says most
 async def read_error(response: aiohttp.ClientResponse) -> ChatError:
     """Return the error that a response other than a 200 means."""
     text = ""
-    with contextlib.suppress(TimeoutError, aiohttp.ClientError, ConnectionError):
+    with contextlib.suppress(*NETWORK_ERRORS):
         async with asyncio.timeout(ERROR_SECONDS):
             body = await read_body(response, ERROR_BYTES)
             text = body.decode("utf-8-sig", "replace")
@@ -4076,11 +4089,11 @@ async def read_error(response: aiohttp.ClientResponse) -> ChatError:
     return make_error(response.status, fields, response.headers)
 
 
-LENIENT = json.JSONDecoder(strict=False)  # a string may hold a raw tab or line end
+LENIENT_JSON = json.JSONDecoder(strict=False)  # a string may hold a raw tab or line end
 MID_SENTENCE = re.compile(r"[\w,，、:：;；(（《“-]\s*$")
 REPEATED_CHARS = 8  # a last delta that says all again is longer; some gateways send one
 # The fields of a delta that show that the model is at work.
-ALIVE = re.compile("content|refusal|reason|think|thought")
+WORK_FIELD = re.compile("content|refusal|reason|think|thought")
 
 
 @dataclass(slots=True)
@@ -4094,16 +4107,16 @@ class Completion:
     utf16: codecs.IncrementalDecoder = field(
         default_factory=lambda: codecs.getincrementaldecoder("utf-16-le")("ignore")
     )
-    said: Any = field(default_factory=hashlib.sha256)  # of all text, with the thoughts
-    last: str = ""  # the last visible text
+    text_hash: Any = field(default_factory=hashlib.sha256)  # thoughts included
+    last_text: str = ""  # that is visible
     reason: str = ""  # the finish_reason; empty while the answer goes on
-    is_named: bool = False  # there was a finish_reason, if only null
+    has_reason_field: bool = False  # there was a finish_reason, if only null
     usage: object = None
     stray: object = ""  # the last payload that is no part of an answer
     has_progress: bool = False  # the last chunk had text, thoughts or a comment
     has_begun: bool = False  # some event had text or thoughts
     is_over: bool = False  # [DONE] was read
-    error: Exception | None = None  # what broke it off, behind the text before it
+    error: Exception | None = None  # what broke it off; the text before it counts
 
     def feed(self, chunk: bytes) -> str:
         """Return the visible text of a chunk; set `error` if something is wrong."""
@@ -4123,8 +4136,9 @@ class Completion:
 
     def read(self, payload: str) -> str:
         """Return the visible text of an event; raise ChatError, also for one in it."""
+        # What is not JSON: the end, and what does not count.
         if payload == "[DONE]":
-            is_cut = self.is_named and MID_SENTENCE.search(self.last)
+            is_cut = self.has_reason_field and MID_SENTENCE.search(self.last_text)
             self.reason = self.reason or ("length" if is_cut else "stop")
             self.is_over = True
         if self.is_over:
@@ -4133,28 +4147,29 @@ class Completion:
             self.stray = payload or self.stray
             return ""
         try:
-            value, end = LENIENT.raw_decode(payload)
-            if end < len(payload):
-                raise ValueError("more than one value")
+            value = LENIENT_JSON.decode(payload)
         except (ValueError, RecursionError) as error:
-            words = "an event is not JSON"
-            raise ChatError("broken", words, is_retryable=True) from error
-        event = as_dict(value)
-        code = as_dict(event.get("base_resp")).get("status_code")
+            raise ChatError(
+                "broken", "an event is not JSON", is_retryable=True
+            ) from error
+        # Errors, which come in many shapes.
+        event = first_dict(value)
+        code = first_dict(event.get("base_resp")).get("status_code")
         if "choices" not in event:
             code = code or event.get("code") or event.get("error_code")
-            is_told = any(name in event for name in MESSAGE_NAMES)
-            if is_told or self.decoder.prefix is JSON_LINE:
+            has_message = any(name in event for name in MESSAGE_NAMES)
+            if has_message or self.decoder.prefix is JSON_LINE:
                 self.stray = event  # it may say why there is no answer
         inner = event.get("error") or event.get("errors") or (value and not event)
         is_failed = any(inner.values()) if isinstance(inner, dict) else inner
         is_failed = is_failed or "error" in (event.get("object"), event.get("type"))
         if is_failed or code not in (None, "", 0, "0", 200, "200"):
             raise make_error(200, value, {})
+        # The answer: the first choice, or rather the one with the index 0.
         choices = event.get("choices")
         items = choices if isinstance(choices, list) else []
         ours = [x for x in items if isinstance(x, dict) and not x.get("index")]
-        choice = as_dict(ours)
+        choice = first_dict(ours)
         if choice.get("error"):
             raise make_error(200, choice, {})
         self.usage = event.get("usage") or choice.get("usage") or self.usage
@@ -4162,8 +4177,8 @@ class Completion:
         return self.read_choice(choice)
 
     def read_choice(self, choice: dict) -> str:
-        """Take in the finish_reason of an event; return its visible text."""
-        self.is_named |= "finish_reason" in choice
+        """Note the finish_reason of a choice; return its visible text."""
+        self.has_reason_field |= "finish_reason" in choice
         reason = str(choice.get("finish_reason") or "")
         if reason.lower() not in ("", "null", "none"):
             # OpenRouter says stop for some failures of the providers behind it.
@@ -4173,25 +4188,25 @@ class Completion:
             # A filter's may follow another one.
             if not self.reason or look_up("ends", reason)[0] == "refused":
                 self.reason = reason
-        delta = as_dict(choice.get("delta"))
+        delta = first_dict(choice.get("delta"))
         if not delta and not self.has_begun:  # an answer that is not streamed
-            delta = as_dict(choice.get("message"))
+            delta = first_dict(choice.get("message"))
             self.reason = self.reason or ("stop" if delta else "")
         text = delta.get("content") or delta.get("refusal") or ""
         if not isinstance(text, str):  # parts, of which some may be thoughts
-            parts = map(as_dict, text if isinstance(text, list) else [text])
+            parts = map(first_dict, text if isinstance(text, list) else [text])
             shown = ("text", "output_text", None)
             texts = (part.get("text") for part in parts if part.get("type") in shown)
-            text = "".join(text for text in texts if isinstance(text, str))
-        if text or any(delta[name] for name in delta if ALIVE.search(name)):
+            text = "".join(x for x in texts if isinstance(x, str))
+        if text or any(delta[name] for name in delta if WORK_FIELD.search(name)):
             self.has_progress = self.has_begun = True
         raw = text.encode("utf-16-le", "surrogatepass")
         if self.reason and len(text) > REPEATED_CHARS:
-            if hashlib.sha256(raw).digest() == self.said.digest():
+            if hashlib.sha256(raw).digest() == self.text_hash.digest():
                 return ""
-        self.said.update(raw)
+        self.text_hash.update(raw)
         text = self.thoughts.feed(self.utf16.decode(raw))
-        self.last = text if text.strip() else self.last
+        self.last_text = text if text.strip() else self.last_text
         return text
 
     def ending(self) -> Ending | Exception:
@@ -4203,18 +4218,19 @@ class Completion:
             early = ChatError("broken", "the stream ended early", is_retryable=True)
             return self.error or early
         # A number that the database cannot hold does not count.
-        usage = as_dict(self.usage).items()
+        usage = first_dict(self.usage).items()
         counts = {k: n for k, n in usage if isinstance(n, int) and 0 <= n < 2**31}
-        given = counts.get("prompt_tokens", counts.get("input_tokens"))
-        taken = counts.get("completion_tokens", counts.get("output_tokens"))
+        tokens_in = counts.get("prompt_tokens", counts.get("input_tokens"))
+        tokens_out = counts.get("completion_tokens", counts.get("output_tokens"))
         kind = look_up("ends", self.reason)[0] or "broken"
-        is_full = "context" in self.reason.lower() or not (self.has_begun or taken)
-        if kind == "length" and is_full and not self.last:
-            kind = "long"  # not a word fitted behind the question
+        is_full = "context" in self.reason.lower() or not (self.has_begun or tokens_out)
+        if kind == "length" and is_full and not self.last_text:
+            kind = "long"  # there was no room for a word after the question
         if kind not in ("stop", "length"):
-            word = self.reason if WORD.fullmatch(self.reason) else "odd"
+            word = self.reason if CODE.fullmatch(self.reason) else "odd"
             return ChatError(kind, f"finish_reason {word}", kind == "broken")
-        return Ending(kind, ILLEGAL.sub("", str(self.model)[:100]), given, taken)
+        model = ILLEGAL.sub("", str(self.model)[:100])
+        return Ending(kind, model, tokens_in, tokens_out)
 
 
 USAGE_SECONDS = 2  # how long a complete answer waits for its usage
@@ -4227,18 +4243,15 @@ class ChatClient:
     def __init__(
         self, settings: AssistantSettings, http: aiohttp.ClientSession
     ) -> None:
-        self.settings = settings
-        self.http = http
+        self.settings, self.http = settings, http
         # Classic Azure has a query behind its path: ?api-version=…
         base, mark, query = settings.base_url.strip().partition("?")
         self.base = base.rstrip("/").removesuffix("/chat/completions")
         self.url = f"{self.base}/chat/completions{mark}{query}"
         # In one case: a header of the settings replaces ours, whatever case it has.
         headers = {name.title(): value for name, value in settings.headers.items()}
-        own = {
-            "Authorization": f"Bearer {settings.api_key.strip()}",
-            "Content-Type": "application/json",
-        }
+        key = settings.api_key.strip()
+        own = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
         self.headers = own | headers
         # Further fields of a request; those that the provider refuses are taken out.
         self.options: dict[str, object] = {"stream_options": {"include_usage": True}}
@@ -4252,53 +4265,58 @@ class ChatClient:
         self,
         response: aiohttp.ClientResponse,
         completion: Completion,
-        limit: asyncio.Timeout,
-        end: float,
-        is_patient: bool,
+        timeout: asyncio.Timeout,
+        deadline: float,
+        begin_within: float | None,
     ) -> AsyncIterator[str]:
-        """Yield a response's visible deltas; each moves the time limit."""
+        """Yield a response's visible deltas; move the timeout while it is alive."""
         loop, idle = asyncio.get_running_loop(), self.settings.idle_timeout
-        chunk = b"\n"
-        while chunk and not completion.is_over and not completion.error:
+        while not completion.is_over and not completion.error:
             chunk = await response.content.read(CHUNK_BYTES)
             if len(chunk) == CHUNK_BYTES:  # there may be more: others have a turn
                 await asyncio.sleep(0)
-            was_complete, text = completion.reason, completion.feed(chunk)
+            was_complete = completion.reason != ""
+            text = completion.feed(chunk)
             if text or isinstance(text, ThoughtEnd):
                 yield text
+            if not chunk:
+                break
             if completion.reason and not was_complete:
                 # From here on nothing can break it, only its usage is awaited.
-                limit.reschedule(loop.time() + USAGE_SECONDS)
+                timeout.reschedule(loop.time() + USAGE_SECONDS)
             elif completion.has_progress and not was_complete:
-                over = min(end, loop.time() + idle)
-                is_far = abs(over - (limit.when() or 0)) > idle / 20
-                if is_far and (is_patient or completion.has_begun):
-                    limit.reschedule(over)  # timers are expensive
+                # Where another model waits, a comment is no beginning.
+                has_begun = completion.has_begun or begin_within is None
+                moved = min(deadline, loop.time() + idle)
+                is_far = abs(moved - (timeout.when() or 0)) > idle / 20
+                if has_begun and is_far:
+                    timeout.reschedule(moved)  # timers are expensive
 
-    def leaves_out(self, error: ChatError, sent: dict[str, object]) -> bool:
-        """Leave out from now on what was sent and is refused; say whether that was it.
+    def leave_out(self, error: ChatError, sent: Mapping[str, object]) -> str:
+        """Send no more the option that an error is about; return it, '' for none.
 
-        The name, or one with `_` inside it, may be there in any case and without any
-        `_`; what turns thinking off is also meant by a word about thinking.
+        Its name, or one with `_` inside it, may be there in any case and without any
+        `_`; the option that turns thinking off is also meant by a word about thinking.
         """
         if error.setting != "extra":
-            return False
-        said, places, switch = f"{error.detail} {error.words}", {}, ""
+            return ""
+        said = f"{error.detail} {error.words}"
+        is_about_thinking = re.search("(?i)思考|推理|think|reasoning", said)
+        places: dict[str, int] = {}  # of names in what it says: the first one counts
+        switch = ""
         for name, value in sent.items():
             inner = re.findall(r'"(\w+_\w+)":', json.dumps(value))
             words = "|".join(map(re.escape, [name, *inner])).replace("_", "[ _]?")
             pattern = rf"(?i)(?<![a-z0-9_])({words})(?![a-z0-9_])"
             if found := re.search(pattern, said):
                 places[name] = found.start()
-            if re.search("(?i)think|reason", f"{name} {inner}"):
+            if is_about_thinking and re.search("(?i)think|reason", f"{name} {inner}"):
                 switch = name
-        if not re.search("(?i)思考|推理|think|reasoning", said):
-            switch = ""
         refused = min(places, key=places.__getitem__, default=switch)
         if refused in self.options:  # else another question found it out
             self.options = {k: v for k, v in self.options.items() if k != refused}
             log.warning("%s refuses %s: no longer sent", self.base, refused)
-        return refused != ""
+        return refused
 
     async def post(self, messages: list[dict]) -> aiohttp.ClientResponse:
         """Return the response to a question, to be closed; raise ChatError."""
@@ -4317,59 +4335,54 @@ class ChatClient:
                 return response
             async with response:
                 error = await read_error(response)
-            if not self.leaves_out(error, options):
+            if not self.leave_out(error, options):
                 raise error
 
-    def judged(
-        self, error: Exception, messages: list[dict], is_time_left: bool
-    ) -> ChatError:
+    def explain(self, error: Exception, messages: list[dict]) -> ChatError:
         """Return what a failure means with this provider and about this question."""
-        if isinstance(
-            error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError
-        ):
+        if isinstance(error, NO_CONNECTION):
             return ChatError("unreachable", str(error), is_retryable=True)
         if isinstance(error, TimeoutError):
-            return ChatError("slow", "time limit", is_retryable=is_time_left)
+            return ChatError("slow", "time limit", is_retryable=True)
         if not isinstance(error, ChatError):
-            words = type(error).__name__  # its message may quote the answer
-            return ChatError("broken", words, is_retryable=True)
+            detail = type(error).__name__  # its message may quote the answer
+            return ChatError("broken", detail, is_retryable=True)
         if error.code == "insufficient_quota" and "/compatible-mode/" in self.url:
             # DashScope: too many tokens within a minute.
             return replace(error, kind="busy", is_retryable=True, setting="")
         if error.kind == "blind" and isinstance(messages[-1]["content"], str):
             return replace(error, kind="setup", setting="model")  # no picture was sent
-        if self.leaves_out(error, self.options):  # it came in a 200
-            return replace(error, is_retryable=True, retry_in=0.0)
         return error
 
     async def stream(
-        self, messages: list[dict], end: float, begin_within: float | None = None
+        self, messages: list[dict], deadline: float, begin_within: float | None = None
     ) -> AsyncGenerator[str | Ending, None]:
-        """Yield the visible deltas, then the Ending, before `end`; raise ChatError.
+        """Yield the visible deltas, then the Ending; raise ChatError, by the deadline.
 
         The first token may take `begin_within` seconds, if that is less than usual.
         Leaving the iterator early closes the connection, which stops the provider.
         """
         completion = Completion(self.settings.model, ThoughtFilter(self.closing))
-        loop, usual = asyncio.get_running_loop(), self.settings.first_token_timeout
-        first = loop.time() + min(usual, begin_within or usual)
+        loop = asyncio.get_running_loop()
+        patience = min(self.settings.first_token_timeout, begin_within or math.inf)
         try:
             async with (
-                asyncio.timeout_at(min(end, first)) as limit,
+                asyncio.timeout_at(min(deadline, loop.time() + patience)) as timeout,
                 await self.post(messages) as response,
             ):
-                # Where another model waits, a comment is no beginning.
-                is_patient = begin_within is None
                 async for text in self.read(
-                    response, completion, limit, end, is_patient
+                    response, completion, timeout, deadline, begin_within
                 ):
                     yield text
-        except (ChatError, TimeoutError, aiohttp.ClientError, ConnectionError) as error:
+        except (ChatError, *NETWORK_ERRORS) as error:
             completion.error = error
         ending = completion.ending()
         if not isinstance(ending, Ending):
             cause = ending.__cause__ if isinstance(ending, ChatError) else ending
-            raise self.judged(ending, messages, loop.time() < end) from cause
+            failure = self.explain(ending, messages)
+            if self.leave_out(failure, self.options):  # it came in a 200
+                failure = replace(failure, is_retryable=True, retry_in=0.0)
+            raise failure from cause
         text = completion.thoughts.flush(ending.finish_reason == "length")
         self.closing = completion.thoughts.unopened
         if text:
@@ -5338,7 +5351,7 @@ class Bot:
                 shown = [{"url": picture, "detail": "low"} for picture in pictures]
                 content += [{"type": "image_url", "image_url": one} for one in shown]
             messages.append({"role": "user", "content": content})
-            within = settings.fallback_after or None if fallback else None
+            within = (settings.fallback_after or None) if fallback else None
             try:
                 return await self.ask_model(turn, turn.assistant, messages, within)
             except ChatError as error:
@@ -5361,11 +5374,13 @@ class Bot:
         The only model there is gets up to three calls. Others are called again only
         with fewer messages, where the conversation is too long for them.
         """
-        client, settings = self.chat[name], self.config.assistants[turn.assistant]
-        end = self.tasks.loop.time() + client.settings.timeout
-        for pause in (*RETRY_PAUSES, None):
+        client = self.chat[name]
+        has_fallback = self.config.assistants[turn.assistant].fallback != ""
+        deadline = self.tasks.loop.time() + client.settings.timeout
+        pauses = list(RETRY_PAUSES)
+        while True:
             turn.calls += 1
-            stream = client.stream(messages, end, begin_within)
+            stream = client.stream(messages, deadline, begin_within)
             try:
                 return await self.write_text(turn, stream)
             except ChatError as error:
@@ -5374,25 +5389,24 @@ class Bot:
                     error.add_note(f"look at {place}, and run wxgpt.py check")
                 if error.kind == "refused" and not turn.stops:
                     turn.restart()  # withdrawn
-                if pause is None or turn.stops:
+                if turn.stops or not pauses:
                     raise
-                fewer = messages
+                pause, fewer = pauses.pop(0), messages
                 if error.kind == "long":
-                    fewer = shortened(messages, is_last=pause == RETRY_PAUSES[-1])
+                    fewer = shortened(messages, is_last=not pauses)
                 if len(fewer) < len(messages):
                     messages, pause = fewer, 0.0
-                elif settings.fallback or not error.is_retryable:
+                elif has_fallback or not error.is_retryable:
                     raise
                 elif error.retry_in is not None:
                     pause = error.retry_in
                 else:
                     pause *= random.uniform(0.75, 1)
-                if self.tasks.loop.time() + pause > end:
+                if self.tasks.loop.time() + pause > deadline:
                     raise
                 log.warning("%s asked again after %s", turn.name, error)
             turn.restart()
             await asyncio.sleep(pause)
-        raise AssertionError("the last attempt returns or raises")
 
     async def write_text(
         self, turn: Turn, stream: AsyncGenerator[str | Ending, None]
@@ -5406,7 +5420,7 @@ class Bot:
                     ending = item
                     break
                 if turn.earlier is not None and not turn.answer:
-                    await self.begin_anew(turn)
+                    await self.move_unsent_parts(turn)
                 if isinstance(item, ThoughtEnd):
                     await self.rewrite(turn, turn.without_thought)
                     guard = WordGuard(self.blocked)
@@ -5425,21 +5439,21 @@ class Bot:
             raise ChatError("empty", reason, is_retryable)
         return ending
 
-    async def begin_anew(self, turn: Turn) -> None:
-        """Move unsent parts of what an earlier process wrote to the answer's start."""
+    async def move_unsent_parts(self, turn: Turn) -> None:
+        """Let the unsent parts of an earlier process's text begin at the new start."""
         await self.store.begin_anew(turn.id)
         for delivery in self.deliveries.values():
-            if isinstance(delivery.source, TurnPart) and delivery.source.turn is turn:
-                part = delivery.source.part
-                is_anew = part.is_anew or part.start > 0
-                part = replace(part, start=0, is_anew=is_anew)
+            source = delivery.source
+            if isinstance(source, TurnPart) and source.turn is turn:
+                is_anew = source.part.is_anew or source.part.start > 0
+                part = replace(source.part, start=0, is_anew=is_anew)
                 delivery.source = TurnPart(turn, part)
 
     def show(self, turn: Turn, guard: WordGuard, delta: str, is_end: bool) -> None:
         """Append what of a stream may be shown; raise ChatError for a blocked word.
 
-        Links and tags part a word in the Markdown that is whole in the chat or on the
-        page: so what they show is looked through as well, before anybody is told.
+        A word that links or tags split in the Markdown is whole in the chat or on the
+        page: so what these show is looked through as well, before anybody sees it.
         """
         delta = ILLEGAL.sub("", delta)
         if not (self.blocked.words or guard.tail or guard.held):
@@ -5454,7 +5468,7 @@ class Bot:
             # The end is final now: no sign waits any more for what may follow it.
             is_blocked = guard.scan(turn.chat.text(is_end)[before:])
         if is_blocked:
-            turn.answer = answer  # nobody is told before it is rewritten
+            turn.answer = answer  # nobody is woken before it is rewritten
             raise ChatError("blocked", "a blocked word in the answer")
 
     async def rewrite(self, turn: Turn, change: Callable[[str], str]) -> None:

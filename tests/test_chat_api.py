@@ -502,6 +502,9 @@ FORMS = {
     "a token that stops": sse(chunk("好的。"), chunk("<|im_end|>"), *END),
     "a token that stops, in the text": sse(chunk("好的。<|return|>\n"), *END),
     "a tag that stops": sse(chunk("好的。"), chunk("</s>"), *END),
+    "tokens that stop": sse(chunk("好的。<|im_end|>"), chunk("<|endoftext|>\n"), *END),
+    "DeepSeek's token": sse(chunk("好的。"), chunk("<｜end▁of▁sentence｜>"), *END),
+    "an end in a line": sse(json.dumps(chunk("好的。")) + "data: [DONE]"),
 }
 
 
@@ -636,8 +639,10 @@ THOUGHTS = {
             "<p>好</p><answer>",
             "答案写在 <answer>好</answer>",
             '一行是 data: {"x": 1}',
+            "最后一行是 data: [DONE]",
             "以 `<|im_end|>` 结束",
             "原价 <s>999 元</s>",
+            "标签 <think> 之后，原价 <s>999 元</s>",
             "3 < 5",
             "Error: 429 too many requests 的意思是请求太多。",
         )
@@ -1122,7 +1127,7 @@ def test_a_refused_field_is_left_out(name):
     made = wxgpt.AssistantSettings(api_key="x", model="m", extra=extra)
     client = wxgpt.ChatClient(made, None)
     error, sent = wxgpt.make_error(400, failure(words), {}), client.options
-    assert client.leaves_out(error, sent) == (field != "")
+    assert client.leave_out(error, sent) == field
     assert set(sent) - set(client.options) == ({field} if field else set())
 
 
