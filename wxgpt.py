@@ -4270,7 +4270,7 @@ class ChatClient:
         begin_within: float | None,
     ) -> AsyncIterator[str]:
         """Yield a response's visible deltas; move the timeout while it is alive."""
-        loop, idle = asyncio.get_running_loop(), self.settings.idle_timeout
+        idle = self.settings.idle_timeout
         while not completion.is_over and not completion.error:
             chunk = await response.content.read(CHUNK_BYTES)
             if len(chunk) == CHUNK_BYTES:  # there may be more: others have a turn
@@ -4283,11 +4283,11 @@ class ChatClient:
                 break
             if completion.reason and not was_complete:
                 # From here on nothing can break it, only its usage is awaited.
-                timeout.reschedule(loop.time() + USAGE_SECONDS)
+                timeout.reschedule(time.monotonic() + USAGE_SECONDS)
             elif completion.has_progress and not was_complete:
                 # Where another model waits, a comment is no beginning.
                 has_begun = completion.has_begun or begin_within is None
-                moved = min(deadline, loop.time() + idle)
+                moved = min(deadline, time.monotonic() + idle)
                 is_far = abs(moved - (timeout.when() or 0)) > idle / 20
                 if has_begun and is_far:
                     timeout.reschedule(moved)  # timers are expensive
@@ -4363,11 +4363,11 @@ class ChatClient:
         Leaving the iterator early closes the connection, which stops the provider.
         """
         completion = Completion(self.settings.model, ThoughtFilter(self.closing))
-        loop = asyncio.get_running_loop()
         patience = min(self.settings.first_token_timeout, begin_within or math.inf)
+        first_deadline = min(deadline, time.monotonic() + patience)
         try:
             async with (
-                asyncio.timeout_at(min(deadline, loop.time() + patience)) as timeout,
+                asyncio.timeout_at(first_deadline) as timeout,
                 await self.post(messages) as response,
             ):
                 async for text in self.read(
@@ -5376,7 +5376,7 @@ class Bot:
         """
         client = self.chat[name]
         has_fallback = self.config.assistants[turn.assistant].fallback != ""
-        deadline = self.tasks.loop.time() + client.settings.timeout
+        deadline = time.monotonic() + client.settings.timeout
         pauses = list(RETRY_PAUSES)
         while True:
             turn.calls += 1
@@ -5402,7 +5402,7 @@ class Bot:
                     pause = error.retry_in
                 else:
                     pause *= random.uniform(0.75, 1)
-                if self.tasks.loop.time() + pause > deadline:
+                if time.monotonic() + pause > deadline:
                     raise
                 log.warning("%s asked again after %s", turn.name, error)
             turn.restart()
@@ -6413,14 +6413,13 @@ class LivePage:
         self.blocks: list[str] = []  # replaced, never changed
         self.done = 0  # how many of the blocks are final
         self.extent = 0, False  # Turn.extent of what the blocks show
-        self.next_at = 0.0  # when it may be typeset next (loop's clock)
+        self.next_at = 0.0  # when it may be typeset next
         self.task: asyncio.Task | None = None  # of `refresh`; no viewer cancels it
 
     async def refresh(self, bot: Bot, turn: Turn) -> None:
         """Typeset what was added; up to four times a second, in a thread if long."""
-        loop = bot.tasks.loop
-        await asyncio.sleep(self.next_at - loop.time())
-        self.next_at = loop.time() + LIVE_SECONDS
+        await asyncio.sleep(self.next_at - time.monotonic())
+        self.next_at = time.monotonic() + LIVE_SECONDS
         if turn.page is not self:
             return  # the answer is written again, and nobody looks at this page
         text, has_ended = turn.answer, not turn.is_open
@@ -6435,7 +6434,7 @@ class LivePage:
             blocks = await bot.work.run(self.renderer.render, text, has_ended)
         self.blocks, self.done = blocks, len(self.renderer.done)
         self.extent = len(text), has_ended
-        self.next_at = loop.time() + max(LIVE_SECONDS, 4 * self.renderer.seconds)
+        self.next_at = time.monotonic() + max(LIVE_SECONDS, 4 * self.renderer.seconds)
 
     def events(self, begin: int) -> Iterator[bytes]:
         """Yield the events that replace all blocks from one on, EVENT_CHARS in each.
@@ -6556,15 +6555,14 @@ async def read_push(request: web.Request) -> Message | None:
         return None
     if not bot.replays.is_first(query["signature"], message):
         raise web.HTTPForbidden(text="")
-    bot.heard_at = bot.tasks.loop.time()
+    bot.heard_at = time.monotonic()
     bot.wechat_ahead = max(bot.wechat_ahead, message.created - bot.heard_at)
     return message
 
 
 async def receive_message(request: web.Request) -> web.StreamResponse:
     """Answer a push with a passive reply, or with `success` whatever breaks."""
-    bot, loop = request.app[BOT], asyncio.get_running_loop()
-    arrived = loop.time()
+    bot, arrived = request.app[BOT], time.monotonic()
     delivery, number = None, 0  # until the push is read
     try:
         message = await read_push(request)
@@ -6593,13 +6591,13 @@ async def receive_message(request: web.Request) -> web.StreamResponse:
             outcome = "asked for patience"
         elif reply.part and reply.part.number:
             outcome = f"part {reply.part.number} sent"
-        log.info("%s %s after %.1f s", name, outcome, loop.time() - arrived)
+        log.info("%s %s after %.1f s", name, outcome, time.monotonic() - arrived)
         return response
     except web.HTTPException:
         raise  # 403, or 413: no push of WeChat's is that long
     except (asyncio.CancelledError, ConnectionResetError):
         if delivery:
-            seconds = loop.time() - arrived
+            seconds = time.monotonic() - arrived
             log.info("%s WeChat hung up after %.1f s", name, seconds)
             bot.note_delivery(delivery, number, is_taken=False)
         raise
@@ -6879,7 +6877,7 @@ async def follow(bot: Bot, turn: Turn, viewer: Viewer) -> AsyncIterator[bytes]:
             yield event
         if viewer.extent[1]:
             return
-        until = tasks.loop.time() + PING_SECONDS
+        until = time.monotonic() + PING_SECONDS
         if not await tasks.until(turn.deltas, has_news, until):
             yield b": ping\n\n"
 
@@ -7103,7 +7101,7 @@ async def health(request: web.Request) -> web.Response:
     found: dict[str, object] = {"status": "ok"}
     is_check = "signature" in query and is_signed_now(request)
     if is_check and bot.replays.is_first(query["signature"], "healthz"):
-        now, heard = bot.tasks.loop.time(), bot.heard_at
+        now, heard = time.monotonic(), bot.heard_at
         found["heard"] = None if heard is None else now - heard
         found["warned"] = [[now - at, words] for at, words in bot.warned.values()]
     return web.json_response(found)
@@ -7335,9 +7333,9 @@ async def stop_listening(runner: web.AppRunner, listener: socket.socket) -> None
     loop.remove_reader(listener)
     for _ in range(2):  # the event loop needs two rounds to accept a connection
         await asyncio.sleep(0)
-    until = loop.time() + LINGER_SECONDS  # they may be without end
+    until = time.monotonic() + LINGER_SECONDS  # they may be without end
     with contextlib.suppress(OSError):  # none is left
-        while loop.time() < until:
+        while time.monotonic() < until:
             connection, _ = listener.accept()
             connection.setblocking(False)
             await loop.connect_accepted_socket(runner.server, connection)
@@ -7358,7 +7356,6 @@ async def open_server(config: Config) -> AsyncIterator[tuple[Bot, int]]:
         chat = await stack.enter_async_context(open_chat(config))
         bot = Bot(config, store, *chat, make_blocked(config), make_cipher(config))
         stack.push_async_callback(bot.close)
-        loop = bot.tasks.loop
         runner = web.AppRunner(
             make_app(bot),
             access_log=None,
@@ -7372,7 +7369,7 @@ async def open_server(config: Config) -> AsyncIterator[tuple[Bot, int]]:
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         grace = GRACE_SECONDS - LINGER_SECONDS
-        stack.callback(lambda: bot.end_waits(loop.time() + grace))
+        stack.callback(lambda: bot.end_waits(time.monotonic() + grace))
         listener = listen(config.server.host, config.server.port)
         site = web.SockSite(runner, listener, backlog=BACKLOG)
         await bot.resume_turns()  # before a retry can ask for one of them
