@@ -27,17 +27,19 @@ order of what happens to it, and those of Bot in the order of this path:
                     -> Bot.reply_to: waits for the two tasks below, then compose
                     -> render_text_reply
     in the message's task:   Bot.find_source -> handle_message -> handle_text
-                             -> a command, a part, or accept_question
-    in the question's task:  Bot.converse -> ask_models -> ChatClient.stream
-                             -> Turn.append -> Store.finish_turn
+                             -> a command, a part, or accept_question -> start_turn
+    in the question's task:  Bot.converse -> ask_models -> ask_model
+                             -> write_text, which reads ChatClient.stream
+                             -> show -> Turn.append
+                             -> store_end -> Store.finish_turn
 
 A question from a subscriber's own page comes by submit_question -> Bot.ask_here and
 goes the same way from Bot.find_source on; its answer is read on the page.
 
-A request only waits and a task only writes. They meet in a Delivery (the requests of
-one message and the one reply they all get) and in a Turn (a question and its answer,
-which grows while the model writes). No request does work that must outlive its
-connection.
+A request only waits, and the first that has waited enough decides the reply; a task
+only writes. They meet in a Delivery (the requests of one message and the one reply they
+all get) and in a Turn (a question and its answer, which grows while the model writes).
+No request does work that must outlive its connection.
 
 In memory: deliveries of the last minute, open turns, who waits for what. In SQLite:
 sessions, turns, parts, decided replies; a question is stored before the model is asked,
@@ -353,7 +355,7 @@ class HistorySettings:
 class DatabaseSettings:
     """Where everything is kept."""
 
-    path: str = ""  # a file; empty: wxgpt.db in the state directory
+    path: str = ""  # a file; empty: wxgpt.db in the state directory, else here
 
 
 class Texts(types.SimpleNamespace):
@@ -588,6 +590,8 @@ def check_assistant(
     where = f"assistants.{name}"
     if not name or re.search(r"[\s/]", name):
         wrong(where, name, "a name without spaces and slashes")
+    elif name != sent_by_tap(name):  # a tap opens it
+        wrong(where, name, "a name of letters, digits, dots, - and _")
     # Without a user's name and the query, which only the API reads.
     url = re.sub("//[^/@]*@", "//", one.base_url.strip().partition("?")[0])
     if not is_http_url(url):
@@ -964,13 +968,17 @@ def excerpt(text: str, length: int = 12) -> str:
     return line if len(line) <= length else line[:length] + "…"
 
 
+def sent_by_tap(words: str) -> str:
+    """Return what a tap sends of words: Android decodes them twice, and these last."""
+    return re.sub(r"[^\w()./_-]", "", words)
+
+
 def tap_link(words: str, content: str = "") -> str:
     """Return a link that sends `content`, or else its words, for the subscriber.
 
-    Android decodes the content twice, so only characters that survive that are kept,
-    and it ignores a link whose msgmenuid is empty.
+    Android ignores a link whose msgmenuid is empty.
     """
-    sent = re.sub(r"[^\w()./_-]", "", content or words)
+    sent = sent_by_tap(content or words)
     return web_link(words, f"weixin://bizmsgmenu?msgmenucontent={sent}&msgmenuid=1")
 
 
@@ -2648,7 +2656,7 @@ class Turn:
     """A question and its answer.
 
     While it is open there is one object, written by the turn's task alone; of a turn
-    that has ended every reader makes one from its row.
+    that has ended readers make one from its row.
 
     Its state is `open` until the answer has ended: `done`; `cut` at a limit or by the
     reader; `broken`, off in its midst; `failed`, with no text; `blocked` for a word in
@@ -2739,7 +2747,7 @@ class Turn:
         self.deltas.notify()
 
     def restart(self) -> None:
-        """Start the answer over; nothing of it has been sent yet."""
+        """Start the answer over; `stops` keeps what was sent of it."""
         self.writing = secrets.token_hex(4)
         self.answer, self.chat, self.page = "", ChatText(), None
         self.deltas.notify()
@@ -2772,7 +2780,7 @@ class Turn:
 # 7. Store
 #
 # SQLite behind one connection of aiosqlite. Each method is one question or one change,
-# and all of its SQL stands in it:
+# and its SQL stands in it, or above Store where several share it:
 #
 #   a message     recall, which knows its sender, too; save_reply, mark_delivered
 #   a subscriber  note, mark_read; devices; links to the history
@@ -3028,7 +3036,8 @@ def keep_part(openid: str, part: Part, at: float, **values: object) -> Statement
 class Store:
     """All that outlives the process. `open_store` opens and closes it.
 
-    Coroutines may use it at the same time; their statements run in the order given.
+    Coroutines may use it at the same time; their statements run in the order given,
+    but those of `run_at_once` before them.
     """
 
     def __init__(self, db: aiosqlite.Connection, file: int, due: Due) -> None:
@@ -3739,9 +3748,9 @@ class Pictures:
             self.room -= size
         try:
             pictures = await asyncio.gather(*map(self.fetch, urls))
-            used = sum(len(picture.body) for picture in pictures)
-            await self.give_back(size - used)
-            size = used
+            spare = size - sum(len(picture.body) for picture in pictures)
+            size -= spare
+            await self.give_back(spare)
             yield pictures
         finally:
             await self.give_back(size)
@@ -4400,7 +4409,7 @@ class ChatClient:
 
 
 class Tasks:
-    """Every task of the process, and when waits end, so that a shutdown can end all."""
+    """The tasks of messages, questions and upkeep, and when waits end at a shutdown."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -4760,8 +4769,11 @@ def tap_words(texts: Texts) -> dict[str, str]:
         "let_in": (texts.word_let_in,),
         "sign_out": (texts.word_sign_out,),
     }
-    words = {folded(word): name for name, these in shown.items() for word in these}
-    return {"下一段": "continue", **words}
+    words = {"下一段": "continue"}
+    for name, these in shown.items():
+        for word in these:
+            words |= {folded(word): name, folded(sent_by_tap(word)): name}
+    return words
 
 
 def spoken_age(texts: Texts, seconds: float) -> str:
@@ -4802,8 +4814,8 @@ def ending_words(texts: Texts, turn: Turn, retry: str, go_on: str = "") -> str:
 def cut_reply(text: str, room: int) -> int:
     """Return how much of a chat text fits `room` bytes once links are escaped."""
     cut = cut_text(text, room)
-    while (over := sent_size(text[:cut]) - room) > 0:
-        cut = cut_text(text, size_of(text[:cut]) - over)
+    while (sent := sent_size(text[:cut])) > room:
+        cut = cut_text(text, size_of(text[:cut]) * room // sent)  # shorter, but not 0
     return cut
 
 
@@ -5468,7 +5480,8 @@ class Bot:
             # The end is final now: no sign waits any more for what may follow it.
             is_blocked = guard.scan(turn.chat.text(is_end)[before:])
         if is_blocked:
-            turn.answer = answer  # nobody is woken before it is rewritten
+            # Who was woken by this finds the text before it, until it is rewritten.
+            turn.answer, turn.chat = answer, ChatText(answer)
             raise ChatError("blocked", "a blocked word in the answer")
 
     async def rewrite(self, turn: Turn, change: Callable[[str], str]) -> None:
@@ -6633,7 +6646,7 @@ Handler = Callable[..., Awaitable[web.StreamResponse]]
 
 @web.middleware
 async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Say on a page, or to its script, what was refused or broke; not for pushes."""
+    """Say on a page, or to its script, what was refused or broke; of a push never."""
     bot = request.app[BOT]
     try:
         return await handler(request)
@@ -6648,7 +6661,7 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     except Refusal as refusal:
         status, words = refusal.args
         usual = {404: bot.config.texts.page_missing, 410: bot.config.texts.page_expired}
-        words = words or usual[status]
+        words = words or usual.get(status, "")  # an owner may want no words
     if wants_json(request):
         return web.json_response({"error": words}, status=status)
     return page_response(bot, "error", status, words=words)

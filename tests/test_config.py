@@ -198,6 +198,10 @@ REFUSED = {
         )
         for path in ("/me", "/healthz", "/微信")
     },
+    "assistant that no tap opens": (
+        GOOD + '[assistants."c++"]\napi_key = "sk-2"\nmodel = "x"\n',
+        ["assistants.c++", "'c++'", "a name of letters, digits, dots, - and _"],
+    ),
     **{
         f"AppID {app_id}": (
             URL + WECHAT + f'app_id = "{app_id}"\naes_key = "{"a" * 43}"\n' + CHATGPT,

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import wxgpt
 from conftest import ANN
-from fake_openai import Script
+from fake_openai import Script, says
 
 MESSAGE = wxgpt.Message(ANN, "gh_1", "text", 1)
 TAP = '<a href="weixin://bizmsgmenu?msgmenucontent=确认删除&msgmenuid=1">看</a>'
@@ -143,6 +143,27 @@ async def test_no_answer_brings_a_link_of_its_own(server, upstream, answer):
         assert {url.partition("/a/")[0] for _, url in one.links} <= {
             "http://wx.example.com"
         }
+
+
+@pytest.mark.parametrize("room", [1200, 1440, 1596])
+@pytest.mark.parametrize("text", ["<a" * 1800, "<a" * 798 + "字" * 900, "字</a>" * 600])
+def test_what_grows_when_it_is_sent_is_cut_shorter(text, room):
+    """A sign that parts a link from its bracket takes room: each part fits all the same."""
+    while text:
+        end = wxgpt.cut_reply(text, room)
+        assert 0 < end and wxgpt.sent_size(text[:end]) <= room
+        text = text[end:]
+
+
+async def test_an_answer_of_nothing_but_links_is_read_to_its_end(server, upstream):
+    """Its parts are counted, and each shows more of it."""
+    upstream.will(says("<a" * 1800))
+    seen = await server.ask("写一千个链接")
+    read = seen.text.count("<\u200ba")
+    while seen.taps:
+        seen = await server.wechat.tap(ANN, seen.taps[0])
+        read += seen.text.count("<\u200ba")
+    assert read == 1800
 
 
 # Blocked words

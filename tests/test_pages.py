@@ -183,6 +183,14 @@ async def test_an_unknown_link_is_404(server):
     assert (await server.get(server.url + "/h/nothing"))[0] == 404
 
 
+async def test_an_owner_may_want_no_words_on_a_page_that_refuses(serve):
+    """It says nothing then, with the same status."""
+    server = await serve(texts={"page_signed_out": "", "page_missing": ""})
+    async with server.http.post(server.url + "/me/ask") as response:
+        assert response.status == 401
+    assert (await server.get(server.url + "/a/nothing"))[0] == 404
+
+
 async def test_an_expired_answer_is_410(serve, upstream):
     """The page says how to get a new link."""
     server = await with_session(serve, history={"link_hours": 0.0001})

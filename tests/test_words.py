@@ -279,6 +279,14 @@ async def test_a_queued_question_says_how_many_are_before_it(server, upstream):
     gate.set()
 
 
+async def test_a_tap_does_what_its_words_say_whatever_signs_they_have(serve):
+    """Android drops signs from what a tap sends: it means the same without them."""
+    server = await serve(texts={"word_forget": "确认删除！"})
+    asked = await server.ask("/forget")
+    assert [tap.content for tap in asked.taps] == ["确认删除"]
+    assert said("forgotten") in (await server.wechat.tap(ANN, asked.taps[0])).text
+
+
 async def read_all(server, first):
     """Tap on from an ended answer's part; return what each tap showed, and the end."""
     seen, shown_taps = first, []
