@@ -12,7 +12,7 @@ CREATE TABLE session (
     opened_at REAL NOT NULL,
     last_at REAL NOT NULL,      -- newest message or answer; the idle time counts from here
     ended_at REAL,              -- NULL: open, though it may have been idle for too long
-    lapsed_text TEXT            -- first text after it ran out, asked by 接着问
+    lapsed_text TEXT            -- newest text after it ran out, asked by 接着问
 ) STRICT;
 CREATE UNIQUE INDEX session_open ON session (openid) WHERE ended_at IS NULL;
 CREATE INDEX session_by_openid ON session (openid, id);

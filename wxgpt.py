@@ -177,8 +177,8 @@ STICKER_TEXTS = ("【收到不支持的消息类型，暂无法显示】", "[Uns
 # Left out of whatever others write: what XML 1.0 cannot contain, lone surrogates too
 # (WeChat shows an error for it), and Unicode's noncharacters, which our links are made
 # of. That is done where a text comes in: parse_message, submit_question, Bot.show for
-# the model's. read_entity and formula_mathml decode none; `outgoing` drops them from
-# the owner's words, and MarkdownReader from everything, as it needs \0 for itself.
+# the model's. read_entity and formula_mathml let none through; `outgoing` drops them
+# from the owner's words, and MarkdownReader from everything: it needs \0 for itself.
 ILLEGAL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
 
@@ -1436,8 +1436,9 @@ SENTENCE_END = re.compile(
 # --- When stars are emphasis
 #
 # Unlike in CommonMark, they must be no operator, no wildcard and no part of a name:
-# `2**3`, `单价*数量`, `*.log`, `**kwargs`, `/*…*/`. The patterns match the signs before
-# and after them; 字 stands for any CJK letter, x for any other letter or digit.
+# `2**3`, `单价*数量`, `*.log`, `**kwargs`, `/*…*/`. The patterns match a pair, the sign
+# before the mark and the one after it; 字 stands for any CJK letter, x for any other
+# letter or digit.
 
 DOUBLE_OPENS = re.compile(  # 字x in `值**3**`; neither xx in `2**3` nor `对** 的`
     r"(?![x_)\]}][x_([{+.=-]).[^ ，。：；！？、）】》」』”’,;:!?)\]}/]"
@@ -1445,7 +1446,7 @@ DOUBLE_OPENS = re.compile(  # 字x in `值**3**`; neither xx in `2**3` nor `对*
 DOUBLE_CLOSES = re.compile(  # :x in `**Note:**text`; neither ,x in `(**a,**b)` nor xx
     r"(?![ （【《「『“‘(\[{<=|/])(?:.[^x_]|[:.!?%\x80-\U0010ffff][x_])"
 )
-# Of `边长**2+高**2`, `/**…**/`: two of these are no pair.
+# Of `边长**2+高**2`, `/**…**/`: marks that are both such are text.
 DOUBTFUL = re.compile(r"/.|./|[字）】][x_([{+.=-]")
 SINGLE_OPENS = re.compile(  # （字 in `（*注*）`; not 字字 in `单价*数量`
     r"[^字x_)\]}）】》”’/\\=+<>^|&%.~-][x字“‘《「『（(\[`$\\\"'—]"
@@ -2197,7 +2198,7 @@ def inline_text(children: list[Token]) -> str:
             case "math_inline" | "math_block":
                 source = child.markup + child.content + CLOSERS.get(child.markup, "")
                 text = formula_text(child.content) or source
-                if "\n" in text:  # on lines of its own; \v: but for a comma behind it
+                if "\n" in text:  # on lines of its own; \v: or a comma ends it
                     text = ("" if re.match(".*=\n", text) else "\n") + text + "\v"
                 out.append(text)
             case "s_open" | "s_close":
@@ -2931,7 +2932,8 @@ class Recalled(NamedTuple):
 
 PICTURE_SECONDS = 600  # how long a picture waits for its question
 REPLY_HOURS = 24  # how long a later copy of a message gets the same reply
-LAPSE_SECONDS = 24 * 3600  # how long a session that ran out is mentioned
+# How long a session that ran out is mentioned, and what waits for 确认删除 is kept.
+LAPSE_SECONDS = 24 * 3600
 SOON_SECONDS = 0.1  # how long what nobody waits for stays here: `stats` may look
 DEVICES = 5  # that one subscriber may have signed in
 
@@ -4455,7 +4457,7 @@ class Tasks:
         await asyncio.gather(*self.running, return_exceptions=True)
 
 
-KEPT_RESULTS = 8  # results that are kept
+KEPT_RESULTS = 8  # the newest of `once`, failures too
 
 
 class LongWork:
@@ -4504,7 +4506,7 @@ class Subscriber:
     to_mention: dict[int, tuple[int, str]] = field(default_factory=dict)
 
     def offer(self, turn_id: int, start: int, place: int = 1) -> Part:
-        """Return the part of a turn from `start` on, each time with the same number."""
+        """Return the part of a turn from `start` on, by the number it has if any."""
         if (turn_id, start) not in self.offered:
             self.last_part = (self.last_part or 0) + 1
             self.offered[turn_id, start] = self.last_part
@@ -4512,7 +4514,7 @@ class Subscriber:
 
 
 class TurnPart(NamedTuple):
-    """What answers a message that a model's answer answers: from this part on."""
+    """A model's answer, from a part on, as what answers a message."""
 
     turn: Turn
     part: Part
@@ -5099,7 +5101,8 @@ class Bot:
     async def handle_tap(self, delivery: Delivery, words: str) -> Source | None:
         """Return what answers a tap, or the same words typed; None if they are a text.
 
-        继续 and 重试 with a number never are; the others if nothing is left to act on.
+        继续 and 重试 with a number never are, nor what signs a browser in or out; the
+        others if nothing is left to act on.
         """
         openid, texts, lapsed = delivery.message.openid, self.texts, delivery.lapsed
         if numbered := re.fullmatch(r"(.+?)\s*([0-9]{1,9})", words):
@@ -5569,7 +5572,7 @@ class Bot:
         # 2. If it is not, and WeChat will ask again, wait on. The last attempt is also
         #    one that comes later than halfway between the last but one and the last. A
         #    timeout is charged now: a burst of them, charged when WeChat hangs up,
-        #    would all pass the guard.
+        #    would all pass the guard; one that it refuses is answered now.
         late = delivery.first_at + (wechat.attempts - 1.5) * wechat.attempt_timeout
         attempts = attempt + delivery.earlier_attempts
         is_last = attempts >= wechat.attempts or arrived > late
@@ -7176,6 +7179,9 @@ async def set_headers(request: web.Request, response: web.StreamResponse) -> Non
 
 # ---------------------------------------------------------------------------
 # 13. Application
+#
+# What lives as long as the process, opened and closed in order; the socket that under
+# systemd outlives it; the log.
 # ---------------------------------------------------------------------------
 
 
