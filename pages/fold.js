@@ -14,9 +14,11 @@ async function typeset(fold) {
 
 const was = history.state;
 const folds = [...document.querySelectorAll('details[id]')];
+// A fold may tell that it is open before page.js, which fetches, is there.
+const ready = new Promise(done => addEventListener('DOMContentLoaded', done));
 // Without the typeset answer there is still its text, and the link.
 const shown = folds.map(fold => new Promise(done => {
-  const show = () => typeset(fold).catch(() => {}).then(done);
+  const show = () => ready.then(() => typeset(fold)).catch(() => {}).then(done);
   fold.addEventListener('toggle', show, {once: true});
   fold.open = was?.open.includes(fold.id);
   if (!fold.open) done();
