@@ -590,8 +590,6 @@ def check_assistant(
     where = f"assistants.{name}"
     if not name or re.search(r"[\s/]", name):
         wrong(where, name, "a name without spaces and slashes")
-    elif name != sent_by_tap(name):  # a tap opens it
-        wrong(where, name, "a name of letters, digits, dots, - and _")
     # Without a user's name and the query, which only the API reads.
     url = re.sub("//[^/@]*@", "//", one.base_url.strip().partition("?")[0])
     if not is_http_url(url):
@@ -1544,7 +1542,7 @@ DATA_PICTURE = re.compile(r"data:image/(?:png|jpeg|gif|webp);base64,[A-Za-z0-9+/
 # The HTML tags of tokens, where the two names differ.
 HTML_TAGS = {"link": "a", "paragraph": "p", "list_item": "li"}
 HTML_TAGS |= {"ordered_list": "ol", "bullet_list": "ul"}
-NESTING = {"open": 1, "close": -1}
+NESTING: dict[str, Any] = {"open": 1, "close": -1}
 
 
 class TokenReader:
@@ -1557,8 +1555,8 @@ class TokenReader:
         """Add a token, which opens or closes what its type says."""
         name, _, end = type.rpartition("_")
         tag, nesting = tag or HTML_TAGS.get(name, name), NESTING.get(end, 0)
-        token = Token(type, tag, nesting, content=content, **more)  # type: ignore[arg-type]
-        token.block = self.is_block
+        values = more | {"content": content, "block": self.is_block}
+        token = Token(type, tag, nesting, **values)
         self.tokens.append(token)
         return token
 
@@ -5993,6 +5991,9 @@ def check_commands(config: Config, mistakes: Mistakes) -> None:
     for name in config.assistants:
         if folded(name) in COMMANDS:
             wrong(f"assistants.{name}", name, "a name that is no command's")
+        if name != sent_by_tap(name):  # it is opened by taps, too
+            wanted = "a name of letters, digits, dots, - and _"
+            wrong(f"assistants.{name}", name, wanted)
     taken = {folded(word): "replies.keywords" for word in replies.keywords}
     taken |= dict.fromkeys(tap_words(config.texts), "the words of taps")
     for name, text in config.aliases.items():
