@@ -4443,9 +4443,11 @@ class Tasks:
                 deadline = min(deadline, self.closes_at)
             if time.monotonic() >= deadline:
                 return False
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(deadline):
-                    await news.wait()
+            timer = self.loop.call_at(deadline, news.notify)
+            try:
+                await news.wait()
+            finally:
+                timer.cancel()
         return True
 
     async def close(self) -> None:
