@@ -3694,6 +3694,12 @@ class ChatError(Exception):
         notes = getattr(self, "__notes__", ())
         return "; ".join([f"{self.kind}: {self.detail}", *notes])
 
+    def __setattr__(self, name: str, value: object) -> None:
+        # frozen=True would refuse __traceback__, too, which contextlib sets.
+        if name in vars(self):
+            raise AttributeError(f"{name} of an error cannot be changed")
+        super().__setattr__(name, value)
+
 
 NETWORK_ERRORS = (aiohttp.ClientError, OSError)  # which a TimeoutError is, too
 NO_CONNECTION = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)

@@ -7,6 +7,7 @@ no HTTP library would send comes from a wire of raw bytes.
 
 import asyncio
 import contextlib
+import dataclasses
 import email.utils
 import gzip
 import json
@@ -375,6 +376,16 @@ def test_a_refused_field_is_found_by_its_name(name):
 
 
 REFUSED_FIELD = refusal(400, error(param="top_p", code="unsupported_value"))
+
+
+@pytest.mark.parametrize("script", [REFUSED_FIELD, refusal(503)], ids=["field", "503"])
+def test_no_field_of_an_error_can_be_set(script):
+    """But contextlib and others may say where it was raised, and why."""
+    error = error_in(script)
+    for name in (field.name for field in dataclasses.fields(error)):
+        with pytest.raises(AttributeError, match=f"{name} of an error"):
+            setattr(error, name, getattr(error, name))
+    error.__cause__, error.__traceback__ = OSError("why"), None
 
 
 # What may pass: asked again, and the second answer is the answer
