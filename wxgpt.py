@@ -5251,7 +5251,7 @@ class Bot:
             return refusal
         # 3. It is stored, unless the day's questions are used up.
         if session is None:
-            _, assistant, _ = await self.newest_session(openid)
+            _, assistant, _ = await self.page_session(openid)
             session = delivery.session = await self.open_session(openid, assistant)
         marks = self.texts.word_picture * len(pictures)
         turn = Turn(
@@ -5884,7 +5884,7 @@ class Bot:
         subscriber.to_mention.setdefault(turn.id, (part.number, turn.question))
         return source
 
-    async def newest_session(self, openid: str) -> tuple[int, str, float]:
+    async def page_session(self, openid: str) -> tuple[int, str, float]:
         """Return the session that runs, or 0; the newest one's assistant and start."""
         since = time.time() - self.config.session.ttl
         newest = await self.store.newest_session(openid, since)
@@ -5900,7 +5900,7 @@ class Bot:
         """
         subscriber = self.subscriber(openid)  # held here, or another could be made
         if assistant not in self.config.assistants:
-            _, assistant, _ = await self.newest_session(openid)
+            _, assistant, _ = await self.page_session(openid)
         async with subscriber.lock:
             if await self.store.device_owner(cookie_hash) == openid:
                 await self.open_session(openid, assistant)
@@ -6820,7 +6820,7 @@ async def ask_form(
     bot: Bot, device: Visitor, typed: str = "", refusal: str = ""
 ) -> AskForm:
     """Return what a page needs to ask for a device's subscriber."""
-    newest = await bot.newest_session(device.openid)
+    newest = await bot.page_session(device.openid)
     recalled = await bot.store.recall("", device.openid, time.time())
     return AskForm(device.token, *newest, recalled.is_told, typed, refusal)
 
